@@ -1,0 +1,221 @@
+"""Stage 1, compression pre-training (CoMa, arXiv 2511.08480, section 3.1).
+
+    python pretrain.py                                             the toy MLLM learns to compress
+    python pretrain.py --data talks.jsonl --image-root pictures    your own dialogues
+    torchrun --nproc-per-node 8 pretrain.py --model Qwen/Qwen2.5-VL-3B-Instruct ...  (see README)
+
+A picture, then K learnable compression tokens, then a dialogue about the picture:
+
+    [image] C_1 ... C_K  Q_1 A_1 Q_2 A_2 ...
+
+Attention is causal, but what stands after C never sees what stands before C. Trained to answer
+questions that it cannot foresee, the model must put all of the picture into the K tokens.
+
+Reads dialogues; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpoints.
+"""
+
+import copy
+import functools
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import model
+from data import ANSWER, COMPRESS, CONTENT, PAD, InputError, read_dialogues
+from model import flag
+
+
+@dataclass
+class Config(model.Config):
+    """Flags of stage 1."""
+
+    out: str = flag("out/pretrain", "folder for the model, log.jsonl and checkpoints")
+    steps: int = flag(400, "optimiser steps")
+    no_compress: bool = flag(False, "mask off: plain instruction tuning (K tokens stay if K > 0)")
+    turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the single-turn ablation")
+    caption: bool = flag(False, "a full description in place of the dialogue (toy world)")
+    objective: str = flag(
+        "ce", "answers, or the uncompressed model's distribution", choices=["ce", "kl"]
+    )
+
+
+# ---------------------------------------------------------------------------------------- the idea
+
+
+def compression_mask(roles) -> torch.Tensor:
+    """Who may attend to whom (CoMa, section 3.1): bool (B, 1, L, L), True = may attend.
+
+    roles (B, L), see data.py. Causal, nobody attends to padding, and what follows the compression
+    tokens does not see the content before them: all it knows of the picture went through C."""
+    L = roles.shape[1]
+    i = torch.arange(L, device=roles.device)
+    causal = i[:, None] >= i[None, :]  # (L, L) row attends to column
+    hidden = (roles[:, :, None] > COMPRESS) & (roles[:, None, :] == CONTENT)  # (B, L, L)
+    # Trap: a padding row that may attend to nothing makes NaN; each token may attend to itself.
+    mask = causal & ~hidden & (roles != PAD)[:, None, :] | (i[:, None] == i[None, :])
+    return mask[:, None]
+
+
+def answer_labels(input_ids, roles) -> torch.Tensor:
+    """labels[b, i] = the token that position i must predict, -100 where that is no answer token.
+
+    Differs from the official code, which leaves question and template tokens in: the paper's
+    objective is P(A | C, Q). (B, L), (B, L) -> (B, L)."""
+    labels = torch.full_like(input_ids, -100)
+    labels[:, :-1] = input_ids[:, 1:].masked_fill(roles[:, 1:] != ANSWER, -100)
+    return labels
+
+
+def answer_loss(logits, labels) -> torch.Tensor:
+    """Next-token cross-entropy over answer tokens only: their *sum*, in nats (a mean over chunks and
+    ranks of unequal answers would not be the mean over tokens). logits (n, V), labels (n,)."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def distillation_loss(logits, reference) -> torch.Tensor:
+    """The paper's ablation: KL(reference || model), summed over positions, in nats. (n, V), (n, V)."""
+    p, q = (F.log_softmax(x.float(), dim=-1) for x in (reference, logits))
+    return F.kl_div(q, p, reduction="sum", log_target=True)
+
+
+def answer_logits(embedder, inputs, compress=True):
+    """-> (logits (n, V), labels (n,)) of the n positions that predict an answer token."""
+    mask = compression_mask(inputs["roles"]) if compress and embedder.K else None
+    h = embedder.hidden(inputs, mask)  # (B, L, D)
+    labels = answer_labels(inputs["input_ids"], inputs["roles"])
+    return embedder.logits(h[labels != -100]), labels[labels != -100]
+
+
+def exact_answers(logits, labels, inputs) -> tuple:
+    """How many answers greedy decoding would give word for word: (right, all).
+
+    Each step of greedy decoding picks the argmax; it writes the answer if and only if the argmax is
+    right at every position of it, given the right words before."""
+    is_answer = inputs["roles"] == ANSWER
+    starts = is_answer & ~F.pad(is_answer, (1, 0))[:, :-1]
+    which = starts[is_answer].cumsum(0) - 1  # (n,) the answer that a token belongs to
+    wrong = (logits.argmax(-1) != labels).float()
+    total = int(starts.sum())
+    mistakes = torch.zeros(total, device=wrong.device).index_add_(0, which, wrong)
+    return int((mistakes == 0).sum()), total
+
+
+# ---------------------------------------------------------------------------------------- plumbing
+
+
+def teacher(embedder, cfg):
+    """The frozen reference of the KL objective: the same model before training, picture visible, the
+    same dialogue without C. -> function(dialogues) -> logits (n, V)."""
+    frozen = copy.deepcopy(embedder).eval().requires_grad_(False)
+    plain = model.Embedder(frozen.mllm, frozen.processor, 0, "last", embedder.style)
+
+    @torch.no_grad()
+    def logits(rows):
+        return answer_logits(plain, plain.collate.pad_rows(rows, embedder.device), compress=False)[
+            0
+        ]
+
+    return logits
+
+
+def accumulate(embedder, rows, cfg, reference=None):
+    """Adds the gradient of the mean loss over *all ranks'* answer tokens to `.grad`, a chunk at a time;
+    exact for any chunks, whatever their answers' lengths. -> (sum of loss, answers right, answers).
+
+    rows: this rank's; each {"row": ..., "plain": the same without C, for the KL objective}."""
+    totals = [0.0, 0, 0]
+    tokens = model.all_sum(sum(int((r["row"]["tokens"]["roles"] == ANSWER).sum()) for r in rows))
+    if tokens == 0:
+        raise InputError(
+            "no answer token in the batch: --max-length is too small, or --data has no answers"
+        )
+    lengths = [len(r["row"]["tokens"]["input_ids"]) for r in rows]
+    for chunk in model.token_chunks(lengths, cfg.chunk_tokens):
+        inputs = embedder.collate.pad_rows([rows[i]["row"] for i in chunk], embedder.device)
+        logits, labels = answer_logits(embedder, inputs, not cfg.no_compress)
+        if reference:
+            loss = distillation_loss(logits, reference([rows[i]["plain"] for i in chunk]))
+        else:
+            loss = answer_loss(logits, labels)
+        (loss / tokens).backward()
+        right, count = exact_answers(logits.detach(), labels, inputs)
+        totals = [totals[0] + loss.item(), totals[1] + right, totals[2] + count]
+    return (
+        model.all_sum(totals[0]) / tokens,
+        model.all_sum(totals[1]) / model.all_sum(totals[2]),
+        tokens,
+    )
+
+
+@functools.lru_cache(2)
+def shuffled(n, seed, epoch):
+    """An order of n dialogues; the toy world's are as good as shuffled."""
+    return range(n) if n >= 10**8 else np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def draw(n, cfg, step, rank, world) -> list:
+    """Indices of this rank's share of the batch: a pure function of (seed, step). Each epoch takes all
+    n dialogues once, in an order of its own."""
+    mine = range(step * cfg.batch + rank, (step + 1) * cfg.batch, world)
+    return [int(shuffled(n, cfg.seed, j // n)[j % n]) for j in mine]
+
+
+def main(cfg):
+    # 1. The model, and what of it is trained.
+    device = model.setup()
+    torch.manual_seed(cfg.seed)
+    embedder = model.load_for(cfg, device)
+    model.choose_trained(embedder, cfg)
+    optimizers = model.make_optimizers(embedder, cfg.lr, cfg.muon_lr, cfg.weight_decay)
+    reference = teacher(embedder, cfg) if cfg.objective == "kl" else None
+    plain = model.Embedder(embedder.mllm, embedder.processor, 0, "last", embedder.style).collate
+
+    # 2. The data: dialogues, made into rows in the loader's workers.
+    dialogues = read_dialogues(cfg.data, cfg.image_root or None, cfg.seed, cfg.turns, cfg.caption)
+    rank, world = model.rank(), model.world()
+
+    def rows_of(step):
+        rows = []
+        for i in draw(len(dialogues), cfg, step, rank, world):
+            d = dialogues[i]
+            rows.append(dict(row=embedder.collate.row(d.item, d.turns), id=d.id))
+            if reference:
+                rows[-1]["plain"] = plain.row(d.item, d.turns)
+        return rows
+
+    # 3. Train.
+    start = model.start_or_resume(embedder, optimizers, cfg)
+    model.say(f"{len(dialogues):,} dialogues | batch {cfg.batch} = {world} x {cfg.batch // world}")
+    log = model.Log(cfg, dict(stage="pretrain"), start)
+    embedder.train()
+    loader = model.prefetch(rows_of, range(start, cfg.steps), cfg.workers)
+    for step, rows in enumerate(loader, start):
+        t0 = time.time()
+        # ------------------------------------------------------------------------------------------
+        model.seed_step(cfg.seed, step)
+        lr = model.set_lr(optimizers, step, cfg)
+        loss, right, tokens = accumulate(embedder, rows, cfg, reference)
+        model.sum_gradients(embedder.parameters())
+        norm = model.clip_and_step(
+            embedder, optimizers, cfg, step, lr, loss, [r["id"] for r in rows]
+        )
+        # ------------------------------------------------------------------------------------------
+        log(
+            step,
+            f"{tokens / (time.time() - t0):.0f} answer tokens/s",
+            loss=loss,
+            exact=right,
+            norm=norm,
+            lr=lr,
+        )
+        model.maybe_checkpoint(embedder, optimizers, cfg, step)
+
+    # 4. Save.
+    model.finish(embedder, cfg, embedding=embedder.K > 0)  # K = 0: a plain instruction-tuned MLLM
+
+
+if __name__ == "__main__":
+    model.run(main, Config)
