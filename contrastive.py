@@ -2,12 +2,13 @@
 
     torchrun contrastive.py                                        the toy world
     torchrun --nproc-per-node 2 contrastive.py --data MMEB-train   a folder in MMEB's layout
-    torchrun --nproc-per-node 8 contrastive.py --model out/pretrain --batch 1024 ...  (see README)
+    torchrun --nproc-per-node 8 contrastive.py --model out/pretrain --batch 1024   see the README
 
-A query and its target become unit vectors z; InfoNCE makes the target the nearest of all the targets in
-the batch. The more of them, the better, so the batch is far larger than what fits through the model at
-once. GradCache (Gao et al., arXiv 2101.06983) makes that exact: embed everything without a graph, take
-the loss' gradient with respect to the *embeddings*, then embed again, a chunk at a time, with a graph.
+A query and its target become unit vectors z; InfoNCE makes the target the nearest of all targets in
+the batch. The more of them the better, so the batch is far larger than what fits through the model
+at once. GradCache (Gao et al., arXiv 2101.06983) makes that exact: embed everything without a
+graph, take the loss' gradient with respect to the *embeddings*, embed again, in chunks, with a
+graph.
 
 Reads pairs; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpoints.
 """
@@ -15,7 +16,6 @@ Reads pairs; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpoints
 import itertools
 import math
 import random
-import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import model
@@ -35,149 +35,147 @@ from model import flag
 class Config(model.Config):
     """Flags of stage 2."""
 
-    model: str = flag("", "toy, toy-random, a folder, or a hub id; empty: out/pretrain, else toy")
+    model: str = flag("", "toy, a folder, or a hub id; empty: out/pretrain, else toy")
     out: str = flag("out/contrastive", "folder for the model, log.jsonl and checkpoints")
     steps: int = flag(300, "optimiser steps")
     batch: int = flag(128, "pairs a step, over all ranks: the loss sees them all")
     block: int = flag(32, "consecutive pairs of the batch that come from one data set")
-    subsets: str = flag("", "data sets and caps, ImageNet_1K:100000,CIRR; empty: all")
+    subsets: str = flag("", "data sets and caps, ImageNet_1K:100000,CIRR, or mmeb20; empty: all")
+    split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])
     temperature: float = flag(0.03, "tau; cosines are divided by it")
     mask_false_negatives: bool = flag(True, "equal targets are no negatives of each other")
     keep_graphs: int = flag(1, "chunks that are not run twice; each holds its graph for a while")
-    vision_cache: str = flag(
-        "device", "where a frozen vision tower's output waits", choices=["device", "host", "off"]
-    )
-    fsdp: bool = flag(False, "shard parameters, gradients and optimiser over ranks (FSDP2)")
+    vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
+    merge: bool = flag(True, "fold stage 1's adapter into the weights first, as the paper does")
+    fsdp: bool = flag(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")
 
 
 # ---------------------------------------------------------------------------------------- the idea
 
 
 def info_nce_rows(q, t, labels, keys, temperature):
-    """Eq. (1) of VLM2Vec for some queries: -log e^(q.t+/tau) / (e^(q.t+/tau) + sum over negatives t-).
+    """VLM2Vec's Eq. (1) for b queries: -log e^(q.t+ / tau) / (e^(q.t+ / tau) + sum over t-).
 
-    q (b, D), t (M, D), labels (b, P) columns of each query's positives, -1 where it has fewer than P,
-    keys (M,): a column whose key is that of one of my positives is not my negative.
-    -> (nats (b,), mean over a query's positives; hit (b,), whether a positive beats all negatives)."""
-    with torch.autocast(q.device.type, enabled=False):  # float32 (or 64): bfloat16 has 3 digits
+    q (b, D), t (M, D), labels (b, P) columns of the positives, -1 where a query has fewer than P,
+    keys (M,): a column with the key of one of my positives is not my negative.
+    -> (nats (b,), mean over positives; hit (b,), whether a positive beats all negatives)."""
+    with torch.autocast(q.device.type, enabled=False):  # float32, or 64: bfloat16 has 3 digits
         scores = q @ t.T / temperature  # (b, M)
     valid = labels >= 0  # (b, P)
-    mine = torch.zeros_like(scores, dtype=torch.bool)
+    mine = torch.zeros_like(scores, dtype=torch.bool)  # (b, M) no negatives of this query
     for p in range(labels.shape[1]):
         mine |= (keys[None] == keys[labels[:, p]][:, None]) & valid[:, p, None]
     positive = scores.gather(1, labels.clamp(min=0))  # (b, P)
-    # The finite minimum, not -inf: a query without negatives has loss 0 and no NaN gradient.
-    negative = scores.masked_fill(mine, torch.finfo(scores.dtype).min).logsumexp(
-        1, keepdim=True
-    )  # (b, 1)
+    # The lowest number, not -inf: a query without negatives has loss 0, and no NaN as gradient.
+    others = scores.masked_fill(mine, torch.finfo(scores.dtype).min)
+    negative = others.logsumexp(1, keepdim=True)  # (b, 1)
     nats = F.softplus(negative - positive) * valid  # -log(e^p / (e^p + e^n)) = log(1 + e^(n - p))
     best = positive.masked_fill(~valid, -math.inf).amax(1)
-    hit = best > scores.masked_fill(mine, -math.inf).amax(1)
-    return nats.sum(1) / valid.sum(1), hit.detach()
+    return nats.sum(1) / valid.sum(1), (best > others.amax(1)).detach()
 
 
 def info_nce(q, t, temperature, labels=None, keys=None, block=256):
-    """InfoNCE, mean over queries, in nats: ln M when the M embeddings carry no information, 0 at best.
+    """InfoNCE in nats, mean over queries: ln M where the embeddings carry no information.
 
     q (B, D) local queries, t (M, D) *all* targets, labels (B,) or (B, P) columns of the positives
-    (default: query i's is column i), keys (M,) integers: columns with equal keys are never negatives of
-    each other (default: all differ). In row blocks whose scores are computed again in the backward pass:
-    memory is O(M * block), never N x N. -> (loss, share of hits); both differentiable sums of blocks."""
+    (default: i for query i), keys (M,): columns of equal key are no negatives of each other
+    (default: all differ). In row blocks, whose scores the backward pass computes again: memory is
+    O(M * block), never B x M. -> (loss, share of hits)."""
     labels = torch.arange(len(q), device=q.device) if labels is None else labels
     labels = labels[:, None] if labels.ndim == 1 else labels
     keys = torch.arange(len(t), device=t.device) if keys is None else keys
     nats, hits = 0.0, 0
-    for i in range(0, len(q), block):
-        part = checkpoint(
-            info_nce_rows,
-            q[i : i + block],
-            t,
-            labels[i : i + block],
-            keys,
-            temperature,
-            use_reentrant=False,
-        )
-        nats, hits = nats + part[0].sum(), hits + part[1].sum()
+    for rows in torch.arange(len(q), device=q.device).split(block):
+        given = (q[rows], t, labels[rows], keys, temperature)
+        loss, hit = checkpoint(info_nce_rows, *given, use_reentrant=False)
+        nats, hits = nats + loss.sum(), hits + hit.sum()
     return nats / len(q), hits / len(q)
 
 
 def gradcache_step(
-    embedder,
-    rows,
-    labels,
-    keys,
-    temperature,
-    chunk_tokens,
-    keep=1,
-    vision_cache="off",
-    sharded=False,
+    embedder, rows, labels, keys, temperature, chunk_tokens, keep=1, vision_cache="off"
 ):
-    """Leaves in `.grad` the gradient of the InfoNCE loss of the whole batch of all ranks, exactly as if
-    it had gone through the model at once (GradCache, arXiv 2101.06983).
+    """Leaves in `.grad` the gradient of the InfoNCE loss of all ranks' batch, exactly as if it had
+    gone through the model at once (GradCache, arXiv 2101.06983).
 
-    rows: this rank's B queries, then its targets and hard negatives; labels (B, P), -1 padded: where
-    among the latter each query's positives stand; keys: one a target. Ranks may differ in all of it.
-    -> dict(loss: mean nats over all queries, top1, columns: targets the loss saw)."""
-    B, device = len(labels), embedder.device
-    chunks = model.token_chunks([len(r["tokens"]["input_ids"]) for r in rows], chunk_tokens)
-    # Sharded ranks meet inside every forward: who has fewer chunks repeats one, with gradient zero. In
-    # front, so that the embeddings of the real pass are the ones that stay.
-    idle = max(model.gather_objects(len(chunks))) - len(chunks) if sharded else 0
+    rows: this rank's B queries, then its targets and hard negatives; labels (B, P), -1 padded:
+    where among the latter each query's positives are; keys: of the latter. Ranks may differ in all
+    of it. keep: the last so many chunks keep their graph and are run once. vision_cache: where a
+    frozen tower's output waits for pass 2, "device", "host" or "off". A chunk that does not fit
+    into memory makes all ranks begin again with half the chunk_tokens.
+    -> dict(loss: mean nats over all queries, top1, columns: how many targets, chunk_tokens)."""
+    B, device, fsdp, lengths = (
+        len(labels),
+        embedder.device,
+        model.sharded(embedder),
+        model.row_lengths(rows),
+    )
+    chunks = model.token_chunks(lengths, chunk_tokens)
+    # Sharded ranks meet inside every forward: who has fewer chunks repeats one, with gradient zero.
+    # In front, so that the embeddings that stay are those of the real pass.
+    idle = max(model.gather_objects(len(chunks))) - len(chunks) if fsdp else 0
     chunks = chunks[:1] * idle + chunks
+    first_kept = len(chunks) - keep
     tower = embedder.frozen_tower() if vision_cache != "off" else None
     cache, states, kept, z = {}, {}, {}, None
 
     def embed(i):
         inputs = embedder.collate.pad_rows([rows[j] for j in chunks[i]], device)
-        with (
-            once(tower, cache, i, vision_cache)
-            if tower and i < len(chunks) - keep
-            else nullcontext()
-        ):
-            return embedder(inputs)
+        with once(tower, cache, i, vision_cache) if tower and i < first_kept else nullcontext():
+            return embedder(inputs)  # (chunk, D)
 
-    # Pass 1: every embedding, without a graph. The last chunks keep theirs: they need no second pass.
-    for i, chunk in enumerate(chunks):
-        states[i] = rng_state(device)
-        with torch.set_grad_enabled(i >= len(chunks) - keep):
-            part = embed(i)  # (chunk, D)
-        if part.requires_grad:
-            kept[i] = part
-        z = (
-            torch.empty(len(rows), part.shape[1], dtype=part.dtype, device=device)
-            if z is None
-            else z
-        )
-        z[chunk] = part.detach()
-
-    # The loss of the local queries against all ranks' targets, and its gradient for each embedding.
-    sizes = model.gather_objects((B, len(rows) - B, keys.tolist()))
-    N, columns = sum(s[0] for s in sizes), [s[1] for s in sizes]
-    all_keys = torch.tensor([k for s in sizes for k in s[2]], device=device)
-    labels = torch.where(labels >= 0, labels + sum(columns[: model.rank()]), labels).to(device)
-    q = z[:B].requires_grad_()  # (B, D)
-    t = gather_rows(z[B:], columns).requires_grad_()  # (M, D)
-    loss, top1 = info_nce(q, t, temperature, labels, all_keys)
-    # Trap: a sum over ranks of (mean over local queries) would be `world` times too large. FSDP takes the
-    # mean over ranks, where we take the sum.
-    (loss * B / N * (model.world() if sharded else 1)).backward()
-    dz = torch.cat([q.grad, scatter_sum(t.grad, columns)])  # (rows, D)
-
-    # Pass 2: each chunk again, with a graph and the same dropout; d loss / d weights by the chain rule.
-    for i in reversed(range(len(chunks))):
-        if sharded:
-            embedder.set_requires_gradient_sync(i == 0)
-        if i in kept:
-            part = kept.pop(i)
-        else:
-            with replay(states[i], device):
+    # Pass 1: every embedding, without a graph; the last chunks keep theirs and need no pass 2.
+    failed = 0
+    try:
+        for i, chunk in enumerate(chunks):
+            states[i] = rng_state(device)
+            with torch.set_grad_enabled(i >= first_kept):
                 part = embed(i)
-        part.backward(dz[chunks[i]] if i >= idle else torch.zeros_like(part))
-        del part
-    if not sharded:
-        model.sum_gradients(embedder.parameters())
-    loss, top1 = (model.all_sum(float(x) * B) / N for x in (loss.detach(), top1))
-    return dict(loss=loss, top1=top1, columns=sum(columns))
+            if i >= first_kept:
+                kept[i] = part
+            z = part.new_empty(len(rows), part.shape[1]) if z is None else z
+            z[chunk] = part.detach()
+    except torch.OutOfMemoryError:
+        failed = 1
+
+    # The loss of local queries against all ranks' targets; its gradient for each embedding.
+    sizes = model.gather_objects((B, len(rows) - B, keys.tolist(), failed))
+    if not any(s[3] for s in sizes):
+        N, columns = sum(s[0] for s in sizes), [s[1] for s in sizes]
+        all_keys = torch.tensor([k for s in sizes for k in s[2]], device=device)
+        shifted = labels + sum(columns[: model.rank()])
+        labels_all = torch.where(labels >= 0, shifted, labels).to(device)
+        q = z[:B].requires_grad_()  # (B, D)
+        t = gather_rows(z[B:], columns).requires_grad_()  # (M, D)
+        loss, top1 = info_nce(q, t, temperature, labels_all, all_keys)
+        # Trap: the mean over all queries is the *sum* over ranks of these, B / N each. (FSDP takes
+        # the mean over ranks of the gradients, hence its factor.)
+        (loss * B / N * (model.world() if fsdp else 1)).backward()
+        dz = torch.cat([q.grad, scatter_sum(t.grad, columns)])  # (rows, D)
+
+        # Pass 2: the chunks again, with a graph and the same dropout: the chain rule's other half.
+        try:
+            for i in reversed(range(len(chunks))):
+                if fsdp:
+                    embedder.set_requires_gradient_sync(i == 0)
+                with nullcontext() if i in kept else replay(states[i], device):
+                    part = kept.pop(i) if i in kept else embed(i)
+                part.backward(dz[chunks[i]] if i >= idle else torch.zeros_like(part))
+                part = None
+        except torch.OutOfMemoryError:
+            failed = 1
+        if not model.all_sum(failed):
+            if not fsdp:
+                model.sum_gradients(embedder.parameters())
+            loss, top1 = (model.all_sum(float(x.detach()) * B) / N for x in (loss, top1))
+            return dict(loss=loss, top1=top1, columns=sum(columns), chunk_tokens=chunk_tokens)
+    if chunk_tokens < max(lengths) or fsdp:
+        longest = f"chunks of {chunk_tokens} tokens, the longest row {max(lengths)}"
+        raise InputError(f"out of memory with {longest}; try --checkpointing, or less --max-pixels")
+    kept.clear(), cache.clear(), embedder.zero_grad(set_to_none=True)
+    model.say(f"out of memory: --chunk-tokens {chunk_tokens} is halved from here on")
+    half = chunk_tokens // 2
+    return gradcache_step(embedder, rows, labels, keys, temperature, half, keep, vision_cache)
 
 
 def gather_rows(x, counts):
@@ -208,8 +206,8 @@ def rng_state(device):
 
 @contextmanager
 def replay(state, device):
-    """Runs a block with the random numbers of an earlier one. Without it dropout falls differently in the
-    second pass, and the gradient is that of no loss at all."""
+    """Runs a block with the random numbers of an earlier one. Without it dropout falls differently
+    in the second pass, and the gradient is that of no loss at all."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         if state[1] is not None:
@@ -219,38 +217,35 @@ def replay(state, device):
 
 @contextmanager
 def once(tower, cache, key, where):
-    """A frozen vision tower answers the second call for a chunk with what it said to the first. Wrapping
-    the tower itself takes along all that a family makes of it (Qwen3-VL's deepstack features)."""
-    forward, calls = tower.forward, itertools.count()
+    """A frozen vision tower answers the second call for a chunk with what it said to the first. To
+    wrap the tower itself takes along all that a family makes of it, Qwen3-VL's deepstack too."""
+    forward, calls, home = tower.forward, itertools.count(), next(tower.parameters()).device
+
+    def move(out, device):  # Trap: makes a new container, for the Qwens overwrite fields of theirs
+        return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), out)
 
     def recall(*args, **kwargs):
         at = (key, next(calls))
-        if at in cache:  # needed no more after this
-            return tree_map(lambda x: _move(x, tower_device), cache.pop(at))
+        if at in cache:
+            return move(cache.pop(at), home)
         out = forward(*args, **kwargs)
-        # Trap: a copy, for the Qwens overwrite a field of what the tower returns.
-        cache[at] = tree_map(lambda x: _move(x, "cpu" if where == "host" else x.device), out)
+        cache[at] = move(out, "cpu" if where == "host" else home)
         return out
 
-    tower_device = next(tower.parameters()).device
     tower.forward = recall
     try:
         yield
     finally:
-        tower.forward = forward
-
-
-def _move(x, device):
-    return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+        del tower.forward
 
 
 # ---------------------------------------------------------------------------------------- plumbing
 
 
 def draw(pairs, cfg, step) -> list:
-    """The global batch of a step: [(name, index)], N of them, the same on every rank and for any number
-    of ranks; a pure function of (seed, step). Blocks of `cfg.block` come from one data set each, drawn
-    in proportion to the sets' sizes."""
+    """The global batch of a step, [(name, index)], N of them: a pure function of (seed, step), the
+    same for any number of ranks. Blocks of `cfg.block` come from one data set each, which is drawn
+    in proportion to its size; a set smaller than a block repeats itself in it."""
     rng = random.Random(f"{cfg.seed}/{step}")
     chosen = []
     for name in rng.choices(
@@ -258,9 +253,7 @@ def draw(pairs, cfg, step) -> list:
     ):
         n = len(pairs[name])
         where = rng.sample(range(n), min(n, cfg.block))
-        chosen += [
-            (name, where[i % n]) for i in range(cfg.block)
-        ]  # a small set repeats; see `keys`
+        chosen += [(name, where[i % len(where)]) for i in range(cfg.block)]
     return chosen
 
 
@@ -276,25 +269,22 @@ def local_batch(pairs, collate, cfg, step, rank, world):
         columns += [*pair.targets, *pair.negatives]
     most = max(map(len, labels))
     labels = torch.tensor([x + [-1] * (most - len(x)) for x in labels])
-    keys = [x.key for x in columns]
-    if not cfg.mask_false_negatives:
-        keys = [rank * 2**40 + i for i in range(len(columns))]
+    keys = [x.key if cfg.mask_false_negatives else rank * 2**40 + i for i, x in enumerate(columns)]
     rows = [collate.row(x) for x in queries + columns]
-    return dict(
-        rows=rows, labels=labels, keys=torch.tensor(keys), ids=[f"{n}[{i}]" for n, i in chosen]
-    )
+    ids = [f"{name}[{i}]" for name, i in chosen]
+    return dict(rows=rows, labels=labels, keys=torch.tensor(keys), ids=ids)
 
 
 def check_flags(cfg, world):
     """Impossible combinations, with the way out."""
-    if cfg.batch % cfg.block:
-        up = (cfg.batch // cfg.block + 1) * cfg.block
-        raise InputError(f"--batch {cfg.batch} is not a multiple of --block {cfg.block}; try {up}")
-    if cfg.batch % world:
-        up = (cfg.batch // world + 1) * world
-        raise InputError(f"--batch {cfg.batch} does not divide over {world} ranks; try {up}")
+    for name, unit in (("--block", cfg.block), ("the number of ranks,", world)):
+        if unit < 1 or cfg.batch % unit:
+            up = (cfg.batch // max(unit, 1) + 1) * max(unit, 1)
+            raise InputError(f"--batch {cfg.batch} is not a multiple of {name} {unit}; try {up}")
     if cfg.temperature <= 0:
         raise InputError(f"--temperature {cfg.temperature} must be positive; try 0.03")
+    if cfg.fsdp and (cfg.lora_rank or cfg.muon_lr or world == 1):
+        raise InputError("--fsdp is for full fine-tuning on several ranks, with --muon-lr 0")
 
 
 def main(cfg):
@@ -305,46 +295,43 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     if not cfg.model:
         cfg.model = "out/pretrain" if Path("out/pretrain/config.json").exists() else "toy"
-        note = (
-            ""
-            if cfg.model != "toy"
-            else ": there is no out/pretrain yet (python pretrain.py makes it)"
-        )
-        model.say(f"starting from {cfg.model}{note}")
+        missing = ": there is no out/pretrain; python pretrain.py makes it" * (cfg.model == "toy")
+        model.say(f"starting from {cfg.model}{missing}")
     embedder = model.load_for(cfg, device)
+    if embedder.peft[0] and cfg.merge:
+        cfg.model = f"{cfg.out}/merged"  # what a new adapter will be an adapter of
+        model.save(model.merge(embedder), cfg.model)
     model.choose_trained(embedder, cfg)
-    optimizers = model.make_optimizers(embedder, cfg.lr, cfg.muon_lr, cfg.weight_decay)
+    if cfg.fsdp:
+        model.shard(embedder)
+    optimizers = model.make_optimizers(embedder, cfg)
 
     # 2. The data: pairs, made into model inputs in the loader's workers.
-    pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed)
-    for name, rows in pairs.items():
-        model.say(f"  {name:<20} {len(rows):>13,} pairs")
+    pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed, cfg.split)
+    for name, examples in pairs.items():
+        model.say(f"  {name:<20} {len(examples):>13,} pairs")
 
     def batch_of(step):
         return local_batch(pairs, embedder.collate, cfg, step, rank, world)
 
     # 3. Train.
-    start = model.start_or_resume(embedder, optimizers, cfg)
-    chance = math.log(cfg.batch)
+    start, N, budget = model.start_or_resume(embedder, optimizers, cfg), cfg.batch, cfg.chunk_tokens
     model.say(
-        f"loss sees N = {world} x {cfg.batch // world} = {cfg.batch} pairs (chance loss {chance:.2f})"
+        f"loss sees N = {world} x {N // world} = {N} pairs (chance loss ln N = {math.log(N):.2f})"
     )
-    log = model.Log(cfg, dict(stage="contrastive"), start)
+    log = model.Log(cfg, start)
     embedder.train()
-    loader = model.prefetch(batch_of, range(start, cfg.steps), cfg.workers)
-    for step, batch in enumerate(loader, start):
-        t0 = time.time()
+    batches = model.prefetch(batch_of, range(start, cfg.steps), cfg.workers)
+    for step, (rows, labels, keys, ids) in enumerate((b.values() for b in batches), start):
         # ------------------------------------------------------------------------------------------
-        model.seed_step(cfg.seed, step)
-        lr = model.set_lr(optimizers, step, cfg)
-        out = gradcache_step(
-            embedder, batch["rows"], batch["labels"], batch["keys"], cfg.temperature, cfg.chunk_tokens,
-            cfg.keep_graphs, cfg.vision_cache, cfg.fsdp,
-        )  # fmt: skip
-        norm = model.clip_and_step(embedder, optimizers, cfg, step, lr, out["loss"], batch["ids"])
+        lr = model.begin_step(optimizers, step, cfg)
+        how = (cfg.temperature, budget, cfg.keep_graphs, cfg.vision_cache)
+        out = gradcache_step(embedder, rows, labels, keys, *how)
+        norm = model.end_step(embedder, optimizers, cfg, step, out["loss"], ids)
         # ------------------------------------------------------------------------------------------
-        log(step, f"{cfg.batch / (time.time() - t0):.0f} pairs/s", loss=out["loss"],
-            chance=math.log(out["columns"]), top1=out["top1"], norm=norm, lr=lr)  # fmt: skip
+        budget = out["chunk_tokens"]
+        numbers = dict(loss=out["loss"], chance=math.log(out["columns"]), top1=out["top1"])
+        log(step, (N, "pairs"), **numbers, norm=norm, lr=lr, **model.cut_tokens(rows))
         model.maybe_checkpoint(embedder, optimizers, cfg, step)
 
     # 4. Save.

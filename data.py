@@ -1,8 +1,7 @@
 """Data: from files, or from a toy world, to model inputs.
 
-    python data.py                        look at the toy world: out/shapes.png, examples printed
-    python data.py export --out DIR       the toy world as files, in the formats that real data come in
-    python data.py check --data DATA      read everything once, report what is bad (--clean OUT drops it)
+    python data.py                    look at the toy world: examples printed, out/shapes.png
+    python data.py export DIR         the toy world as files, in the formats that real data come in
 
 `Item(text, images)` is the only currency: a piece of text with `<image>` where each picture goes.
 A *dialogue* is an Item plus (question, answer) turns (stage 1), a *pair* is a query Item, its right
@@ -12,18 +11,19 @@ Top to bottom: Item and pictures - the toy world - reading files - Items to mode
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
+import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
@@ -113,8 +113,9 @@ class ZipImage(NamedTuple):
 
 
 def open_image(ref, name=None) -> Image.Image:
-    """The picture as upright 8-bit RGB (of an animation the first frame; what is transparent becomes
-    white). `ref`: path, open file, PIL image, or an object with `.render()`. Raises InputError."""
+    """The picture as upright 8-bit RGB (of an animation the first frame; what is transparent
+    becomes white). `ref`: path, open file, PIL image, or an object with `.render()`. Raises
+    InputError."""
     if hasattr(ref, "render"):
         return ref.render()
     name = name or (ref if isinstance(ref, str | os.PathLike) else "the picture")
@@ -214,32 +215,32 @@ class Scene:
         image = Image.new("RGB", (64, 64), "#eeeeee")
         draw = ImageDraw.Draw(image)
         for o in self.objects:
-            x, y = 32 * (PLACES.index(o.place) % 2), 32 * (PLACES.index(o.place) // 2)
+            row, column = divmod(PLACES.index(o.place), 2)
             side = 32 if o.size == "large" else 16
-            if o.size == "small":
-                x, y = x + 16 * (o.cell % 2), y + 16 * (o.cell // 2)
-            x0, y0, x1, y1, m = x + 1, y + 1, x + side - 2, y + side - 2, side // 2
+            x, y = 32 * column + 16 * (o.cell % 2), 32 * row + 16 * (o.cell // 2)
+            x0, y0, x1, y1, m, t = x + 1, y + 1, x + side - 2, y + side - 2, side // 2, side // 6
+            bars = [(x + m - t, y0, x + m + t - 1, y1), (x0, y + m - t, x1, y + m + t - 1)]
+            corners = {
+                "square": [(x0, y0), (x1, y0), (x1, y1), (x0, y1)],
+                "triangle": [(x + m, y0), (x1, y1), (x0, y1)],
+                "diamond": [(x + m, y0), (x1, y + m), (x + m, y1), (x0, y + m)],
+            }
             if o.shape == "circle":
                 draw.ellipse((x0, y0, x1, y1), COLORS[o.color])
             elif o.shape == "cross":
-                t = side // 6
-                draw.rectangle((x + m - t, y0, x + m + t - 1, y1), COLORS[o.color])
-                draw.rectangle((x0, y + m - t, x1, y + m + t - 1), COLORS[o.color])
+                for bar in bars:
+                    draw.rectangle(bar, COLORS[o.color])
             else:
-                corners = {
-                    "square": [(x0, y0), (x1, y0), (x1, y1), (x0, y1)],
-                    "triangle": [(x + m, y0), (x1, y1), (x0, y1)],
-                    "diamond": [(x + m, y0), (x1, y + m), (x + m, y1), (x0, y + m)],
-                }
                 draw.polygon(corners[o.shape], COLORS[o.color])
         if self.view:
-            x, y = 32 * (PLACES.index(self.view) % 2), 32 * (PLACES.index(self.view) // 2)
-            image = image.crop((x, y, x + 32, y + 32))
+            row, column = divmod(PLACES.index(self.view), 2)
+            image = image.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32))
         return image
 
 
 class Shapes:
-    """The toy world: scenes, dialogues, pairs and queries as pure functions of (seed, split, index).
+    """The toy world: scenes, dialogues, pairs and queries as pure functions of (seed, split,
+    index).
 
     split: "train"; "test" (scenes that "train" never shows); "new" (as "test", and the object that
     matters is a colour-shape combination never trained on); `new_words`: held-out wordings."""
@@ -248,9 +249,7 @@ class Shapes:
         self.split, self.seed, self.new_words = split, seed, new_words
 
     def _rng(self, *key):
-        return random.Random(
-            repr((self.seed, self.split, *key))
-        )  # a string seeds it everywhere alike
+        return random.Random(repr((self.seed, self.split, *key)))  # a string: alike everywhere
 
     def _words(self, rng, choices):
         return choices[-1] if self.new_words else rng.choice(choices[:-1])
@@ -281,25 +280,22 @@ class Shapes:
         found = []
         for kind in kinds:
             o = about or rng.choice(scene.objects)
-            if kind == "color":  # named by its shape: askable only if no other object shares it
-                what = (o.shape,) if sum(x.shape == o.shape for x in scene.objects) == 1 else None
+            what, answer = (o.name,), getattr(o, kind, None)
+            if kind == "color":
+                what = (o.shape,)
             elif kind == "shape":
                 what = (f"{o.color} object",)
-                what = what if sum(x.color == o.color for x in scene.objects) == 1 else None
             elif kind == "at":
                 what = (rng.choice(PLACES),)
+                answer = scene.at(what[0])
             elif kind == "next":
-                side, other = _neighbour(rng, o.place)
-                what = (side, o.name)
-            else:
-                what = (o.name,)
-            if what:
-                answer = {
-                    "count": lambda: NUMBERS[len(scene.objects)],
-                    "at": lambda: scene.at(what[0]),
-                    "next": lambda: scene.at(other),
-                    "describe": scene.describe,
-                }.get(kind, lambda: getattr(o, kind))()
+                side, place = _neighbour(rng, o.place)
+                what, answer = (side, o.name), scene.at(place)
+            elif kind in ("count", "describe"):
+                answer = NUMBERS[len(scene.objects)] if kind == "count" else scene.describe()
+            # Named by its shape alone (or its color), an object must be the only such one.
+            named_by = dict(color="shape", shape="color").get(kind, "name")
+            if sum(getattr(x, named_by) == getattr(o, named_by) for x in scene.objects) == 1:
                 found.append((kind, self._words(rng, ASK[kind]).format(*what), answer))
         return found
 
@@ -329,9 +325,10 @@ class Shapes:
             texts = list(dict.fromkeys(s.describe() for s in self._others(rng, scene, candidates)))
         elif task == "t2i":
             query = Item(words.format(scene.describe()))
-            scenes = self._others(rng, scene, candidates)
-            others = {s.describe(): s for s in reversed(scenes)}  # of equal ones the first
-            return query, [Item(IMAGE, (s,)) for s in reversed(others.values())]
+            others = {}  # of scenes that read alike the first
+            for s in self._others(rng, scene, candidates):
+                others.setdefault(s.describe(), s)
+            return query, [Item(IMAGE, (s,)) for s in others.values()]
         else:  # grounding: crops of the same picture first, then of others; never the named object
             seen = [o, *scene.objects]
             for s in self._others(rng, scene, candidates)[1:]:
@@ -380,37 +377,46 @@ OOD = dict(
     Retrieval="FashionIQ Wiki-SS-NQ OVEN EDIS",
     Grounding="RefCOCO RefCOCO-Matching Visual7W-Pointing",
 )
-MMEB = {  # name -> (meta-task, out of distribution), the 36 sets in the paper's order
-    name: (meta, ood)
-    for ood, sets in enumerate((IND, OOD))
-    for meta in sets
-    for name in sets[meta].split()
-}
+MMEB = {n: (m, ood) for ood, s in ((False, IND), (True, OOD)) for m in s for n in s[m].split()}
+MMEB20 = (  # both papers' training mix: subset:rows
+    "ImageNet_1K:100000,N24News:50000,HatefulMemes:10000,VOC2007:10000,SUN397:20000,OK-VQA:10000,"
+    "A-OKVQA:20000,DocVQA:40000,InfographicsVQA:25000,ChartQA:28000,Visual7W:70000,VisDial:130000,"
+    "CIRR:30000,VisualNews_t2i:100000,VisualNews_i2t:100000,MSCOCO_t2i:100000,MSCOCO_i2t:120000,"
+    "NIGHTS:20000,WebQA:20000,MSCOCO:100000"
+)
 
 
 class Images:
-    """Finds the pictures of a data set below `root`, unpacked or in the hub's zip files; a path that
-    leaves `root` (`..`, absolute, a symbolic link) is an InputError."""
+    """Finds the pictures of a data set below `root`, unpacked or in the hub's zip files; a path
+    that leaves `root` (`..`, absolute, through a symbolic link) is an InputError."""
 
     def __init__(self, root):
         self.root = Path(root)
-        self.zips = {p.stem: p for p in sorted(self.root.glob("images_zip/*.zip"))}
+        zips = [*self.root.glob("images_zip/*.zip"), *self.root.glob("images.zip")]
+        self.zips = {p.stem: str(p) for p in zips}
 
     def find(self, path: str, subset=""):
-        """-> a path, or a ZipImage; a picture that is nowhere is found out when it is opened."""
+        """-> a path or a ZipImage. What is nowhere is reported when it is opened."""
         for base in (self.root / "images", self.root):
-            full = os.path.realpath(base / path)
-            if not full.startswith(os.path.realpath(base) + os.sep):
+            top, full = (os.path.realpath(p) for p in (base, base / path))
+            if not full.startswith(top + os.sep) and self.root.exists():
                 raise InputError(f"the picture {path!r} lies outside of {base}")
             if os.path.exists(full):
                 return full
-        if subset in self.zips:
-            return ZipImage(str(self.zips[subset]), path)
-        return str(self.root / path)
+        archive = self.zips.get(subset) or self.zips.get("images")
+        names = _zip_names(archive) if archive else ()
+        found = [n for n in (path, "images/" + path, path.partition("/")[2]) if n in names]
+        return ZipImage(archive, found[0]) if found else str(self.root / path)
+
+
+@lru_cache(64)
+def _zip_names(path):
+    with zipfile.ZipFile(path) as archive:
+        return frozenset(archive.namelist())
 
 
 def _item(raw, images: Images, subset="") -> Item:
-    """An Item from {"text", "image"}, either of which may be missing; `image`: a path or several."""
+    """An Item from {"text", "image"}, either of which may be missing; `image`: one path or more."""
     if not isinstance(raw, dict) or not (raw.get("text") or raw.get("image")):
         raise InputError('needs {"text": ..., "image": ...}, at least one of them not empty')
     text, paths = raw.get("text") or "", raw.get("image") or []
@@ -418,51 +424,73 @@ def _item(raw, images: Images, subset="") -> Item:
     if not isinstance(text, str) or not all(isinstance(p, str) for p in paths):
         raise InputError('"text" must be a string, "image" a path or a list of paths')
     text = text.replace("<|image_1|>", IMAGE) if text else IMAGE * len(paths)
-    if text.count(IMAGE) != len(paths):
-        raise InputError(
-            f"{text.count(IMAGE)} x {IMAGE} in the text, {len(paths)} in `image`: write {IMAGE} where each "
-            "picture goes"
-        )
+    if (n := text.count(IMAGE)) != len(paths):
+        raise InputError(f"the text has {n} {IMAGE} for {len(paths)} pictures: one where each goes")
     return Item(text, tuple(images.find(p, subset) for p in paths))
 
 
 def _dialogue(raw, images) -> Dialogue:
-    """LLaVA's layout: {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}."""
+    """LLaVA: {"id", "image", "conversations": [{"from": "human" or "gpt", "value": ...}, ...]}."""
     talk = raw.get("conversations") if isinstance(raw, dict) else None
     if not isinstance(talk, list) or not talk or len(talk) % 2:
         raise InputError('"conversations" must be a list of questions and answers in turn')
     for i, turn in enumerate(talk):
-        who = ("human", "gpt")[i % 2]
-        if not isinstance(turn, dict) or turn.get("from") != who or not turn.get("value"):
+        who, value = ("human", "gpt")[i % 2], turn.get("value") if isinstance(turn, dict) else None
+        if not isinstance(value, str) or not value or turn.get("from") != who:
             raise InputError(f'conversations[{i}] must have "from": "{who}" and a "value"')
     values = [t["value"] for t in talk]
-    # The picture stands before the first question; what is compressed is the picture alone.
-    lead = values[0].count(IMAGE)
-    item = _item(dict(text=IMAGE * lead, image=raw.get("image")), images)
-    values[0] = values[0].replace(IMAGE, "").strip("\n")
-    return Dialogue(
-        item, tuple(zip(values[::2], values[1::2], strict=True)), str(raw.get("id", ""))
+    # What is compressed is the picture alone; the rest of the first turn is its question.
+    item = _item(dict(text=IMAGE * values[0].count(IMAGE), image=raw.get("image")), images)
+    turns = zip(
+        [values[0].replace(IMAGE, "").strip("\n"), *values[2::2]], values[1::2], strict=True
     )
+    return Dialogue(item, tuple(turns), str(raw.get("id", "")))
 
 
 def _pair(raw, images) -> Pair:
     """{"query": {"text", "image"}, "target": {...} or a list of them, "negatives": [{...}]}."""
-    if not isinstance(raw, dict) or "query" not in raw or "target" not in raw:
+    if not isinstance(raw, dict) or not raw.get("query") or not raw.get("target"):
         raise InputError('needs "query" and "target"')
-    targets = raw["target"] if isinstance(raw["target"], list) else [raw["target"]]
-    if not targets:
-        raise InputError('"target" is an empty list')
-    groups = ([raw["query"]], targets, raw.get("negatives") or [])
+    several = raw["target"] if isinstance(raw["target"], list) else [raw["target"]]
+    groups = ([raw["query"]], several, raw.get("negatives") or [])
     query, targets, negatives = (tuple(_item(x, images) for x in g) for g in groups)
     return Pair(query[0], targets, negatives)
 
 
+def _mmeb_pair(row, images, subset) -> Pair:
+    """One row of MMEB-train; "" is an absent field."""
+
+    def part(name, image):
+        return _item(dict(text=row.get(name), image=row.get(image)), images, subset)
+
+    negative = row.get("neg_text") or row.get("neg_image_path")
+    negatives = (part("neg_text", "neg_image_path"),) if negative else ()
+    return Pair(part("qry", "qry_image_path"), (part("pos_text", "pos_image_path"),), negatives)
+
+
+def _mmeb_query(row, item):
+    """One row of MMEB-eval: the query and its candidates, the positive first."""
+    texts, paths = row["tgt_text"], row["tgt_img_path"]
+    if not texts or len(texts) != len(paths):
+        raise InputError("tgt_text and tgt_img_path must be lists of one length, not empty")
+    candidates = [item(t, p) for t, p in zip(texts, paths, strict=True)]
+    return item(row["qry_text"], row["qry_img_path"]), candidates
+
+
+def _located(where, parse, raw):
+    """parse(raw), with errors that say where."""
+    try:
+        return parse(raw)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{where}: {e}") from None
+
+
 def _jsonl(path, parse, image_root) -> Lazy:
-    """The lines of a JSONL file, parsed when asked for; each is tried once at the start, so that the
-    first bad one is named with file, line and field before any training."""
+    """The lines of a JSONL file, parsed when asked for; each is tried once now, so that the first
+    bad one is named, with file, line and field, before any training."""
     if not os.path.isfile(path):
         raise InputError(
-            f"{path}: no such file. Choose a .jsonl file, a folder in MMEB's layout, `shapes`"
+            f"--data {path}: no such file; choose shapes, a .jsonl, a folder like MMEB"
         )
     images = Images(image_root or Path(path).parent)
     with open(path, "rb") as file:
@@ -470,165 +498,136 @@ def _jsonl(path, parse, image_root) -> Lazy:
 
     def get(i):
         n, line = lines[i]
-        try:
-            return parse(json.loads(line), images)
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"{path}, line {n}: {e}") from None
+        return _located(f"{path}, line {n}", lambda x: parse(json.loads(x), images), line)
 
     for i in tqdm(range(len(lines)), f"reading {path}", leave=False, disable=len(lines) < 50_000):
         get(i)
     if not lines:
-        raise InputError(f"{path}: holds no lines")
+        raise InputError(f"--data {path}: holds no lines")
     return Lazy(len(lines), get)
 
 
-def _parquet(path, columns):
-    """The table of a parquet file, memory-mapped; columns that must be there are checked."""
+def _parquet(path, columns, parse) -> Lazy:
+    """The rows of a parquet file, memory-mapped, each parsed when asked for."""
     try:
         import pyarrow.parquet as pq
-    except ImportError:
-        raise InputError("reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
+
         table = pq.read_table(path, memory_map=True)
+    except ImportError:
+        raise InputError("MMEB's parquet files need pyarrow: pip install pyarrow") from None
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: not a readable parquet file: {e}") from None
-    if missing := sorted(set(columns) - set(table.column_names)):
-        raise InputError(
-            f"{path}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}"
-        )
-    return table
+    if missing := [c for c in columns if c not in table.column_names]:
+        raise InputError(f"{path}: no column {missing[0]}; it has {', '.join(table.column_names)}")
+    return Lazy(
+        table.num_rows,
+        lambda i: _located(
+            f"{path}, row {i}", lambda x: parse(x.to_pylist()[0]), table.slice(i, 1)
+        ),
+    )
 
 
-def _rows(path, columns, parse) -> Lazy:
-    """The rows of a parquet file, each parsed when asked for."""
-    table = _parquet(path, columns)
-
-    def get(i):
-        try:
-            return parse(table.slice(i, 1).to_pylist()[0])
-        except InputError as e:
-            raise InputError(f"{path}, row {i}: {e}") from None
-
-    return Lazy(table.num_rows, get)
-
-
-def _subsets(source, subsets, pattern) -> dict:
-    """{name: (cap or None, parquet file)} of a folder in MMEB's layout; `subsets`: "A:1000,B" or ""."""
+def _subsets(source, subsets, pattern) -> tuple:
+    """-> (folder, {name: (rows to use or None, parquet file)}) of a data set in MMEB's layout, from
+    a local folder or a hub id. subsets: "A:1000,B", "mmeb20", or "" for all there are."""
+    subsets = MMEB20 if subsets == "mmeb20" else subsets
+    wanted = [w.partition(":")[::2] for w in subsets.split(",")] if subsets else []
     root = Path(source)
     if not root.is_dir():
-        raise InputError(
-            f"{source}: no such folder; a folder in MMEB's layout holds <subset>/{pattern}"
-        )
+        root = _download(source, [name for name, _ in wanted], pattern)
     have = {p.parent.name: p for p in sorted(root.glob(f"*/{pattern}"))}
     if not have:
-        raise InputError(f"{source}: no <subset>/{pattern} in it")
-    wanted = (
-        [w.partition(":")[::2] for w in subsets.split(",")] if subsets else [(n, "") for n in have]
-    )
+        raise InputError(f"--data {source}: no <subset>/{pattern} in it, as MMEB has")
     for name, cap in wanted:
         if name not in have or not (cap.isdigit() or cap == ""):
             raise InputError(
-                f"--subsets {name}{':' * bool(cap)}{cap}: choose from {', '.join(have)}"
+                f"--subsets {name}:{cap}: choose name or name:rows of {', '.join(have)}"
             )
-    return {name: (int(cap or 0) or None, have[name]) for name, cap in wanted}
+    wanted = wanted or [(name, "") for name in have]
+    return root, {name: (int(cap or 0) or None, have[name]) for name, cap in wanted}
 
 
-def _mmeb_pair(row, images, subset) -> Pair:
-    """One row of MMEB-train; "" is an absent field."""
+def _download(source, names, pattern) -> Path:
+    """What `names` need of a data set on the hub, resumable, nothing twice; its size is said
+    first."""
+    if source.count("/") != 1 or source[0] in "./":
+        raise InputError(
+            f"--data {source}: no such folder; choose shapes, a .jsonl, a folder, a hub id"
+        )
+    from huggingface_hub import snapshot_download
 
-    def part(text, image):
-        return _item(dict(text=row.get(text), image=row.get(image)), images, subset)
-
-    negative = row.get("neg_text") or row.get("neg_image_path")
-    return Pair(
-        part("qry", "qry_image_path"),
-        (part("pos_text", "pos_image_path"),),
-        (part("neg_text", "neg_image_path"),) if negative else (),
+    wanted = [f"{n}/{pattern}" for n in names or ["*"]] + [f"images_zip/{n}.zip" for n in names]
+    get = partial(
+        snapshot_download, source, repo_type="dataset", allow_patterns=[*wanted, "images.zip"]
     )
-
-
-def _mmeb_query(row, images, subset):
-    """One row of MMEB-eval: the query and its candidates, the positive first."""
-    query = _item(dict(text=row["qry_text"], image=row["qry_img_path"]), images, subset)
-    texts, paths = row["tgt_text"], row["tgt_img_path"]
-    if not texts or len(texts) != len(paths):
-        raise InputError("tgt_text and tgt_img_path must be lists of one length, not empty")
-    return query, [
-        _item(dict(text=t, image=p), images, subset) for t, p in zip(texts, paths, strict=True)
-    ]
-
-
-def _captions(d: Dialogue) -> Dialogue:
-    return d._replace(turns=(("Describe the picture.", d.turns[-1][1]),))
+    try:
+        size = sum(f.file_size for f in get(dry_run=True) if f.will_download)
+        print(f"downloading {size / 1e9:.2f} GB of {source}" if size else f"{source}: already here")
+        return Path(get())
+    except (OSError, ValueError) as e:
+        raise InputError(f"--data {source}: neither a folder nor on the hub: {e!s:.200}") from None
 
 
 def read_dialogues(source="shapes", image_root=None, seed=0, turns=0, caption=False) -> Sequence:
     """Stage 1's data: a sequence of Dialogues.
 
-    source: "shapes" (10^9 toy dialogues), or a JSONL file in LLaVA's layout. turns > 0 keeps the first
-    so many questions (1: single-turn); caption: a description in place of the dialogue (toy world).
-    Raises InputError with file, line and field."""
-    if source.startswith("shapes"):
-        shapes = Shapes(source.partition(":")[2] or "train", seed)
-        data = Lazy(10**9, partial(shapes.dialogue, caption=caption))
+    source: "shapes" (10^9 toy dialogues), or a JSONL file in LLaVA's layout. turns > 0: so many
+    questions of each (1: single-turn). caption: a description instead (toy world). Raises
+    InputError with file, line and field."""
+    if source == "shapes":
+        data = Lazy(10**9, partial(Shapes("train", seed).dialogue, caption=caption))
     elif caption:
-        raise InputError(
-            "--caption is for --data shapes; of a file give the captions as its answers"
-        )
+        raise InputError("--caption goes with --data shapes; a file brings its own captions")
     else:
         data = _jsonl(source, _dialogue, image_root)
-
-    def cut(i):
-        d = data[i]
-        return d._replace(turns=d.turns[:turns]) if turns else d
-
-    return Lazy(len(data), cut)
+    return Lazy(len(data), lambda i: data[i]._replace(turns=data[i].turns[: turns or None]))
 
 
 def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="original") -> dict:
     """Stage 2's data: {name: sequence of Pairs}, one entry a data set.
 
-    source: "shapes", a JSONL file of pairs, or a folder in MMEB-train's layout; subsets: names with
-    caps, "ImageNet_1K:100000,CIRR"; split: "original" or "diverse_instruction"."""
+    source: "shapes", a JSONL file of pairs, a folder or hub id in MMEB-train's layout. subsets:
+    names with caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original", "diverse_instruction"."""
     if source == "shapes":
-        shapes = Shapes("train", seed)
-        return {t: Lazy(10**9, partial(shapes.pair, t)) for t in META_TASK}
+        return {t: Lazy(10**9, partial(Shapes("train", seed).pair, t)) for t in META_TASK}
     if source.endswith(".jsonl"):
         return {Path(source).stem: _jsonl(source, _pair, image_root)}
-    images, columns = (
-        Images(image_root or source),
-        ("qry", "qry_image_path", "pos_text", "pos_image_path"),
-    )
-    found = {}
-    for name, (cap, path) in _subsets(source, subsets, f"{split}-*.parquet").items():
-        rows = _rows(path, columns, partial(_mmeb_pair, images=images, subset=name))
+    root, found = _subsets(source, subsets, f"{split}-*.parquet")
+    images, columns = Images(image_root or root), ("qry", "qry_image_path", "pos_text")
+    for name, (cap, path) in found.items():
+        parse = partial(_mmeb_pair, images=images, subset=name)
+        rows = _parquet(path, (*columns, "pos_image_path"), parse)
         found[name] = Lazy(min(cap or len(rows), len(rows)), rows.get)
     return found
 
 
 def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) -> list:
-    """Evaluation sets: a list of Tasks. source: "shapes" or a folder in MMEB-eval's layout; limit > 0
-    keeps so many queries of each."""
+    """Evaluation sets: a list of Tasks. source: "shapes" (5 tasks, each in distribution, with
+    combinations and with wordings never trained on), a folder or hub id in MMEB-eval's layout.
+    limit > 0: so many queries of each."""
     if source == "shapes":
-        kinds = {"": ("test", 0, False), "-new": ("new", 0, True), "-words": ("test", 0, True)}
         tasks = []
-        for suffix, (split, _, ood) in kinds.items():
-            shapes = Shapes(split, seed, new_words=suffix == "-words")
+        for suffix in ("", "-new", "-words"):
+            shapes = Shapes("new" if suffix == "-new" else "test", seed, suffix == "-words")
             for name, meta in META_TASK.items():
                 queries = Lazy(limit or 100, partial(shapes.query, name))
-                tasks.append(Task(name + suffix, meta, ood, queries))
+                tasks.append(Task(name + suffix, meta, suffix != "", queries))
+        unknown = set(subsets.split(",") if subsets else ()) - {t.name for t in tasks}
+        if unknown:
+            raise InputError(
+                f"--subsets {min(unknown)}: choose of {','.join(t.name for t in tasks)}"
+            )
         return [t for t in tasks if not subsets or t.name in subsets.split(",")]
-    images, columns = (
-        Images(image_root or source),
-        ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"),
-    )
+    root, found = _subsets(source, subsets, "test-*.parquet")
+    images, columns = Images(image_root or root), ("qry_text", "qry_img_path", "tgt_text")
     tasks = []
-    for name, (_, path) in _subsets(source, subsets, "test-*.parquet").items():
-        rows = _rows(path, columns, partial(_mmeb_query, images=images, subset=name))
-        meta, ood = MMEB.get(name, ("Other", True))
-        tasks.append(
-            Task(name, meta, bool(ood), Lazy(min(limit or len(rows), len(rows)), rows.get))
-        )
+    for name, (cap, path) in found.items():
+        # Candidates repeat from row to row: each becomes an Item once.
+        make = partial(lambda text, image, name: _item(dict(text=text, image=image), images, name))
+        item = lru_cache(None)(partial(make, name=name))
+        rows = _parquet(path, (*columns, "tgt_img_path"), partial(_mmeb_query, item=item))
+        n = min(limit or len(rows), cap or len(rows), len(rows))
+        tasks.append(Task(name, *MMEB.get(name, ("Other", False)), Lazy(n, rows.get)))
     return tasks
 
 
@@ -636,139 +635,238 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
 
 PAD, HEAD, CONTENT, COMPRESS, QUESTION, ANSWER = range(6)  # the role of a token
 SUMMARIZE = "\nSummarize above image and text in a few words."  # the official code's prompt
-STYLES = {"coma": SUMMARIZE, "chat": "", "vlm2vec": None}  # --prompt: what follows the content
+STYLES = {"coma": SUMMARIZE, "chat": "", "vlm2vec": ""}  # --prompt: what follows the content
 
 
 class Collator:
-    """Items -> padded model inputs, in one layout for all stages.
+    """Items -> padded model inputs, in one layout for all stages; the roles of its tokens:
 
-        HEAD      user turn opens
+        HEAD      a user turn opens
         CONTENT   text and pictures, the style's instruction; the assistant's turn opens
         COMPRESS  C_1 ... C_K: the assistant's answer is the code         <- an embedding ends here
-        QUESTION  user turn: Q_1; assistant's turn opens                  <- stage 1 goes on
+        QUESTION  a user turn: Q_1; the assistant's turn opens            <- stage 1 goes on
         ANSWER    A_1 and the end-of-turn token; and so on
 
-    With K = 0 there is no code: the content and Q_1 share one user turn (plain instruction tuning).
-    processor: a transformers processor (tokenizer + image processor); its tokenizer must know the K
-    compression tokens (`compress_ids`). max_length: longer rows lose text from the content's middle."""
+    With K = 0 there is no code: content and Q_1 share one user turn (plain instruction tuning).
+    Style "vlm2vec": the text as it stands, no template, no code.
+
+    processor: of transformers (tokenizer, image processor); compress_ids: the K tokens' ids;
+    max_length: longer rows lose text from the content's middle, or their last turns; 0: none do."""
 
     def __init__(self, processor, compress_ids=(), style="chat", max_length=0):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.compress_ids, self.style, self.max_length = list(compress_ids), style, max_length
-        self.head, self.mid, self.next, tail, self.picture = self._chat_pieces()
-        self.end = tail[:1] or [self.tokenizer.eos_token_id]
-        probe = self._segment(Image.new("RGB", (64, 64)))
+        self.head, self.mid, self.next, self.end, self.picture = [], [], [], [], ""
+        if style == "vlm2vec":
+            self.picture = processor.image_token
+        else:
+            self._read_chat_template()
         self.pad = self.tokenizer.pad_token_id or 0
-        self.token_keys = [k for k in probe["tokens"] if k != "input_ids"]
+        probe = self._segment(Image.new("RGB", (64, 64)))["tokens"]
+        self.token_keys = ("input_ids", "roles", *(k for k in probe if k != "input_ids"))
 
-    def _chat_pieces(self):
-        """The chat template's own pieces: token ids of what opens a user turn, of what stands between
-        question and answer, between answer and question, after the last answer; the image's text."""
-        marks = ["\u2460", "\u2461", "\u2462", "\u2463"]
-        roles = ("user", "assistant") * 2
-        chat = [
-            dict(role=r, content=[dict(type="text", text=m)])
-            for r, m in zip(roles, marks, strict=True)
-        ]
-        render = partial(
-            self.tokenizer.apply_chat_template,
-            chat_template=self.processor.chat_template,
-            tokenize=False,
-        )
-        head, rest = render(chat).split(marks[0])
-        mid, rest = rest.split(marks[1])
-        following, rest = rest.split(marks[2])
-        tail = rest.split(marks[3])[1]
-        if following.startswith(tail):  # without the default system prompt, as in the official code
-            head = following.removeprefix(tail)
-        pieces = [
-            self.tokenizer(s, add_special_tokens=False).input_ids
-            for s in (head, mid, following, tail)
-        ]
-        bos = self.tokenizer("").input_ids
-        pieces[0] = pieces[0] if pieces[0][: len(bos)] == bos else bos + pieces[0]
-        turn = [[dict(type="image")] * n + [dict(type="text", text=marks[0])] for n in (1, 0)]
-        one, none = (render([dict(role="user", content=c)]).split(marks[0])[0] for c in turn)
-        return *pieces, one[len(os.path.commonprefix([one, none])) :]
-
-    def _segment(self, image):
-        """One picture as the processor writes it: {"tokens": {key: (L,)}, "images": {key: (n, ...)}}."""
-        out = self.processor(
-            text=[self.picture], images=[image], add_special_tokens=False, return_tensors="pt"
-        )
-        tokens = {
-            k: v[0] for k, v in out.items() if k == "input_ids" or k.endswith("token_type_ids")
-        }
-        images = {k: v for k, v in out.items() if k not in tokens and k != "attention_mask"}
-        return dict(tokens=tokens, images=images)
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _text(self, text):
         """Token ids of a user's text. Trap: a special token spelled out in it must stay text."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
+    def _read_chat_template(self):
+        """What the model's chat template writes before, between and after two questions and
+        answers, as token ids, and around a picture, as text: found by rendering marks and splitting
+        there."""
+
+        def render(*turns):
+            roles = itertools.cycle(("user", "assistant"))
+            chat = [dict(role=r, content=c) for r, c in zip(roles, turns, strict=False)]
+            template = self.processor.chat_template or self.tokenizer.chat_template
+            return self.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+
+        if not (self.processor.chat_template or self.tokenizer.chat_template):
+            raise InputError("the model has no chat template; take its instruction-tuned version")
+        text = dict(type="text", text="\u2460")
+        head, mid, following, _, tail = render(*[[text]] * 4).split("\u2460")
+        if following.startswith(tail):  # no default system prompt, as in the official code
+            head = following.removeprefix(tail)
+        ids = self._ids(head)
+        bos = self.tokenizer("").input_ids
+        self.head = ids if ids[: len(bos)] == bos else bos + ids
+        self.mid, self.next = self._ids(mid), self._ids(following)
+        self.end = self._ids(tail)[:1] or [self.tokenizer.eos_token_id]
+        one, none = (render([dict(type="image")] * n + [text]).split("\u2460")[0] for n in (1, 0))
+        self.picture = one[len(os.path.commonprefix([one, none])) :]
+
+    def _segment(self, image):
+        """A picture as the processor writes it: {"tokens": {key: (L,)}, "images": {key: (n,
+        ...)}}."""
+        if self.style == "vlm2vec" and min(image.size) < 28:
+            image = image.resize((56, 56))
+        arguments = dict(text=[self.picture], images=[image], add_special_tokens=False)
+        found = self.processor(**arguments, return_tensors="pt")
+        found.pop("attention_mask", None)
+        tokens = {k: found.pop(k)[0] for k in list(found) if k == "input_ids" or "type_ids" in k}
+        return dict(tokens=tokens, images=dict(found))
+
     def row(self, item: Item, turns=()) -> dict:
-        """One example, not padded: {"tokens": {key: (L,)}, "images": {key: (n, ...)}, "cut": tokens that
-        max_length took away}."""
+        """One example, not padded: {"tokens": {key: (L,)}, "images": {key: (n, ...)}, "cut": how
+        many tokens max_length cost it}."""
         texts = item.text.split(IMAGE)
         if len(texts) - 1 != len(item.images):
-            raise InputError(
-                f"{len(texts) - 1} x {IMAGE}, but {len(item.images)} pictures, in {item}"[:300]
-            )
-        suffix = STYLES[self.style] if self.compress_ids or not turns else ""
-        texts[-1] += suffix + "\n" * bool(turns and not self.compress_ids and item.text)
+            found = f"{len(texts) - 1} {IMAGE} for {len(item.images)} pictures"
+            raise InputError(f"{found} in {item!s:.200}: one where each goes")
         segments = [self._segment(open_image(x)) for x in item.images]
+        code = bool(self.compress_ids) or not turns
         parts = [(self.head, HEAD), (self._text(texts[0]), CONTENT)]
         for segment, text in zip(segments, texts[1:], strict=True):
             parts += [(segment["tokens"], CONTENT), (self._text(text), CONTENT)]
-        if self.compress_ids or not turns:
-            parts += [(self.mid, CONTENT), (self.compress_ids, COMPRESS)]
-        lead = self.next if self.compress_ids else []
+        if code:
+            parts += [(self._ids(STYLES[self.style]) + self.mid, CONTENT)]
+            parts += [(self.compress_ids, COMPRESS)]
+        lead = self.next if code else self._ids("\n")
         for question, answer in turns:
             parts += [(lead + self._text(question) + self.mid, QUESTION)]
             parts += [(self._text(answer) + self.end, ANSWER)]
             lead = self.next[len(self.end) :]
-        return self._join(parts, segments)
-
-    def _join(self, parts, segments):
-        tokens = {k: [] for k in ("input_ids", "roles", *self.token_keys)}
+        cut = self._shorten(parts, len(turns))
+        tokens = {k: [] for k in self.token_keys}
         for ids, role in parts:
-            piece = (
-                ids if isinstance(ids, dict) else {"input_ids": torch.tensor(ids, dtype=torch.long)}
-            )
+            piece = ids if isinstance(ids, dict) else dict(input_ids=torch.tensor(ids).long())
             zeros = torch.zeros_like(piece["input_ids"])
             for k, columns in tokens.items():
                 columns.append(zeros + role if k == "roles" else piece.get(k, zeros))
         tokens = {k: torch.cat(v) for k, v in tokens.items()}
+        if not len(tokens["input_ids"]):
+            raise InputError(f"nothing to embed in {item}: text and picture are empty")
         images = {k: [s["images"][k] for s in segments] for s in segments[:1] for k in s["images"]}
-        return dict(tokens=tokens, images={k: cat_padded(v) for k, v in images.items()})
+        return dict(tokens=tokens, images={k: cat_padded(v) for k, v in images.items()}, cut=cut)
+
+    def _shorten(self, parts, turns) -> int:
+        """Makes a row fit max_length, in place: its last turns go, but the first, then text from
+        the middle of the content's longest piece; never a picture's tokens or the code."""
+
+        def size():
+            return sum(len(p["input_ids"] if isinstance(p, dict) else p) for p, _ in parts)
+
+        before = size()
+        while self.max_length and size() > self.max_length:
+            if turns > 1:
+                del parts[-2:]
+                turns -= 1
+                continue
+            last = len(parts) - 2 * turns - 2 * (bool(self.compress_ids) or not turns)
+            texts = [i for i in range(1, last) if not isinstance(parts[i][0], dict)]
+            longest = max(texts, key=lambda i: len(parts[i][0]))
+            ids, over = parts[longest][0], size() - self.max_length
+            if over > len(ids):
+                over = f"{size()} tokens, {over} too many, and only {len(ids)} of them text"
+                raise InputError(f"--max-length {self.max_length}: {over}; lower --max-pixels")
+            keep = (len(ids) - over + 1) // 2
+            parts[longest] = (ids[:keep] + ids[keep + over :], CONTENT)
+        return before - size()
 
     def pad_rows(self, rows, device=None) -> dict:
-        """Rows -> inputs, right-padded to the longest: input_ids, attention_mask, roles, ... (B, L) and
-        the image tensors of all rows end to end."""
+        """Rows -> inputs, right-padded to the longest: input_ids, attention_mask, roles, ... (B,
+        L), and the image tensors of all rows end to end."""
         L = max(len(r["tokens"]["input_ids"]) for r in rows)
         inputs = {}
-        for k in rows[0]["tokens"]:
-            fill = self.pad if k == "input_ids" else 0
-            stack = [F.pad(r["tokens"][k], (0, L - len(r["tokens"][k])), value=fill) for r in rows]
-            inputs[k] = torch.stack(stack)  # (B, L)
+        for k in self.token_keys:
+            inputs[k] = torch.full((len(rows), L), self.pad if k == "input_ids" else 0)  # (B, L)
+            for i, r in enumerate(rows):
+                inputs[k][i, : len(r["tokens"][k])] = r["tokens"][k]
         inputs["attention_mask"] = (inputs["roles"] != PAD).long()
-        for k in {k: 0 for r in rows for k in r["images"]}:
+        for k in dict.fromkeys(k for r in rows for k in r["images"]):
             inputs[k] = cat_padded([r["images"][k] for r in rows if k in r["images"]])
         return {k: v.to(device, non_blocking=True) for k, v in inputs.items()} if device else inputs
 
     def __call__(self, items, turns=None) -> dict:
         """Items (and the turns of each) -> padded model inputs."""
-        turns = turns or [()] * len(items)
-        return self.pad_rows([self.row(x, t) for x, t in zip(items, turns, strict=True)])
+        pairs = zip(items, turns or [()] * len(items), strict=True)
+        return self.pad_rows([self.row(x, t) for x, t in pairs])
 
 
 def cat_padded(tensors) -> torch.Tensor:
     """Tensors end to end along their first axis; the other axes zero-padded to the largest."""
-    shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-    if all(list(t.shape[1:]) == shape for t in tensors):
-        return torch.cat(tensors)
-    grow = [
-        [p for n, s in zip(shape[::-1], t.shape[:0:-1], strict=True) for p in (0, n - s)]
-        for t in tensors
-    ]
-    return torch.cat([F.pad(t, g) for t, g in zip(tensors, grow, strict=True)])
+    size = [max(s) for s in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    out = tensors[0].new_zeros(sum(map(len, tensors)), *size)
+    at = 0
+    for t in tensors:
+        out[(slice(at, at + len(t)), *(slice(n) for n in t.shape[1:]))] = t
+        at += len(t)
+    return out
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+def show(path="out/shapes.png"):
+    """Examples of the toy world, printed, and 32 of its pictures on one sheet."""
+    shapes, sheet = Shapes(), Image.new("RGB", (8 * 68 + 4, 4 * 68 + 4), "white")
+    for i in range(32):
+        d = shapes.dialogue(i)
+        sheet.paste(d.item.images[0].render(), (4 + i % 8 * 68, 4 + i // 8 * 68))
+        print(
+            *([f"\npicture {i}"] + [f"  {q}  ->  {a}" for q, a in d.turns] if i < 3 else []),
+            sep="\n",
+        )
+    for task in META_TASK:
+        query, (target, *others) = shapes.query(task, 0)
+        shown = [
+            x.text.replace(IMAGE, "") or str(x.images[0].objects[0]) for x in (target, *others)
+        ]
+        print(f"\n{task}: {query.text}\n  right: {shown[0]}\n  wrong: {' | '.join(shown[1:4])} ...")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.resize((sheet.width * 2, sheet.height * 2), 0).save(path)
+    print(f"\nwrote {path}")
+
+
+def export(out, n=100):
+    """The toy world as files: dialogues.jsonl (LLaVA's layout), MMEB-train/ and MMEB-eval/ (parquet
+    and PNG), n examples each; they read back to the same examples."""
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    def write(item, root):
+        """Saves the item's pictures. -> (text as MMEB writes it, path or "")."""
+        name = f"shapes/{item.key:016x}.png" if item.images else ""
+        if name:
+            (Path(out, root, "images", name)).parent.mkdir(parents=True, exist_ok=True)
+            item.images[0].render().save(Path(out, root, "images", name))
+        return item.text.replace(IMAGE, "<|image_1|>"), name
+
+    def table(rows, columns, path):
+        Path(out, path).parent.mkdir(parents=True, exist_ok=True)
+        columns = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+        pq.write_table(pyarrow.table(columns), Path(out, path))
+
+    lines, train = [], Shapes()
+    for i in range(n):
+        d = train.dialogue(i)
+        talk = [dict(zip(("from", "value"), p, strict=True)) for q, a in d.turns
+                for p in (("human", q), ("gpt", a))]  # fmt: skip
+        talk[0]["value"] = f"{IMAGE}\n" + talk[0]["value"]
+        lines.append(json.dumps(dict(id=d.id, image=write(d.item, ".")[1], conversations=talk)))
+    Path(out, "dialogues.jsonl").write_text("\n".join(lines) + "\n")
+    for t in META_TASK:
+        rows = [[f for x in (p.query, p.targets[0]) for f in write(x, "MMEB-train")]
+                for p in (train.pair(t, i) for i in range(n))]  # fmt: skip
+        columns = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+        table(rows, columns, f"MMEB-train/{t}/original-00000-of-00001.parquet")
+    for task in read_tasks(limit=n):
+        rows = []
+        for query, candidates in task.queries:
+            targets = [write(x, "MMEB-eval") for x in candidates]
+            rows.append([*write(query, "MMEB-eval"), *map(list, zip(*targets, strict=True))])
+        columns = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+        table(rows, columns, f"MMEB-eval/{task.name}/test-00000-of-00001.parquet")
+    print(f"wrote {out}/dialogues.jsonl, MMEB-train, MMEB-eval: {n} examples of each kind")
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case []:
+            show()
+        case ["export", folder]:
+            export(folder)
+        case _:
+            sys.exit(__doc__)

@@ -2,10 +2,10 @@
 
     python evaluate.py                                       the toy world's 15 sets
     python evaluate.py --data MMEB-eval                      a folder in MMEB's layout
-    torchrun --nproc-per-node 8 evaluate.py --model out/contrastive --data MMEB-eval --json scores.json
+    torchrun --nproc-per-node 8 evaluate.py --data MMEB-eval --json scores.json
 
-Each query is compared with its own candidates; a hit is a query whose right candidate is nearer than
-every other one. Reads a model folder and tasks; prints a table; writes --json.
+Each query is compared with its own candidates; a hit is a query whose right candidate is nearer
+than every other one. Reads a model folder and tasks; prints a table; writes --json.
 """
 
 import json
@@ -37,10 +37,11 @@ class Config(model.Flags):
 def precision_at_1(q, c, candidates, tie=1e-6) -> float:
     """Share of queries whose right candidate scores higher than each other one by more than `tie`.
 
-    q (n, D) and c (m, D) unit-length, candidates[i]: rows of c, the right one first. A tie with the right
-    one is not a hit: with `argmax`, a collapsed model (all embeddings equal) would score 100 %, for the
-    right one stands at index 0. NaN is never a hit. Several candidates that *are* the right one (the same
-    row of c) count as one. 1 / len(candidates) on average when the embeddings carry no information."""
+    q (n, D) and c (m, D) unit-length, candidates[i]: rows of c, the right one first. A tie with the
+    right one is not a hit: with `argmax`, a collapsed model (all embeddings equal) would score 100
+    %, for the right one stands at index 0. NaN is never a hit. Several candidates that *are* the
+    right one (the same row of c) count as one. 1 / len(candidates) on average when the embeddings
+    carry no information."""
     hits = 0
     for i, rows in enumerate(candidates):
         scores = c[rows] @ q[i]  # cosines

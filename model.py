@@ -1,11 +1,13 @@
-"""The multimodal embedder that all stages share: an MLLM, K compression tokens, pooling; load and save.
+"""The multimodal embedder of all stages: an MLLM, K compression tokens, pooling; load and save.
 
     from model import load
-    z = load("out/contrastive").encode(["a red circle", PIL.Image.open("a.png")])    # (2, D), unit length
+    z = load("out/contrastive").encode(["a red circle", Image.open("a.png")])  # (2, D), unit length
 
-Legend, for all files: B pairs on this rank - N = world * B pairs the loss sees - L sequence - P image
-tokens - K compression tokens - D width - V vocabulary; q, t query and target - `_all` gathered over
-ranks - h hidden states - z unit-length embeddings.
+    python model.py merge IN OUT      folds a LoRA adapter into a plain transformers folder
+
+Legend, for all files: B pairs on this rank - N = world * B pairs the loss sees - L sequence -
+P image tokens - K compression tokens - D width - V vocabulary; q, t query and target - h hidden
+states - z unit-length embeddings.
 
 Top to bottom: pooling - Embedder - load and save - what is trained - plumbing.
 """
@@ -32,20 +34,22 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.masking_utils import create_masks_for_generate
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from data import STYLES, Collator, InputError, Item, Lazy
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-HERE = Path(__file__).parent
-TOY_K = (
-    4  # compression tokens of a model that has none yet: the toy picture has 16 tokens. Paper: 32
-)
+TOY = Path(__file__).parent / "assets" / "toy"
+TOY_K = 4  # compression tokens where nothing says how many: toy pictures have 16. The paper: 32
 
 # ----------------------------------------------------------------------------------------- pooling
 
@@ -60,7 +64,8 @@ def compression_pool(h, attention_mask, K):
 
 
 def last_token_pool(h, attention_mask):
-    """The last real token of a row (VLM2Vec): (B, L, D), (B, L) -> (B, D), padded on either side."""
+    """The last real token of a row (VLM2Vec): (B, L, D), (B, L) -> (B, D), padded on either
+    side."""
     return compression_pool(h, attention_mask, 1)
 
 
@@ -70,15 +75,14 @@ def last_token_pool(h, attention_mask):
 class Embedder(nn.Module):
     """An MLLM (any `AutoModelForImageTextToText`) that turns an input into one unit-length vector.
 
-    K: compression tokens; pooling: "mean" of them, or the "last" token; style: see data.STYLES."""
+    K compression tokens; pooling: "mean" of them, or the "last" token; style: see data.STYLES;
+    peft: the wrapper around the MLLM where it has LoRA, else None."""
 
     def __init__(self, mllm, processor, K, pooling, style, max_length=0, peft=None):
         super().__init__()
         self.mllm, self.processor = mllm, processor
         self.K, self.pooling, self.style = K, pooling, style
-        self.__dict__["peft"] = (
-            peft  # the wrapper around mllm, where there is LoRA; no second module
-        )
+        self.peft = [peft]  # in a list: no submodule, the weights are mllm's
         ids = processor.tokenizer.convert_tokens_to_ids([f"<|compress_{i}|>" for i in range(K)])
         self.collate = Collator(processor, ids, style, max_length)
 
@@ -86,13 +90,11 @@ class Embedder(nn.Module):
     def device(self):
         return next(self.mllm.parameters()).device
 
-    def frozen_tower(self):
-        """The vision tower if nothing of it is trained, else None."""
-        tower = self.mllm.get_encoder(modality="image")
-        return None if any(p.requires_grad for p in tower.parameters()) else tower
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
 
     def positions(self, inputs):
-        """Position ids, always given explicitly. Trap: a Qwen-VL model remembers the last batch's, and
+        """Position ids, always given. Trap: a Qwen-VL model remembers the last batch's, and
         Qwen2.5-VL silently falls back to 1-D ones. VLM2Vec's checkpoints need sequential ones."""
         mask = inputs["attention_mask"]
         rope = getattr(self.mllm.model, "get_rope_index", None)  # the families with M-RoPE
@@ -101,20 +103,37 @@ class Embedder(nn.Module):
         keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
         return rope(**{k: inputs.get(k) for k in keys})[0]  # (3, B, L)
 
+    def attention(self, inputs, mask):
+        """The mask in the form that the family needs. In Gemma 3 a picture's tokens see each other
+        both ways and some layers see a window: there `mask` decides about earlier tokens only."""
+        image = inputs.get("token_type_ids")
+        if mask is None:
+            return inputs["attention_mask"]
+        if self.mllm.config._attn_implementation != "sdpa":  # Trap: eager would *add* the booleans
+            raise InputError("the compression mask needs --attn sdpa")
+        if image is None:
+            return mask
+        start = (image == 1) & ~F.pad(image == 1, (1, 0))[:, :-1]
+        return create_masks_for_generate(
+            config=self.mllm.config, past_key_values=None, attention_mask=inputs["attention_mask"],
+            inputs_embeds=self.mllm.get_input_embeddings()(inputs["input_ids"]),
+            and_mask_function=lambda b, head, i, j: mask[b, 0, i, j] | (j > i),
+            block_sequence_ids=torch.where(image == 1, start.cumsum(1) - 1, -1),
+        )  # fmt: skip
+
     def hidden(self, inputs, mask=None):
         """Hidden states of the last layer, after the final norm: (B, L, D).
 
         mask: bool (B, 1, L, L), True = may attend; without one plain causal attention."""
-        kwargs = {k: v for k, v in inputs.items() if k != "roles"}
-        kwargs["position_ids"] = self.positions(inputs)
-        if mask is not None:
-            kwargs["attention_mask"] = mask
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.mllm.model(**kwargs, use_cache=False).last_hidden_state
+        given = {k: v for k, v in inputs.items() if k != "roles"}
+        given["position_ids"] = self.positions(inputs)
+        given["attention_mask"] = self.attention(inputs, mask)
+        with self.autocast():
+            return self.mllm.model(**given, use_cache=False).last_hidden_state
 
     def logits(self, h):
-        """(n, D) -> (n, V). Given only the positions that matter: (B, L, V) would be gigabytes."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        """(n, D) -> (n, V), for the positions that matter: (B, L, V) would be gigabytes."""
+        with self.autocast():
             return self.mllm.get_output_embeddings()(h)
 
     def forward(self, inputs):
@@ -128,31 +147,49 @@ class Embedder(nn.Module):
     def encode(self, items, chunk_tokens=8192, workers=0, progress="") -> np.ndarray:
         """Embeddings, float32 (len(items), D), in the order given.
 
-        items: Items, strings, PIL images, paths (`pathlib.Path`), mixed. Batched inside, sorted by
-        length, `chunk_tokens` padded tokens at a time; pictures are opened in `workers` processes."""
+        items: Items, strings, PIL images, `pathlib.Path`s of pictures, mixed. Batched inside,
+        sorted by length, `chunk_tokens` padded tokens at a time; pictures are opened in `workers`
+        processes."""
         items, was_training = [Item.of(x) for x in items], self.training
         windows = [items[i : i + 256] for i in range(0, len(items), 256)]
-        rows_of = Lazy(len(windows), lambda i: [self.collate.row(x) for x in windows[i]])
-        z = []
+        z = np.zeros((len(items), self.mllm.get_input_embeddings().weight.shape[1]), np.float32)
         self.eval()
-        with tqdm(total=len(items), desc=progress, disable=not progress, leave=False) as bar:
-            for rows in prefetch(rows_of.get, range(len(windows)), min(workers, len(windows))):
-                z += [torch.empty(len(rows), 0)]
-                lengths = [len(r["tokens"]["input_ids"]) for r in rows]
-                for chunk in token_chunks(lengths, chunk_tokens):
-                    part = self(self.collate.pad_rows([rows[i] for i in chunk], self.device)).cpu()
-                    if not z[-1].numel():
-                        z[-1] = torch.empty(len(rows), part.shape[1])
-                    z[-1][chunk] = part
-                    bar.update(len(chunk))
+        bar = tqdm(total=len(items), desc=progress, disable=not progress, leave=False)
+        made = prefetch(partial(_rows, self.collate, windows), range(len(windows)), workers)
+        for start, rows in enumerate(made):
+            for chunk in token_chunks(row_lengths(rows), chunk_tokens):
+                inputs = self.collate.pad_rows([rows[i] for i in chunk], self.device)
+                z[[256 * start + i for i in chunk]] = self(inputs).float().cpu().numpy()
+                bar.update(len(chunk))
+        bar.close()
         self.train(was_training)
-        width = self.mllm.get_input_embeddings().weight.shape[1]
-        return torch.cat(z).numpy() if z else np.zeros((0, width), np.float32)
+        return z
+
+    def frozen_tower(self):
+        """The vision tower if nothing of it is trained, else None."""
+        tower = self.mllm.get_encoder(modality="image")
+        return None if any(p.requires_grad for p in tower.parameters()) else tower
+
+
+def _rows(collate, windows, i):
+    return [collate.row(x) for x in windows[i]]
+
+
+def row_lengths(rows) -> list:
+    """Tokens of each row."""
+    return [len(r["tokens"]["input_ids"]) for r in rows]
+
+
+def cut_tokens(rows) -> dict:
+    """What --max-length cost this rank's rows, for the log; nothing where it cost nothing."""
+    cut = sum(r["cut"] for r in rows)
+    return dict(cut=cut) if cut else {}
 
 
 def token_chunks(lengths, budget) -> list:
-    """Indices of rows, sorted by length and cut into chunks of at most `budget` padded tokens (one row
-    may exceed it alone). The chunks go from the shortest rows to the longest, and the last is full."""
+    """Indices of rows, sorted by length and cut into chunks of at most `budget` padded tokens (a
+    longer row stands alone). From the shortest rows to the longest; the last chunk is a full
+    one."""
     chunks, longest = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if chunks and (len(chunks[-1]) + 1) * longest <= budget:
@@ -176,26 +213,32 @@ def images_only(base):
 def load_processor(path, config, min_pixels=0, max_pixels=0):
     """The processor (tokenizer, image processor, chat template) of a checkpoint."""
     processor = images_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(path)
-    size = getattr(processor.image_processor, "size", None)
-    if (min_pixels or max_pixels) and not (size and size.get("longest_edge", 0) > 10_000):
-        raise InputError("--min-pixels, --max-pixels: this model's pictures have a fixed size")
-    for edge, pixels in (("shortest_edge", min_pixels), ("longest_edge", max_pixels)):
-        if pixels:  # the Qwen family's "edges" are areas
-            processor.image_processor.size[edge] = pixels
+    if min_pixels or max_pixels:  # the Qwen family's "edges" are areas
+        size = dict(processor.image_processor.size)
+        if not (size.get("longest_edge") or 0) > 4096 or (max_pixels and min_pixels > max_pixels):
+            raise InputError("--min-pixels, --max-pixels: a range, for models of any picture size")
+        low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        processor.image_processor.size = dict(shortest_edge=min(low, high), longest_edge=high)
     return processor
 
 
 def place(name) -> str:
     """Where a model is: the toy's folder, else the name as it stands."""
-    return str(HERE / "assets" / "toy") if name in ("toy", "toy-random") else str(name)
+    return str(TOY) if name in ("toy", "toy-random") else str(name)
+
+
+def read_json(folder, name) -> dict:
+    """A small JSON file of a checkpoint folder; {} where there is none."""
+    file = Path(folder) / name
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **more) -> Embedder:
     """An Embedder from "toy", "toy-random", a folder (adapters in peft's format too), or a hub id.
 
-    compress_tokens, pooling, prompt: where None what the checkpoint says; an InputError that names both
-    where they contradict it. A model that is no embedder yet gets K new tokens. device: "cuda" if there
-    is one. more: dtype of the weights (float32), attn ("sdpa"), max_length, min_pixels, max_pixels."""
+    compress_tokens, pooling, prompt: where None what the checkpoint says; an InputError that names
+    both where they contradict it. A model that is no embedder yet gets K new tokens. device: "cuda"
+    if there is one. more: attn ("sdpa"), max_length, min_pixels, max_pixels."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = place(name)
     if not os.path.isdir(path) and (path.count("/") != 1 or path[0] in "./"):
@@ -210,70 +253,65 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **m
     style, K = asked["prompt"] or "chat", asked["compress_tokens"]
     K = K if K is not None else 0 if style == "vlm2vec" else TOY_K
     pooling = asked["pooling"] or ("mean" if K else "last")
-    if style not in STYLES or pooling not in ("mean", "last") or (pooling == "mean" and K == 0):
-        raise InputError(
-            f"--prompt {style} --pooling {pooling} --compress-tokens {K}: prompts are "
-            f"{', '.join(STYLES)}; pooling is mean (of K > 0 tokens) or last"
-        )
-    mllm, processor, peft = load_mllm(path, name == "toy-random", K, more)
-    return Embedder(mllm, processor, K, pooling, style, more.get("max_length", 0), peft).to(device)
+    if style not in STYLES or pooling not in ("mean", "last") or (pooling == "mean") > K:
+        flags = f"--prompt {style} --pooling {pooling} --compress-tokens {K}"
+        raise InputError(f"{flags}: prompts are {', '.join(STYLES)}; pooling mean (K > 0) or last")
+    mllm, processor, peft = _load_mllm(path, name, K, **more)
+    embedder = Embedder(mllm, processor, K, pooling, style, more.get("max_length", 0), peft)
+    return embedder.to(device) if device.type == "cuda" else embedder.float()
 
 
-def load_mllm(path, fresh, K, more):
+def _load_mllm(path, name, K, attn="sdpa", min_pixels=0, max_pixels=0, max_length=0):
     """-> (the transformers model, its processor, the peft wrapper around it or None)."""
     adapter = read_json(path, "adapter_config.json")
-    base = place(adapter.get("base_model_name_or_path", path))
-    how = dict(
-        dtype=more.get("dtype") or torch.float32, attn_implementation=more.get("attn", "sdpa")
-    )
+    name = adapter.get("base_model_name_or_path", name)
+    base = place(name)
+    kind, how = AutoModelForImageTextToText, dict(dtype="auto", attn_implementation=attn)
     try:
         config = AutoConfig.from_pretrained(base)
-        whole = os.path.isdir(base) and not read_json(path, "processor_config.json")
-        pixels = (more.get("min_pixels", 0), more.get("max_pixels", 0))
-        processor = load_processor(base if whole else path, config, *pixels)
-        if fresh:
+        own = os.path.exists(os.path.join(path, "tokenizer_config.json"))
+        processor = load_processor(path if own else base, config, min_pixels, max_pixels)
+        if name == "toy-random":
             torch.manual_seed(0)
-            mllm = AutoModelForImageTextToText.from_config(config, **how)
+            mllm = kind.from_config(config, dtype=torch.float32, attn_implementation=attn)
         else:
-            mllm = AutoModelForImageTextToText.from_pretrained(base, use_safetensors=True, **how)
-    except (OSError, KeyError, ImportError) as e:
+            mllm = kind.from_pretrained(base, use_safetensors=True, **how)
+    except (OSError, KeyError, ImportError, ValueError, SafetensorError) as e:
         raise InputError(f"--model {path}: {e!s:.300}") from None
     add_compression_tokens(mllm, processor.tokenizer, K)
     if not adapter:
         return mllm, processor, None
-    peft = optional("peft", "a LoRA checkpoint").PeftModel.from_pretrained(
-        mllm, path, is_trainable=True
-    )
-    return mllm, processor, peft
+    peft = optional("peft", "a LoRA checkpoint")
+    return mllm, processor, peft.PeftModel.from_pretrained(mllm, path, is_trainable=True)
 
 
 def add_compression_tokens(mllm, tokenizer, K):
     """K new special tokens with embedding rows of their own, where the checkpoint has none yet."""
     names, old = [f"<|compress_{i}|>" for i in range(K)], len(tokenizer)
     new = tokenizer.add_tokens(names, special_tokens=True)
-    rows = max(
-        mllm.get_input_embeddings().weight.shape[0], len(tokenizer)
-    )  # some have rows to spare
+    rows = max(mllm.get_input_embeddings().weight.shape[0], len(tokenizer))  # some have to spare
     table = mllm.resize_token_embeddings(rows, mean_resizing=False).weight.data
     if new:
         known = table[:old].float()
         noise = torch.randn(K, table.shape[1], generator=torch.Generator().manual_seed(0))
-        # The mean row, with noise so that the K tokens differ: an equal start would keep them equal.
+        # The mean row, with noise so that the K tokens differ: equal ones would stay equal.
         table[old : old + K] = (known.mean(0) + known.std(0) * noise).to(table.dtype)
 
 
 def save(embedder, path, embedding=True):
-    """A plain transformers folder (config, safetensors, tokenizer, image processor), or the adapter in
-    peft's format, and nanocoma.json (K, pooling, prompt style; not for a model that is no embedder
-    yet). Written beside and renamed; rank 0 writes."""
-    path, state = (
-        Path(path),
-        whole_state(embedder),
-    )  # all ranks take part where the model is sharded
+    """A plain transformers folder (config, safetensors, tokenizer, image processor), or the adapter
+    in peft's format, and nanocoma.json (K, pooling, prompt style; not for a model that is no
+    embedder yet). Written beside and renamed; rank 0 writes, all ranks take part."""
+    path, part, peft = Path(path), Path(f"{path}.part"), embedder.peft[0]
+    state = None if peft or not sharded(embedder) else dcp.get_model_state_dict(
+        embedder.mllm, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )  # fmt: skip
     if rank() == 0:
-        part = path.with_name(path.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        (embedder.peft or embedder.mllm).save_pretrained(part, state_dict=state)
+        if peft:
+            peft.save_pretrained(part, save_embedding_layers=False)  # the K rows are in the adapter
+        else:
+            embedder.mllm.save_pretrained(part, state_dict=state)
         embedder.mllm.config.save_pretrained(part)
         embedder.processor.save_pretrained(part)
         if embedding:
@@ -285,12 +323,6 @@ def save(embedder, path, embedding=True):
         for file in sorted(part.iterdir()):
             os.replace(file, path / file.name)
         part.rmdir()
-
-
-def read_json(folder, name) -> dict:
-    """A small JSON file of a checkpoint folder; {} where there is none."""
-    file = Path(folder) / name
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def optional(package, what):
@@ -307,33 +339,56 @@ def optional(package, what):
 def choose_trained(embedder, cfg):
     """LoRA (--lora-rank > 0: on q, k, v, o of the language model, and the K embedding rows), or all
     weights; the vision tower stays as it is with LoRA or --freeze-vision."""
-    if cfg.lora_rank and not embedder.peft:
+    if cfg.lora_rank and not embedder.peft[0]:
         peft = optional("peft", "--lora-rank")
+        rows = {"embed_tokens": embedder.collate.compress_ids} if embedder.K else None
         lora = peft.LoraConfig(
-            r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, use_dora=cfg.dora,
+            r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
+            use_dora=cfg.dora, base_model_name_or_path=cfg.model,
             target_modules=r".*(language_model|text_model)\..*\.(q|k|v|o)_proj",
-            trainable_token_indices={"embed_tokens": embedder.collate.compress_ids} if embedder.K else None,
+            trainable_token_indices=rows,
         )  # fmt: skip
-        embedder.__dict__["peft"] = peft.get_peft_model(embedder.mllm, lora)
-        embedder.peft.active_peft_config.base_model_name_or_path = cfg.model
-    if not embedder.peft and cfg.freeze_vision:
+        embedder.peft[0] = peft.get_peft_model(embedder.mllm, lora)
+        lora.base_model_name_or_path = cfg.model
+    if not embedder.peft[0] and cfg.freeze_vision:
         embedder.mllm.get_encoder(modality="image").requires_grad_(False)
-    for p in embedder.parameters():  # trained in float32; frozen in bfloat16 on a GPU
+    for p in embedder.parameters():  # trained in float32; what is frozen in bfloat16 on a GPU
         frozen = torch.bfloat16 if embedder.device.type == "cuda" else p.dtype
-        p.data = p.data.to(
-            torch.promote_types(p.dtype, torch.float32) if p.requires_grad else frozen
-        )
+        full = torch.promote_types(p.dtype, torch.float32)
+        p.data = p.data.to(full if p.requires_grad else frozen)
     if cfg.checkpointing:
         embedder.mllm.gradient_checkpointing_enable(dict(use_reentrant=False))
-    say(describe(embedder))
+        embedder.mllm.enable_input_require_grads()
+    trained = sum(p.numel() for p in embedder.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in embedder.parameters())
+    say(f"{embedder.mllm.config.model_type} | {trained:,} of {total:,} parameters trained | "
+        f"K = {embedder.K}, {embedder.pooling} pooling, {embedder.style} prompt | "
+        f"{world()} rank(s) on {embedder.device.type}")  # fmt: skip
 
 
 def merge(embedder):
     """Folds the adapter into the weights: the same embeddings from a plain model."""
-    if embedder.peft:
-        embedder.mllm = embedder.peft.merge_and_unload()
-        embedder.__dict__["peft"] = None
+    if embedder.peft[0]:
+        embedder.mllm, embedder.peft[0] = embedder.peft[0].merge_and_unload(), None
     return embedder
+
+
+def shard(embedder):
+    """PyTorch's FSDP2: parameters, gradients and optimiser states divided over the ranks. Each
+    decoder layer is a unit of its own; all else is one more, gathered by every forward: a rank
+    whose chunk holds no picture calls for the same weights as the others, and nobody waits for
+    ever."""
+    if embedder.device.type == "cuda":
+        how = dict(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    else:
+        how = dict(mesh=init_device_mesh("cpu", (world(),)))
+    for layer in embedder.mllm.get_decoder().layers:
+        fully_shard(layer, **how)
+    fully_shard(embedder, **how)
+
+
+def sharded(embedder) -> bool:
+    return isinstance(embedder, FSDPModule)
 
 
 # --------------------------------------------------------------------------------------- plumbing
@@ -348,52 +403,74 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def say(text):
+    """Prints, on rank 0 only, above a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def versions() -> dict:
+    return {m.__name__: m.__version__ for m in (torch, transformers, np)}
+
+
 def setup() -> torch.device:
     """Joins torchrun's process group, if there is one. -> this rank's device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
+    cuda = torch.cuda.is_available()
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
+    if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo")
     return device
 
 
+def run(main, config):
+    """main(config) of a script: an InputError becomes one clear line and exit status 1. The other
+    ranks are then ended by torchrun, and never wait for this one."""
+    try:
+        main(config.parse())
+    except InputError as e:
+        print(f"\n{Path(sys.argv[0]).name}: {e}", file=sys.stderr, flush=True)
+        os._exit(1)  # not through destructors: they may wait for the other ranks
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def all_sum(x):
-    """Sum over ranks, in place: a tensor, or a number."""
+    """Sum over ranks: a tensor, in place, or a number."""
     if world() == 1:
         return x
-    if isinstance(x, torch.Tensor):
-        dist.all_reduce(x)
-        return x
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return type(x)(all_sum(torch.tensor(x, dtype=torch.float64, device=device)).item())
+    if not isinstance(x, torch.Tensor):
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return type(x)(all_sum(torch.tensor(x, dtype=torch.float64, device=device)).item())
+    dist.all_reduce(x)
+    return x
 
 
 def gather_objects(x) -> list:
     """What every rank holds, in the order of ranks."""
-    found = [None] * world()
+    found = [x] * world()
     if world() > 1:
         dist.all_gather_object(found, x)
-    return found if world() > 1 else [x]
+    return found
 
 
 def sum_gradients(parameters, bucket=25_000_000):
-    """Gradients summed over ranks, in flat buckets of at most `bucket` numbers: few, large messages.
-    A parameter that this rank's batch did not touch counts as zero, so ranks never differ in calls."""
-    parameters = [p for p in parameters if p.requires_grad]
+    """Gradients summed over ranks, in flat buckets of about `bucket` numbers: few, large messages.
+    A parameter that this rank's batch did not touch counts as zero: ranks never differ in calls."""
+    flats = [[]]
     for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    groups, size = [[]], 0
-    for p in parameters if world() > 1 else []:
-        if size + p.numel() > bucket and groups[-1]:
-            groups.append([])
-            size = 0
-        groups[-1].append(p.grad)
-        size += p.numel()
-    for grads in groups if world() > 1 else []:
-        flat = all_sum(torch.cat([g.flatten() for g in grads]))
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            flats[-1].append(p.grad)
+            if sum(g.numel() for g in flats[-1]) >= bucket:
+                flats.append([])
+    for grads in flats if world() > 1 else []:
+        flat = all_sum(torch.cat([g.flatten() for g in grads])) if grads else torch.empty(0)
         for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             g.copy_(part.view_as(g))
 
@@ -402,39 +479,36 @@ def _same(x):
     return x
 
 
-def _ignore_interrupt(worker):
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all; the main process ends the loader
+def _worker(number):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process ends these
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _packed(make, i):
-    try:  # arrays in one message: as tensors they would each hold a file descriptor
-        return pickle.dumps(
-            tree_map(lambda t: t.numpy() if isinstance(t, torch.Tensor) else t, make(i)), 5
-        )
+    def pack(t):  # arrays in one message: as tensors they would each hold a file descriptor
+        return t.numpy() if isinstance(t, torch.Tensor) else t
+
+    try:
+        return pickle.dumps(tree_map(pack, make(i)), 5)
     except InputError as e:
         return e
 
 
 def prefetch(make, indices, workers):
-    """Yields make(i) for i in `indices`, in order, made ahead in `workers` processes (0: in this one).
-    An InputError in a worker is raised here, as it was."""
-    lazy = Lazy(sys.maxsize, partial(_packed, make))
-    for packed in DataLoader(
-        lazy, batch_size=None, sampler=indices, num_workers=workers, collate_fn=_same,
-        worker_init_fn=_ignore_interrupt,
-    ):  # fmt: skip
+    """Yields make(i) for each i, in order, made ahead in `workers` processes (0: in this one). An
+    InputError in a worker is raised here, as it was."""
+    lazy, ahead = Lazy(sys.maxsize, partial(_packed, make)), min(workers, len(indices))
+    how = dict(batch_size=None, sampler=indices, collate_fn=_same, worker_init_fn=_worker)
+    for packed in DataLoader(lazy, num_workers=ahead, **how):
         if isinstance(packed, InputError):
             raise packed
-        yield tree_map(
-            lambda t: torch.from_numpy(t) if isinstance(t, np.ndarray) else t, pickle.loads(packed)
-        )
+        rows = pickle.loads(packed)
+        yield tree_map(lambda t: torch.from_numpy(t) if isinstance(t, np.ndarray) else t, rows)
 
 
-def flag(default, about, **more):
+def flag(default, about, choices=None):
     """A field of a Config that becomes a command-line flag."""
-    return dataclasses.field(default=default, metadata=dict(about=about, **more))
+    return dataclasses.field(default=default, metadata=dict(about=about, choices=choices))
 
 
 @dataclasses.dataclass
@@ -443,44 +517,36 @@ class Flags:
 
     model: str = flag("toy", "toy, toy-random, a folder, or a hub id")
     data: str = flag(
-        "shapes", "shapes (the toy world), a .jsonl file, or a folder in MMEB's layout"
+        "shapes", "shapes (the toy world), a .jsonl, a folder or hub id in MMEB's layout"
     )
     image_root: str = flag("", "where the pictures are; empty: beside the data")
     seed: int = flag(0, "of data, dropout and new weights")
     compress_tokens: int | None = flag(None, "K; default: the checkpoint's, else 4 (the paper: 32)")
-    pooling: str | None = flag(
-        None, "mean of the K tokens, or the last token", choices=["mean", "last"]
-    )
-    prompt: str | None = flag(None, "prompt style", choices=list(STYLES))
-    attn: str = flag("sdpa", "attention kernel: sdpa, eager, flash_attention_2, flex_attention")
+    pooling: str | None = flag(None, "of the K tokens, or the last one", ["mean", "last"])
+    prompt: str | None = flag(None, "prompt style", list(STYLES))
+    attn: str = flag("sdpa", "attention kernel", ["sdpa", "flash_attention_2", "flex_attention"])
     min_pixels: int = flag(0, "smallest picture (Qwen family), pixels; 0: the model's default")
     max_pixels: int = flag(0, "largest picture (Qwen family), pixels; the paper: 1024 x 28 x 28")
-    max_length: int = flag(
-        0, "most tokens of a row; longer ones lose text in the middle; 0: no limit"
-    )
+    max_length: int = flag(0, "most tokens of a row; longer ones lose text in the middle; 0: any")
     chunk_tokens: int = flag(8192, "padded tokens that go through the model at a time")
     workers: int = flag(1, "loader processes of a rank")
 
     @classmethod
     def parse(cls, argv=None):
         """The command line as a Config. Unknown and abbreviated flags are errors."""
-        doc = sys.modules[cls.__module__].__doc__
+        style = argparse.RawDescriptionHelpFormatter
+        about = sys.modules[cls.__module__].__doc__
         parser = argparse.ArgumentParser(
-            description=doc,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=about, allow_abbrev=False, formatter_class=style
         )
         for f in dataclasses.fields(cls):
-            kind = str(f.type).split(" ")[0] if isinstance(f.type, str) else f.type
-            kind = {"int": int, "float": float, "str": str, "bool": bool}.get(str(kind), kind)
-            kind = next((t for t in getattr(kind, "__args__", ()) if t is not type(None)), kind)
-            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
-            if "choices" in f.metadata:
-                how["choices"] = f.metadata["choices"]
-            about = f.metadata["about"] + (
-                "" if f.default is None else f" (default: {f.default!r})"
+            kind = next(
+                t for t in (*getattr(f.type, "__args__", ()), f.type) if t is not type(None)
             )
-            name = "--" + f.name.replace("_", "-")
+            how = dict(type=kind, choices=f.metadata["choices"])
+            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
+            shown = "" if f.default in (None, "") else f" (default: {f.default})"
+            about, name = f.metadata["about"] + shown, "--" + f.name.replace("_", "-")
             parser.add_argument(name, default=f.default, help=about.replace("%", "%%"), **how)
         return cls(**vars(parser.parse_args(argv)))
 
@@ -493,9 +559,8 @@ class Config(Flags):
     steps: int = flag(300, "optimiser steps")
     batch: int = flag(64, "examples a step, over all ranks")
     lr: float = flag(3e-3, "peak learning rate of AdamW")
-    muon_lr: float = flag(
-        0.02, "peak rate of Muon on the weight matrices; 0: AdamW trains everything"
-    )
+    muon_lr: float = flag(0.02, "peak rate of Muon on the weight matrices; 0: AdamW trains all")
+    schedule: str = flag("cosine", "after the warm-up, down to zero", ["cosine", "linear"])
     warmup: float = flag(0.05, "share of the steps that the learning rate takes to rise")
     weight_decay: float = flag(0.01, "decoupled weight decay")
     clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
@@ -506,117 +571,10 @@ class Config(Flags):
     lora_dropout: float = flag(0.1, "dropout in front of LoRA's matrices")
     dora: bool = flag(False, "DoRA: LoRA with the weights' magnitudes trained too")
     freeze_vision: bool = flag(False, "leave the vision tower as it is (with LoRA always)")
-    checkpointing: bool = flag(False, "gradient checkpointing: less memory, a third more time")
+    checkpointing: bool = flag(False, "gradient checkpointing: less memory, more time")
     save_every: int = flag(500, "steps between checkpoints; 0: only the model at the end")
     keep: int = flag(2, "checkpoints that stay")
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
-
-
-def run(main, config):
-    """main(config) of a script: an InputError becomes one clear line and exit status 1."""
-    try:
-        main(config.parse())
-    except InputError as e:
-        sys.exit(f"\n{Path(sys.argv[0]).name}: {e}")
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
-
-
-def versions() -> dict:
-    return {m.__name__: m.__version__ for m in (torch, transformers, np)}
-
-
-def say(*text):
-    """Prints, on rank 0 only, above a progress bar."""
-    if rank() == 0:
-        tqdm.write(" ".join(map(str, text)))
-
-
-def make_optimizers(embedder, lr, muon_lr, weight_decay) -> list:
-    """AdamW on all that is trained; with muon_lr, Muon on the weight matrices inside the layers."""
-    named = [(n, p) for n, p in embedder.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
-    matrices = matrices if muon_lr else []
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
-    found = [torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))]
-    if matrices:
-        found.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
-    for group in (g for o in found for g in o.param_groups):
-        group["peak"] = group["lr"]
-    return found
-
-
-def set_lr(optimizers, step, cfg) -> float:
-    """Warm-up, then half a cosine to zero. -> the learning rate of AdamW at this step."""
-    rise = max(1, round(cfg.warmup * cfg.steps))
-    share = min(1.0, (step + 1) / rise)
-    share *= 0.5 * (1 + math.cos(math.pi * max(0, step - rise) / max(1, cfg.steps - rise)))
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["lr"] = group["peak"] * share
-    return optimizers[0].param_groups[0]["lr"]
-
-
-def seed_step(seed, step):
-    """Dropout's random numbers are a function of (seed, step, rank): nothing of them must be saved."""
-    torch.manual_seed((seed * 1_000_003 + step) * 4_093 + rank())
-
-
-class Log:
-    """One aligned line a step on the screen (rank 0), the same numbers as a line of log.jsonl."""
-
-    def __init__(self, cfg, about, start=0):
-        self.cfg, self.start, self.t0 = cfg, start, time.time()
-        self.file, first = (
-            None,
-            dict(config=dataclasses.asdict(cfg), world=world(), **about, **versions()),
-        )
-        if rank() == 0:
-            path = Path(cfg.out) / "log.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            old = path.read_text().splitlines(True)[: start + 1] if start else []
-            part = path.with_suffix(".part")
-            part.write_text("".join(old) or json.dumps(first) + "\n")
-            os.replace(part, path)
-            self.file = open(path, "a", buffering=1)
-        self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() != 0, leave=False)
-
-    def __call__(self, step, timing, **numbers):
-        """numbers: reproducible ones, into log.jsonl; timing: text for the screen alone."""
-        if rank() == 0:
-            self.file.write(json.dumps(dict(step=step + 1, **numbers)) + "\n")
-            self.bar.update()
-            done = step + 1 - self.start
-            left = (time.time() - self.t0) / done * (self.cfg.steps - step - 1) / 60
-            if (step + 1) % max(
-                1, min(20, self.cfg.steps // 10)
-            ) == 0 or step + 1 == self.cfg.steps:
-                words = " | ".join(
-                    f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.3f}" for k, v in numbers.items()
-                )
-                say(f"step {step + 1:>5}/{self.cfg.steps} | {words} | {timing} | eta {left:.1f}m")
-
-
-def check_finite(step, lr, ids, **numbers):
-    """Stops the run, on all ranks alike, when a number is NaN or infinite."""
-    bad = [f"{k} = {v}" for k, v in numbers.items() if not math.isfinite(v)]
-    if bad:
-        raise InputError(
-            f"step {step + 1}: {', '.join(bad)} at lr {lr:.2e}. The examples of rank {rank()}: {ids}. "
-            "The last checkpoint is good; try a lower --lr, or look at these examples"
-        )
-
-
-def clip_and_step(embedder, optimizers, cfg, step, lr, loss, ids) -> float:
-    """Clips the gradient, checks that it is finite, takes the step. -> the gradient's norm."""
-    parameters = [p for p in embedder.parameters() if p.requires_grad]
-    norm = nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
-    check_finite(step, lr, ids, loss=loss, gradient=float(norm))
-    for o in optimizers:
-        o.step()
-        o.zero_grad(set_to_none=True)
-    return float(norm)
 
 
 def load_for(cfg, device) -> Embedder:
@@ -625,53 +583,122 @@ def load_for(cfg, device) -> Embedder:
     return load(cfg.model, cfg.compress_tokens, cfg.pooling, cfg.prompt, device, **more)
 
 
-def describe(embedder) -> str:
-    """What the model is, in one line."""
-    trained = sum(p.numel() for p in embedder.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in embedder.parameters())
-    return (
-        f"{embedder.mllm.config.model_type} | {trained:,} of {total:,} parameters trained | K = {embedder.K}, "
-        f"{embedder.pooling} pooling, {embedder.style} prompt | {world()} rank(s) on {embedder.device.type}"
-    )
+def make_optimizers(embedder, cfg) -> list:
+    """AdamW on all that is trained; with --muon-lr, Muon on the weight matrices inside the
+    layers."""
+    named = [(n, p) for n, p in embedder.named_parameters() if p.requires_grad]
+    inner = [n for n, p in named if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    inner = set(inner) if cfg.muon_lr else set()
+    adam, muon = ([p for n, p in named if (n in inner) == m] for m in (False, True))
+    how = dict(weight_decay=cfg.weight_decay)
+    found = [torch.optim.AdamW(adam, lr=cfg.lr, betas=(0.9, 0.98), **how)] if adam else []
+    return found + ([torch.optim.Muon(muon, lr=cfg.muon_lr, **how)] if muon else [])
 
 
-# Checkpoints: OUT/checkpoints/step-00000500/{trained.safetensors, optimizer.pt, state.json}. Data and
-# dropout are functions of (seed, step), so weights, optimiser and step number are the whole state.
+def begin_step(optimizers, step, cfg) -> float:
+    """Seeds dropout and sets the learning rates: warm-up, then half a cosine, or a line, to zero.
+    Both are functions of (seed, step, rank): nothing of them must be saved. -> AdamW's rate."""
+    torch.manual_seed((cfg.seed * 1_000_003 + step) * 4_093 + rank())
+    rise = max(1, round(cfg.warmup * cfg.steps))
+    past = max(0, step - rise) / max(1, cfg.steps - rise)  # 0 ... 1
+    fall = 1 - past if cfg.schedule == "linear" else (1 + math.cos(math.pi * past)) / 2
+    for o in optimizers:
+        for group in o.param_groups:
+            peak = cfg.muon_lr if isinstance(o, torch.optim.Muon) else cfg.lr
+            group["lr"] = peak * min(1.0, (step + 1) / rise) * fall
+    return optimizers[0].param_groups[0]["lr"]
 
-HARMLESS = ("out", "resume", "workers", "save_every", "keep")  # flags that may differ when resuming
+
+def end_step(embedder, optimizers, cfg, step, loss, ids) -> float:
+    """Clips the gradient and takes the step. -> the gradient's norm before clipping. Raises
+    InputError on all ranks alike where the loss or the gradient is not finite."""
+    parameters = [p for p in embedder.parameters() if p.requires_grad]
+    norm = nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not math.isfinite(loss + norm):
+        at = f"step {step + 1}, lr {optimizers[0].param_groups[0]['lr']:.2e}"
+        raise InputError(
+            f"{at}: loss {loss}, gradient norm {norm}; rank {rank()} had the examples {ids}. The "
+            "last checkpoint is good: look at these examples, or start again with a lower --lr"
+        )
+    for o in optimizers:
+        o.step()
+        o.zero_grad(set_to_none=True)
+    return norm
+
+
+class Log:
+    """One aligned line on the screen (rank 0) every few steps; every step as a line of
+    log.jsonl."""
+
+    def __init__(self, cfg, start):
+        self.cfg, self.start, self.t0 = cfg, start, time.time()
+        self.every = max(1, min(20, cfg.steps // 10))
+        path, old = Path(cfg.out, "log.jsonl"), []
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if start:
+                old = path.read_text().splitlines(True)[: start + 1]
+            first = dict(config=dataclasses.asdict(cfg), world=world(), **versions())
+            Path(f"{path}.part").write_text("".join(old) or json.dumps(first) + "\n")
+            os.replace(f"{path}.part", path)
+            self.file = open(path, "a", buffering=1)
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() != 0, leave=False)
+
+    def __call__(self, step, speed, **numbers):
+        """numbers: reproducible ones, also into log.jsonl; speed: (how many, of what) in this
+        step."""
+        if rank() == 0:
+            self.file.write(json.dumps(dict(step=step + 1, **numbers)) + "\n")
+            self.bar.update()
+            if (step + 1) % self.every and step + 1 < self.cfg.steps:
+                return
+            each = (time.time() - self.t0) / (step + 1 - self.start)  # seconds a step
+            words = [f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.3f}" for k, v in numbers.items()]
+            words += [f"{speed[0] / each:.0f} {speed[1]}/s"]
+            if torch.cuda.is_available():
+                words += [f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"]
+            words += [f"eta {each * (self.cfg.steps - step - 1) / 60:.1f}m"]
+            say(f"step {step + 1:>5}/{self.cfg.steps} | " + " | ".join(words))
+            if step + 1 == self.cfg.steps:
+                self.bar.close()
+
+
+# Checkpoints: OUT/checkpoints/step-00000500/{weights.safetensors, optimizer.pt, state.json}. Data
+# and dropout are functions of (seed, step): the trained weights, the optimiser, the step are the
+# whole.
+
+HARMLESS = ("out", "resume", "workers", "save_every", "keep")  # flags that may change in between
+TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 stop_asked = []  # signals that asked the run to save and end
 
 
-def catch_signals():
-    """SIGTERM and SIGINT let the step finish, save a checkpoint and end the run."""
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda number, frame: stop_asked.append(number))
-
-
 def save_checkpoint(embedder, optimizers, cfg, step):
-    """Written beside and renamed: a cut-off one is never seen. A full disk costs the checkpoint only."""
-    state = trained_state(embedder)
-    adam = optimizer_states(embedder, optimizers)
-    folder = Path(cfg.out) / "checkpoints"
-    if rank() == 0:
-        part, name = folder / "part", folder / f"step-{step:08d}"
-        try:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            save_file(state, part / "trained.safetensors")
-            torch.save(adam, part / "optimizer.pt")
-            about = dict(step=step, world=world(), config=dataclasses.asdict(cfg), **versions())
-            (part / "state.json").write_text(json.dumps(about, indent=1))
-            for file in part.iterdir():  # on the disk before the name says so
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
-            os.replace(part, name)
-        except (OSError, RuntimeError, SafetensorError) as e:
-            say(f"no checkpoint at step {step}: {e}. The older ones stay; is the disk full?")
-            shutil.rmtree(part, ignore_errors=True)
-            return
-        for old in sorted(folder.glob("step-*"))[: -cfg.keep]:
-            shutil.rmtree(old)
+    """Written beside and renamed: a cut-off one is never seen. A full disk costs the checkpoint,
+    not the run."""
+    weights, optimizer = dcp.get_state_dict(embedder, optimizers, options=TRAINED)
+    names = {n for n, _ in embedder.named_parameters()}  # a tied weight once
+    folder = Path(cfg.out, "checkpoints")
+    part = folder / "part"
+    if rank() > 0:
+        return
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        weights = {n: w.contiguous() for n, w in weights.items() if n in names}
+        save_file(weights, part / "weights.safetensors")
+        torch.save(optimizer, part / "optimizer.pt")
+        about = dict(step=step, world=world(), config=dataclasses.asdict(cfg), **versions())
+        (part / "state.json").write_text(json.dumps(about, indent=1))
+        for file in part.iterdir():  # on the disk before the name says so
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        os.replace(part, folder / f"step-{step:08d}")
+    except (OSError, RuntimeError, SafetensorError) as e:
+        say(f"no checkpoint at step {step}: {e}. Older ones stay and the run goes on; disk full?")
+        return shutil.rmtree(part, ignore_errors=True)
+    for old in sorted(folder.glob("step-*"))[: -max(1, cfg.keep)]:
+        shutil.rmtree(old)
 
 
 def maybe_checkpoint(embedder, optimizers, cfg, step):
@@ -685,35 +712,28 @@ def maybe_checkpoint(embedder, optimizers, cfg, step):
 
 
 def start_or_resume(embedder, optimizers, cfg) -> int:
-    """-> the step to begin with; with --resume that of the newest checkpoint, which is loaded."""
-    catch_signals()
-    found = sorted((Path(cfg.out) / "checkpoints").glob("step-*"))
+    """-> the step to begin with; with --resume that of the newest checkpoint, which is loaded. From
+    here on SIGTERM and SIGINT let the step finish, save, and end the run."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, lambda number, frame: stop_asked.append(number))
+    found = sorted(Path(cfg.out, "checkpoints").glob("step-*"))
     if not found:
-        say(*["--resume: no checkpoint yet, starting at step 0"] * cfg.resume)
         return 0
     if not cfg.resume:
-        raise InputError(
-            f"{cfg.out} holds {found[-1].name} of an unfinished run: --resume goes on with it, another "
-            f"--out starts a new run (or remove {found[-1].parent})"
-        )
+        where = f"{cfg.out} holds {found[-1].name} of an unfinished run"
+        raise InputError(f"{where}: --resume goes on with it; or take another --out, or remove it")
     about = json.loads((found[-1] / "state.json").read_text())
-    then, now = (dict(c, world=w) for c, w in (
-        (about["config"], about["world"]), (dataclasses.asdict(cfg), world())))  # fmt: skip
-    differ = [k for k in now if k not in HARMLESS and then.get(k) != now[k]]
-    if differ:
+    then = dict(about["config"], world=about["world"])
+    now = dict(dataclasses.asdict(cfg), world=world())
+    if differ := [k for k in now if k not in HARMLESS and then.get(k) != now[k]]:
         what = ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in differ)
-        raise InputError(
-            f"--resume would not continue the same run: {what}. Restore them, or take a new --out"
-        )
-    trained = {n: p for n, p in embedder.named_parameters() if p.requires_grad}
-    saved = load_file(found[-1] / "trained.safetensors")
-    if saved.keys() != trained.keys():
-        raise InputError(f"{found[-1]}: holds other weights than this model trains")
-    for n, p in trained.items():
-        p.data.copy_(saved[n])
-    states = torch.load(found[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
-    for o, state in zip(optimizers, states, strict=True):
-        o.load_state_dict(state)
+        raise InputError(f"--resume: not the same run: {what}. Restore that, or take another --out")
+    weights = load_file(found[-1] / "weights.safetensors")
+    optimizer = torch.load(found[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
+    how = dataclasses.replace(TRAINED, strict=False)
+    dcp.set_state_dict(
+        embedder, optimizers, model_state_dict=weights, optim_state_dict=optimizer, options=how
+    )
     say(f"resumed {found[-1]}")
     return about["step"]
 
@@ -722,19 +742,13 @@ def finish(embedder, cfg, embedding=True):
     """The run is over: the model stands in OUT, its checkpoints are needed no more."""
     save(embedder, cfg.out, embedding)
     if rank() == 0:
-        shutil.rmtree(Path(cfg.out) / "checkpoints", ignore_errors=True)
+        shutil.rmtree(Path(cfg.out, "checkpoints"), ignore_errors=True)
     say(f"saved {cfg.out}")
 
 
-def trained_state(embedder):
-    return {
-        n: p.detach().cpu().contiguous() for n, p in embedder.named_parameters() if p.requires_grad
-    }
-
-
-def optimizer_states(embedder, optimizers):
-    return [o.state_dict() for o in optimizers]
-
-
-def whole_state(embedder):
-    return None
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["merge", source, target]:
+            save(merge(load(source, device="cpu")), target)
+        case _:
+            sys.exit(__doc__)

@@ -16,7 +16,6 @@ Reads dialogues; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpo
 
 import copy
 import functools
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,13 +69,14 @@ def answer_labels(input_ids, roles) -> torch.Tensor:
 
 
 def answer_loss(logits, labels) -> torch.Tensor:
-    """Next-token cross-entropy over answer tokens only: their *sum*, in nats (a mean over chunks and
-    ranks of unequal answers would not be the mean over tokens). logits (n, V), labels (n,)."""
+    """Next-token cross-entropy over answer tokens only: their *sum*, in nats (a mean over chunks
+    and ranks of unequal answers would not be the mean over tokens). logits (n, V), labels (n,)."""
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def distillation_loss(logits, reference) -> torch.Tensor:
-    """The paper's ablation: KL(reference || model), summed over positions, in nats. (n, V), (n, V)."""
+    """The paper's ablation: KL(reference || model), summed over positions, in nats. (n, V), (n,
+    V)."""
     p, q = (F.log_softmax(x.float(), dim=-1) for x in (reference, logits))
     return F.kl_div(q, p, reduction="sum", log_target=True)
 
@@ -106,34 +106,29 @@ def exact_answers(logits, labels, inputs) -> tuple:
 # ---------------------------------------------------------------------------------------- plumbing
 
 
-def teacher(embedder, cfg):
-    """The frozen reference of the KL objective: the same model before training, picture visible, the
-    same dialogue without C. -> function(dialogues) -> logits (n, V)."""
-    frozen = copy.deepcopy(embedder).eval().requires_grad_(False)
-    plain = model.Embedder(frozen.mllm, frozen.processor, 0, "last", embedder.style)
+def teacher(embedder):
+    """The KL objective's frozen reference: the model as it is now, the picture visible, the same
+    dialogue without C. -> (its collator, function(rows) -> logits (n, V))."""
+    frozen = copy.deepcopy(embedder.mllm).eval().requires_grad_(False)
+    plain = model.Embedder(frozen, embedder.processor, 0, "last", embedder.style)
 
     @torch.no_grad()
     def logits(rows):
-        return answer_logits(plain, plain.collate.pad_rows(rows, embedder.device), compress=False)[
-            0
-        ]
+        return answer_logits(plain, plain.collate.pad_rows(rows, embedder.device), False)[0]
 
-    return logits
+    return plain.collate, logits
 
 
 def accumulate(embedder, rows, cfg, reference=None):
-    """Adds the gradient of the mean loss over *all ranks'* answer tokens to `.grad`, a chunk at a time;
-    exact for any chunks, whatever their answers' lengths. -> (sum of loss, answers right, answers).
+    """Adds to `.grad` the gradient of the mean loss over *all ranks'* answer tokens, a chunk at a
+    time: exact for any chunks and ranks, however long their answers.
 
-    rows: this rank's; each {"row": ..., "plain": the same without C, for the KL objective}."""
+    rows: this rank's, {"row": ..., "plain": the same without C, for the KL objective}.
+    -> (mean loss in nats, share of answers that are right word for word, answer tokens)."""
     totals = [0.0, 0, 0]
-    tokens = model.all_sum(sum(int((r["row"]["tokens"]["roles"] == ANSWER).sum()) for r in rows))
-    if tokens == 0:
-        raise InputError(
-            "no answer token in the batch: --max-length is too small, or --data has no answers"
-        )
-    lengths = [len(r["row"]["tokens"]["input_ids"]) for r in rows]
-    for chunk in model.token_chunks(lengths, cfg.chunk_tokens):
+    tokens = sum(int((r["row"]["tokens"]["roles"] == ANSWER).sum()) for r in rows)
+    tokens = model.all_sum(tokens)
+    for chunk in model.token_chunks(model.row_lengths([r["row"] for r in rows]), cfg.chunk_tokens):
         inputs = embedder.collate.pad_rows([rows[i]["row"] for i in chunk], embedder.device)
         logits, labels = answer_logits(embedder, inputs, not cfg.no_compress)
         if reference:
@@ -143,11 +138,8 @@ def accumulate(embedder, rows, cfg, reference=None):
         (loss / tokens).backward()
         right, count = exact_answers(logits.detach(), labels, inputs)
         totals = [totals[0] + loss.item(), totals[1] + right, totals[2] + count]
-    return (
-        model.all_sum(totals[0]) / tokens,
-        model.all_sum(totals[1]) / model.all_sum(totals[2]),
-        tokens,
-    )
+    loss, right, count = (model.all_sum(x) for x in totals)
+    return loss / tokens, right / count, tokens
 
 
 @functools.lru_cache(2)
@@ -157,8 +149,8 @@ def shuffled(n, seed, epoch):
 
 
 def draw(n, cfg, step, rank, world) -> list:
-    """Indices of this rank's share of the batch: a pure function of (seed, step). Each epoch takes all
-    n dialogues once, in an order of its own."""
+    """Indices of this rank's share of the batch: a pure function of (seed, step). Each epoch takes
+    all n dialogues once, in an order of its own."""
     mine = range(step * cfg.batch + rank, (step + 1) * cfg.batch, world)
     return [int(shuffled(n, cfg.seed, j // n)[j % n]) for j in mine]
 
@@ -166,55 +158,48 @@ def draw(n, cfg, step, rank, world) -> list:
 def main(cfg):
     # 1. The model, and what of it is trained.
     device = model.setup()
+    rank, world = model.rank(), model.world()
+    if cfg.batch < world:
+        raise InputError(
+            f"--batch {cfg.batch} leaves some of {world} ranks without work; try {world}"
+        )
     torch.manual_seed(cfg.seed)
     embedder = model.load_for(cfg, device)
+    plain, reference = teacher(embedder) if cfg.objective == "kl" else (None, None)
     model.choose_trained(embedder, cfg)
-    optimizers = model.make_optimizers(embedder, cfg.lr, cfg.muon_lr, cfg.weight_decay)
-    reference = teacher(embedder, cfg) if cfg.objective == "kl" else None
-    plain = model.Embedder(embedder.mllm, embedder.processor, 0, "last", embedder.style).collate
+    optimizers = model.make_optimizers(embedder, cfg)
 
-    # 2. The data: dialogues, made into rows in the loader's workers.
-    dialogues = read_dialogues(cfg.data, cfg.image_root or None, cfg.seed, cfg.turns, cfg.caption)
-    rank, world = model.rank(), model.world()
+    # 2. The data: dialogues, made into model inputs in the loader's workers.
+    root = cfg.image_root or None
+    dialogues = read_dialogues(cfg.data, root, cfg.seed, cfg.turns, cfg.caption)
 
     def rows_of(step):
         rows = []
-        for i in draw(len(dialogues), cfg, step, rank, world):
-            d = dialogues[i]
+        for d in (dialogues[i] for i in draw(len(dialogues), cfg, step, rank, world)):
             rows.append(dict(row=embedder.collate.row(d.item, d.turns), id=d.id))
-            if reference:
+            if plain:
                 rows[-1]["plain"] = plain.row(d.item, d.turns)
         return rows
 
     # 3. Train.
     start = model.start_or_resume(embedder, optimizers, cfg)
-    model.say(f"{len(dialogues):,} dialogues | batch {cfg.batch} = {world} x {cfg.batch // world}")
-    log = model.Log(cfg, dict(stage="pretrain"), start)
+    model.say(f"{len(dialogues):,} dialogues, {cfg.batch} a step over {world} rank(s)")
+    log = model.Log(cfg, start)
     embedder.train()
-    loader = model.prefetch(rows_of, range(start, cfg.steps), cfg.workers)
-    for step, rows in enumerate(loader, start):
-        t0 = time.time()
+    batches = model.prefetch(rows_of, range(start, cfg.steps), cfg.workers)
+    for step, rows in enumerate(batches, start):
         # ------------------------------------------------------------------------------------------
-        model.seed_step(cfg.seed, step)
-        lr = model.set_lr(optimizers, step, cfg)
+        lr = model.begin_step(optimizers, step, cfg)
         loss, right, tokens = accumulate(embedder, rows, cfg, reference)
         model.sum_gradients(embedder.parameters())
-        norm = model.clip_and_step(
-            embedder, optimizers, cfg, step, lr, loss, [r["id"] for r in rows]
-        )
+        norm = model.end_step(embedder, optimizers, cfg, step, loss, [r["id"] for r in rows])
         # ------------------------------------------------------------------------------------------
-        log(
-            step,
-            f"{tokens / (time.time() - t0):.0f} answer tokens/s",
-            loss=loss,
-            exact=right,
-            norm=norm,
-            lr=lr,
-        )
+        numbers = dict(loss=loss, exact=right, norm=norm, lr=lr)
+        log(step, (tokens, "answer tokens"), **numbers, **model.cut_tokens(r["row"] for r in rows))
         model.maybe_checkpoint(embedder, optimizers, cfg, step)
 
-    # 4. Save.
-    model.finish(embedder, cfg, embedding=embedder.K > 0)  # K = 0: a plain instruction-tuned MLLM
+    # 4. Save. With K = 0 it is a plain instruction-tuned MLLM, and no embedder.
+    model.finish(embedder, cfg, embedding=embedder.K > 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,309 @@
+"""What a contrastive step costs: ours against a plain full batch, and against other GradCaches.
+
+    OMP_NUM_THREADS=1 python tests/bench_step.py [--rounds 3]     one table of CPU time, one of memory
+
+256 pairs: a query is a picture of 4-36 tokens and 8-60 words, a target is 3-120 words; a random Qwen2-VL
+of 3.5 M parameters, its vision tower and language model in the proportions of Qwen2-VL-2B. All rows of
+the table see the same ids and pixels, and leave the same gradient (checked first). CPU seconds of one
+thread, rounds interleaved; of each row the fastest round.
+
+Predicted before measuring, everything trained. F = the language model's forward pass over real tokens, a
+backward pass is 2 F; padding makes a full batch 1.75 F; the tower, V = 0.25 F, is never padded:
+  plain full batch          3 x 1.75 + 3 V                                      = 6.0 F      1.00
+  GradCache, chunks of 32   4 x 1.6 + 4 V = 7.4 F, less 10 % (activations stay in cache)     1.10
+  luyug/GradCache's way     4 x 1.75 + 4 V = 8 F, less 10 %                                  1.20
+  sentence-transformers     it trims each chunk, as GradCache                                1.10
+  ours, sorted chunks       4 x 1.05 + 4 V = 5.2 F, less 10 %                                0.78
+  ours, a graph kept        of 4 chunks the longest runs once: less 0.3 F                    0.74
+  ours, three graphs kept   less 0.9 F                                                       0.64
+Frozen tower, in the unit of that table's plain batch (3 x 1.75 + V = 5.5 F): GradCache 1.12, ours with a
+graph kept 0.74, with the tower's features remembered too less V, 0.70.
+"""
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import contrastive  # noqa: E402
+import model  # noqa: E402
+from data import Item  # noqa: E402
+
+TAU, CHUNK, PAIRS = 0.05, 32, 256
+WORDS = "red blue circle square small large top left right what where is the at and of object count"
+
+# ---------------------------------------------------------------------------- model and workload
+
+
+def build(frozen) -> model.Embedder:
+    """A random Qwen2-VL of 3.5 M parameters behind the toy's tokenizer; pictures of up to 36 tokens."""
+    toy = model.load("toy-random", 4, "mean", "chat", "cpu")
+    config = toy.mllm.config
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 192, 512, 5
+    text.num_attention_heads, text.num_key_value_heads = 6, 2
+    text.layer_types = ["full_attention"] * 5
+    vision.hidden_size, vision.embed_dim, vision.depth = 192, 128, 5
+    torch.manual_seed(0)
+    mllm = transformers.AutoModelForImageTextToText.from_config(config)
+    toy.processor.image_processor.size = dict(shortest_edge=32**2, longest_edge=96**2)
+    embedder = model.Embedder(mllm, toy.processor, 4, "mean", "chat").train()
+    if frozen:
+        mllm.get_encoder(modality="image").requires_grad_(False)
+    return embedder
+
+
+def workload(embedder, pairs) -> tuple:
+    """-> (query rows, target rows), not padded."""
+    rng = random.Random(0)
+
+    def words(low, high):
+        return " ".join(rng.choices(WORDS.split(), k=rng.randint(low, high)))
+
+    def picture():
+        w, h = (16 * rng.randint(2, 6) for _ in range(2))
+        return Image.frombytes("RGB", (w, h), rng.randbytes(3 * w * h))
+
+    queries = [Item("<image> " + words(8, 60), (picture(),)) for _ in range(pairs)]
+    targets = [Item(words(3, 120)) for _ in range(pairs)]
+    return tuple([embedder.collate.row(x) for x in items] for items in (queries, targets))
+
+
+# --------------------------------------------------------------------------------- the contestants
+
+
+def plain(embedder, queries, targets):
+    """Queries and targets through the model at once, in one graph each."""
+    q, t = (embedder(embedder.collate.pad_rows(rows)) for rows in (queries, targets))
+    contrastive.info_nce(q, t, TAU)[0].backward()
+
+
+def two_passes(embedder, inputs_of, sides):
+    """GradCache as in the paper: embed without a graph, d loss / d z, embed again, chain rule.
+
+    sides: the chunks of the queries, those of the targets; inputs_of: a chunk's model inputs."""
+    z, states = [[], []], [[], []]
+    with torch.no_grad():
+        for side, chunks in enumerate(sides):
+            for chunk in chunks:
+                states[side].append(torch.get_rng_state())
+                z[side].append(embedder(inputs_of(chunk)))
+    q, t = (torch.cat(x).requires_grad_() for x in z)
+    contrastive.info_nce(q, t, TAU)[0].backward()
+    for side, chunks in enumerate(sides):
+        grads = (q, t)[side].grad.split([len(x) for x in z[side]])
+        for chunk, grad, state in zip(chunks, grads, states[side], strict=True):
+            with torch.random.fork_rng([]):
+                torch.set_rng_state(state)
+                embedder(inputs_of(chunk)).backward(grad)
+
+
+def naive(embedder, queries, targets, size=CHUNK):
+    """GradCache without tricks: chunks of `size` rows in input order, padded to their own longest."""
+    sides = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in (queries, targets)]
+    two_passes(embedder, embedder.collate.pad_rows, sides)
+
+
+def luyug(embedder, queries, targets, size=CHUNK):
+    """As luyug/GradCache does it: the batch is padded once, then cut into chunks of `size` rows."""
+    sides = [cut(embedder.collate.pad_rows(rows), size) for rows in (queries, targets)]
+    two_passes(embedder, lambda chunk: chunk, sides)
+
+
+def cut(inputs, size) -> list:
+    """A padded batch of at most one picture a row in chunks of `size` rows; nothing is trimmed."""
+    chunks = []
+    for i in range(0, len(inputs["input_ids"]), size):
+        rows = slice(i, i + size)
+        part = {k: v[rows] for k, v in inputs.items() if k != "pixel_values"}
+        if "pixel_values" in inputs:  # flattened patches, see image_grid_thw
+            ends = F.pad(inputs["image_grid_thw"].prod(1).cumsum(0), (1, 0))
+            last = min(i + size, len(ends) - 1)
+            part["pixel_values"] = inputs["pixel_values"][ends[i] : ends[last]]
+        chunks.append(part)
+    return chunks
+
+
+class SentenceTransformerLike(torch.nn.Sequential):
+    """The little that sentence-transformers' losses ask of a model, around our embedder."""
+
+    def forward(self, features):
+        return {"sentence_embedding": self[0](features)}
+
+
+def sentence_transformers(embedder, queries, targets, size=CHUNK):
+    """Its CachedMultipleNegativesRankingLoss, on the same padded ids."""
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss as CachedLoss,
+    )
+
+    loss = CachedLoss(SentenceTransformerLike(embedder), scale=1 / TAU, mini_batch_size=size)
+    inputs = [embedder.collate.pad_rows(rows) for rows in (queries, targets)]
+    loss(inputs, None).backward()
+
+
+def ours(embedder, queries, targets, chunk_tokens=CHUNK * 128, **how):
+    """`contrastive.gradcache_step`, whose chunks have the padded tokens of 32 longest rows."""
+    n = torch.arange(len(queries))
+    contrastive.gradcache_step(embedder, queries + targets, n[:, None], n, TAU, chunk_tokens, **how)
+
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+def contestants(frozen) -> dict:
+    """{name: function(embedder, queries, targets)}, peers first."""
+    found = {"plain full batch": plain, "GradCache, chunks of 32": naive}
+    found["luyug/GradCache's way"] = luyug
+    try:
+        import sentence_transformers as package
+
+        found[f"sentence-transformers {package.__version__}"] = sentence_transformers
+    except ImportError:
+        print("(sentence-transformers is not installed: its row is left out)")
+    for keep in (0, 1, 3):
+        name = f"ours, sorted chunks, {keep} graphs kept"
+        found[name] = lambda *x, keep=keep: ours(*x, keep=keep)
+    if frozen:
+        for keep in (1, 3):
+            name = f"ours, {keep} kept, features remembered"
+            found[name] = lambda *x, keep=keep: ours(*x, keep=keep, vision_cache="device")
+    return found
+
+
+def gradient(embedder, step, rows) -> torch.Tensor:
+    """The whole gradient of a step, flat."""
+    embedder.zero_grad()
+    step(embedder, *rows)
+    return torch.cat([p.grad.flatten() for p in embedder.parameters() if p.grad is not None])
+
+
+def check(embedder, steps, rows):
+    """All contestants leave the same gradient, to float32."""
+    want = gradient(embedder, plain, rows)
+    for name, step in steps.items():
+        gap = float((gradient(embedder, step, rows) - want).norm() / want.norm())
+        if not gap < 1e-4:
+            raise SystemExit(f"{name}: its gradient is {gap:.1e} off the plain batch's")
+
+
+def race(embedder, steps, rows, rounds) -> dict:
+    """{name: CPU seconds of each round}."""
+    seconds = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            embedder.zero_grad()
+            start = time.process_time()
+            step(embedder, *rows)
+            seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def padding(rows, chunks) -> float:
+    """Share of padding among the tokens that a set of chunks puts through the model."""
+    lengths = [len(r["tokens"]["input_ids"]) for r in rows]
+    padded = sum(len(c) * max(lengths[i] for i in c) for c in chunks)
+    return 1 - sum(lengths) / padded
+
+
+def timing(frozen, rounds, pairs):
+    """One table: seconds, ratio to the plain batch, ratio to the best peer."""
+    embedder = build(frozen)
+    steps, rows = contestants(frozen), workload(embedder, pairs)
+    check(embedder, steps, [r[:24] for r in rows])
+    seconds = race(embedder, steps, rows, rounds)
+    best = {name: min(s) for name, s in seconds.items()}
+    peers = [n for n in best if not n.startswith(("ours", "plain"))]
+    peer = min(peers, key=best.get)
+    what = "vision tower frozen" if frozen else "everything trained"
+    total = sum(p.numel() for p in embedder.parameters()) / 1e6
+    print(f"\n{pairs} pairs, {total:.2f} M parameters, {what}; best peer: {peer}")
+    print(f"{'':<40}{'CPU s':>7}{'all rounds':>20}{'/ plain':>9}{'/ best peer':>13}")
+    for name, s in best.items():
+        spread = " ".join(f"{x:.2f}" for x in sorted(seconds[name]))
+        print(f"{name:<40}{s:>7.2f}{spread:>20}{s / best['plain full batch']:>9.2f}{s / best[peer]:>13.2f}")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def peak_memory(setting) -> float:
+    """MiB that a step adds to what was there before it, at its peak; in a fresh process."""
+    command = [sys.executable, __file__, "--memory", json.dumps(setting)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@contextmanager
+def added_memory(found):
+    """Appends the MiB by which the block's peak exceeds what was resident when it began."""
+    page = resource.getpagesize()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * page
+    yield
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found.append((peak - before) / 2**20)
+
+
+def measure_memory(setting):
+    """What `peak_memory` runs: {"pairs": n, "how": ...} is a step, {"rows": N} InfoNCE alone."""
+    found = []
+    if "rows" in setting:
+        q, t = (F.normalize(torch.randn(setting["rows"], 256), dim=1) for _ in range(2))
+        q.requires_grad_(), t.requires_grad_()
+        contrastive.info_nce(q[:8], t[:8], TAU)[0].backward()  # starts what starts once
+        q.grad, t.grad = torch.zeros_like(q), torch.zeros_like(t)
+        with added_memory(found):
+            contrastive.info_nce(q, t, TAU)[0].backward()
+    else:
+        embedder = build(setting["frozen"])
+        rows = workload(embedder, setting["pairs"])
+        ours(embedder, *(r[:4] for r in rows))
+        step = plain if setting["how"] == "plain" else ours
+        how = {} if setting["how"] == "plain" else setting["how"]
+        with added_memory(found):
+            step(embedder, *rows, **how)
+    print(found[0])
+
+
+def memory():
+    """The second table."""
+    print("\nPeak memory of a step, its inputs and the weights apart, MiB")
+    for name, how, frozen in (
+        ("plain full batch", "plain", False),
+        ("ours, 1 graph kept", dict(keep=1), False),
+        ("ours, 3 graphs kept", dict(keep=3), False),
+        ("ours, frozen, features on the device", dict(keep=1, vision_cache="device"), True),
+    ):
+        sizes = (256,) if how == "plain" else (256, 2048)
+        peaks = [peak_memory(dict(pairs=n, how=how, frozen=frozen)) for n in sizes]
+        line = f"{name:<40}N = 256: {peaks[0]:>6.0f}"
+        print(line + (f"   N = 2048: {peaks[1]:>6.0f}   ratio {peaks[1] / peaks[0]:.2f}" if len(peaks) > 1 else ""))  # fmt: skip
+    print(f"{'InfoNCE, N = 16384, D = 256':<40}{peak_memory(dict(rows=16384)):>15.0f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--only", choices=["trained", "frozen", "memory"], default="")
+    parser.add_argument("--memory", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.memory:
+        measure_memory(json.loads(args.memory))
+        sys.exit()
+    for frozen in (False, True):
+        if args.only in ("", "frozen" if frozen else "trained"):
+            timing(frozen, args.rounds, args.pairs)
+    if args.only in ("", "memory"):
+        memory()

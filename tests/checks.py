@@ -1,0 +1,43 @@
+"""Assertions whose messages say what came, what should have come, and where to look."""
+
+import families
+import torch
+
+import model
+
+
+def expect(ok, got, want, hint):
+    """Fails with got / want / hint unless `ok`."""
+    assert ok, f"\n  got:  {got}\n  want: {want}\n  hint: {hint}"
+
+
+def equal(got, want, hint):
+    """Fails unless the two are equal."""
+    same = torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want
+    expect(same, got, want, hint)
+
+
+def close(got, want, hint, rel=1e-5):
+    """Fails unless the two differ by less than `rel` of what is wanted (norms); NaN always fails."""
+    got, want = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (got, want))
+    expect(got.shape == want.shape, f"shape {tuple(got.shape)}", tuple(want.shape), hint)
+    gap = distance(got, want)
+    brief = [f"{x.item():.8g}" if x.numel() == 1 else f"norm {x.norm():.8g}" for x in (got, want)]
+    expect(gap <= rel, f"{brief[0]} (relative gap {gap:.2e})", f"{brief[1]} (<= {rel:.0e})", hint)
+
+
+def distance(got, want):
+    """Relative distance of two tensors; absolute where `want` is zero."""
+    gap, size = (got - want).norm().item(), want.norm().item()
+    return gap / size if size else gap
+
+
+def toy():
+    """A new toy-random embedder, K = 4, with weights large enough that every token matters.
+
+    The library's start (std 0.02) makes attention all but uniform, and mistakes small."""
+    embedder = model.load("toy-random", compress_tokens=4, device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        families.redraw(embedder)
+    return embedder.eval()

@@ -1,0 +1,397 @@
+"""Stage 1 learns the answers: their tokens, all of them, and nothing else (CoMa, section 3.1)."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import close, equal, expect
+
+import model
+import pretrain
+from data import ANSWER, COMPRESS, IMAGE, QUESTION, Item, Object, Scene, Shapes
+
+SCENE = Scene((Object("large", "red", "square", "top left", 0),))
+TURNS = (("what is at the top left?", "a large red square"), ("count the objects.", "one"))
+END = "<|im_end|>"
+
+# ------------------------------------------------------------------------------------------ labels
+
+
+def worked(embedder):
+    """One dialogue with two answers, and a shorter one, padded."""
+    items, turns = [Item(IMAGE, (SCENE,))] * 2, [TURNS, TURNS[1:]]
+    return embedder.collate(items, turns)
+
+
+def check_labels(answer_labels, embedder):
+    inputs, decode = worked(embedder), embedder.processor.tokenizer.decode
+    ids, roles = inputs["input_ids"], inputs["roles"]
+    labels = answer_labels(ids, roles)
+    equal(tuple(labels.shape), tuple(ids.shape), "one label a position")
+    L = ids.shape[1]
+    for b in range(len(ids)):
+        for i in range(L):  # token by token
+            answers = i + 1 < L and roles[b, i + 1] == ANSWER
+            want = ids[b, i + 1].item() if answers else -100
+            seen = f"row {b}, after {decode(ids[b, : i + 1])[-60:]!r}"
+            equal(labels[b, i].item(), want, f"{seen}: the next token if it is an answer's")
+    for b, want in enumerate(("a large red square<|im_end|>one<|im_end|>", "one<|im_end|>")):
+        equal(decode(labels[b][labels[b] != -100]), want, "the answers and their end, no more")
+    first = (labels[1] != -100).nonzero()[0].item()
+    equal(decode(ids[1, first]), "<|assistant|>", "the first answer token is predicted from here")
+
+
+def unshifted(ids, roles):
+    return ids.masked_fill(roles != ANSWER, -100)
+
+
+def with_questions(ids, roles):
+    return F.pad(ids[:, 1:].masked_fill(roles[:, 1:] <= COMPRESS, -100), (0, 1), value=-100)
+
+
+def without_end(ids, roles):
+    labels = pretrain.answer_labels(ids, roles)
+    return labels.masked_fill(roles.roll(-2, 1) != ANSWER, -100)
+
+
+def without_first(ids, roles):
+    return pretrain.answer_labels(ids, roles).masked_fill(roles != ANSWER, -100)
+
+
+def predicts_the_past(ids, roles):
+    return F.pad(ids[:, :-1].masked_fill(roles[:, :-1] != ANSWER, -100), (1, 0), value=-100)
+
+
+def test_the_labels_decode_to_the_answers_and_their_end_token(shared):
+    """answer_labels, token by token on a worked dialogue: position i predicts token i + 1 where that
+    is an answer's or its <|im_end|>; the image, C, questions, template and padding are -100."""
+    check_labels(pretrain.answer_labels, shared)
+
+
+@pytest.mark.parametrize(
+    "wrong", [unshifted, with_questions, without_end, without_first, predicts_the_past]
+)
+def test_the_label_check_fails_for_wrong_labels(shared, wrong):
+    """Negative control: no shift, a shift the wrong way, questions trained too, first or last token
+    of an answer forgotten."""
+    with pytest.raises(AssertionError):
+        check_labels(wrong, shared)
+
+
+def test_a_question_is_never_a_label_even_without_a_code():
+    """K = 0 (plain instruction tuning): the labels are the same answers."""
+    plain = model.load("toy-random", compress_tokens=0, device="cpu")
+    check_labels(pretrain.answer_labels, plain)
+    inputs = worked(plain)
+    expect((inputs["roles"] != COMPRESS).all(), "COMPRESS tokens", "none", "K = 0")
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+def check_uniform(answer_loss):
+    for n, V in ((1, 5), (7, 482)):
+        loss = answer_loss(torch.full((n, V), 3.0), torch.arange(n))
+        close(loss, n * math.log(V), f"uniform logits: n ln V nats, n = {n}, V = {V}", rel=1e-6)
+
+
+def test_the_loss_is_a_sum_in_nats():
+    """answer_loss of n uniform predictions over V words is n ln V, and it equals a loop."""
+    check_uniform(pretrain.answer_loss)
+    logits, labels = torch.randn(6, 9), torch.tensor([0, 8, 3, 3, 5, 1])
+    want = sum(
+        -math.log(row[y].exp() / row.exp().sum())
+        for row, y in zip(logits.double(), labels, strict=True)
+    )
+    close(pretrain.answer_loss(logits, labels), want, "sum of -ln p(label)", rel=1e-6)
+
+
+def test_the_loss_check_fails_for_a_mean_and_for_bits():
+    """Negative control."""
+    for wrong in (F.cross_entropy, lambda x, y: pretrain.answer_loss(x, y) / math.log(2)):
+        with pytest.raises(AssertionError):
+            check_uniform(wrong)
+
+
+def check_distillation(loss):
+    torch.manual_seed(0)
+    logits, reference = torch.randn(5, 11), 2 * torch.randn(5, 11)
+    zero = loss(reference + torch.arange(5)[:, None], reference).item()
+    expect(abs(zero) < 1e-5, zero, "0 at equal distributions", "logits may differ by a constant")
+    want = 0.0
+    for x, r in zip(logits.double(), reference.double(), strict=True):
+        p, q = r.exp() / r.exp().sum(), x.exp() / x.exp().sum()
+        want += sum(float(p[v] * math.log(p[v] / q[v])) for v in range(11))
+    close(loss(logits, reference), want, "sum of p ln(p / q), p the reference", rel=1e-5)
+
+
+def test_distillation_is_the_divergence_from_the_reference():
+    """distillation_loss: 0 for equal distributions, else KL(reference || model) in nats, summed."""
+    check_distillation(pretrain.distillation_loss)
+
+
+def test_the_distillation_check_fails_for_the_reversed_divergence():
+    """Negative control: KL(model || reference), and a mean."""
+    for wrong in (lambda x, r: pretrain.distillation_loss(r, x),
+                  lambda x, r: pretrain.distillation_loss(x, r) / len(x)):  # fmt: skip
+        with pytest.raises(AssertionError):
+            check_distillation(wrong)
+
+
+def test_the_teacher_answers_the_same_tokens_with_the_picture_in_view(embedder):
+    """teacher: one row of logits for each answer token of the rows with C, in their order, from the
+    model as it was, with the picture visible; it does not follow the training."""
+    rows = [plain_row(embedder, i) for i in range(2)]
+    reference = pretrain.teacher(embedder, pretrain.Config())
+    inputs = embedder.collate.pad_rows([r["row"] for r in rows])
+    labels = pretrain.answer_logits(embedder, inputs)[1]
+    got = reference([r["plain"] for r in rows])
+    equal(len(got), len(labels), "the same answer tokens on both sides")
+    want, plain_labels = [], []
+    for r in rows:  # each alone, by the model itself, which sees everything
+        one = embedder.collate.pad_rows([r["plain"]])
+        with torch.no_grad():
+            x, y = pretrain.answer_logits(embedder, one, compress=False)
+        want, plain_labels = [*want, x], [*plain_labels, y]
+    close(got, torch.cat(want), "the teacher is the model before training, picture in view")
+    equal(torch.cat(plain_labels), labels, "the same answers")
+    expect(not got.requires_grad, "a gradient", "none", "the teacher is frozen")
+    for p in embedder.parameters():
+        p.data.mul_(1.1)
+    close(reference([r["plain"] for r in rows]), got, "it must be a copy")
+
+
+# ---------------------------------------------------------------------------------------- gradient
+
+
+def plain_row(embedder, i, turns=None):
+    """What pretrain.accumulate takes: row i of the toy world; turns: how many."""
+    d = Shapes().dialogue(i)
+    turns = d.turns[:turns]
+    bare = model.Embedder(embedder.mllm, embedder.processor, 0, "last", embedder.style).collate
+    return dict(row=embedder.collate.row(d.item, turns), plain=bare.row(d.item, turns))
+
+
+def unequal_rows(embedder):
+    """Dialogues with 1, 5, 2, ... questions: few and many answer tokens."""
+    return [plain_row(embedder, i, t) for i, t in enumerate((1, 5, 2, 1, 4))]
+
+
+def gradient(embedder):
+    grads = [p.grad for p in embedder.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in grads])
+
+
+def whole_batch(embedder, rows):
+    """Plain autograd, one row at a time: total nats of all answers / all answer tokens."""
+    nats, tokens = 0.0, 0
+    for r in rows:
+        inputs = embedder.collate.pad_rows([r["row"]])
+        h = embedder.hidden(inputs, pretrain.compression_mask(inputs["roles"]))
+        ids, is_answer = inputs["input_ids"][0], inputs["roles"][0] == ANSWER
+        for i in is_answer.nonzero().flatten().tolist():
+            nats = nats - F.log_softmax(embedder.logits(h[0, i - 1]), -1)[ids[i]]
+            tokens += 1
+    embedder.zero_grad(set_to_none=True)
+    (nats / tokens).backward()
+    return (nats / tokens).item(), tokens, gradient(embedder)
+
+
+def check_accumulate(accumulate, embedder, rows, want):
+    loss, tokens, grad = want
+    for budget in (1, 150, 320, 10**6):
+        embedder.zero_grad(set_to_none=True)
+        cfg = pretrain.Config(chunk_tokens=budget)
+        got = accumulate(embedder, rows, cfg)
+        hint = f"chunk_tokens={budget}"
+        close(got[0], loss, hint + ": mean nats of an answer token")
+        equal(int(got[2]), tokens, hint + ": answer tokens")
+        close(gradient(embedder), grad, hint + ": sum over chunks, one division at the end", 1e-4)
+
+
+def mean_of_means(embedder, rows, cfg):
+    lengths = [len(r["row"]["tokens"]["input_ids"]) for r in rows]
+    chunks = model.token_chunks(lengths, cfg.chunk_tokens)
+    total, tokens = 0.0, 0
+    for chunk in chunks:
+        inputs = embedder.collate.pad_rows([rows[i]["row"] for i in chunk])
+        logits, labels = pretrain.answer_logits(embedder, inputs)
+        loss = pretrain.answer_loss(logits, labels) / len(labels) / len(chunks)
+        loss.backward()
+        total, tokens = total + loss.item(), tokens + len(labels)
+    return total, 0.0, tokens
+
+
+def test_the_gradient_is_that_of_the_whole_batch_for_any_chunks(shared):
+    """accumulate: in chunks of one row, some rows, all rows, the gradient of (all answers' nats / all
+    answer tokens), however unequal the answers are."""
+    rows = unequal_rows(shared)
+    check_accumulate(pretrain.accumulate, shared, rows, whole_batch(shared, rows))
+
+
+def test_the_gradient_check_fails_for_a_mean_of_chunk_means(shared):
+    """Negative control: with unequal answers the mean of means is another loss."""
+    rows = unequal_rows(shared)
+    with pytest.raises(AssertionError):
+        check_accumulate(mean_of_means, shared, rows, whole_batch(shared, rows))
+
+
+def test_the_distilled_gradient_is_that_of_the_whole_batch_for_any_chunks(embedder):
+    """accumulate with a teacher: the same for every chunk budget; 0 where teacher and model agree."""
+    rows = unequal_rows(embedder)
+    reference = pretrain.teacher(embedder, pretrain.Config())
+    results = []
+    for budget in (1, 10**6):
+        embedder.zero_grad(set_to_none=True)
+        cfg = pretrain.Config(chunk_tokens=budget, objective="kl")
+        loss = pretrain.accumulate(embedder, rows, cfg, reference)[0]
+        results.append((loss, gradient(embedder)))
+    expect(results[0][0] > 1e-2, results[0][0], "> 0.01", "the code hides the picture: KL > 0")
+    close(results[0][0], results[1][0], "loss of one chunk and of many")
+    close(results[0][1], results[1][1], "gradient of one chunk and of many", 1e-4)
+
+
+def test_a_batch_without_answers_is_an_error_that_says_why(shared):
+    """Nothing is skipped in silence, and nothing divided by zero."""
+    rows = [dict(row=shared.collate.row(Item(IMAGE, (SCENE,))))]
+    with pytest.raises(pretrain.InputError, match="no answer token"):
+        pretrain.accumulate(shared, rows, pretrain.Config())
+
+
+# ----------------------------------------------------------------------------------- exact answers
+
+
+def greedy_row(embedder, scene, n):
+    """A single-turn row whose answer is what greedy decoding writes, n tokens of it."""
+    row = embedder.collate.row(Item(IMAGE, (scene,)), (("what is it?", "x"),))
+    is_answer = row["tokens"]["roles"] == ANSWER
+    prompt = {k: v[~is_answer] for k, v in row["tokens"].items()}
+    inputs = embedder.collate.pad_rows([dict(row, tokens=prompt)])
+    roles = inputs.pop("roles")
+    out = embedder.mllm.generate(
+        **inputs, do_sample=False, max_new_tokens=n, min_new_tokens=n, pad_token_id=0
+    )
+    answer = out[0, roles.shape[1] :]
+    tokens = {k: torch.cat([v, v.new_zeros(n)]) for k, v in prompt.items()}
+    tokens["input_ids"][-n:], tokens["roles"][-n:] = answer, ANSWER
+    return dict(row, tokens=tokens)
+
+
+def exact(embedder, rows):
+    inputs = embedder.collate.pad_rows(rows)
+    with torch.no_grad():
+        return pretrain.exact_answers(*pretrain.answer_logits(embedder, inputs, False), inputs)
+
+
+def test_an_exact_answer_is_one_that_greedy_decoding_writes():
+    """exact_answers from one teacher-forced pass agrees with mllm.generate(do_sample=False): all right
+    for the generated answers, one less for each answer with one token changed anywhere."""
+    embedder = model.load("toy-random", compress_tokens=0, device="cpu").eval()
+    torch.manual_seed(0)
+    for p in embedder.parameters():
+        p.data += 0.1 * torch.randn_like(p)  # so that it does not repeat one word
+    world = Shapes()
+    rows = [greedy_row(embedder, world.dialogue(i).item.images[0], n) for i, n in enumerate((3, 6))]
+    written = [r["tokens"]["input_ids"][r["tokens"]["roles"] == ANSWER].tolist() for r in rows]
+    expect(len(set(written[1])) > 2, written, "several words", "the test would be too easy")
+    equal(exact(embedder, rows), (2, 2), "what greedy decoding writes is right")
+    for at in (-6, -4, -1):
+        changed = {k: v.clone() for k, v in rows[1]["tokens"].items()}
+        changed["input_ids"][at] = (changed["input_ids"][at] + 1) % 400
+        got = exact(embedder, [rows[0], dict(rows[1], tokens=changed)])
+        equal(got, (1, 2), f"token {at} of an answer is not what greedy decoding writes")
+
+
+def check_exact(exact_answers):
+    """Against a loop, on random role layouts: several answers a row, some right up to one token."""
+    torch.manual_seed(0)
+    for _ in range(30):
+        roles = torch.where(torch.rand(3, 14) < 0.6, ANSWER, QUESTION)
+        roles[:, 0] = QUESTION
+        logits = torch.randn(int((roles == ANSWER).sum()), 5)
+        labels = torch.where(torch.rand(len(logits)) < 0.7, logits.argmax(-1), 0)
+        wrong = iter((logits.argmax(-1) != labels).tolist())
+        right = total = 0
+        for row in roles.tolist():
+            runs, before = [], QUESTION
+            for role in row:
+                if role == ANSWER:
+                    runs = runs if before == ANSWER else [*runs, []]
+                    runs[-1].append(next(wrong))
+                before = role
+            right, total = right + sum(not any(r) for r in runs), total + len(runs)
+        equal(exact_answers(logits, labels, dict(roles=roles)), (right, total), "answers, not rows")
+
+
+def test_answers_are_counted_one_by_one():
+    """A wrong token spoils its own answer only, not the next one nor the next row's."""
+    check_exact(pretrain.exact_answers)
+
+
+def test_the_answer_count_fails_for_tokens_and_for_rows():
+    """Negative control: counting right tokens, or right rows."""
+
+    def tokens(logits, labels, inputs):
+        return int((logits.argmax(-1) == labels).sum()), len(labels)
+
+    def rows(logits, labels, inputs):
+        which = (inputs["roles"] == ANSWER).nonzero()[:, 0]
+        wrong = torch.zeros(3).index_add_(0, which, (logits.argmax(-1) != labels).float())
+        return int((wrong == 0).sum()), 3
+
+    for wrong in (tokens, rows):
+        with pytest.raises(AssertionError):
+            check_exact(wrong)
+
+
+# --------------------------------------------------------------------------------- order of the data
+
+
+def check_draw(draw):
+    n, cfg = 10, pretrain.Config(batch=4, seed=3)
+    for world in (1, 2, 4):
+        steps = []
+        for step in range(10):
+            ranks = [draw(n, cfg, step, r, world) for r in range(world)]
+            equal([len(x) for x in ranks], [4 // world] * world, "equal shares")
+            steps.append(sorted(i for x in ranks for i in x))
+        alone = [sorted(draw(n, cfg, step, 0, 1)) for step in range(10)]
+        equal(steps, alone, f"world {world}: each step's batch is that of one process")
+    order = [i for step in range(10) for i in draw(n, cfg, step, 0, 1)]
+    epochs = [order[i : i + n] for i in range(0, 40, n)]
+    for e in epochs:
+        equal(sorted(e), list(range(n)), "an epoch takes each dialogue once")
+    expect(len({tuple(e) for e in epochs}) == 4, epochs, "four orders", "shuffle each epoch anew")
+    other = pretrain.Config(batch=4, seed=4)
+    expect(draw(n, cfg, 0, 0, 1) != draw(n, other, 0, 0, 1), "the same", "another", "--seed")
+
+
+def test_an_epoch_visits_each_dialogue_once_for_any_number_of_ranks():
+    """draw: a pure function of (seed, step); the same global batches in world 1, 2 and 4."""
+    check_draw(pretrain.draw)
+
+
+def test_the_order_check_fails_for_wrong_draws():
+    """Negative control: with replacement, one order for all epochs, all ranks the same data."""
+
+    def replaced(n, cfg, step, rank, world):
+        g = torch.Generator().manual_seed(cfg.seed * 1000 + step)
+        return torch.randint(n, (cfg.batch,), generator=g).tolist()[rank::world]
+
+    def one_order(n, cfg, step, rank, world):
+        mine = range(step * cfg.batch + rank, (step + 1) * cfg.batch, world)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(cfg.seed)).tolist()
+        return [order[j % n] for j in mine]
+
+    def same_rank(n, cfg, step, rank, world):
+        return pretrain.draw(n, cfg, step, 0, world)
+
+    for wrong in (replaced, one_order, same_rank):
+        with pytest.raises(AssertionError):
+            check_draw(wrong)
+
+
+def test_the_toy_world_is_drawn_without_an_order_in_memory():
+    """10^9 dialogues: the order is the identity, nothing of that size is made."""
+    equal(pretrain.draw(10**9, pretrain.Config(batch=2), 5, 0, 1), [10, 11], "range, not a table")

@@ -1,0 +1,295 @@
+"""One code path for seven families: Qwen2-VL, 2.5-VL, 3-VL, LLaVA-NeXT, Idefics3 (SmolVLM), Gemma 3,
+InternVL. Tiny random models with the interface of the released ones (tests/families.py), no network.
+
+    pytest tests/test_families.py            about a minute with one thread
+    pytest tests/test_families.py -k gemma3  one family
+"""
+
+import copy
+import functools
+import math
+
+import families
+import pytest
+import torch
+from PIL import Image
+from torch.utils._pytree import tree_map
+
+import contrastive
+import model
+import pretrain
+from data import COMPRESS, CONTENT, PAD, QUESTION, Item
+
+K = 3
+TAU = 0.05
+
+
+@pytest.fixture(scope="session", params=families.FAMILIES)
+def folder(request, tmp_path_factory):
+    """A model folder of one family, built once per session."""
+    return families.build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def loaded(folder):
+    """The family's Embedder, as loaded. Read only: tests that train take a `fresh` one."""
+    torch.set_num_threads(1)
+    return model.load(folder, K, "mean", "coma", "cpu").eval()
+
+
+@pytest.fixture
+def fresh(loaded):
+    """A copy of the Embedder that a test may train."""
+    embedder = copy.deepcopy(loaded)
+    embedder.collate = loaded.collate
+    return embedder
+
+
+def photo(seed, size=(64, 64)) -> Image.Image:
+    """Noise in large blocks: a picture whose pixels matter at any resolution."""
+    noise = torch.randint(0, 256, (4, 4, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(noise.to(torch.uint8).numpy()).resize(size, Image.NEAREST)
+
+
+TURNS = (("What is on the left?", "a circle"), ("How many objects?", "two"))
+ITEMS = [  # every kind of input that there is, of unequal lengths
+    Item("a red circle above a blue square"),
+    Item("<image>", (photo(0),)),
+    Item("<image> Which shape is it?", (photo(1, (100, 60)),)),
+    Item("<image> or <image>: which is larger?", (photo(2, (60, 100)), photo(3))),
+]
+
+
+def distance(a, b) -> float:
+    """Largest absolute difference."""
+    return float((a - b).detach().abs().max())
+
+
+def dialogues(embedder, n=4) -> list:
+    """n stage-1 rows about different pictures, with answers that tell them apart."""
+    turns = [TURNS[:1], TURNS, (("Which colour?", "green and blue"),), TURNS[::-1]]
+    return [
+        dict(row=embedder.collate.row(Item("<image>", (photo(i),)), turns[i % 4])) for i in range(n)
+    ]
+
+
+def pairs(embedder, n=6) -> dict:
+    """A stage-2 batch: n pictures and as many texts; rows, labels, keys as `gradcache_step` wants them."""
+    texts = ["one", "a circle", "two red squares", "the photo of a green triangle", "yes", "no one"]
+    items = [Item("<image> find the caption", (photo(i, (56 + 4 * i, 60)),)) for i in range(n)]
+    rows = [embedder.collate.row(x) for x in items + [Item(t) for t in texts[:n]]]
+    return dict(rows=rows, labels=torch.arange(n)[:, None], keys=torch.arange(n))
+
+
+def steps(embedder, gradient, n=6, lr=3e-3) -> list:
+    """n steps of AdamW; gradient() leaves a gradient and returns the loss. -> the losses."""
+    trained = [p for p in embedder.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=lr), []
+    for _ in range(n):
+        losses.append(gradient())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+# ------------------------------------------------------------------------------------- one by one
+
+
+def test_a_batch_gives_what_one_by_one_gives(loaded):
+    """Text, picture, both, two pictures of different sizes: padding, and who else is in the batch,
+    change no embedding; and the four inputs have four different ones."""
+    with torch.no_grad():
+        together = loaded(loaded.collate(ITEMS))  # (4, D)
+        alone = torch.cat([loaded(loaded.collate([x])) for x in ITEMS])
+    gap = distance(together, alone)
+    assert gap < 1e-5, f"got {gap:.1e}, want < 1e-5: padding or another row's picture leaks in"
+    near = (together @ together.T - torch.eye(len(ITEMS))).max()
+    assert near < 0.99999, f"two different inputs have cosine {near:.6f}"
+
+
+def test_encode_keeps_the_order_whatever_the_chunks(loaded):
+    """`encode` sorts and batches inside; any token budget gives the vectors of one by one, in order."""
+    with torch.no_grad():
+        alone = torch.cat([loaded(loaded.collate([x])) for x in ITEMS])
+    for budget in (1, 100, 8192):
+        z = torch.from_numpy(loaded.encode(ITEMS[::-1], chunk_tokens=budget)).flip(0)
+        assert distance(z, alone) < 1e-5, f"chunk_tokens={budget}: off by {distance(z, alone):.1e}"
+
+
+# ------------------------------------------------------------------------------- compression mask
+
+
+def two_pictures(embedder):
+    """The same dialogue about two pictures of one size: inputs that differ in pixels alone."""
+    a, b = (
+        embedder.collate([Item("<image> look", (photo(s),)), ITEMS[0]], [TURNS, TURNS[:1]])
+        for s in (1, 2)
+    )
+    assert torch.equal(a["input_ids"], b["input_ids"])
+    return a, b
+
+
+def influence(embedder, cut_code, compress=True) -> float:
+    """How much other pixels change the hidden states of questions and answers. `cut_code`: the
+    compression tokens see no content either; compress=False: plain causal attention otherwise."""
+    a, b = two_pictures(embedder)
+    roles = a["roles"]
+    mask = pretrain.compression_mask(roles)  # (B, 1, L, L)
+    if not compress:
+        mask = pretrain.compression_mask(roles.clamp(max=COMPRESS))
+    if cut_code:
+        blind = (roles[:, :, None] == COMPRESS) & (roles[:, None, :] == CONTENT)
+        mask = mask & ~blind[:, None]
+    with torch.no_grad():
+        h = [embedder.hidden(inputs, mask) for inputs in (a, b)]
+    later = roles[0] >= QUESTION
+    return distance(h[0][0, later], h[1][0, later])
+
+
+def test_the_picture_reaches_the_questions_only_through_the_code(loaded):
+    """CoMa, section 3.1. With C's view of the picture cut as well, other pixels change nothing at all
+    behind C: exactly 0. With C's view, they do; and without the mask, they do with C cut."""
+    got = influence(loaded, cut_code=True)
+    assert got == 0, f"got {got:.1e}, want exactly 0: a question token sees the picture past C"
+    got = influence(loaded, cut_code=False)
+    assert got > 1e-3, f"got {got:.1e}: the picture does not reach the questions through C"
+    got = influence(loaded, cut_code=True, compress=False)
+    assert got > 1e-3, f"got {got:.1e}: this test would not notice a missing mask"
+
+
+def test_a_mask_that_hides_nothing_changes_nothing(loaded):
+    """What a family adds to causal attention (Gemma 3: a sliding window, and image tokens that see one
+    another both ways) stays when a mask is given."""
+    inputs = loaded.collate(ITEMS)
+    real = inputs["roles"] != PAD
+    everything = pretrain.compression_mask(inputs["roles"])  # no questions here: nothing is hidden
+    with torch.no_grad():
+        gap = distance(loaded.hidden(inputs, everything)[real], loaded.hidden(inputs)[real])
+    assert gap < 1e-5, f"got {gap:.1e}, want < 1e-5"
+
+
+def test_both_stages_see_the_same_code(loaded):
+    """The K tokens' hidden states under stage 1's mask, a dialogue behind them, are those of stage 2:
+    what pre-training put into the code is what the embedding is made of."""
+    items = ITEMS[1:]
+    stage1, stage2 = loaded.collate(items, [TURNS] * len(items)), loaded.collate(items)
+    with torch.no_grad():
+        h1 = loaded.hidden(stage1, pretrain.compression_mask(stage1["roles"]))
+        h2 = loaded.hidden(stage2)
+    gap = distance(h1[stage1["roles"] == COMPRESS], h2[stage2["roles"] == COMPRESS])
+    assert gap < 1e-5, f"got {gap:.1e}, want < 1e-5"
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def test_stage_1_learns(fresh):
+    """A few steps on four dialogues: the answers' loss falls, from near ln V."""
+    rows, cfg = dialogues(fresh), pretrain.Config(chunk_tokens=200)
+    losses = steps(fresh, lambda: pretrain.accumulate(fresh, rows, cfg)[0])
+    chance = math.log(fresh.mllm.get_input_embeddings().weight.shape[0])
+    assert losses[0] > 0.5 * chance, f"first loss {losses[0]:.2f}, chance {chance:.2f}"
+    assert losses[-1] < 0.8 * losses[0], f"no fall: {[round(x, 2) for x in losses]}"
+
+
+def test_stage_2_learns(fresh):
+    """A few steps on six pairs: InfoNCE falls from about ln 6 or more."""
+    batch = pairs(fresh)
+
+    def gradient():
+        return contrastive.gradcache_step(fresh, **batch, temperature=0.3, chunk_tokens=150)["loss"]
+
+    losses = steps(fresh, gradient)
+    assert losses[0] > 0.7 * math.log(6), f"first loss {losses[0]:.2f}, ln 6 = {math.log(6):.2f}"
+    assert losses[-1] < 0.8 * losses[0], f"no fall: {[round(x, 2) for x in losses]}"
+
+
+def gradients(embedder, batch, **how) -> dict:
+    """{name: gradient} of `gradcache_step`, and the loss."""
+    embedder.zero_grad()
+    out = contrastive.gradcache_step(embedder, **batch, temperature=TAU, chunk_tokens=120, **how)
+    found = {n: p.grad.clone() for n, p in embedder.named_parameters() if p.requires_grad}
+    return found | {"loss": torch.tensor(out["loss"])}
+
+
+def test_gradcache_with_remembered_pictures_is_exact(fresh):
+    """In float64 the gradient is that of the whole batch in one graph; so it is when a frozen vision
+    tower's output is kept from the first pass, which then runs half as often."""
+    fresh.double().train()
+    tower = fresh.mllm.get_encoder(modality="image").requires_grad_(False)
+    batch = tree_map(lambda x: x.double() if _is_float(x) else x, pairs(fresh))
+    runs = []
+    first = next(m for m in tower.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d))
+    first.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    fresh.zero_grad()
+    z = fresh(fresh.collate.pad_rows(batch["rows"]))
+    contrastive.info_nce(z[:6], z[6:], TAU)[0].backward()
+    whole = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for n, p in fresh.named_parameters()
+        if p.requires_grad
+    }
+    scale = max(float(g.abs().max()) for g in whole.values())
+    counts = {}
+    for where in ("off", "device", "host"):
+        runs.clear()
+        got = gradients(fresh, batch, vision_cache=where, keep=0)
+        counts[where] = len(runs)
+        gap = max(distance(got[n], g) for n, g in whole.items()) / scale
+        assert gap < 1e-10, f"vision_cache={where}: relative gap {gap:.1e}, want < 1e-10"
+    assert counts["off"] == 2 * counts["device"] == 2 * counts["host"] > 0, counts
+
+
+def _is_float(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+# ------------------------------------------------------------------------------------ save and load
+
+
+def embed_all(embedder) -> torch.Tensor:
+    """The embeddings of `ITEMS`: (4, D)."""
+    with torch.no_grad():
+        return embedder.eval()(embedder.collate(ITEMS))
+
+
+def test_a_saved_model_gives_the_same_embeddings(loaded, tmp_path):
+    """save -> load, without saying K, pooling and prompt again."""
+    model.save(loaded, tmp_path / "saved")
+    again = model.load(tmp_path / "saved", device="cpu")
+    assert (again.K, again.pooling, again.style) == (K, "mean", "coma")
+    gap = distance(embed_all(again), embed_all(loaded))
+    assert gap < 1e-6, f"got {gap:.1e}, want < 1e-6"
+
+
+def test_lora_trains_its_own_weights_and_merges_without_a_trace(folder, fresh, tmp_path):
+    """LoRA with DoRA on the language model: nothing else is trained but the K token rows; after some
+    steps the adapter loaded from disk, and the model it is merged into, give the same embeddings."""
+    base, batch = embed_all(fresh), pairs(fresh)
+    cfg = contrastive.Config(model=str(folder), lora_rank=4, dora=True, lora_dropout=0.0)
+    model.choose_trained(fresh, cfg)
+    trained = {n: p for n, p in fresh.named_parameters() if p.requires_grad}
+    rows = {n: p for n, p in trained.items() if "trainable_tokens" in n}
+    strangers = [n for n in trained if "lora_" not in n and n not in rows]
+    assert not strangers, f"also trained: {strangers}"
+    assert {tuple(p.shape) for p in rows.values()} == {(K, base.shape[1])}, rows.keys()
+    wrapped = {n.split(".lora_")[0].rpartition(".")[2] for n in trained if ".lora_" in n}
+    assert wrapped == {"q_proj", "k_proj", "v_proj", "o_proj"}, wrapped
+    assert len({n.split(".lora_")[0] for n in trained if ".lora_" in n}) == 4 * families.LAYERS
+
+    step = functools.partial(
+        contrastive.gradcache_step, fresh, **batch, temperature=TAU, chunk_tokens=150
+    )
+    steps(fresh, lambda: step()["loss"], n=3, lr=0.03)
+    after = embed_all(fresh)
+    assert (after * base).sum(1).min() < 0.999, "training moved nothing: the test would be empty"
+
+    model.save(fresh, tmp_path / "adapter")
+    again = embed_all(model.load(tmp_path / "adapter", device="cpu"))
+    merged = embed_all(model.merge(fresh))
+    model.save(fresh, tmp_path / "merged")
+    plain = embed_all(model.load(tmp_path / "merged", device="cpu"))
+    for name, z in (("loaded adapter", again), ("merged", merged), ("merged, loaded", plain)):
+        cosine = float((z * after).sum(1).min())
+        assert cosine > 0.99999, f"{name}: cosine {cosine:.6f} to the trained model"

@@ -1,0 +1,269 @@
+"""InfoNCE, Eq. (1) of VLM2Vec, with several positives, hard negatives and masked duplicates."""
+
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import close, equal, expect
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from contrastive import info_nce
+
+
+def oracle(q, t, temperature, labels=None, keys=None):
+    """Eq. (1), one score at a time, in float64. -> (mean nats, share of hits)."""
+    labels = [[i] for i in range(len(q))] if labels is None else labels.tolist()
+    labels = [x if isinstance(x, list) else [x] for x in labels]
+    keys = list(range(len(t))) if keys is None else keys.tolist()
+    scores = (q.double() @ t.double().T / temperature).tolist()
+    nats, hits = 0.0, 0
+    for i, mine in enumerate(labels):
+        mine = [p for p in mine if p >= 0]
+        own = {keys[p] for p in mine}
+        others = [scores[i][j] for j in range(len(t)) if keys[j] not in own]
+        each = []
+        for p in mine:
+            top = max([scores[i][p], *others])
+            total = sum(math.exp(s - top) for s in [scores[i][p], *others])
+            each.append(math.log(total) + top - scores[i][p])
+        nats += sum(each) / len(each)
+        hits += max(scores[i][p] for p in mine) > max(others, default=-math.inf)
+    return nats / len(q), hits / len(q)
+
+
+def embeddings(n, m, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(k, 8, generator=g, dtype=dtype), dim=-1) for k in (n, m)]
+
+
+def cases():
+    """name -> (q, t, labels, keys)."""
+    q, t = embeddings(6, 6)
+    yield "one positive each", q, t, None, None
+    yield "duplicates", q, t, None, torch.tensor([3, 1, 3, 2, 1, 9])
+    q, t = embeddings(5, 13, seed=1)
+    yield "hard negatives", q, t, torch.tensor([0, 2, 5, 7, 12]), None
+    labels = torch.tensor([[0, 1, -1], [2, -1, -1], [3, 4, 5], [8, 9, -1], [12, -1, -1]])
+    yield "several positives", q, t, labels, None
+    keys = torch.tensor([7, 8, 9, 7, 5, 4, 3, 8, 9, 2, 2**60, 2**60 + 1, 2**60])
+    yield "several positives, duplicates, hard negatives", q, t, labels, keys
+
+
+def check_loop(loss_of):
+    for name, q, t, labels, keys in cases():
+        for temperature in (1.0, 0.05):
+            loss, hits = loss_of(q, t, temperature, labels, keys)
+            want = oracle(q, t, temperature, labels, keys)
+            close(loss, want[0], f"{name}, temperature {temperature}: Eq. (1)", rel=1e-10)
+            close(float(hits), want[1], f"{name}: share of hits", rel=1e-6)
+
+
+def test_the_loss_equals_a_loop_over_scores():
+    """info_nce equals Eq. (1) in float64: one and several positives (mean over a query's), hard
+    negatives, columns with the key of a positive left out of the denominator."""
+    check_loop(info_nce)
+
+
+def forgets_the_mask(q, t, temperature, labels=None, keys=None):
+    return info_nce(q, t, temperature, labels, None)
+
+
+def forgets_the_temperature(q, t, temperature, labels=None, keys=None):
+    return info_nce(q, t, 1.0, labels, keys)
+
+
+def wrong_offset(q, t, temperature, labels=None, keys=None):
+    labels = torch.arange(len(q)) if labels is None else labels
+    shifted = torch.where(
+        labels >= 0, (labels + len(q)) % len(t) if len(t) > len(q) else labels, -1
+    )
+    return info_nce(q, t, temperature, torch.where(labels >= 0, (shifted + 1) % len(t), -1), keys)
+
+
+def drops_hard_negatives(q, t, temperature, labels=None, keys=None):
+    if labels is None:
+        return info_nce(q, t, temperature, labels, keys)
+    used = sorted({int(p) for p in labels.flatten() if p >= 0})
+    place = torch.tensor([used.index(p) if p in used else -1 for p in range(len(t))])
+    labels = torch.where(labels >= 0, place[labels.clamp(min=0)], -1)
+    return info_nce(q, t[used], temperature, labels, None if keys is None else keys[used])
+
+
+def positives_repel(q, t, temperature, labels=None, keys=None):
+    """Each other positive of the query stands in the denominator."""
+    labels = torch.arange(len(q)) if labels is None else labels
+    labels = labels[:, None] if labels.ndim == 1 else labels
+    keys = torch.arange(len(t)) if keys is None else keys
+    total, hits = 0.0, 0.0
+    for i, mine in enumerate(labels.tolist()):
+        each = [info_nce(q[i : i + 1], t, temperature, torch.tensor([p]), keys)
+                for p in mine if p >= 0]  # fmt: skip
+        total = total + sum(x[0] for x in each) / len(each)
+        hits = hits + float(sum(x[1] for x in each) > 0)
+    return total / len(q), hits / len(q)
+
+
+def sums_over_queries(q, t, temperature, labels=None, keys=None):
+    loss, hits = info_nce(q, t, temperature, labels, keys)
+    return loss * len(q), hits
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [forgets_the_mask, forgets_the_temperature, wrong_offset, drops_hard_negatives]
+    + [positives_repel, sums_over_queries],
+)
+def test_the_loop_check_fails_for_a_wrong_loss(wrong):
+    """Negative control: six typical mistakes are found."""
+    with pytest.raises(AssertionError):
+        check_loop(wrong)
+
+
+def test_equal_embeddings_give_the_log_of_the_number_of_columns():
+    """No information: loss ln M, M the columns that the loss sees, and no hit, for a tie is none."""
+    z = F.normalize(torch.ones(12, 4), dim=-1)
+    loss, hits = info_nce(z[:8], z[:8], 0.02)
+    close(loss, math.log(8), "ln N", rel=1e-6)
+    close(info_nce(z[:8], z, 0.02)[0], math.log(12), "hard negatives count", rel=1e-6)
+    equal(float(hits), 0.0, "a collapsed model has no hit")
+
+
+def test_perfect_embeddings_give_zero():
+    """Orthogonal targets, each query on its own: loss 0 and all hits at a low temperature."""
+    z = torch.eye(6)
+    loss, hits = info_nce(z, z, 0.02)
+    expect(loss < 1e-6, loss, 0, "-ln(1 / (1 + 5 e^-50))")
+    equal(float(hits), 1.0, "each positive beats all")
+
+
+def run(q, t, *args, **kwargs):
+    """-> (loss, hits, gradient of q and t)."""
+    q, t = (x.clone().requires_grad_() for x in (q, t))
+    loss, hits = info_nce(q, t, *args, **kwargs)
+    loss.backward()
+    return loss.detach(), float(hits), torch.cat([q.grad, t.grad])
+
+
+def test_the_block_size_changes_neither_value_nor_gradient():
+    """Row blocks are a matter of memory only: 1, 2, 4 (uneven last) and 256 agree."""
+    for name, q, t, labels, keys in cases():
+        want = run(q, t, 0.05, labels, keys, block=256)
+        for block in (1, 2, 4):
+            got = run(q, t, 0.05, labels, keys, block=block)
+            for x, y, what in zip(got, want, ("loss", "hits", "gradient"), strict=True):
+                close(x, y, f"{name}, block {block}: {what}", rel=1e-12)
+
+
+def test_the_gradient_equals_that_of_the_plain_loss():
+    """The blocks' second pass gives what autograd gives on the dense cross-entropy."""
+    q, t = (x.requires_grad_() for x in embeddings(7, 9))
+    F.cross_entropy(q @ t.T / 0.1, torch.arange(7)).backward()
+    want = torch.cat([q.grad, t.grad])
+    close(run(q.detach(), t.detach(), 0.1, block=3)[2], want, "d loss / d (q, t)", rel=1e-10)
+
+
+def test_the_order_of_pairs_and_of_columns_does_not_matter():
+    """Permuted queries with their labels, and permuted columns with their keys: the same loss, and
+    the gradient permuted alike."""
+    for name, q, t, labels, keys in cases():
+        labels = torch.arange(len(q)) if labels is None else labels
+        keys = torch.arange(len(t)) if keys is None else keys
+        want = run(q, t, 0.05, labels, keys)
+        rows, columns = torch.randperm(len(q)), torch.randperm(len(t))
+        moved = torch.where(labels >= 0, columns.argsort()[labels.clamp(min=0)], -1)
+        got = run(q[rows], t[columns], 0.05, moved[rows], keys[columns])
+        close(got[0], want[0], name, rel=1e-12)
+        equal(got[1], want[1], name)
+        permuted = torch.cat([want[2][: len(q)][rows], want[2][len(q) :][columns]])
+        close(got[2], permuted, name + ": gradient", rel=1e-10)
+
+
+def test_a_low_temperature_does_not_overflow():
+    """e^(1/0.01) is more than float32 holds; loss and gradient stay finite and right, in float32, for
+    embeddings that are right and for such that are exactly wrong."""
+    for sign in (1, -1):
+        q, t = embeddings(6, 6, torch.float32)
+        q = F.normalize(q + 5 * sign * t, dim=-1)
+        loss, _, grad = run(q, t, 0.01)
+        close(loss, oracle(q, t, 0.01)[0], "log-sum-exp, not exp and log", rel=1e-4)
+        expect(
+            torch.isfinite(grad).all(), "NaN or inf in the gradient", "finite", "temperature 0.01"
+        )
+
+
+def test_a_query_without_negatives_costs_nothing():
+    """All columns have the key of the positive: loss 0, gradient 0, no NaN, in both dtypes; queries
+    that have negatives are as they were."""
+    for dtype in (torch.float32, torch.float64):
+        q, t = embeddings(4, 4, dtype)
+        loss, _, grad = run(q, t, 0.01, None, torch.zeros(4, dtype=torch.long))
+        equal(loss.item(), 0.0, "nothing to tell apart")
+        equal(grad.abs().max().item(), 0.0, "no NaN, no pull")
+        loss, _, grad = run(q[:1], t[:1], 0.01)
+        equal((loss.item(), grad.abs().max().item()), (0.0, 0.0), "a batch of one pair")
+    q, t = embeddings(3, 3)
+    labels, keys = torch.tensor([[0, 1], [2, -1], [0, -1]]), torch.tensor([5, 6, 5])
+    close(info_nce(q, t, 0.05, labels, keys)[0], oracle(q, t, 0.05, labels, keys)[0], "mixed")
+
+
+class Peak(TorchDispatchMode):
+    """The most numbers that live tensors made inside held at any time, and the largest of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = self.largest = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.known:
+                store = x.untyped_storage()
+                size = store.nbytes() // 4
+                self.known.add(store)
+                weakref.finalize(store, self.freed, size)
+                self.now += size
+                self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
+        return out
+
+    def freed(self, size):
+        self.now -= size
+
+
+def check_memory(loss_of, N=1536, D=8, block=64):
+    q, t = (x.requires_grad_() for x in embeddings(N, N, torch.float32))
+    with Peak() as memory:
+        loss_of(q, t, 0.05, block=block)[0].backward()
+    held = (
+        f"peak {memory.peak / N / block:.1f}, largest {memory.largest / N / block:.1f} x N x block"
+    )
+    expect(
+        memory.largest <= 1.01 * N * block, held, "largest <= 1 x N x block", "a block of scores"
+    )
+    expect(memory.peak <= 12 * N * block, held, "peak <= 12 x N x block", "blocks free their graph")
+    expect(memory.peak >= N * block, held, "at least one block", "is the meter broken?")
+
+
+def test_memory_grows_with_n_times_block():
+    """No N x N scores, neither in the forward nor in the backward pass: the peak of live tensors is a
+    few row blocks, here 1/2 of N x N at most."""
+    check_memory(info_nce)
+
+
+def test_the_memory_check_fails_for_dense_scores_and_for_kept_blocks():
+    """Negative control: one N x N matrix; row blocks whose graph is kept for the backward pass."""
+
+    def dense(q, t, temperature, block):
+        return (F.cross_entropy(q @ t.T / temperature, torch.arange(len(q))),)
+
+    def kept(q, t, temperature, block):
+        labels = torch.arange(len(q)).split(block)
+        parts = [F.cross_entropy(x @ t.T / temperature, y, reduction="sum")
+                 for x, y in zip(q.split(block), labels, strict=True)]  # fmt: skip
+        return (torch.stack(parts).sum() / len(q),)
+
+    for wrong, hint in ((dense, "a block of scores"), (kept, "blocks free their graph")):
+        with pytest.raises(AssertionError, match=hint):
+            check_memory(wrong)
