@@ -1,9 +1,6 @@
 """Assertions whose messages say what came, what should have come, and where to look."""
 
-import families
 import torch
-
-import model
 
 
 def expect(ok, got, want, hint):
@@ -18,7 +15,7 @@ def equal(got, want, hint):
 
 
 def close(got, want, hint, rel=1e-5):
-    """Fails unless the two differ by less than `rel` of what is wanted (norms); NaN always fails."""
+    """Fails unless the two differ by less than `rel` of what is wanted, in norm; NaN fails."""
     got, want = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (got, want))
     expect(got.shape == want.shape, f"shape {tuple(got.shape)}", tuple(want.shape), hint)
     gap = distance(got, want)
@@ -36,6 +33,10 @@ def toy():
     """A new toy-random embedder, K = 4, with weights large enough that every token matters.
 
     The library's start (std 0.02) makes attention all but uniform, and mistakes small."""
+    import families  # here: the checks alone should import fast, in fresh processes too
+
+    import model
+
     embedder = model.load("toy-random", compress_tokens=4, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

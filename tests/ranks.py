@@ -1,9 +1,9 @@
-"""Gradients of several processes against that of one. Also a script, which test_gradcache.py starts:
+"""Gradients of several processes against that of one; a script that test_gradcache.py starts:
 
     torchrun --nproc-per-node 2 tests/ranks.py REFERENCES.pt RESULT.json
 
-REFERENCES.pt holds what one process computed on the whole batch, the plain way; rank 0 writes how far
-each setting's gradient is from it, on the rank where it is farthest."""
+REFERENCES.pt holds what one process computed on the whole batch, the plain way; rank 0 writes how
+far each setting's gradient is from it, on the rank where it is farthest."""
 
 import itertools
 import json
@@ -27,12 +27,12 @@ TEMPERATURE = 0.1
 LORA = dict(lora_rank=4, lora_alpha=8, lora_dropout=0.0)
 
 
-# ------------------------------------------------------------------------------------------- a batch
+# ------------------------------------------------------------------------------------------ a batch
 
 
 def picture_pair(i):
-    """A picture -> one or two captions, with 0-2 hard negatives, one of them a picture; 1 and 4 have
-    the same caption."""
+    """A picture -> one or two captions, with 0-2 hard negatives, one of them a picture; 1 and 4
+    have the same caption."""
     scene = Shapes(seed=1).dialogue(1 if i == 4 else i).item.images[0]
     targets = [Item(scene.describe()), Item("a picture of " + scene.describe())]
     crop = Scene(scene.objects[:1], view=scene.objects[0].place)
@@ -53,7 +53,8 @@ PAIRS = {"pictures": Lazy(6, picture_pair), "words": Lazy(6, word_pair)}
 
 
 def batch_config():
-    """16 pairs: two blocks of 4 with pictures, then two of text alone: the last rank sees no picture."""
+    """16 pairs: two blocks of 4 with pictures, then two of text alone: the last rank sees no
+    picture."""
     for seed in itertools.count():
         cfg = contrastive.Config(batch=16, block=4, seed=seed)
         names = [name for name, _ in contrastive.draw(PAIRS, cfg, 0)]
@@ -65,7 +66,7 @@ def batch_of(embedder, rank=0, world=1):
     return contrastive.local_batch(PAIRS, embedder.collate, batch_config(), 0, rank, world)
 
 
-# -------------------------------------------------------------------------------------- the settings
+# ------------------------------------------------------------------------------------- the settings
 
 
 def build(trained="all", dtype=torch.float64, lora_dropout=0.0, **more):
@@ -92,7 +93,8 @@ def gradient(embedder):
 
 
 def plain_loss(z, labels, keys, temperature=TEMPERATURE):
-    """InfoNCE the dense way, from the embeddings of B queries and then all targets. -> (loss, top1)."""
+    """InfoNCE the dense way, from the embeddings of B queries and then all targets. -> (loss,
+    top1)."""
     B = len(labels)
     scores = z[:B] @ z[B:].T / temperature
     nats, hits = [], 0
@@ -160,7 +162,7 @@ def references():
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------ the script of a rank
+# ----------------------------------------------------------------------------- the script of a rank
 
 
 def wrong_mean(parameters):
@@ -235,8 +237,8 @@ def main(references_file, result_file):
     for name, (reference, what, run) in SETTINGS.items():
         embedder, want = build(**what), wanted[reference]
         got = run(embedder)
-        mine = dict(gap=distance(got["grad"], want["grad"]),
-                    loss=abs(got["loss"] - want["loss"]), top1=abs(got["top1"] - want["top1"]))  # fmt: skip
+        mine = {k: abs(got[k] - want[k]) for k in ("loss", "top1")}
+        mine["gap"] = distance(got["grad"], want["grad"])
         everyone = model.gather_objects(mine)
         result[name] = {k: max(x[k] for x in everyone) for k in mine}
     batch = batch_of(embedder, model.rank(), model.world())

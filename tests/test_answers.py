@@ -64,8 +64,9 @@ def predicts_the_past(ids, roles):
 
 
 def test_the_labels_decode_to_the_answers_and_their_end_token(shared):
-    """answer_labels, token by token on a worked dialogue: position i predicts token i + 1 where that
-    is an answer's or its <|im_end|>; the image, C, questions, template and padding are -100."""
+    """answer_labels, token by token on a worked dialogue: position i predicts token i + 1 where
+    that is an answer's or its <|im_end|>; the image, C, questions, template and padding are
+    -100."""
     check_labels(pretrain.answer_labels, shared)
 
 
@@ -224,8 +225,8 @@ def mean_of_means(embedder, rows, cfg):
 
 
 def test_the_gradient_is_that_of_the_whole_batch_for_any_chunks(shared):
-    """accumulate: in chunks of one row, some rows, all rows, the gradient of (all answers' nats / all
-    answer tokens), however unequal the answers are."""
+    """accumulate: in chunks of one row, some rows, all rows, the gradient of (all answers' nats /
+    all answer tokens), however unequal the answers are."""
     rows = unequal_rows(shared)
     check_accumulate(pretrain.accumulate, shared, rows, whole_batch(shared, rows))
 
@@ -238,7 +239,8 @@ def test_the_gradient_check_fails_for_a_mean_of_chunk_means(shared):
 
 
 def test_the_distilled_gradient_is_that_of_the_whole_batch_for_any_chunks(embedder):
-    """accumulate with a teacher: the same for every chunk budget; 0 where teacher and model agree."""
+    """accumulate with a teacher: the same for every chunk budget; 0 where teacher and model
+    agree."""
     rows = unequal_rows(embedder)
     reference = pretrain.teacher(embedder, pretrain.Config())
     results = []
@@ -285,8 +287,8 @@ def exact(embedder, rows):
 
 
 def test_an_exact_answer_is_one_that_greedy_decoding_writes():
-    """exact_answers from one teacher-forced pass agrees with mllm.generate(do_sample=False): all right
-    for the generated answers, one less for each answer with one token changed anywhere."""
+    """exact_answers from one teacher-forced pass agrees with mllm.generate(do_sample=False): all
+    right for the generated answers, one less for each answer with one token changed anywhere."""
     embedder = model.load("toy-random", compress_tokens=0, device="cpu").eval()
     torch.manual_seed(0)
     for p in embedder.parameters():
@@ -345,7 +347,7 @@ def test_the_answer_count_fails_for_tokens_and_for_rows():
             check_exact(wrong)
 
 
-# --------------------------------------------------------------------------------- order of the data
+# -------------------------------------------------------------------------------- order of the data
 
 
 def check_draw(draw):

@@ -62,9 +62,10 @@ def check_step(got, want, hint, rel=1e-10):
 def test_the_gradient_is_that_of_the_whole_batch(
     built, trained, chunk_tokens, keep, vision_cache
 ):  # fmt: skip
-    """float64, to 1e-10: chunks of one item, some, all; no, one and all graphs kept; vision trained,
-    frozen and cached on the device or the host, LoRA. The batch has pictures and plain text, hard
-    negatives, several positives, repeated targets. (A covering list of pairs of settings.)"""
+    """float64, to 1e-10: chunks of one item, some, all; no, one and all graphs kept; vision
+    trained, frozen and cached on the device or the host, LoRA. The batch has pictures and plain
+    text, hard negatives, several positives, repeated targets. (A covering list of pairs of
+    settings.)"""
     embedder, want = built(trained)
     got = ranks.step(
         embedder,
@@ -112,7 +113,8 @@ def test_float32_is_as_good_as_a_plain_float32_batch():
 
 
 def looks(embedder, **how):
-    """How many times each patch of the batch's pictures goes through the vision tower in one step."""
+    """How many times each patch of the batch's pictures goes through the vision tower in one
+    step."""
     seen, batch = [], ranks.batch_of(embedder)
     embed = embedder.mllm.get_encoder(modality="image").patch_embed
     hook = embed.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -122,8 +124,8 @@ def looks(embedder, **how):
 
 
 def test_a_frozen_tower_sees_each_picture_once(built):
-    """vision_cache: one look at each picture where the tower is frozen; two with "off", and two where
-    the tower is trained (with one the gradient would be wrong)."""
+    """vision_cache: one look at each picture where the tower is frozen; two with "off", and two
+    where the tower is trained (with one the gradient would be wrong)."""
     frozen, trained = built("frozen")[0], built("all")[0]
     for where in ("device", "host"):
         equal(looks(frozen, keep=0, vision_cache=where), 1, f"{where}: once a picture")
@@ -134,8 +136,8 @@ def test_a_frozen_tower_sees_each_picture_once(built):
 
 @pytest.mark.parametrize("only_with_graph", [False, True])
 def test_a_chunk_that_does_not_fit_halves_the_budget(built, monkeypatch, only_with_graph):
-    """When memory runs out, in pass 1 or in pass 2, the step begins again with half the tokens, leaves
-    the right gradient and returns the budget that worked."""
+    """When memory runs out, in pass 1 or in pass 2, the step begins again with half the tokens,
+    leaves the right gradient and returns the budget that worked."""
     embedder, want = built("frozen")
     forward = type(embedder).forward
 
@@ -177,7 +179,8 @@ def one_graph(embedder, chunk_tokens=200):
 
 
 def with_dropout(trained, **more):
-    """An embedder in training mode: dropout 0.1 in all attention, or in front of LoRA's matrices."""
+    """An embedder in training mode: dropout 0.1 in all attention, or in front of LoRA's
+    matrices."""
     if trained == "lora":
         return ranks.build("lora", lora_dropout=0.1, **more).train()
     embedder = ranks.build(trained, **more).train()
@@ -246,7 +249,7 @@ def test_replay_leaves_the_generator_as_it_was():
     equal(after, after[:1] * 3, "replay forks the generator")
 
 
-# ------------------------------------------------------------------------------------- several ranks
+# ------------------------------------------------------------------------------------ several ranks
 
 
 @pytest.fixture(scope="module")
@@ -258,10 +261,11 @@ def reference_file(tmp_path_factory):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_together_have_the_gradient_of_one_process(reference_file, world):
-    """torchrun over gloo, world 2 and 4: each rank's gradient, the loss and the share of hits are those
-    of one process on the whole batch (float64 1e-10, float32 1e-5), with ranks that differ in columns,
-    in chunks and in having pictures; with a cached frozen tower, LoRA, and FSDP2; stage 1 and the
-    sharded encoding too. Negative controls: mean in place of sum, targets' gradient kept at home."""
+    """torchrun over gloo, world 2 and 4: each rank's gradient, the loss and the share of hits are
+    those of one process on the whole batch (float64 1e-10, float32 1e-5), with ranks that differ in
+    columns, in chunks and in having pictures; with a cached frozen tower, LoRA, and FSDP2; stage 1
+    and the sharded encoding too. Negative controls: mean in place of sum, targets' gradient kept at
+    home."""
     result_file = reference_file.with_name(f"result{world}.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(world), str(Path(ranks.__file__)), str(reference_file), str(result_file)]
@@ -287,7 +291,7 @@ def test_ranks_together_have_the_gradient_of_one_process(reference_file, world):
     close(mean, 1 - 1 / world, "the mean is 1 / world of the gradient", 1e-6)
 
 
-# --------------------------------------------------------------------------------- the batch's parts
+# -------------------------------------------------------------------------------- the batch's parts
 
 
 def test_the_global_batch_is_the_same_for_any_number_of_ranks(shared):

@@ -122,7 +122,8 @@ def test_the_loop_check_fails_for_a_wrong_loss(wrong):
 
 
 def test_equal_embeddings_give_the_log_of_the_number_of_columns():
-    """No information: loss ln M, M the columns that the loss sees, and no hit, for a tie is none."""
+    """No information: loss ln M, M the columns that the loss sees, and no hit, for a tie is
+    none."""
     z = F.normalize(torch.ones(12, 4), dim=-1)
     loss, hits = info_nce(z[:8], z[:8], 0.02)
     close(loss, math.log(8), "ln N", rel=1e-6)
@@ -181,8 +182,8 @@ def test_the_order_of_pairs_and_of_columns_does_not_matter():
 
 
 def test_a_low_temperature_does_not_overflow():
-    """e^(1/0.01) is more than float32 holds; loss and gradient stay finite and right, in float32, for
-    embeddings that are right and for such that are exactly wrong."""
+    """e^(1/0.01) is more than float32 holds; loss and gradient stay finite and right, in float32,
+    for embeddings that are right and for such that are exactly wrong."""
     for sign in (1, -1):
         q, t = embeddings(6, 6, torch.float32)
         q = F.normalize(q + 5 * sign * t, dim=-1)
@@ -247,8 +248,8 @@ def check_memory(loss_of, N=1536, D=8, block=64):
 
 
 def test_memory_grows_with_n_times_block():
-    """No N x N scores, neither in the forward nor in the backward pass: the peak of live tensors is a
-    few row blocks, here 1/2 of N x N at most."""
+    """No N x N scores, neither in the forward nor in the backward pass: the peak of live tensors is
+    a few row blocks, here 1/2 of N x N at most."""
     check_memory(info_nce)
 
 

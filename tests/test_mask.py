@@ -117,8 +117,9 @@ def padding_sees_nothing(roles):
 
 
 def test_the_mask_equals_a_loop_over_pairs_of_tokens():
-    """compression_mask: causal, padding is no key, QUESTION and ANSWER never see CONTENT, the HEAD is
-    seen by all, and each token sees itself; for padding on either side and any order of roles."""
+    """compression_mask: causal, padding is no key, QUESTION and ANSWER never see CONTENT, the HEAD
+    is seen by all, and each token sees itself; for padding on either side and any order of
+    roles."""
     check_rule(pretrain.compression_mask)
 
 
@@ -159,7 +160,8 @@ def other_text(embedder, inputs):
 
 
 def moved(embedder, inputs, change, hide):
-    """How far the hidden states of (CONTENT, COMPRESS, QUESTION and ANSWER) move with the change."""
+    """How far the hidden states of (CONTENT, COMPRESS, QUESTION and ANSWER) move with the
+    change."""
     with torch.no_grad():
         a, b = (hide(embedder, x) for x in (inputs, change(embedder, inputs)))
     roles = inputs["roles"]
@@ -205,8 +207,8 @@ def check_flow(embedder, compression_mask, hide=with_mask):
 
 
 def test_the_content_reaches_an_answer_through_the_code_and_in_no_other_way(shared):
-    """New pixels, or other words before C, change the answers' hidden states; with the view on C cut
-    off as well the difference is exactly 0: there is no second path, in any layer."""
+    """New pixels, or other words before C, change the answers' hidden states; with the view on C
+    cut off as well the difference is exactly 0: there is no second path, in any layer."""
     check_flow(shared, pretrain.compression_mask)
 
 
@@ -234,7 +236,8 @@ def test_the_flow_check_fails_for_a_mask_that_is_one_token_short(shared):
 
 
 def test_the_flow_check_fails_for_a_mask_of_the_picture_alone(shared):
-    """Negative control: a mask that hides image tokens and leaves the instruction's text visible."""
+    """Negative control: a mask that hides image tokens and leaves the instruction's text
+    visible."""
     image = shared.mllm.config.image_token_id
 
     def picture_only(compression_mask, cut):
@@ -274,15 +277,16 @@ def test_the_flow_check_fails_for_a_mask_in_the_first_layer_only(embedder):
 
 
 def test_a_kernel_that_would_ignore_the_mask_is_an_error():
-    """transformers' eager attention *adds* a mask, so that a bool one would be ignored in silence."""
+    """transformers' eager attention *adds* a mask, so that a bool one would be ignored in
+    silence."""
     eager = model.load("toy-random", compress_tokens=4, device="cpu", attn="eager")
     with pytest.raises(InputError, match="sdpa"):
         check_flow(eager, pretrain.compression_mask)
 
 
 def test_training_uses_the_mask(shared):
-    """answer_logits: under the mask with compression, plain causal attention without it, and never a
-    mask where there are no compression tokens."""
+    """answer_logits: under the mask with compression, plain causal attention without it, and never
+    a mask where there are no compression tokens."""
     inputs = inputs_of(shared)
     at = pretrain.answer_labels(inputs["input_ids"], inputs["roles"]) != -100
     with torch.no_grad():

@@ -1,0 +1,473 @@
+"""The embedder: what goes in is one vector, whatever stands beside it, before and after saving."""
+
+import copy
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import torch
+from checks import close, equal, expect, toy
+from PIL import Image
+
+import contrastive
+import data
+import model
+from data import CONTENT, IMAGE, InputError, Item, Shapes
+
+SCENES = [Shapes().dialogue(i).item.images[0] for i in range(4)]
+ITEMS = [  # of unequal lengths, text only, picture only, both, two pictures, a small picture
+    Item("red"),
+    Item("a picture of a large red circle at the top left and nothing else at all"),
+    Item(IMAGE, (SCENES[0],)),
+    Item(IMAGE + " what color is the circle?", (SCENES[1],)),
+    Item(f"{IMAGE} or {IMAGE}?", (SCENES[0], SCENES[2])),
+    Item(f"tell {IMAGE} {IMAGE}", (SCENES[3], data.Scene(SCENES[0].objects, view="top left"))),
+]
+
+
+def alone(embedder, items=ITEMS):
+    """Each item in a batch of its own: (n, D)."""
+    with torch.no_grad():
+        return torch.cat([embedder(embedder.collate([x])) for x in items])
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def check_batch(batch_of, embedder):
+    want = alone(embedder)
+    for order in (range(6), (5, 0, 3), (4, 2, 1)):
+        with torch.no_grad():
+            got = batch_of(embedder, [ITEMS[i] for i in order])
+        for i, z in zip(order, got, strict=True):
+            close(z, want[i], f"item {i} of the batch {list(order)}: {ITEMS[i].text!r}", 1e-5)
+
+
+def right_batch(embedder, items):
+    return embedder(embedder.collate(items))
+
+
+def forgets_the_mask(embedder, items):
+    inputs = embedder.collate(items)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    return embedder(inputs)
+
+
+def swaps_pictures(embedder, items):
+    inputs = embedder.collate(items)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].flip(0)
+    return embedder(inputs)
+
+
+def test_a_batch_is_its_items_one_by_one(shared):
+    """To 1e-5: text only, picture only, both, two pictures in one item, a picture of another
+    size."""
+    check_batch(right_batch, shared)
+    want = alone(shared)
+    gaps = torch.cdist(want, want) + torch.eye(6)
+    expect(gaps.min() > 0.01, gaps.min(), "> 0.01", "six different embeddings")
+    close(want.norm(dim=1), torch.ones(6), "unit length", 1e-6)
+
+
+@pytest.mark.parametrize("wrong", [forgets_the_mask, swaps_pictures])
+def test_the_batch_check_fails_for_a_wrong_batch(shared, wrong):
+    """Negative control: padding taken for text, pictures given to the wrong items."""
+    with pytest.raises(AssertionError):
+        check_batch(wrong, shared)
+
+
+def test_a_batch_of_pictures_leaves_no_state_behind(shared):
+    """Trap: Qwen-VL models remember the last picture batch's positions. A text embedded after a
+    batch of pictures is what it was before."""
+    before = alone(shared, ITEMS[:2])
+    alone(shared, ITEMS[2:])
+    equal(alone(shared, ITEMS[:2]), before, "rope_deltas of the last batch")
+
+
+# ------------------------------------------------------------------------------------------- encode
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """(what a user may pass, the Items it stands for)."""
+    path = tmp_path_factory.mktemp("pictures") / "a b.png"
+    SCENES[2].render().save(path)
+    given = ["a longer text about a square", SCENES[1].render(), path, "red", *ITEMS[3:5], "red"]
+    wanted = [Item(given[0]), Item(IMAGE, (SCENES[1],)), Item(IMAGE, (SCENES[2],)), Item("red")]
+    return given, [*wanted, *ITEMS[3:5], Item("red")]
+
+
+def test_encode_keeps_the_order_and_takes_strings_pictures_paths_and_items(shared, mixed):
+    """encode: float32 numpy (n, D), row i is item i, for strings, PIL images, pathlib.Path and
+    Items mixed; a string is always text, even one that looks like a path."""
+    given, items = mixed
+    z = shared.encode(given)
+    equal((z.dtype, z.shape), (np.dtype("float32"), (7, 128)), "(len(items), D)")
+    close(z, alone(shared, items), "each row is its item")
+    equal(z[3].tolist(), z[6].tolist(), "the same string twice")
+    text = shared.encode([str(given[2])])
+    expect(np.abs(text[0] - z[2]).max() > 0.01, "equal", "different", "a string is text")
+    equal(shared.encode([]).shape, (0, 128), "nothing in, nothing out")
+
+
+def test_encode_does_not_depend_on_the_chunks(shared, mixed):
+    """chunk_tokens 1 (each item alone), 60, everything; items in another order; with a worker."""
+    given, _ = mixed
+    want = shared.encode(given)
+    for how in (dict(chunk_tokens=1), dict(chunk_tokens=60), dict(chunk_tokens=10**6)):
+        close(shared.encode(given, **how), want, str(how))
+    order = [3, 1, 6, 0, 5, 2, 4]
+    close(shared.encode([given[i] for i in order]), want[order], "permuted")
+    close(shared.encode(given, workers=1), want, "a loader process")
+
+
+def test_encode_goes_over_more_items_than_one_window(shared):
+    """300 items: rows of the second window of 256 stand where they belong."""
+    words = [f"{'very ' * (i % 3)}large {i}" for i in range(300)]
+    z = shared.encode(words)
+    for i in (0, 255, 256, 299):
+        close(z[i : i + 1], alone(shared, [Item(words[i])]), f"item {i}")
+
+
+def test_encode_leaves_no_trace(embedder):
+    """Dropout is off in encode and the mode is as it was after it; no gradient is made."""
+    for part in embedder.mllm.model.language_model.modules():
+        if hasattr(part, "attention_dropout"):
+            part.attention_dropout = 0.5
+    want = embedder.eval().encode(["red"])
+    equal(embedder.train().encode(["red"]).tolist(), want.tolist(), "no dropout in encode")
+    equal(embedder.training, True, "the mode is restored")
+    with torch.no_grad():
+        dropped = embedder(embedder.collate([Item("red")]))
+    expect(np.abs(dropped[0].numpy() - want[0]).max() > 1e-3, "equal", "different",
+           "negative control: in training mode dropout matters")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- chunks
+
+
+def check_chunks(token_chunks):
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 2, 7, 40):
+        for budget in (1, 50, 120, 10**6):
+            lengths = torch.randint(1, 100, (n,), generator=generator).tolist()
+            chunks = token_chunks(lengths, budget)
+            covered = sorted(i for c in chunks for i in c)
+            equal(covered, list(range(n)), f"n={n}, budget={budget}: each index once")
+            for c in chunks:
+                padded = len(c) * max(lengths[i] for i in c)
+                expect(len(c) == 1 or padded <= budget, padded, f"<= {budget}", "padded tokens")
+            flat = [[lengths[i] for i in c] for c in chunks]
+            for a, b in zip(flat, flat[1:], strict=False):
+                expect(max(a) <= min(b), (a, b), "shortest rows first", "sorted by length")
+                fits = (len(b) + 1) * max(b) <= budget
+                expect(not fits, (a, b), "full chunks", "one more row would fit")
+
+
+def test_chunks_cover_every_row_once_within_the_budget():
+    """token_chunks: each index once, at most `budget` padded tokens (or one longer row alone), from
+    the shortest rows to the longest, and no chunk that its shorter neighbour's row would fit in."""
+    check_chunks(model.token_chunks)
+    equal(model.token_chunks([], 100), [], "no rows, no chunks")
+
+
+def test_the_chunk_check_fails_for_wrong_chunks():
+    """Negative control: real instead of padded tokens, unsorted rows, a row lost, one row a
+    chunk."""
+
+    def real_tokens(lengths, budget):
+        chunks, size = [], 0
+        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+            size += lengths[i]
+            if not chunks or size > budget:
+                chunks, size = [*chunks, []], lengths[i]
+            chunks[-1].append(i)
+        return chunks
+
+    def unsorted(lengths, budget):
+        return [[i] for i in range(len(lengths))]
+
+    def loses_one(lengths, budget):
+        return model.token_chunks(lengths[:-1], budget)
+
+    def singles(lengths, budget):
+        return [[i] for i in sorted(range(len(lengths)), key=lambda i: lengths[i])]
+
+    for wrong in (real_tokens, unsorted, loses_one, singles):
+        with pytest.raises(AssertionError):
+            check_chunks(wrong)
+
+
+# ------------------------------------------------------------------------------------ save and load
+
+
+def nudge(embedder):
+    """Moves all trained weights, so that the model is none that `load` could make up."""
+    torch.manual_seed(3)
+    for p in embedder.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn_like(p)
+    return embedder
+
+
+def test_a_saved_model_is_the_same_model(embedder, tmp_path):
+    """save, then load without any flag: identical embeddings (all weights, the K rows, the pooling
+    and the prompt style), from plain transformers files."""
+    embedder = nudge(embedder)
+    want = embedder.encode(ITEMS)
+    model.save(embedder, tmp_path / "m")
+    again = model.load(tmp_path / "m", device="cpu")
+    equal(again.encode(ITEMS).tolist(), want.tolist(), "bit for bit")
+    equal((again.K, again.pooling, again.style), (4, "mean", "chat"), "nanocoma.json")
+    names = {p.name for p in (tmp_path / "m").iterdir()}
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "nanocoma.json"):
+        expect(name in names, names, name, "what transformers reads")
+    expect(not list(tmp_path.glob("*.part")), list(tmp_path.iterdir()), "m", "written and renamed")
+    model.save(again, tmp_path / "m")  # over itself
+    equal(model.load(tmp_path / "m", device="cpu").encode(ITEMS).tolist(), want.tolist(), "twice")
+
+
+@pytest.mark.parametrize(
+    "flags", [dict(pooling="last"), dict(prompt="coma"), dict(compress_tokens=7)]
+)
+def test_other_settings_are_saved_too(flags, tmp_path):
+    """Pooling, prompt style and K come back from the folder."""
+    embedder = model.load("toy-random", device="cpu", **flags)
+    want = embedder.encode(ITEMS[:3])
+    model.save(embedder, tmp_path / "m")
+    again = model.load(tmp_path / "m", device="cpu")
+    equal(again.encode(ITEMS[:3]).tolist(), want.tolist(), str(flags))
+    plain = model.load("toy-random", device="cpu").encode(ITEMS[:3])
+    expect(np.abs(plain - want).max() > 1e-3, "no difference", "a difference", f"{flags} is read")
+
+
+@pytest.mark.parametrize(("base", "dora"), [("toy-random", True), ("a folder", False)])
+def test_a_saved_adapter_is_the_same_adapter_and_merges(tmp_path, base, dora):
+    """LoRA on a saved embedder, as stage 2 is on stage 1, and DoRA on the untouched toy-random: the
+    folder holds the adapter alone, loads to identical embeddings on its base; merged it is a plain
+    model with the same ones (cosine > 0.99999)."""
+    if base == "a folder":
+        base = str(tmp_path / "base")
+        model.save(toy(), base)
+    embedder = model.load(base, compress_tokens=4, device="cpu").eval()
+    bare = embedder.encode(ITEMS)
+    cfg = contrastive.Config(model=base, lora_rank=4, dora=dora, lora_dropout=0.0)
+    model.choose_trained(embedder, cfg)
+    same = embedder.encode(ITEMS)
+    expect((same * bare).sum(1).min() > 0.99999, (same * bare).sum(1), 1, "B = 0: nothing changes")
+    want = nudge(embedder).encode(ITEMS)
+    expect((want * bare).sum(1).min() < 0.999, "unchanged", "changed", "is the adapter used?")
+    model.save(embedder, tmp_path / "a")
+    names = {p.name for p in (tmp_path / "a").iterdir()}
+    expect("adapter_model.safetensors" in names, names, "peft's file", "model.save")
+    expect("model.safetensors" not in names, names, "no whole model", "only the adapter")
+    again = model.load(tmp_path / "a", device="cpu").eval()
+    close(again.encode(ITEMS), want, "loaded adapter", 1e-6)
+    trained = {n for n, p in again.named_parameters() if p.requires_grad}
+    equal(trained, {n for n, p in embedder.named_parameters() if p.requires_grad}, "still trained")
+    merged = model.merge(again)
+    cosine = (merged.encode(ITEMS) * want).sum(1)
+    expect(cosine.min() > 0.99999, cosine, "> 0.99999", "the K rows and DoRA's magnitudes too")
+    model.save(merged, tmp_path / "m")
+    plain = model.load(tmp_path / "m", device="cpu")
+    cosine = (plain.encode(ITEMS) * want).sum(1)
+    expect(cosine.min() > 0.99999, cosine, "> 0.99999", "merged, saved, loaded")
+    equal([n for n, _ in plain.named_parameters() if "lora" in n], [], "a plain model")
+
+
+def test_only_the_adapter_and_the_new_rows_are_trained():
+    """With LoRA: the matrices on q, k, v, o of the language model and the K embedding rows; not the
+    vision tower, not the other rows."""
+    embedder = model.load("toy-random", compress_tokens=4, device="cpu")
+    model.choose_trained(embedder, contrastive.Config(model="toy-random", lora_rank=2))
+    names = [n for n, p in embedder.named_parameters() if p.requires_grad]
+    rows = [n for n in names if "lora" not in n]
+    equal(len(rows), 1, f"the K rows beside LoRA: {rows}")
+    equal(dict(embedder.named_parameters())[rows[0]].shape[0], 4, "K rows of the table")
+    equal(
+        {n.split(".")[-4] for n in names if "lora" in n}, {f"{x}_proj" for x in "qkvo"}, "q k v o"
+    )
+    expect(not any("visual" in n for n in names), names, "no vision tower", "it stays as it is")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "stored"),
+    [("compress_tokens", 8, "4"), ("pooling", "last", "mean"), ("prompt", "coma", "chat")],
+)
+def test_a_flag_that_contradicts_the_checkpoint_is_an_error(tmp_path_factory, flag, value, stored):
+    """load: an InputError that names the flag, what was asked and what the checkpoint says; the
+    same value as the checkpoint's is fine."""
+    folder = tmp_path_factory.getbasetemp() / "contradicted"
+    if not folder.exists():
+        model.save(toy(), folder)
+    with pytest.raises(InputError) as error:
+        model.load(folder, device="cpu", **{flag: value})
+    for part in ("--" + flag.replace("_", "-"), str(value), stored):
+        expect(part in str(error.value), error.value, part, "the message says both")
+    now = dict(compress_tokens=4, pooling="mean", prompt="chat")
+    model.load(folder, device="cpu", **{flag: now[flag]})
+
+
+@pytest.mark.parametrize(
+    "flags", [dict(compress_tokens=0, pooling="mean"), dict(prompt="loud"), dict(pooling="max")]
+)
+def test_an_impossible_combination_is_an_error(flags):
+    """Mean pooling of no tokens, an unknown prompt style or pooling."""
+    with pytest.raises(InputError, match=str(list(flags.values())[-1])):
+        model.load("toy-random", device="cpu", **flags)
+
+
+def test_a_missing_folder_is_an_error_that_names_it():
+    """No traceback of the library, and no look-up on the hub for what cannot be a hub id."""
+    for name in ("no-such-model", "./a/b", "out/not/there"):
+        with pytest.raises(InputError, match=name):
+            model.load(name, device="cpu")
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+SPELLED = "tell <|image_pad|> <|im_end|> <|compress_0|> <|user|> <|vision_start|>"
+
+
+def check_spelled(row_of, embedder):
+    tokens = row_of(embedder, Item(SPELLED))["tokens"]
+    special = embedder.processor.tokenizer.added_tokens_decoder
+    text = [i for i in tokens["input_ids"].tolist() if i not in special]
+    decoded = embedder.processor.tokenizer.decode(text)
+    expect(SPELLED in decoded, decoded, SPELLED, "split_special_tokens=True")
+    image = embedder.mllm.config.image_token_id
+    equal(int((tokens["input_ids"] == image).sum()), 0, "no picture, no image token")
+
+
+def test_special_tokens_spelled_out_in_a_text_stay_text(shared):
+    """A user who writes <|image_pad|> or <|compress_0|> means these letters; the item is embedded,
+    and another text is another embedding."""
+    check_spelled(lambda e, item: e.collate.row(item), shared)
+    z = shared.encode([SPELLED, SPELLED.replace("<|im_end|>", "<|im_end_|>")])
+    expect(np.isfinite(z).all() and np.abs(z[0] - z[1]).max() > 1e-4, z, "two vectors", "letters")
+
+
+def test_the_text_check_fails_for_the_tokenizer_as_it_is(embedder):
+    """Negative control: without split_special_tokens the text forges a picture and an end of
+    turn."""
+
+    def plain(embedder, item):
+        collate = copy.copy(embedder.collate)
+        collate._text = lambda text: collate.tokenizer(text, add_special_tokens=False).input_ids
+        return collate.row(item)
+
+    with pytest.raises(AssertionError):
+        check_spelled(plain, embedder)
+
+
+def test_pictures_and_their_places_must_match(shared):
+    """A text with more or fewer <image> than pictures is an error that shows both numbers."""
+    for item in (Item(f"{IMAGE} {IMAGE}", (SCENES[0],)), Item("text", (SCENES[0],)), Item(IMAGE)):
+        with pytest.raises(InputError, match=IMAGE):
+            shared.encode([item])
+
+
+def test_a_row_is_the_content_and_the_code_in_the_chat_template(shared):
+    """One row, spelled out: user turn, picture, text, assistant's turn, C_1 ... C_K; its content
+    has the role CONTENT."""
+    row = shared.collate.row(Item(IMAGE + " which?", (SCENES[0],)))["tokens"]
+    code = "".join(f"<|compress_{i}|>" for i in range(4))
+    picture = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"
+    want = f"<|user|>{picture} which?<|im_end|><|assistant|>{code}"
+    equal(shared.processor.tokenizer.decode(row["input_ids"]), want, "Collator's docstring")
+    content = shared.processor.tokenizer.decode(row["input_ids"][row["roles"] == CONTENT])
+    equal(content, f"{picture} which?<|im_end|><|assistant|>", "role CONTENT")
+
+
+# ---------------------------------------------------------------------------------------- positions
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    folder = families.build("qwen2_5_vl", tmp_path_factory.mktemp("qwen") / "qwen2_5_vl")
+    return model.load(folder, compress_tokens=4, device="cpu").eval()
+
+
+def check_positions(embed, embedder):
+    """M-RoPE: each item's embedding is that under get_rope_index, the model's own positions."""
+    inputs = embedder.collate(ITEMS[:4])
+    keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    want = embedder.mllm.model.get_rope_index(**{k: inputs[k] for k in keys})[0]
+    given = {k: v for k, v in inputs.items() if k not in ("roles", "mm_token_type_ids")}
+    with torch.no_grad():
+        h = embedder.mllm.model(**given, position_ids=want, use_cache=False).last_hidden_state
+        got = embed(embedder, inputs)
+    ends = inputs["attention_mask"].sum(1)
+    z = torch.stack([row[n - 4 : n].mean(0) for row, n in zip(h, ends, strict=True)])
+    close(got, z / z.norm(dim=1, keepdim=True), "positions of a picture's rows and columns", 1e-5)
+
+
+def test_positions_follow_the_rows_and_columns_of_a_picture(qwen, shared):
+    """positions: M-RoPE, (3, B, L), equal to the model's get_rope_index and unlike a count of
+    tokens where there is a picture; the same as a count in a text."""
+    for embedder in (qwen, shared):
+        inputs = embedder.collate(ITEMS[:4])
+        got = embedder.positions(inputs)
+        keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        want = embedder.mllm.model.get_rope_index(**{k: inputs[k] for k in keys})[0]
+        equal(got, want, "get_rope_index with mm_token_type_ids")
+        count = inputs["attention_mask"].cumsum(1) - 1
+        real = inputs["attention_mask"] == 1
+        same = [(got[:, b, real[b]] == count[b, real[b]]).all().item() for b in range(4)]
+        equal(same, [True, True, False, False], "sequential in text, not in a picture")
+        check_positions(lambda e, x: e(x), embedder)
+
+
+def test_forgetting_the_token_types_changes_the_embeddings(qwen):
+    """Trap: Qwen2.5-VL falls back to 1-D positions without a word where mm_token_type_ids is
+    missing and no positions are given. Negative control of the check above."""
+
+    def forgets(embedder, inputs):
+        given = {k: v for k, v in inputs.items() if k not in ("roles", "mm_token_type_ids")}
+        embedder.mllm.model.rope_deltas = None
+        h = embedder.mllm.model(**given, use_cache=False).last_hidden_state
+        z = model.compression_pool(h, inputs["attention_mask"], 4)
+        return z / z.norm(dim=1, keepdim=True)
+
+    inputs = qwen.collate(ITEMS[:4])
+    with torch.no_grad():
+        gaps = (forgets(qwen, inputs) - qwen(inputs)).norm(dim=1).tolist()
+    expect(max(gaps[:2]) < 1e-5, gaps, "texts as they were", "positions of text are 1-D anyway")
+    expect(min(gaps[2:]) > 1e-3, gaps, "pictures changed", "the trap is real")
+    with pytest.raises(AssertionError):
+        check_positions(forgets, qwen)
+
+
+def test_the_vlm2vec_style_counts_positions(qwen, tmp_path):
+    """VLM2Vec's checkpoints were trained with 1-D positions: --prompt vlm2vec keeps them."""
+    model.save(qwen, tmp_path / "q", embedding=False)
+    embedder = model.load(tmp_path / "q", prompt="vlm2vec", device="cpu")
+    equal((embedder.K, embedder.pooling), (0, "last"), "VLM2Vec pools the last token")
+    inputs = embedder.collate(ITEMS[:4])
+    want = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    equal(embedder.positions(inputs), want, "sequential")
+
+
+def test_the_k_new_rows_differ_from_each_other(shared):
+    """New compression tokens: K rows, none equal to another (equal ones would stay equal), of the
+    size of the other rows; the same for every process."""
+    table = model.load("toy-random", compress_tokens=4, device="cpu").mllm.get_input_embeddings()
+    rows = table.weight[shared.collate.compress_ids]
+    gaps = torch.cdist(rows, rows) + 9 * torch.eye(4)
+    expect(gaps.min() > 0.05, gaps, "> 0.05", "noise around the mean row")
+    size = rows.norm(dim=1) / table.weight[:400].norm(dim=1).mean()
+    expect(((size > 0.5) & (size < 2)).all(), size, "0.5 to 2", "of the size of the other rows")
+    again = model.load("toy-random", compress_tokens=4, device="cpu").mllm.get_input_embeddings()
+    equal(again.weight, table.weight, "a fixed seed")
+
+
+def test_paths_and_pictures_are_told_apart_from_text():
+    """Item.of: strings are text, everything else is a picture."""
+    equal(Item.of("a.png"), Item("a.png"), "a string is text")
+    equal(Item.of(Path("a.png")), Item(IMAGE, (Path("a.png"),)), "a path is a picture")
+    image = Image.new("RGB", (4, 4))
+    equal(Item.of(image), Item(IMAGE, (image,)), "a PIL image")
+    equal(Item.of(ITEMS[4]), ITEMS[4], "an Item is itself")

@@ -1,0 +1,176 @@
+"""Precision@1: a hit is a query whose right candidate is nearer than every other one."""
+
+import math
+
+import numpy as np
+import pytest
+from checks import close, equal, expect
+
+import evaluate
+from data import Item, Task
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def random_case(n=200, m=50, k=10, D=16, seed=0, signal=0.0):
+    """n queries, m candidate rows, k candidates each, the first the right one."""
+    rng = np.random.default_rng(seed)
+    c = unit(rng.standard_normal((m, D)))
+    candidates = [rng.choice(m, k, replace=False).tolist() for _ in range(n)]
+    right = c[[rows[0] for rows in candidates]]
+    return unit(rng.standard_normal((n, D)) + signal * right), c, candidates
+
+
+def loop(q, c, candidates, tie=1e-6):
+    hits = 0
+    for i, rows in enumerate(candidates):
+        scores = [sum(float(a) * float(b) for a, b in zip(c[r], q[i], strict=True)) for r in rows]
+        others = [s for s, r in zip(scores, rows, strict=True) if r != rows[0]]
+        hits += all(scores[0] > s + tie for s in others)
+    return hits / len(candidates)
+
+
+def collapsed(n=20, k=5):
+    z = unit(np.ones((n, 8)))
+    return z, z, [[(i + j) % n for j in range(k)] for i in range(n)]
+
+
+def check_precision(precision):
+    for seed, signal in enumerate((0.0, 2.0, 8.0)):
+        q, c, candidates = random_case(seed=seed, signal=signal)
+        close(precision(q, c, candidates), loop(q, c, candidates), f"signal {signal}", 1e-12)
+    got = precision(*collapsed())
+    equal(got, 0.0, "all embeddings equal: each query is a tie, and a tie is no hit")
+    q, c, candidates = random_case(signal=20)
+    equal(precision(q, c, candidates), 1.0, "queries beside their targets")
+    noise = 1e-8 * np.random.default_rng(0).standard_normal((20, 8))
+    q, c, candidates = collapsed()
+    equal(precision(q, (c + noise).astype(np.float32), candidates), 0.0, "collapsed, and rounding")
+
+
+def argmax(q, c, candidates, tie=1e-6):
+    return float(np.mean([np.argmax(c[r] @ x) == 0 for x, r in zip(q, candidates, strict=True)]))
+
+
+def no_margin(q, c, candidates, tie=1e-6):
+    return evaluate.precision_at_1(q, c, candidates, tie=0)
+
+
+def all_rows(q, c, candidates, tie=1e-6):
+    return float(np.mean((q @ c.T).argmax(1) == [r[0] for r in candidates]))
+
+
+def test_precision_equals_a_loop_and_a_tie_is_no_hit():
+    """precision_at_1 equals a loop over cosines; a collapsed model scores 0, a perfect one 1."""
+    check_precision(evaluate.precision_at_1)
+
+
+@pytest.mark.parametrize("wrong", [argmax, all_rows])
+def test_the_precision_check_fails_for_a_wrong_metric(wrong):
+    """Negative control: argmax gives a collapsed model 100 %; all rows are not a query's
+    candidates."""
+    equal(argmax(*collapsed()), 1.0, "the trap: the right one stands at index 0")
+    with pytest.raises(AssertionError):
+        check_precision(wrong)
+
+
+def test_rounding_decides_nothing():
+    """Negative control of `tie`: scores equal up to rounding are a tie, with a margin of 0 they
+    would be decided by the last bit."""
+    rng = np.random.default_rng(1)
+    q = unit(np.ones((400, 64)))
+    c = (q + 1e-7 * rng.standard_normal(q.shape)).astype(np.float32)
+    candidates = [[i, (i + 1) % 400] for i in range(400)]
+    equal(evaluate.precision_at_1(q, c, candidates), 0.0, "within 1e-6")
+    expect(no_margin(q, c, candidates) > 0.1, no_margin(q, c, candidates), "> 0.1", "too exact")
+
+
+def test_nan_is_never_a_hit():
+    """NaN in the query, in the right candidate or in another one: no hit."""
+    q, c, candidates = random_case(n=4, m=12, k=3, signal=20)
+    candidates = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    q = c[[0, 3, 6, 9]].copy()
+    equal(evaluate.precision_at_1(q, c, candidates), 1.0, "before")
+    q[0], c[3], c[7] = math.nan, math.nan, math.nan
+    equal(evaluate.precision_at_1(q, c, candidates), 0.25, "only the fourth is left")
+    equal(argmax(q, c, candidates) > 0.25, True, "negative control: argmax takes a NaN for a hit")
+
+
+def test_the_right_row_twice_counts_once():
+    """A candidate that *is* the right one (the same row) is no rival; an equal one of another row
+    is."""
+    q, c, _ = random_case(n=1, m=4, k=4)
+    q[0] = c[2]
+    equal(evaluate.precision_at_1(q, c, [[2, 0, 2, 1]]), 1.0, "row 2 is the right one, both times")
+    c[3] = c[2]
+    equal(evaluate.precision_at_1(q, c, [[2, 0, 3, 1]]), 0.0, "row 3 only looks the same: a tie")
+
+
+def test_without_information_the_score_is_chance():
+    """Random embeddings hit 1 / 10 of ten candidates, within four standard errors."""
+    got = evaluate.precision_at_1(*random_case(n=3000, m=400, seed=3))
+    expect(abs(got - 0.1) < 4 * math.sqrt(0.09 / 3000), got, 0.1, "1 / len(candidates)")
+
+
+def test_the_order_of_the_other_candidates_does_not_matter():
+    """Only index 0 has a meaning."""
+    q, c, candidates = random_case(signal=2)
+    turned = [[rows[0], *rows[:0:-1]] for rows in candidates]
+    want = evaluate.precision_at_1(q, c, candidates)
+    equal(evaluate.precision_at_1(q, c, turned), want, "reversed candidates")
+
+
+def test_the_summary_is_a_plain_mean_over_sets():
+    """By meta-task, in and out of distribution, overall: each set counts once, however large it
+    is."""
+
+    def result(p, meta, ood, queries):
+        return dict(p_at_1=p, chance=p / 2, meta_task=meta, ood=ood, queries=queries)
+
+    sets = dict(
+        a=result(1.0, "VQA", False, 1000),
+        b=result(0.4, "VQA", True, 10),
+        c=result(0.1, "Retrieval", False, 10),
+    )
+    got = evaluate.summary(sets)
+    close(got["meta_tasks"]["VQA"]["p_at_1"], 0.7, "not weighted by queries", 1e-12)
+    close(got["meta_tasks"]["Retrieval"]["p_at_1"], 0.1, "one set", 1e-12)
+    close(got["ind"]["p_at_1"], 0.55, "a and c", 1e-12)
+    close(got["ood"]["p_at_1"], 0.4, "b", 1e-12)
+    close(got["overall"]["p_at_1"], 0.5, "the mean of three, not of two meta-tasks", 1e-12)
+    close(got["overall"]["chance"], 0.25, "chance is averaged alike", 1e-12)
+    del sets["b"]
+    equal(evaluate.summary(sets)["ood"], None, "no such set, no number")
+
+
+def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monkeypatch):
+    """score: equal items are one row; the result holds the score, chance and number of queries; a
+    model whose embeddings are all alike scores 0 and is called collapsed."""
+    words = ["red", "green", "blue"]
+    queries = [(Item(w), [Item(w), *(Item(x) for x in words if x != w), Item(w)]) for w in words]
+    task = Task("words", "Classification", False, queries)
+    seen = []
+    encode = evaluate.encode_sharded
+
+    def counting(embedder, items, cfg, what):
+        seen.extend(items)
+        return encode(embedder, items, cfg, what)
+
+    monkeypatch.setattr(evaluate, "encode_sharded", counting)
+    cfg = evaluate.Config(workers=0)
+    got = evaluate.score(shared, task, cfg)
+    equal(len(seen), 3, "queries and candidates are the same three items")
+    equal((got["p_at_1"], got["queries"], got["ood"]), (1.0, 3, False), "a text beside itself")
+    close(got["chance"], 1 / 3, "three distinct candidates", 1e-9)
+    monkeypatch.setattr(
+        evaluate, "encode_sharded", lambda e, items, *a: unit(np.ones((len(items), 4)))
+    )
+    got = evaluate.score(shared, task, cfg)
+    equal(got["p_at_1"], 0.0, "all embeddings equal")
+    expect("collapsed" in got.get("warning", ""), got, "a warning", "the reader must see it")
+    monkeypatch.setattr(
+        evaluate, "encode_sharded", lambda e, items, *a: np.full((len(items), 4), np.nan)
+    )
+    expect("NaN" in evaluate.score(shared, task, cfg).get("warning", ""), got, "a warning", "NaN")
