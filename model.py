@@ -141,6 +141,10 @@ class Embedder(nn.Module):
         h = self.hidden(inputs)  # (B, L, D)
         K = self.K if self.pooling == "mean" else 1
         z = compression_pool(h, inputs["attention_mask"], K)  # (B, D)
+        if sharded(self) and "pixel_values" not in inputs:
+            # Trap: FSDP reduces what has a gradient; ranks without a picture would send less.
+            tower = self.mllm.get_encoder(modality="image")
+            z = z + 0 * sum(p.flatten()[0] for p in tower.parameters())
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
 
     @torch.no_grad()

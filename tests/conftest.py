@@ -13,6 +13,11 @@ from checks import toy
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    for noise in ("The PEFT config's `base_model_name_or_path`", ".*gradient_checkpointing"):
+        config.addinivalue_line("filterwarnings", f"ignore:{noise}")
+
+
 @pytest.fixture
 def embedder():
     """A toy-random embedder of one's own."""

@@ -38,8 +38,8 @@ def picture_pair(i):
     crop = Scene(scene.objects[:1], view=scene.objects[0].place)
     negatives = [Item(f"a small {c} cross") for c in list(COLORS)[: i % 3]]
     negatives = [Item(IMAGE, (crop,))] if i == 5 else negatives
-    return Pair(Item(IMAGE + " which text?" * (i % 2), (scene,)),
-                tuple(targets[: 1 + (i % 3 == 0)]), tuple(negatives))  # fmt: skip
+    query = Item(IMAGE + " which text?" * (i % 2), (scene,))
+    return Pair(query, tuple(targets[: 1 + (i % 3 == 0)]), tuple(negatives))
 
 
 def word_pair(i):
@@ -209,7 +209,6 @@ SETTINGS = {  # name -> (reference, what is built, what is run)
         partial(contrast, vision_cache="device"),
     ),
     "LoRA": ("lora", dict(trained="lora"), partial(contrast, vision_cache="host", keep=0)),
-    "sharded": ("all", {}, sharded),
     "stage 1": (
         "answers",
         dict(dtype=torch.float32),
@@ -226,6 +225,7 @@ SETTINGS = {  # name -> (reference, what is built, what is run)
         "answers", dict(dtype=torch.float32),
         lambda e: answers(e, model.rank(), model.world(), wrong_mean),
     ),
+    "sharded": ("all", {}, sharded),  # last: where ranks differ in their calls it ends the run
 }  # fmt: skip
 
 
@@ -234,21 +234,21 @@ def main(references_file, result_file):
     model.setup()
     model.say = lambda *text: None
     wanted, result = torch.load(references_file), {}
-    for name, (reference, what, run) in SETTINGS.items():
-        embedder, want = build(**what), wanted[reference]
-        got = run(embedder)
-        mine = {k: abs(got[k] - want[k]) for k in ("loss", "top1")}
-        mine["gap"] = distance(got["grad"], want["grad"])
+
+    def note(name, mine, merge):
         everyone = model.gather_objects(mine)
-        result[name] = {k: max(x[k] for x in everyone) for k in mine}
-    batch = batch_of(embedder, model.rank(), model.world())
-    lengths = [len(r["tokens"]["input_ids"]) for r in batch["rows"]]
-    facts = dict(columns=len(batch["keys"]), chunks=len(model.token_chunks(lengths, 200)),
-                 pictures=sum(bool(r["images"]) for r in batch["rows"]))  # fmt: skip
-    everyone = model.gather_objects(facts)
-    result["ranks"] = {k: [x[k] for x in everyone] for k in facts}
-    if model.rank() == 0:
-        Path(result_file).write_text(json.dumps(result, indent=1))
+        result[name] = {k: merge([x[k] for x in everyone]) for k in mine}
+        if model.rank() == 0:
+            Path(result_file).write_text(json.dumps(result, indent=1))
+
+    batch = batch_of(build(), model.rank(), model.world())
+    chunks = model.token_chunks([len(r["tokens"]["input_ids"]) for r in batch["rows"]], 200)
+    pictures = sum(bool(r["images"]) for r in batch["rows"])
+    note("ranks", dict(columns=len(batch["keys"]), chunks=len(chunks), pictures=pictures), list)
+    for name, (reference, what, run) in SETTINGS.items():
+        got, want = run(build(**what)), wanted[reference]
+        mine = {k: abs(got[k] - want[k]) for k in ("loss", "top1")}
+        note(name, mine | dict(gap=distance(got["grad"], want["grad"])), max)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
