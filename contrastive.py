@@ -322,7 +322,8 @@ def main(cfg):
     log = model.Log(cfg, start)
     embedder.train()
     batches = model.prefetch(batch_of, range(start, cfg.steps), cfg.workers)
-    for step, (rows, labels, keys, ids) in enumerate((b.values() for b in batches), start):
+    for step, batch in log.steps(batches):
+        rows, labels, keys, ids = batch.values()
         # ------------------------------------------------------------------------------------------
         lr = model.begin_step(optimizers, step, cfg)
         how = (cfg.temperature, budget, cfg.keep_graphs, cfg.vision_cache)

@@ -108,8 +108,11 @@ class ZipImage(NamedTuple):
     member: str
 
     def render(self):
-        with zipfile.ZipFile(self.zip) as archive, archive.open(self.member) as file:
-            return open_image(file, f"{self.zip}:{self.member}")
+        try:
+            with zipfile.ZipFile(self.zip) as archive, archive.open(self.member) as file:
+                return open_image(file, f"{self.zip}:{self.member}")
+        except (zipfile.BadZipFile, KeyError) as e:
+            raise InputError(f"{self.zip}:{self.member}: {e}; download the zip file again") from e
 
 
 def open_image(ref, name=None) -> Image.Image:
@@ -133,9 +136,9 @@ def open_image(ref, name=None) -> Image.Image:
         return image.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{name}: no such picture. Is --image-root right?") from None
-    except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        if isinstance(e, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         size = os.path.getsize(ref) if isinstance(ref, str | os.PathLike) else "?"
         raise InputError(f"{name} ({size} bytes): not a readable picture: {e}") from None
 
@@ -421,7 +424,8 @@ def _item(raw, images: Images, subset="") -> Item:
         raise InputError('needs {"text": ..., "image": ...}, at least one of them not empty')
     text, paths = raw.get("text") or "", raw.get("image") or []
     paths = [paths] if isinstance(paths, str) else paths
-    if not isinstance(text, str) or not all(isinstance(p, str) for p in paths):
+    strings = isinstance(paths, list) and all(isinstance(p, str) for p in paths)
+    if not isinstance(text, str) or not strings:
         raise InputError('"text" must be a string, "image" a path or a list of paths')
     text = text.replace("<|image_1|>", IMAGE) if text else IMAGE * len(paths)
     if (n := text.count(IMAGE)) != len(paths):
@@ -587,7 +591,8 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
     """Stage 2's data: {name: sequence of Pairs}, one entry a data set.
 
     source: "shapes", a JSONL file of pairs, a folder or hub id in MMEB-train's layout. subsets:
-    names with caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original", "diverse_instruction"."""
+    names with caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or
+    "diverse_instruction"."""
     if source == "shapes":
         return {t: Lazy(10**9, partial(Shapes("train", seed).pair, t)) for t in META_TASK}
     if source.endswith(".jsonl"):

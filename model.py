@@ -307,9 +307,12 @@ def save(embedder, path, embedding=True):
     in peft's format, and nanocoma.json (K, pooling, prompt style; not for a model that is no
     embedder yet). Written beside and renamed; rank 0 writes, all ranks take part."""
     path, part, peft = Path(path), Path(f"{path}.part"), embedder.peft[0]
-    state = None if peft or not sharded(embedder) else dcp.get_model_state_dict(
-        embedder.mllm, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )  # fmt: skip
+    state = None
+    if sharded(embedder):
+        whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = dcp.get_model_state_dict(embedder.mllm, options=whole)
+        tied = state.keys() - {n for n, _ in embedder.mllm.named_parameters()}
+        state = {n: w for n, w in state.items() if n not in tied}
     if rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
         if peft:
@@ -636,7 +639,7 @@ class Log:
     log.jsonl."""
 
     def __init__(self, cfg, start):
-        self.cfg, self.start, self.t0 = cfg, start, time.time()
+        self.cfg, self.start, self.t0, self.waited = cfg, start, time.time(), 0.0
         self.every = max(1, min(20, cfg.steps // 10))
         path, old = Path(cfg.out, "log.jsonl"), []
         if rank() == 0:
@@ -649,6 +652,14 @@ class Log:
             self.file = open(path, "a", buffering=1)
         self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() != 0, leave=False)
 
+    def steps(self, batches):
+        """Yields (step, batch), and counts the time that a step waits for its batch."""
+        for step in range(self.start, self.cfg.steps):
+            t0 = time.time()
+            batch = next(batches)
+            self.waited += time.time() - t0 if step > self.start else 0
+            yield step, batch
+
     def __call__(self, step, speed, **numbers):
         """numbers: reproducible ones, also into log.jsonl; speed: (how many, of what) in this
         step."""
@@ -659,7 +670,8 @@ class Log:
                 return
             each = (time.time() - self.t0) / (step + 1 - self.start)  # seconds a step
             words = [f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.3f}" for k, v in numbers.items()]
-            words += [f"{speed[0] / each:.0f} {speed[1]}/s"]
+            share = self.waited / (time.time() - self.t0)
+            words += [f"{speed[0] / each:.0f} {speed[1]}/s", f"waits {share:.0%}"]
             if torch.cuda.is_available():
                 words += [f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"]
             words += [f"eta {each * (self.cfg.steps - step - 1) / 60:.1f}m"]

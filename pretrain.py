@@ -187,7 +187,7 @@ def main(cfg):
     log = model.Log(cfg, start)
     embedder.train()
     batches = model.prefetch(rows_of, range(start, cfg.steps), cfg.workers)
-    for step, rows in enumerate(batches, start):
+    for step, rows in log.steps(batches):
         # ------------------------------------------------------------------------------------------
         lr = model.begin_step(optimizers, step, cfg)
         loss, right, tokens = accumulate(embedder, rows, cfg, reference)

@@ -1,10 +1,12 @@
-"""Makes the toy MLLM: a real Qwen2-VL of 1.3 M parameters, with a tokenizer of its own.
+r"""Makes the toy MLLM: a real Qwen2-VL of 1.3 M parameters, with a tokenizer of its own.
 
-    python assets/make_toy.py assets/toy      config, tokenizer, image processor, random weights
-    python pretrain.py --model toy-random --no-compress --compress-tokens 0 --steps 1600 --out out/toy
-    cp out/toy/model.safetensors assets/toy/  its weights, after instruction tuning on the toy world
+    python assets/make_toy.py assets/toy
+    python pretrain.py --model toy-random --no-compress --compress-tokens 0 --steps 2200 \
+        --out out/toy
+    cp out/toy/model.safetensors assets/toy/
 
-The second and third command are how the weights in assets/toy were made.
+The first writes config, tokenizer, image processor and random weights; the others are how the
+weights in assets/toy were made: by stage 1 with the mask off, that is, plain instruction tuning.
 """
 
 import sys
@@ -20,9 +22,9 @@ from model import images_only  # noqa: E402
 
 
 def build_toy():
-    """The toy MLLM with random weights: a real Qwen2-VL, 1.3 M parameters; 16 pixels an image token.
+    """The toy MLLM with random weights; 16 pixels an image token. -> (model, processor).
 
-    -> (model, processor). The tokenizer is trained on the toy world's text; bytes cover all else."""
+    The tokenizer is trained on the toy world's text; bytes cover all else."""
     special = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|im_end|>"]
     special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     shapes = Shapes()
@@ -45,8 +47,8 @@ def build_toy():
         setattr(tokenizer, name, token)
     template = (
         "{% for m in messages %}<|{{ m.role }}|>{% for c in m.content %}{% if c.type == 'image' %}"
-        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     images = transformers.Qwen2VLImageProcessorPil(
         min_pixels=32 * 32, max_pixels=64 * 64, patch_size=8, merge_size=2
@@ -60,7 +62,8 @@ def build_toy():
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
-            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], tie_word_embeddings=True,
+            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
+            tie_word_embeddings=True,
         ),
         vision_config=dict(
             depth=2, embed_dim=96, hidden_size=128, num_heads=4, mlp_ratio=4, patch_size=8,

@@ -290,7 +290,7 @@ def check_rank(found, name, bound):
 def test_ranks_together_have_the_gradient_of_one_process(ranks_of, world):
     """torchrun over gloo: each rank's gradient, the loss and the share of hits are those of one
     process on the whole batch (float64 1e-10, float32 1e-5), for chunks of one, some and all rows,
-    a cached frozen tower and LoRA; the ranks differ in columns, in chunks and in having pictures."""
+    a cached frozen tower, LoRA; the ranks differ in columns, in chunks and in having pictures."""
     found = ranks_of(world)
     expect("ranks" in found, found["stderr"], "a result", "tests/ranks.py did not start")
     for what, values in found["ranks"].items():

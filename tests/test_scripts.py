@@ -77,6 +77,52 @@ def test_two_ranks_train_like_one(tmp_path):
             assert a["norm"] == pytest.approx(b["norm"], rel=2e-3), (stage, a, b)
 
 
+def test_a_sharded_run_saves_what_an_unsharded_one_does(tmp_path):
+    """FSDP2 on two ranks, full fine-tuning: the same losses, and a folder that loads unsharded."""
+    flags = ["--model", "toy-random", "--steps", 2, "--batch", 8, "--block", 4, "--muon-lr", 0]
+    flags += ["--chunk-tokens", 300]
+    command("contrastive.py", *flags, "--out", tmp_path / "a", "--fsdp", ranks=2)
+    command("contrastive.py", *flags, "--out", tmp_path / "b")
+    for a, b in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4), (a, b)
+        assert a["norm"] == pytest.approx(b["norm"], rel=2e-3), (a, b)
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
+    assert a.keys() == b.keys() and all(a[k].shape == b[k].shape for k in a)
+    z = [model.load(tmp_path / n, device="cpu").encode(["a red circle", "two"]) for n in "ab"]
+    assert abs(z[0] - z[1]).max() < 1e-2, "Adam's first steps turn 1e-7 into 1e-3, no more"
+
+
+def test_a_chunk_that_runs_out_of_memory_halves_the_budget_and_keeps_the_gradient(capsys):
+    """In pass 1 and in pass 2 (backward included): the step begins again with smaller chunks."""
+    embedder = model.load("toy-random", compress_tokens=4, device="cpu").double()
+    batch = contrastive.local_batch(
+        data.read_pairs(), embedder.collate, contrastive.Config(batch=16, block=4), 0, 0, 1
+    )
+    given = (batch["rows"], batch["labels"], batch["keys"], 0.05)
+    want = contrastive.gradcache_step(embedder, *given, 10**6)
+    right = [p.grad.clone() for p in embedder.parameters()]
+    forward, passes = embedder.forward, []
+
+    def small_machine(inputs):
+        if inputs["input_ids"].numel() > 500 and torch.is_grad_enabled() == passes[0]:
+            raise torch.OutOfMemoryError("planted")
+        return forward(inputs)
+
+    embedder.forward = small_machine
+    for second in (False, True):
+        passes[:] = [second]
+        embedder.zero_grad()
+        got = contrastive.gradcache_step(embedder, *given, 1600, keep=0)
+        assert 250 <= got["chunk_tokens"] <= 500 and got["loss"] == pytest.approx(want["loss"])
+        for p, g in zip(embedder.parameters(), right, strict=True):
+            torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
+        assert "out of memory: --chunk-tokens 1600 is halved" in capsys.readouterr().out
+    passes[:] = [True]
+    with pytest.raises(data.InputError, match="out of memory with chunks of"):
+        embedder.forward = lambda inputs: (_ for _ in ()).throw(torch.OutOfMemoryError("planted"))
+        contrastive.gradcache_step(embedder, *given, 1600)
+
+
 class Crash(Exception):
     pass
 
