@@ -805,24 +805,25 @@ def cat_padded(tensors) -> torch.Tensor:
 
 
 def show(path="out/shapes.png"):
-    """Examples of the toy world, printed, and 32 of its pictures on one sheet."""
-    shapes, sheet = Shapes(), Image.new("RGB", (8 * 68 + 4, 4 * 68 + 4), "white")
-    for i in range(32):
-        d = shapes.dialogue(i)
-        sheet.paste(d.item.images[0].render(), (4 + i % 8 * 68, 4 + i // 8 * 68))
-        print(
-            *([f"\npicture {i}"] + [f"  {q}  ->  {a}" for q, a in d.turns] if i < 3 else []),
-            sep="\n",
-        )
-    for task in META_TASK:
-        query, (target, *others) = shapes.query(task, 0)
-        shown = [
-            x.text.replace(IMAGE, "") or str(x.images[0].objects[0]) for x in (target, *others)
-        ]
-        print(f"\n{task}: {query.text}\n  right: {shown[0]}\n  wrong: {' | '.join(shown[1:4])} ...")
+    """Examples of the toy world on one sheet: pictures with their dialogues, pairs of each task."""
+    shapes, rows = Shapes(), []
+    for d in map(shapes.dialogue, range(6)):
+        rows.append((d.item.images, [f"{q}  ->  {a}" for q, a in d.turns]))
+    for task, meta in META_TASK.items():
+        query, (right, *wrong) = shapes.query(task, 0)
+        texts = [f"{task} ({meta}): {query.text}"]
+        texts += [f"right: {right.text}"] + [f"wrong: {w.text}" for w in wrong[:2]]
+        rows.append((query.images + right.images, texts[: 1 if right.images else 4]))
+    sheet = Image.new("RGB", (1500, 140 * len(rows)), "white")
+    for i, (pictures, texts) in enumerate(rows):
+        for j, picture in enumerate(x.render() for x in pictures):
+            sheet.paste(picture.resize((128, 128), 0), (6 + 134 * j, 6 + 140 * i))
+        words = "\n".join(t[:190] for t in texts)
+        ImageDraw.Draw(sheet).text((280, 10 + 140 * i), words, "black", font_size=15)
+        print(words, end="\n\n")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.resize((sheet.width * 2, sheet.height * 2), 0).save(path)
-    print(f"\nwrote {path}")
+    sheet.save(path)
+    print(f"wrote {path}")
 
 
 def export(out, n=100):

@@ -311,8 +311,7 @@ def save(embedder, path, embedding=True):
     if sharded(embedder):
         whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = dcp.get_model_state_dict(embedder.mllm, options=whole)
-        tied = state.keys() - {n for n, _ in embedder.mllm.named_parameters()}
-        state = {n: w for n, w in state.items() if n not in tied}
+        state = {n: state[n] for n, _ in embedder.mllm.named_parameters()}  # a tied one once
     if rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
         if peft:
