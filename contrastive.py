@@ -92,6 +92,23 @@ def info_nce(q, t, temperature, labels=None, keys=None, block=256):
     return nats / len(q), hits / len(q)
 
 
+def loss_and_gradient(z, labels, keys, temperature, sizes):
+    """The loss of the local queries against all ranks' targets, and what it says to each embedding.
+
+    z (rows, D): B queries, then targets and negatives; sizes: (B, how many targets, their keys, _)
+    of every rank. -> (mean over all ranks' queries: nats, hits; d nats / d z (rows, D))."""
+    B, N, columns = len(labels), sum(s[0] for s in sizes), [s[1] for s in sizes]
+    keys = torch.tensor([k for s in sizes for k in s[2]], device=z.device)
+    labels = torch.where(labels >= 0, labels + sum(columns[: model.rank()]), labels).to(z.device)
+    q = z[:B].requires_grad_()  # (B, D)
+    t = gather_rows(z[B:], columns).requires_grad_()  # (M, D)
+    loss, hits = info_nce(q, t, temperature, labels, keys)
+    # Trap: the mean over all queries is the *sum* over ranks of these, B / N each.
+    (loss * B / N).backward()
+    loss, hits = (model.all_sum(float(x.detach()) * B) / N for x in (loss, hits))
+    return loss, hits, torch.cat([q.grad, scatter_sum(t.grad, columns)])
+
+
 def gradcache_step(
     embedder, rows, labels, keys, temperature, chunk_tokens, keep=1, vision_cache="off"
 ):
@@ -100,22 +117,17 @@ def gradcache_step(
 
     rows: this rank's B queries, then its targets and hard negatives; labels (B, P), -1 padded:
     where among the latter each query's positives are; keys: of the latter. Ranks may differ in all
-    of it. keep: the last so many chunks keep their graph and are run once. vision_cache: where a
-    frozen tower's output waits for pass 2, "device", "host" or "off". A chunk that does not fit
-    into memory makes all ranks begin again with half the chunk_tokens.
+    of it. keep: so many chunks keep their graph and are run once. vision_cache: where a frozen
+    tower's output waits for pass 2, "device", "host" or "off". A chunk that does not fit into
+    memory makes all ranks begin again with half the chunk_tokens.
     -> dict(loss: mean nats over all queries, top1, columns: how many targets, chunk_tokens)."""
-    B, device, fsdp, lengths = (
-        len(labels),
-        embedder.device,
-        model.sharded(embedder),
-        model.row_lengths(rows),
-    )
-    chunks = model.token_chunks(lengths, chunk_tokens)
+    device, fsdp = embedder.device, model.sharded(embedder)
+    chunks = model.token_chunks(model.row_lengths(rows), chunk_tokens)
     # Sharded ranks meet inside every forward: who has fewer chunks repeats one, with gradient zero.
     # In front, so that the embeddings that stay are those of the real pass.
     idle = max(model.gather_objects(len(chunks))) - len(chunks) if fsdp else 0
     chunks = chunks[:1] * idle + chunks
-    first_kept = len(chunks) - keep
+    first_kept, failed = len(chunks) - keep, 0
     tower = embedder.frozen_tower() if vision_cache != "off" else None
     cache, states, kept, z = {}, {}, {}, None
 
@@ -124,8 +136,16 @@ def gradcache_step(
         with once(tower, cache, i, vision_cache) if tower and i < first_kept else nullcontext():
             return embedder(inputs)  # (chunk, D)
 
+    def again():
+        if chunk_tokens < max(model.row_lengths(rows)) or fsdp:
+            raise InputError(f"out of memory at --chunk-tokens {chunk_tokens}: try half of it, "
+                             "--checkpointing, or less --max-pixels")  # fmt: skip
+        kept.clear(), cache.clear(), embedder.zero_grad(set_to_none=True)
+        model.say(f"out of memory: --chunk-tokens {chunk_tokens} is halved from here on")
+        how = (temperature, chunk_tokens // 2, keep, vision_cache)
+        return gradcache_step(embedder, rows, labels, keys, *how)
+
     # Pass 1: every embedding, without a graph; the last chunks keep theirs and need no pass 2.
-    failed = 0
     try:
         for i, chunk in enumerate(chunks):
             states[i] = rng_state(device)
@@ -137,45 +157,30 @@ def gradcache_step(
             z[chunk] = part.detach()
     except torch.OutOfMemoryError:
         failed = 1
+    sizes = model.gather_objects((len(labels), len(keys), keys.tolist(), failed))
+    if any(s[3] for s in sizes):
+        return again()
 
-    # The loss of local queries against all ranks' targets; its gradient for each embedding.
-    sizes = model.gather_objects((B, len(rows) - B, keys.tolist(), failed))
-    if not any(s[3] for s in sizes):
-        N, columns = sum(s[0] for s in sizes), [s[1] for s in sizes]
-        all_keys = torch.tensor([k for s in sizes for k in s[2]], device=device)
-        shifted = labels + sum(columns[: model.rank()])
-        labels_all = torch.where(labels >= 0, shifted, labels).to(device)
-        q = z[:B].requires_grad_()  # (B, D)
-        t = gather_rows(z[B:], columns).requires_grad_()  # (M, D)
-        loss, top1 = info_nce(q, t, temperature, labels_all, all_keys)
-        # Trap: the mean over all queries is the *sum* over ranks of these, B / N each. (FSDP takes
-        # the mean over ranks of the gradients, hence its factor.)
-        (loss * B / N * (model.world() if fsdp else 1)).backward()
-        dz = torch.cat([q.grad, scatter_sum(t.grad, columns)])  # (rows, D)
+    # Between the passes: the loss, and its gradient with respect to every embedding.
+    loss, top1, dz = loss_and_gradient(z, labels, keys, temperature, sizes)
+    dz *= model.world() if fsdp else 1  # FSDP will take the mean over ranks, where we sum
 
-        # Pass 2: the chunks again, with a graph and the same dropout: the chain rule's other half.
-        try:
-            for i in reversed(range(len(chunks))):
-                if fsdp:
-                    embedder.set_requires_gradient_sync(i == 0)
-                with nullcontext() if i in kept else replay(states[i], device):
-                    part = kept.pop(i) if i in kept else embed(i)
-                part.backward(dz[chunks[i]] if i >= idle else torch.zeros_like(part))
-                part = None
-        except torch.OutOfMemoryError:
-            failed = 1
-        if not model.all_sum(failed):
-            if not fsdp:
-                model.sum_gradients(embedder.parameters())
-            loss, top1 = (model.all_sum(float(x.detach()) * B) / N for x in (loss, top1))
-            return dict(loss=loss, top1=top1, columns=sum(columns), chunk_tokens=chunk_tokens)
-    if chunk_tokens < max(lengths) or fsdp:
-        longest = f"chunks of {chunk_tokens} tokens, the longest row {max(lengths)}"
-        raise InputError(f"out of memory with {longest}; try --checkpointing, or less --max-pixels")
-    kept.clear(), cache.clear(), embedder.zero_grad(set_to_none=True)
-    model.say(f"out of memory: --chunk-tokens {chunk_tokens} is halved from here on")
-    half = chunk_tokens // 2
-    return gradcache_step(embedder, rows, labels, keys, temperature, half, keep, vision_cache)
+    # Pass 2: the chunks again, with a graph and the same dropout: the chain rule's other half.
+    try:
+        for i in reversed(range(len(chunks))):
+            if fsdp:
+                embedder.set_requires_gradient_sync(i == 0)
+            with nullcontext() if i in kept else replay(states[i], device):
+                part = kept.pop(i) if i in kept else embed(i)
+            part.backward(dz[chunks[i]] if i >= idle else torch.zeros_like(part))
+            part = None
+    except torch.OutOfMemoryError:
+        failed = 1
+    if model.all_sum(failed):
+        return again()
+    if not fsdp:
+        model.sum_gradients(embedder.parameters())
+    return dict(loss=loss, top1=top1, columns=sum(s[1] for s in sizes), chunk_tokens=chunk_tokens)
 
 
 def gather_rows(x, counts):
@@ -199,9 +204,8 @@ def scatter_sum(grad, counts):
 
 def rng_state(device):
     """The state of every random number generator that dropout may draw from."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(
-        device
-    ) if device.type == "cuda" else None
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda
 
 
 @contextmanager

@@ -120,11 +120,12 @@ def test_encode_keeps_the_order_whatever_the_chunks(loaded):
 
 
 def two_pictures(embedder):
-    """The same dialogue about two pictures of one size: inputs that differ in pixels alone."""
-    a, b = (
-        embedder.collate([Item("<image> look", (photo(s),)), ITEMS[0]], [TURNS, TURNS[:1]])
-        for s in (1, 2)
-    )
+    """The same dialogue about two pictures of one size: inputs that differ in pixels alone.
+
+    Trap: Gemma 3's first layer sees 16 tokens back, and there are two layers here; a long prompt
+    between picture and C would hide the picture from C's first layer, and so from the questions."""
+    short = model.Embedder(embedder.mllm, embedder.processor, K, "mean", "chat").collate
+    a, b = (short([Item("<image>", (photo(s),)), ITEMS[0]], [TURNS, TURNS[:1]]) for s in (1, 2))
     assert torch.equal(a["input_ids"], b["input_ids"])
     return a, b
 
@@ -214,7 +215,8 @@ def gradients(embedder, batch, **how) -> dict:
 
 def test_gradcache_with_remembered_pictures_is_exact(fresh):
     """In float64 the gradient is that of the whole batch in one graph; so it is when a frozen vision
-    tower's output is kept from the first pass, which then runs half as often."""
+    tower's output is kept from the first pass, which then runs half as often. (Gemma 3's norms
+    compute in float32 whatever the weights are: 1e-6 there, between one graph and chunks.)"""
     fresh.double().train()
     tower = fresh.mllm.get_encoder(modality="image").requires_grad_(False)
     batch = tree_map(lambda x: x.double() if _is_float(x) else x, pairs(fresh))
@@ -231,13 +233,19 @@ def test_gradcache_with_remembered_pictures_is_exact(fresh):
         if p.requires_grad
     }
     scale = max(float(g.abs().max()) for g in whole.values())
-    counts = {}
+    found, counts = {"one graph": whole}, {}
     for where in ("off", "device", "host"):
         runs.clear()
-        got = gradients(fresh, batch, vision_cache=where, keep=0)
+        found[where] = gradients(fresh, batch, vision_cache=where, keep=0)
         counts[where] = len(runs)
-        gap = max(distance(got[n], g) for n, g in whole.items()) / scale
-        assert gap < 1e-10, f"vision_cache={where}: relative gap {gap:.1e}, want < 1e-10"
+    loose = fresh.mllm.config.model_type == "gemma3"
+    for got, want, limit in (
+        ("off", "one graph", 1e-6 if loose else 1e-10),
+        ("device", "off", 1e-10),
+        ("host", "off", 1e-10),
+    ):
+        gap = max(distance(found[got][n], found[want][n]) for n in whole) / scale
+        assert gap < limit, f"cache {got} against {want}: {gap:.1e} apart, want < {limit}"
     assert counts["off"] == 2 * counts["device"] == 2 * counts["host"] > 0, counts
 
 
