@@ -66,10 +66,10 @@ def info_nce_rows(q, t, labels, keys, temperature):
     for p in range(labels.shape[1]):
         mine |= (keys[None] == keys[labels[:, p]][:, None]) & valid[:, p, None]
     positive = scores.gather(1, labels.clamp(min=0))  # (b, P)
-    # The lowest number, not -inf: a query without negatives has loss 0, and no NaN as gradient.
+    # The lowest number, not -inf: a query without negatives has loss 0 and gradient 0.
     others = scores.masked_fill(mine, torch.finfo(scores.dtype).min)
     negative = others.logsumexp(1, keepdim=True)  # (b, 1)
-    nats = F.softplus(negative - positive) * valid  # -log(e^p / (e^p + e^n)) = log(1 + e^(n - p))
+    nats = -F.logsigmoid(positive - negative) * valid  # -log(e^p / (e^p + e^n))
     best = positive.masked_fill(~valid, -math.inf).amax(1)
     return nats.sum(1) / valid.sum(1), (best > others.amax(1)).detach()
 

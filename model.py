@@ -350,12 +350,11 @@ def choose_trained(embedder, cfg):
         rows = {"embed_tokens": embedder.collate.compress_ids} if embedder.K else None
         lora = peft.LoraConfig(
             r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
-            use_dora=cfg.dora, base_model_name_or_path=cfg.model,
+            use_dora=cfg.dora, trainable_token_indices=rows,
             target_modules=r".*(language_model|text_model)\..*\.(q|k|v|o)_proj",
-            trainable_token_indices=rows,
         )  # fmt: skip
         embedder.peft[0] = peft.get_peft_model(embedder.mllm, lora)
-        lora.base_model_name_or_path = cfg.model
+        embedder.peft[0].active_peft_config.base_model_name_or_path = cfg.model
     if not embedder.peft[0] and cfg.freeze_vision:
         embedder.mllm.get_encoder(modality="image").requires_grad_(False)
     for p in embedder.parameters():  # trained in float32; what is frozen in bfloat16 on a GPU

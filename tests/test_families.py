@@ -1,7 +1,7 @@
-"""One code path for seven families: Qwen2-VL, 2.5-VL, 3-VL, LLaVA-NeXT, Idefics3 (SmolVLM), Gemma 3,
-InternVL. Tiny random models with the interface of the released ones (tests/families.py), no network.
+"""One code path for seven families: Qwen2-VL, 2.5-VL and 3-VL, LLaVA-NeXT, Idefics3 (SmolVLM),
+Gemma 3, InternVL. Tiny random models with the interface of the released ones (tests/families.py).
 
-    pytest tests/test_families.py            about a minute with one thread
+    pytest tests/test_families.py            half a minute with one thread
     pytest tests/test_families.py -k gemma3  one family
 """
 
@@ -74,7 +74,7 @@ def dialogues(embedder, n=4) -> list:
 
 
 def pairs(embedder, n=6) -> dict:
-    """A stage-2 batch: n pictures and as many texts; rows, labels, keys as `gradcache_step` wants them."""
+    """A stage-2 batch, n pictures and as many texts, as `gradcache_step` wants it."""
     texts = ["one", "a circle", "two red squares", "the photo of a green triangle", "yes", "no one"]
     items = [Item("<image> find the caption", (photo(i, (56 + 4 * i, 60)),)) for i in range(n)]
     rows = [embedder.collate.row(x) for x in items + [Item(t) for t in texts[:n]]]
@@ -108,7 +108,7 @@ def test_a_batch_gives_what_one_by_one_gives(loaded):
 
 
 def test_encode_keeps_the_order_whatever_the_chunks(loaded):
-    """`encode` sorts and batches inside; any token budget gives the vectors of one by one, in order."""
+    """`encode` sorts and batches inside; any token budget gives one by one's vectors, in order."""
     with torch.no_grad():
         alone = torch.cat([loaded(loaded.collate([x])) for x in ITEMS])
     for budget in (1, 100, 8192):
@@ -148,8 +148,8 @@ def influence(embedder, cut_code, compress=True) -> float:
 
 
 def test_the_picture_reaches_the_questions_only_through_the_code(loaded):
-    """CoMa, section 3.1. With C's view of the picture cut as well, other pixels change nothing at all
-    behind C: exactly 0. With C's view, they do; and without the mask, they do with C cut."""
+    """CoMa, section 3.1. With C's view of the picture cut as well, other pixels change nothing at
+    all behind C: exactly 0. With C's view, they do; and without the mask, they do with C cut."""
     got = influence(loaded, cut_code=True)
     assert got == 0, f"got {got:.1e}, want exactly 0: a question token sees the picture past C"
     got = influence(loaded, cut_code=False)
@@ -159,8 +159,8 @@ def test_the_picture_reaches_the_questions_only_through_the_code(loaded):
 
 
 def test_a_mask_that_hides_nothing_changes_nothing(loaded):
-    """What a family adds to causal attention (Gemma 3: a sliding window, and image tokens that see one
-    another both ways) stays when a mask is given."""
+    """What a family adds to causal attention (Gemma 3: a sliding window, and image tokens that see
+    one another both ways) stays when a mask is given."""
     inputs = loaded.collate(ITEMS)
     real = inputs["roles"] != PAD
     everything = pretrain.compression_mask(inputs["roles"])  # no questions here: nothing is hidden
@@ -170,8 +170,8 @@ def test_a_mask_that_hides_nothing_changes_nothing(loaded):
 
 
 def test_both_stages_see_the_same_code(loaded):
-    """The K tokens' hidden states under stage 1's mask, a dialogue behind them, are those of stage 2:
-    what pre-training put into the code is what the embedding is made of."""
+    """The K tokens' hidden states under stage 1's mask, a dialogue behind them, are those of
+    stage 2: what pre-training put into the code is what the embedding is made of."""
     items = ITEMS[1:]
     stage1, stage2 = loaded.collate(items, [TURNS] * len(items)), loaded.collate(items)
     with torch.no_grad():
@@ -205,6 +205,21 @@ def test_stage_2_learns(fresh):
     assert losses[-1] < 0.8 * losses[0], f"no fall: {[round(x, 2) for x in losses]}"
 
 
+def test_checkpointing_changes_no_gradient(fresh):
+    """Layers that run again in the backward pass see the same mask: stage 1's gradient stays."""
+    rows, cfg = dialogues(fresh, 2), pretrain.Config(chunk_tokens=8192)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            fresh.train().mllm.gradient_checkpointing_enable(dict(use_reentrant=False))
+        fresh.zero_grad()
+        pretrain.accumulate(fresh, rows, cfg)
+        grads = [p.grad for p in fresh.parameters() if p.grad is not None]
+        found.append(torch.cat([g.flatten() for g in grads]).clone())
+    gap = distance(*found) / float(found[0].abs().max())
+    assert gap < 1e-5, f"got {gap:.1e}, want < 1e-5"
+
+
 def gradients(embedder, batch, **how) -> dict:
     """{name: gradient} of `gradcache_step`, and the loss."""
     embedder.zero_grad()
@@ -214,9 +229,9 @@ def gradients(embedder, batch, **how) -> dict:
 
 
 def test_gradcache_with_remembered_pictures_is_exact(fresh):
-    """In float64 the gradient is that of the whole batch in one graph; so it is when a frozen vision
-    tower's output is kept from the first pass, which then runs half as often. (Gemma 3's norms
-    compute in float32 whatever the weights are: 1e-6 there, between one graph and chunks.)"""
+    """In float64 the gradient is that of the whole batch in one graph; so it is when a frozen
+    vision tower's output is kept from the first pass, which then runs half as often. (Gemma 3's
+    norms compute in float32 whatever the weights are: 1e-6 there, between one graph and chunks.)"""
     fresh.double().train()
     tower = fresh.mllm.get_encoder(modality="image").requires_grad_(False)
     batch = tree_map(lambda x: x.double() if _is_float(x) else x, pairs(fresh))
@@ -272,8 +287,8 @@ def test_a_saved_model_gives_the_same_embeddings(loaded, tmp_path):
 
 
 def test_lora_trains_its_own_weights_and_merges_without_a_trace(folder, fresh, tmp_path):
-    """LoRA with DoRA on the language model: nothing else is trained but the K token rows; after some
-    steps the adapter loaded from disk, and the model it is merged into, give the same embeddings."""
+    """LoRA with DoRA on the language model: nothing else is trained but the K token rows; after
+    some steps the adapter loaded from disk, and the model it is merged into, embed alike."""
     base, batch = embed_all(fresh), pairs(fresh)
     cfg = contrastive.Config(model=str(folder), lora_rank=4, dora=True, lora_dropout=0.0)
     model.choose_trained(fresh, cfg)

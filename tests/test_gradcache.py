@@ -59,9 +59,7 @@ def check_step(got, want, hint, rel=1e-10):
         ("lora", ALL, 1, "device"),
     ],
 )
-def test_the_gradient_is_that_of_the_whole_batch(
-    built, trained, chunk_tokens, keep, vision_cache
-):  # fmt: skip
+def test_the_gradient_is_that_of_the_whole_batch(built, trained, chunk_tokens, keep, vision_cache):
     """float64, to 1e-10: chunks of one item, some, all; no, one and all graphs kept; vision
     trained, frozen and cached on the device or the host, LoRA. The batch has pictures and plain
     text, hard negatives, several positives, repeated targets. (A covering list of pairs of
@@ -349,6 +347,39 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(shared):
         parts = [ranks.batch_of(shared, r, world) for r in range(world)]
         equal([i for p in parts for i in p["ids"]], alone["ids"], "the same pairs")
         equal(torch.cat([p["keys"] for p in parts]), alone["keys"], "the same columns")
+
+
+def check_batch(local_batch, embedder):
+    for rank, world in ((0, 1), (1, 2), (2, 4)):
+        cfg, share = ranks.batch_config(), 16 // world
+        batch = local_batch(ranks.PAIRS, embedder.collate, cfg, 0, rank, world)
+        drawn = contrastive.draw(ranks.PAIRS, cfg, 0)
+        pairs = [ranks.PAIRS[name][i] for name, i in drawn[rank * share : (rank + 1) * share]]
+        columns = [x for pair in pairs for x in (*pair.targets, *pair.negatives)]
+        for row, item in zip(batch["rows"], [p.query for p in pairs] + columns, strict=True):
+            want = embedder.collate.row(item)["tokens"]["input_ids"]
+            equal(row["tokens"]["input_ids"], want, "queries, then each pair's targets, negatives")
+        equal(batch["keys"].tolist(), [x.key for x in columns], "one key a column, its content's")
+        for pair, mine in zip(pairs, batch["labels"].tolist(), strict=True):
+            named = [columns[p] for p in mine if p >= 0]
+            equal(named, list(pair.targets), "the labels point at the pair's own targets")
+
+
+def test_a_batch_is_queries_targets_negatives_and_where_the_positives_stand(shared):
+    """local_batch on several ranks: rows, keys and labels, column by column."""
+    check_batch(contrastive.local_batch, shared)
+
+
+def test_the_batch_check_fails_for_labels_that_forget_hard_negatives(shared):
+    """Negative control: query i's first positive at column i."""
+
+    def forgets(*args):
+        batch = contrastive.local_batch(*args)
+        shift = batch["labels"][:, :1] - torch.arange(len(batch["labels"]))[:, None]
+        return batch | dict(labels=torch.where(batch["labels"] >= 0, batch["labels"] - shift, -1))
+
+    with pytest.raises(AssertionError):
+        check_batch(forgets, shared)
 
 
 def test_keys_are_unique_where_false_negatives_stay(shared):
