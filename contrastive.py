@@ -252,9 +252,8 @@ def draw(pairs, cfg, step) -> list:
     in proportion to its size; a set smaller than a block repeats itself in it."""
     rng = random.Random(f"{cfg.seed}/{step}")
     chosen = []
-    for name in rng.choices(
-        list(pairs), [len(p) for p in pairs.values()], k=cfg.batch // cfg.block
-    ):
+    sizes = [len(p) for p in pairs.values()]
+    for name in rng.choices(list(pairs), sizes, k=cfg.batch // cfg.block):
         n = len(pairs[name])
         where = rng.sample(range(n), min(n, cfg.block))
         chosen += [(name, where[i % len(where)]) for i in range(cfg.block)]
@@ -320,9 +319,8 @@ def main(cfg):
 
     # 3. Train.
     start, N, budget = model.start_or_resume(embedder, optimizers, cfg), cfg.batch, cfg.chunk_tokens
-    model.say(
-        f"loss sees N = {world} x {N // world} = {N} pairs (chance loss ln N = {math.log(N):.2f})"
-    )
+    chance = f"(chance loss ln N = {math.log(N):.2f})"
+    model.say(f"loss sees N = {world} x {N // world} = {N} pairs {chance}")
     log = model.Log(cfg, start)
     embedder.train()
     batches = model.prefetch(batch_of, range(start, cfg.steps), cfg.workers)

@@ -153,6 +153,7 @@ COLORS = dict(red="#d62728", green="#2ca02c", blue="#1f4fd6", yellow="#f2c80f", 
 COLORS["orange"] = "#ff7f0e"
 SIZES = ("small", "large")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+TINTS = ("#f6e6e6", "#e6f6e6", "#e6e6f6", "#f6f6e0")  # of the places: a tiny model sees where it is
 NUMBERS = ("zero", "one", "two", "three", "four")
 HELD_OUT = {("red", "cross"), ("green", "diamond"), ("blue", "triangle"), ("yellow", "circle")}
 HELD_OUT |= {("purple", "square"), ("orange", "cross")}  # combinations that training never shows
@@ -215,8 +216,11 @@ class Scene:
 
     def render(self) -> Image.Image:
         """The picture (64 x 64, a quadrant 32 x 32), RGB."""
-        image = Image.new("RGB", (64, 64), "#eeeeee")
+        image = Image.new("RGB", (64, 64))
         draw = ImageDraw.Draw(image)
+        for i, tint in enumerate(TINTS):
+            x, y = 32 * (i % 2), 32 * (i // 2)
+            draw.rectangle((x, y, x + 31, y + 31), tint)
         for o in self.objects:
             row, column = divmod(PLACES.index(o.place), 2)
             side = 32 if o.size == "large" else 16
@@ -493,9 +497,7 @@ def _jsonl(path, parse, image_root) -> Lazy:
     """The lines of a JSONL file, parsed when asked for; each is tried once now, so that the first
     bad one is named, with file, line and field, before any training."""
     if not os.path.isfile(path):
-        raise InputError(
-            f"--data {path}: no such file; choose shapes, a .jsonl, a folder like MMEB"
-        )
+        raise InputError(f"--data {path}: no such file; choose shapes, a .jsonl, a folder")
     images = Images(image_root or Path(path).parent)
     with open(path, "rb") as file:
         lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
@@ -523,12 +525,11 @@ def _parquet(path, columns, parse) -> Lazy:
         raise InputError(f"{path}: not a readable parquet file: {e}") from None
     if missing := [c for c in columns if c not in table.column_names]:
         raise InputError(f"{path}: no column {missing[0]}; it has {', '.join(table.column_names)}")
-    return Lazy(
-        table.num_rows,
-        lambda i: _located(
-            f"{path}, row {i}", lambda x: parse(x.to_pylist()[0]), table.slice(i, 1)
-        ),
-    )
+
+    def get(i):
+        return _located(f"{path}, row {i}", lambda x: parse(x.to_pylist()[0]), table.slice(i, 1))
+
+    return Lazy(table.num_rows, get)
 
 
 def _subsets(source, subsets, pattern) -> tuple:
@@ -545,7 +546,7 @@ def _subsets(source, subsets, pattern) -> tuple:
     for name, cap in wanted:
         if name not in have or not (cap.isdigit() or cap == ""):
             raise InputError(
-                f"--subsets {name}:{cap}: choose name or name:rows of {', '.join(have)}"
+                f"--subsets {name}:{cap}: choose name or name:rows of {','.join(have)}"
             )
     wanted = wanted or [(name, "") for name in have]
     return root, {name: (int(cap or 0) or None, have[name]) for name, cap in wanted}
@@ -555,15 +556,12 @@ def _download(source, names, pattern) -> Path:
     """What `names` need of a data set on the hub, resumable, nothing twice; its size is said
     first."""
     if source.count("/") != 1 or source[0] in "./":
-        raise InputError(
-            f"--data {source}: no such folder; choose shapes, a .jsonl, a folder, a hub id"
-        )
+        raise InputError(f"--data {source}: no such folder; or a .jsonl, or a hub id")
     from huggingface_hub import snapshot_download
 
     wanted = [f"{n}/{pattern}" for n in names or ["*"]] + [f"images_zip/{n}.zip" for n in names]
-    get = partial(
-        snapshot_download, source, repo_type="dataset", allow_patterns=[*wanted, "images.zip"]
-    )
+    wanted.append("images.zip")
+    get = partial(snapshot_download, source, repo_type="dataset", allow_patterns=wanted)
     try:
         size = sum(f.file_size for f in get(dry_run=True) if f.will_download)
         print(f"downloading {size / 1e9:.2f} GB of {source}" if size else f"{source}: already here")
@@ -617,12 +615,11 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
             for name, meta in META_TASK.items():
                 queries = Lazy(limit or 100, partial(shapes.query, name))
                 tasks.append(Task(name + suffix, meta, suffix != "", queries))
-        unknown = set(subsets.split(",") if subsets else ()) - {t.name for t in tasks}
-        if unknown:
-            raise InputError(
-                f"--subsets {min(unknown)}: choose of {','.join(t.name for t in tasks)}"
-            )
-        return [t for t in tasks if not subsets or t.name in subsets.split(",")]
+        names = subsets.split(",") if subsets else [t.name for t in tasks]
+        if unknown := set(names) - {t.name for t in tasks}:
+            names = ",".join(t.name for t in tasks)
+            raise InputError(f"--subsets {min(unknown)}: choose of {names}")
+        return [t for t in tasks if t.name in names]
     root, found = _subsets(source, subsets, "test-*.parquet")
     images, columns = Images(image_root or root), ("qry_text", "qry_img_path", "tgt_text")
     tasks = []

@@ -23,9 +23,7 @@ from model import flag
 class Config(model.Flags):
     """Flags of the evaluation."""
 
-    model: str = flag(
-        "", "a folder, or a hub id; empty: out/contrastive, else out/pretrain, else toy"
-    )
+    model: str = flag("", "empty: out/contrastive, else out/pretrain, else toy")
     subsets: str = flag("", "the sets to evaluate, A,B,C; empty: all there are")
     limit: int = flag(0, "queries of each set; 0: all (the toy world: 100)")
     json: str = flag("", "also write the scores to this file")
@@ -56,9 +54,8 @@ def precision_at_1(q, c, candidates, tie=1e-6) -> float:
 def encode_sharded(embedder, items, cfg, what) -> np.ndarray:
     """Embeddings of `items`, made by all ranks together; every rank gets all: (len(items), D)."""
     rank, world = model.rank(), model.world()
-    mine = embedder.encode(
-        items[rank::world], cfg.chunk_tokens, cfg.workers, progress=what if rank == 0 else ""
-    )
+    what = what if rank == 0 else ""
+    mine = embedder.encode(items[rank::world], cfg.chunk_tokens, cfg.workers, what)
     z = np.zeros((len(items), mine.shape[1]), np.float32)
     for r, part in enumerate(model.gather_objects(mine)):
         z[r::world] = part
@@ -124,10 +121,8 @@ def line(name, r, note=""):
 def main(cfg):
     device = model.setup()
     if not cfg.model:
-        folders = [
-            f for f in ("out/contrastive", "out/pretrain") if Path(f, "config.json").exists()
-        ]
-        cfg.model = (folders + ["toy"])[0]
+        made = [f for f in ("out/contrastive", "out/pretrain") if Path(f, "config.json").exists()]
+        cfg.model = (made + ["toy"])[0]
     embedder = model.load_for(cfg, device)
     model.say(f"evaluating {cfg.model}")
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)

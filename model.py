@@ -321,10 +321,9 @@ def save(embedder, path, embedding=True):
         embedder.mllm.config.save_pretrained(part)
         embedder.processor.save_pretrained(part)
         if embedding:
-            about = dict(
-                compress_tokens=embedder.K, pooling=embedder.pooling, prompt=embedder.style
-            )
-            (part / "nanocoma.json").write_text(json.dumps(about | versions(), indent=1) + "\n")
+            about = dict(compress_tokens=embedder.K, pooling=embedder.pooling)
+            about |= dict(prompt=embedder.style, **versions())
+            (part / "nanocoma.json").write_text(json.dumps(about, indent=1) + "\n")
         path.mkdir(parents=True, exist_ok=True)
         for file in sorted(part.iterdir()):
             os.replace(file, path / file.name)
@@ -363,7 +362,6 @@ def choose_trained(embedder, cfg):
         p.data = p.data.to(full if p.requires_grad else frozen)
     if cfg.checkpointing:
         embedder.mllm.gradient_checkpointing_enable(dict(use_reentrant=False))
-        embedder.mllm.enable_input_require_grads()
     trained = sum(p.numel() for p in embedder.parameters() if p.requires_grad)
     total = sum(p.numel() for p in embedder.parameters())
     say(f"{embedder.mllm.config.model_type} | {trained:,} of {total:,} parameters trained | "
@@ -422,9 +420,7 @@ def setup() -> torch.device:
     """Joins torchrun's process group, if there is one. -> this rank's device."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
     cuda = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    )
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -521,9 +517,7 @@ class Flags:
     """The flags that all scripts share. Each script adds its own, or other defaults."""
 
     model: str = flag("toy", "toy, toy-random, a folder, or a hub id")
-    data: str = flag(
-        "shapes", "shapes (the toy world), a .jsonl, a folder or hub id in MMEB's layout"
-    )
+    data: str = flag("shapes", "shapes (the toy world), a .jsonl, a folder or hub id like MMEB")
     image_root: str = flag("", "where the pictures are; empty: beside the data")
     seed: int = flag(0, "of data, dropout and new weights")
     compress_tokens: int | None = flag(None, "K; default: the checkpoint's, else 4 (the paper: 32)")
@@ -539,15 +533,10 @@ class Flags:
     @classmethod
     def parse(cls, argv=None):
         """The command line as a Config. Unknown and abbreviated flags are errors."""
-        style = argparse.RawDescriptionHelpFormatter
-        about = sys.modules[cls.__module__].__doc__
-        parser = argparse.ArgumentParser(
-            description=about, allow_abbrev=False, formatter_class=style
-        )
+        how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, **how)
         for f in dataclasses.fields(cls):
-            kind = next(
-                t for t in (*getattr(f.type, "__args__", ()), f.type) if t is not type(None)
-            )
+            kind = getattr(f.type, "__args__", [f.type])[0]  # int | None -> int
             how = dict(type=kind, choices=f.metadata["choices"])
             how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
             shown = "" if f.default in (None, "") else f" (default: {f.default})"
@@ -569,9 +558,7 @@ class Config(Flags):
     warmup: float = flag(0.05, "share of the steps that the learning rate takes to rise")
     weight_decay: float = flag(0.01, "decoupled weight decay")
     clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
-    lora_rank: int = flag(
-        0, "rank of LoRA on the language model's q, k, v, o; 0: train all weights"
-    )
+    lora_rank: int = flag(0, "rank of LoRA on the language model's attention; 0: train all")
     lora_alpha: int = flag(64, "LoRA's scale is alpha / rank")
     lora_dropout: float = flag(0.1, "dropout in front of LoRA's matrices")
     dora: bool = flag(False, "DoRA: LoRA with the weights' magnitudes trained too")
@@ -744,10 +731,9 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
         raise InputError(f"--resume: not the same run: {what}. Restore that, or take another --out")
     weights = load_file(found[-1] / "weights.safetensors")
     optimizer = torch.load(found[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
-    how = dataclasses.replace(TRAINED, strict=False)
-    dcp.set_state_dict(
-        embedder, optimizers, model_state_dict=weights, optim_state_dict=optimizer, options=how
-    )
+    how = dict(options=dataclasses.replace(TRAINED, strict=False))
+    how |= dict(model_state_dict=weights, optim_state_dict=optimizer)
+    dcp.set_state_dict(embedder, optimizers, **how)
     say(f"resumed {found[-1]}")
     return about["step"]
 

@@ -36,9 +36,7 @@ class Config(model.Config):
     no_compress: bool = flag(False, "mask off: plain instruction tuning (K tokens stay if K > 0)")
     turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the single-turn ablation")
     caption: bool = flag(False, "a full description in place of the dialogue (toy world)")
-    objective: str = flag(
-        "ce", "answers, or the uncompressed model's distribution", choices=["ce", "kl"]
-    )
+    objective: str = flag("ce", "the answers, or the uncompressed model", ["ce", "kl"])
 
 
 # ---------------------------------------------------------------------------------------- the idea
@@ -160,9 +158,7 @@ def main(cfg):
     device = model.setup()
     rank, world = model.rank(), model.world()
     if cfg.batch < world:
-        raise InputError(
-            f"--batch {cfg.batch} leaves some of {world} ranks without work; try {world}"
-        )
+        raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
     torch.manual_seed(cfg.seed)
     embedder = model.load_for(cfg, device)
     plain, reference = teacher(embedder) if cfg.objective == "kl" else (None, None)

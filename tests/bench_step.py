@@ -1,33 +1,39 @@
 """What a contrastive step costs: ours against a plain full batch, and against other GradCaches.
 
-    OMP_NUM_THREADS=1 python tests/bench_step.py [--rounds 3]     one table of CPU time, one of memory
+    OMP_NUM_THREADS=1 python tests/bench_step.py [--rounds 3]     about 15 minutes
 
-256 pairs: a query is a picture of 4-36 tokens and 8-60 words, a target is 3-120 words; a random Qwen2-VL
-of 3.5 M parameters, its vision tower and language model in the proportions of Qwen2-VL-2B. All rows of
-the table see the same ids and pixels, and leave the same gradient (checked first). CPU seconds of one
-thread, rounds interleaved; of each row the fastest round.
+256 pairs: a query is a picture of 4-36 tokens and 8-60 words, a target is 3-120 words; a random
+Qwen2-VL of 3.5 M parameters, its vision tower and language model in the proportions of Qwen2-VL-2B.
+All rows of the table see the same ids and pixels, and leave the same gradient (checked first). User
+CPU seconds of one thread, rounds interleaved; of each row the fastest round. (System time stands
+beside it: a full batch has the machine hand out gigabytes of fresh memory in every step.)
 
-Predicted before measuring, everything trained. F = the language model's forward pass over real tokens, a
-backward pass is 2 F; padding makes a full batch 1.75 F; the tower, V = 0.25 F, is never padded:
-  plain full batch          3 x 1.75 + 3 V                                      = 6.0 F      1.00
-  GradCache, chunks of 32   4 x 1.6 + 4 V = 7.4 F, less 10 % (activations stay in cache)     1.10
-  luyug/GradCache's way     4 x 1.75 + 4 V = 8 F, less 10 %                                  1.20
-  sentence-transformers     it trims each chunk, as GradCache                                1.10
-  ours, sorted chunks       4 x 1.05 + 4 V = 5.2 F, less 10 %                                0.78
-  ours, a graph kept        of 4 chunks the longest runs once: less 0.3 F                    0.74
-  ours, three graphs kept   less 0.9 F                                                       0.64
-Frozen tower, in the unit of that table's plain batch (3 x 1.75 + V = 5.5 F): GradCache 1.12, ours with a
-graph kept 0.74, with the tower's features remembered too less V, 0.70.
+Predicted before measuring, everything trained. F = the language model's forward pass over the real
+tokens, a backward pass is 2 F; padding makes a full batch 1.75 F; the tower, V = 0.25 F, is never
+padded. Small chunks stay in the processor's cache: less 10 %.
+
+                            arithmetic                              predicted    measured
+  plain full batch          3 x 1.75 + 3 V = 6.0 F                       1.00    MEASURED
+  GradCache, chunks of 32   4 x 1.6 + 4 V = 7.4 F, less 10 %             1.10
+  luyug/GradCache's way     4 x 1.75 + 4 V = 8 F, less 10 %              1.20
+  sentence-transformers     it trims each chunk, as GradCache            1.10
+  ours, sorted chunks       4 x 1.05 + 4 V = 5.2 F, less 10 %            0.78
+  ours, a graph kept        of 4 chunks the longest runs once            0.74
+  ours, three graphs kept   of 4 chunks three run once                   0.64
+
+Frozen tower, in units of that table's plain batch (5.5 F): GradCache 1.12, ours with a graph kept
+0.74, with the tower's features remembered 0.70.
 """
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +53,7 @@ WORDS = "red blue circle square small large top left right what where is the at 
 
 
 def build(frozen) -> model.Embedder:
-    """A random Qwen2-VL of 3.5 M parameters behind the toy's tokenizer; pictures of up to 36 tokens."""
+    """A random Qwen2-VL of 3.5 M parameters behind the toy's tokenizer; pictures up to 96 x 96."""
     toy = model.load("toy-random", 4, "mean", "chat", "cpu")
     config = toy.mllm.config
     text, vision = config.text_config, config.vision_config
@@ -110,7 +116,7 @@ def two_passes(embedder, inputs_of, sides):
 
 
 def naive(embedder, queries, targets, size=CHUNK):
-    """GradCache without tricks: chunks of `size` rows in input order, padded to their own longest."""
+    """GradCache without tricks: `size` rows in input order, padded to their own longest."""
     sides = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in (queries, targets)]
     two_passes(embedder, embedder.collate.pad_rows, sides)
 
@@ -172,13 +178,10 @@ def contestants(frozen) -> dict:
         found[f"sentence-transformers {package.__version__}"] = sentence_transformers
     except ImportError:
         print("(sentence-transformers is not installed: its row is left out)")
-    for keep in (0, 1, 3):
-        name = f"ours, sorted chunks, {keep} graphs kept"
-        found[name] = lambda *x, keep=keep: ours(*x, keep=keep)
-    if frozen:
-        for keep in (1, 3):
-            name = f"ours, {keep} kept, features remembered"
-            found[name] = lambda *x, keep=keep: ours(*x, keep=keep, vision_cache="device")
+    for cache in ("off", "device") if frozen else ("off",):
+        for tokens, keep in ((4096, 0), (4096, 1), (4096, 3), (1024, 4), (1024, 8), (1024, 16)):
+            name = f"ours, {tokens} tokens, keep {keep}" + ", cache" * (cache != "off")
+            found[name] = partial(ours, chunk_tokens=tokens, keep=keep, vision_cache=cache)
     return found
 
 
@@ -198,23 +201,21 @@ def check(embedder, steps, rows):
             raise SystemExit(f"{name}: its gradient is {gap:.1e} off the plain batch's")
 
 
+def user_seconds() -> float:
+    return os.times().user
+
+
 def race(embedder, steps, rows, rounds) -> dict:
-    """{name: CPU seconds of each round}."""
+    """{name: (user, system) CPU seconds of each round}."""
     seconds = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             embedder.zero_grad()
-            start = time.process_time()
+            start = os.times()
             step(embedder, *rows)
-            seconds[name].append(time.process_time() - start)
+            end = os.times()
+            seconds[name].append((end.user - start.user, end.system - start.system))
     return seconds
-
-
-def padding(rows, chunks) -> float:
-    """Share of padding among the tokens that a set of chunks puts through the model."""
-    lengths = [len(r["tokens"]["input_ids"]) for r in rows]
-    padded = sum(len(c) * max(lengths[i] for i in c) for c in chunks)
-    return 1 - sum(lengths) / padded
 
 
 def timing(frozen, rounds, pairs):
@@ -223,25 +224,28 @@ def timing(frozen, rounds, pairs):
     steps, rows = contestants(frozen), workload(embedder, pairs)
     check(embedder, steps, [r[:24] for r in rows])
     seconds = race(embedder, steps, rows, rounds)
-    best = {name: min(s) for name, s in seconds.items()}
+    best = {name: min(s)[0] for name, s in seconds.items()}
     peers = [n for n in best if not n.startswith(("ours", "plain"))]
     peer = min(peers, key=best.get)
     what = "vision tower frozen" if frozen else "everything trained"
     total = sum(p.numel() for p in embedder.parameters()) / 1e6
     print(f"\n{pairs} pairs, {total:.2f} M parameters, {what}; best peer: {peer}")
-    print(f"{'':<40}{'CPU s':>7}{'all rounds':>20}{'/ plain':>9}{'/ best peer':>13}")
+    print(f"{'':<34}{'s':>7}{'slowest':>9}{'system':>8}{'/ plain':>9}{'/ best peer':>13}")
     for name, s in best.items():
-        spread = " ".join(f"{x:.2f}" for x in sorted(seconds[name]))
-        print(f"{name:<40}{s:>7.2f}{spread:>20}{s / best['plain full batch']:>9.2f}{s / best[peer]:>13.2f}")  # fmt: skip
+        slow, system = max(seconds[name])[0], min(s for _, s in seconds[name])
+        ratios = f"{s / best['plain full batch']:>9.2f}{s / best[peer]:>13.2f}"
+        print(f"{name:<34}{s:>7.2f}{slow:>9.2f}{system:>8.2f}{ratios}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ memory
 
 
 def peak_memory(setting) -> float:
-    """MiB that a step adds to what was there before it, at its peak; in a fresh process."""
+    """MiB that a step adds to what was there before it, at its peak; in a fresh process, where what
+    is freed goes back to the system at once, so that resident memory is live memory."""
     command = [sys.executable, __file__, "--memory", json.dumps(setting)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    env = os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0")
+    return float(subprocess.run(command, check=True, capture_output=True, env=env).stdout)
 
 
 @contextmanager
@@ -265,11 +269,10 @@ def measure_memory(setting):
         with added_memory(found):
             contrastive.info_nce(q, t, TAU)[0].backward()
     else:
-        embedder = build(setting["frozen"])
+        embedder, how = build(setting["frozen"]), setting["how"]
         rows = workload(embedder, setting["pairs"])
-        ours(embedder, *(r[:4] for r in rows))
-        step = plain if setting["how"] == "plain" else ours
-        how = {} if setting["how"] == "plain" else setting["how"]
+        naive(embedder, *(r[:4] for r in rows))  # makes the gradients, which stay
+        step = globals()[how.pop("step")]
         with added_memory(found):
             step(embedder, *rows, **how)
     print(found[0])
@@ -277,18 +280,23 @@ def measure_memory(setting):
 
 def memory():
     """The second table."""
-    print("\nPeak memory of a step, its inputs and the weights apart, MiB")
+    print(f"\nPeak of a step, MiB beyond weights and inputs{'N = 256':>12}{'2048':>8}{'ratio':>7}")
     for name, how, frozen in (
-        ("plain full batch", "plain", False),
-        ("ours, 1 graph kept", dict(keep=1), False),
-        ("ours, 3 graphs kept", dict(keep=3), False),
-        ("ours, frozen, features on the device", dict(keep=1, vision_cache="device"), True),
+        ("plain full batch", dict(step="plain"), False),
+        ("GradCache, chunks of 32", dict(step="naive"), False),
+        ("ours, 4096 tokens, keep 1", dict(step="ours", keep=1), False),
+        ("ours, 4096 tokens, keep 3", dict(step="ours", keep=3), False),
+        ("ours, 1024 tokens, keep 4", dict(step="ours", keep=4, chunk_tokens=1024), False),
+        ("ours, 1024 tokens, keep 8", dict(step="ours", keep=8, chunk_tokens=1024), False),
+        ("ours, 1024, keep 4, cache", dict(step="ours", keep=4, chunk_tokens=1024), True),
     ):
-        sizes = (256,) if how == "plain" else (256, 2048)
+        if frozen:
+            how["vision_cache"] = "device"
+        sizes = (256,) if how["step"] == "plain" else (256, 2048)
         peaks = [peak_memory(dict(pairs=n, how=how, frozen=frozen)) for n in sizes]
-        line = f"{name:<40}N = 256: {peaks[0]:>6.0f}"
-        print(line + (f"   N = 2048: {peaks[1]:>6.0f}   ratio {peaks[1] / peaks[0]:.2f}" if len(peaks) > 1 else ""))  # fmt: skip
-    print(f"{'InfoNCE, N = 16384, D = 256':<40}{peak_memory(dict(rows=16384)):>15.0f}")
+        more = f"{peaks[1]:>8.0f}{peaks[1] / peaks[0]:>7.2f}" if len(peaks) > 1 else ""
+        print(f"{name:<45}{peaks[0]:>12.0f}{more}", flush=True)
+    print(f"{'InfoNCE, N = 16384, D = 256':<45}{peak_memory(dict(rows=16384)):>12.0f}")
 
 
 if __name__ == "__main__":
