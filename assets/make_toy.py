@@ -1,7 +1,7 @@
 r"""Makes the toy MLLM: a real Qwen2-VL of 1.3 M parameters, with a tokenizer of its own.
 
     python assets/make_toy.py assets/toy
-    python pretrain.py --model toy-random --no-compress --compress-tokens 0 --steps 2200 \
+    python pretrain.py --model toy-random --no-compress --compress-tokens 0 --steps 1600 \
         --out out/toy
     cp out/toy/model.safetensors assets/toy/
 

@@ -118,7 +118,7 @@ def two_passes(embedder, inputs_of, sides):
 def naive(embedder, queries, targets, size=CHUNK):
     """GradCache without tricks: `size` rows in input order, padded to their own longest."""
     sides = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in (queries, targets)]
-    two_passes(embedder, embedder.collate.pad_rows, sides)
+    two_passes(embedder, partial(embedder.collate.pad_rows, device=embedder.device), sides)
 
 
 def luyug(embedder, queries, targets, size=CHUNK):
