@@ -37,7 +37,7 @@ class Config(model.Config):
 
     model: str = flag("", "toy, a folder, or a hub id; empty: out/pretrain, else toy")
     out: str = flag("out/contrastive", "folder for the model, log.jsonl and checkpoints")
-    steps: int = flag(300, "optimiser steps")
+    steps: int = flag(200, "optimiser steps")
     batch: int = flag(128, "pairs a step, over all ranks: the loss sees them all")
     block: int = flag(32, "consecutive pairs of the batch that come from one data set")
     subsets: str = flag("", "data sets and caps, ImageNet_1K:100000,CIRR, or mmeb20; empty: all")
