@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import contrastive
 import data
+import evaluate
 import model
 import pretrain
 
@@ -32,6 +33,11 @@ def command(*words, ranks=0, **more):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240, **more)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def here(stage, *words):
+    """Runs a script's main in this process, with the flags parsed as from the command line."""
+    stage.main(stage.Config.parse([str(w) for w in words]))
 
 
 def losses(out):
@@ -57,7 +63,7 @@ def test_the_three_commands_of_the_quick_start_run_through(tmp_path):
     assert set(row) >= {"p_at_1", "chance", "queries", "meta_task", "ood"}, row
     assert set(found["meta_tasks"]) == {"Classification", "VQA", "Retrieval", "Grounding"}
     again = tmp_path / "again.json"
-    command("evaluate.py", "--model", c, "--limit", 2, "--json", again)
+    here(evaluate, "--model", c, "--limit", 2, "--json", again)
     got, want = (json.loads(f.read_text())["sets"] for f in (again, scores))
     assert got == want, "one process and two must give the same numbers"
 
@@ -82,7 +88,7 @@ def test_a_sharded_run_saves_what_an_unsharded_one_does(tmp_path):
     flags = ["--model", "toy-random", "--steps", 2, "--batch", 8, "--block", 4, "--muon-lr", 0]
     flags += ["--chunk-tokens", 300]
     command("contrastive.py", *flags, "--out", tmp_path / "a", "--fsdp", ranks=2)
-    command("contrastive.py", *flags, "--out", tmp_path / "b")
+    here(contrastive, *flags, "--out", tmp_path / "b")
     for a, b in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4), (a, b)
         assert a["norm"] == pytest.approx(b["norm"], rel=2e-3), (a, b)
@@ -273,8 +279,6 @@ def test_every_flag_is_read_by_some_line_of_code():
     """A flag that does nothing is a defect."""
     source = "".join((ROOT / f"{n}.py").read_text() for n in ("model", "pretrain", "contrastive"))
     source += (ROOT / "evaluate.py").read_text()
-    import evaluate
-
     for config in (pretrain.Config, contrastive.Config, evaluate.Config):
         for f in dataclasses.fields(config):
             assert f"cfg.{f.name}" in source or f'"{f.name}"' in source, f"--{f.name} does nothing"
@@ -331,7 +335,7 @@ def test_real_photographs_in_mmebs_own_layout_go_through_all_three_stages(tmp_pa
     talks, images = PHOTOS / "conversations.jsonl", PHOTOS / "MMEB-train" / "images"
     p, c, scores = tmp_path / "p", tmp_path / "c", tmp_path / "s.json"
     small = ["--steps", 2, *SMALL]
-    command("pretrain.py", "--data", talks, "--image-root", images, *small, "--out", p)
+    here(pretrain, "--data", talks, "--image-root", images, *small, "--out", p)
     train = ["--data", PHOTOS / "MMEB-train", "--model", p, "--block", 8, "--out", c]
     command("contrastive.py", *train, *small, ranks=2)
     command(
