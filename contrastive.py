@@ -44,7 +44,7 @@ class Config(model.Config):
     split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])
     temperature: float = flag(0.03, "tau; cosines are divided by it")
     mask_false_negatives: bool = flag(True, "equal targets are no negatives of each other")
-    keep_graphs: int = flag(1, "chunks that are not run twice; each holds its graph for a while")
+    keep_graphs: int = flag(24, "so many chunks hold their graph and are run once; GPU: 1")
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
     merge: bool = flag(True, "fold stage 1's adapter into the weights first, as the paper does")
     fsdp: bool = flag(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")

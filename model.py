@@ -527,7 +527,7 @@ class Flags:
     min_pixels: int = flag(0, "smallest picture (Qwen family), pixels; 0: the model's default")
     max_pixels: int = flag(0, "largest picture (Qwen family), pixels; the paper: 1024 x 28 x 28")
     max_length: int = flag(0, "most tokens of a row; longer ones lose text in the middle; 0: any")
-    chunk_tokens: int = flag(8192, "padded tokens that go through the model at a time")
+    chunk_tokens: int = flag(1024, "padded tokens that go through the model at a time; GPU: 16384")
     workers: int = flag(1, "loader processes of a rank")
 
     @classmethod

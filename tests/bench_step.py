@@ -179,7 +179,7 @@ def contestants(frozen) -> dict:
     except ImportError:
         print("(sentence-transformers is not installed: its row is left out)")
     for cache in ("off", "device") if frozen else ("off",):
-        for tokens, keep in ((4096, 0), (4096, 1), (4096, 3), (1024, 4), (1024, 8), (1024, 16)):
+        for tokens, keep in ((4096, 0), (4096, 1), (4096, 3), (1024, 8), (1024, 16), (1024, 24)):
             name = f"ours, {tokens} tokens, keep {keep}" + ", cache" * (cache != "off")
             found[name] = partial(ours, chunk_tokens=tokens, keep=keep, vision_cache=cache)
     return found
@@ -288,6 +288,7 @@ def memory():
         ("ours, 4096 tokens, keep 3", dict(step="ours", keep=3), False),
         ("ours, 1024 tokens, keep 4", dict(step="ours", keep=4, chunk_tokens=1024), False),
         ("ours, 1024 tokens, keep 8", dict(step="ours", keep=8, chunk_tokens=1024), False),
+        ("ours, 1024 tokens, keep 24", dict(step="ours", keep=24, chunk_tokens=1024), False),
         ("ours, 1024, keep 4, cache", dict(step="ours", keep=4, chunk_tokens=1024), True),
     ):
         if frozen:
