@@ -311,7 +311,8 @@ def save(embedder, path, embedding=True):
     if sharded(embedder):
         whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = dcp.get_model_state_dict(embedder.mllm, options=whole)
-        state = {n: state[n] for n, _ in embedder.mllm.named_parameters()}  # a tied one once
+        names = [n for n, _ in embedder.mllm.named_parameters()]  # a tied weight once
+        state = {n: state[n] for n in names if n in state}  # rank 0 holds it
     if rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
         if peft:

@@ -124,7 +124,7 @@ def test_a_chunk_that_runs_out_of_memory_halves_the_budget_and_keeps_the_gradien
             torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
         assert "out of memory: --chunk-tokens 1600 is halved" in capsys.readouterr().out
     passes[:] = [True]
-    with pytest.raises(data.InputError, match="out of memory with chunks of"):
+    with pytest.raises(data.InputError, match="out of memory at --chunk-tokens"):
         embedder.forward = lambda inputs: (_ for _ in ()).throw(torch.OutOfMemoryError("planted"))
         contrastive.gradcache_step(embedder, *given, 1600)
 
@@ -183,7 +183,7 @@ def test_killed_at_random_it_resumes_to_the_same_bytes(tmp_path):
         started = time.time()
         while run.poll() is None and not (tmp_path / "killed" / "log.jsonl").exists():
             time.sleep(0.05)
-        time.sleep(max(0, rng.uniform(2, 8) if done else rng.uniform(0.2, 2)))
+        time.sleep(rng.uniform(0, 1))  # of the second or two that the steps take
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
             done += 1
