@@ -30,6 +30,8 @@ import model
 from data import InputError, read_pairs
 from model import flag
 
+KEEP_GRAPHS = dict(cpu=24, cuda=1)
+
 
 @dataclass
 class Config(model.Config):
@@ -44,7 +46,9 @@ class Config(model.Config):
     split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])
     temperature: float = flag(0.03, "tau; cosines are divided by it")
     mask_false_negatives: bool = flag(True, "equal targets are no negatives of each other")
-    keep_graphs: int = flag(24, "so many chunks hold their graph and are run once; GPU: 1")
+    keep_graphs: int | None = flag(
+        None, f"so many chunks hold their graph and run once; default by device: {KEEP_GRAPHS}"
+    )
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
     merge: bool = flag(True, "fold stage 1's adapter into the weights first, as the paper does")
     fsdp: bool = flag(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")
@@ -318,7 +322,9 @@ def main(cfg):
         return local_batch(pairs, embedder.collate, cfg, step, rank, world)
 
     # 3. Train.
-    start, N, budget = model.start_or_resume(embedder, optimizers, cfg), cfg.batch, cfg.chunk_tokens
+    start, N = model.start_or_resume(embedder, optimizers, cfg), cfg.batch
+    budget = model.by_device(cfg.chunk_tokens, model.CHUNK_TOKENS, device)
+    keep = model.by_device(cfg.keep_graphs, KEEP_GRAPHS, device)
     chance = f"(chance loss ln N = {math.log(N):.2f})"
     model.say(f"loss sees N = {world} x {N // world} = {N} pairs {chance}")
     log = model.Log(cfg, start)
@@ -328,7 +334,7 @@ def main(cfg):
         rows, labels, keys, ids = batch.values()
         # ------------------------------------------------------------------------------------------
         lr = model.begin_step(optimizers, step, cfg)
-        how = (cfg.temperature, budget, cfg.keep_graphs, cfg.vision_cache)
+        how = (cfg.temperature, budget, keep, cfg.vision_cache)
         out = gradcache_step(embedder, rows, labels, keys, *how)
         norm = model.end_step(embedder, optimizers, cfg, step, out["loss"], ids)
         # ------------------------------------------------------------------------------------------

@@ -2,19 +2,23 @@
 
     python data.py                    look at the toy world: examples printed, out/shapes.png
     python data.py export DIR         the toy world as files, in the formats that real data come in
+    python data.py check DATA         read all of it once: counts, lengths, sizes, what is bad
+    python data.py generate --images DIR --model Qwen/Qwen2.5-VL-7B-Instruct --out dialogues.jsonl
 
 `Item(text, images)` is the only currency: a piece of text with `<image>` where each picture goes.
 A *dialogue* is an Item plus (question, answer) turns (stage 1), a *pair* is a query Item, its right
 targets and its hard negatives (stage 2), a *task* is queries, each with candidates (evaluation).
 
-Top to bottom: Item and pictures - the toy world - reading files - Items to model inputs - commands.
+Top to bottom: Item and pictures - reading files - Items to model inputs. The toy world is in
+shapes.py, the commands' work in tools.py.
 """
 
+import csv
 import hashlib
+import importlib
 import itertools
 import json
 import os
-import random
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -24,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 IMAGE = "<image>"
@@ -87,10 +91,11 @@ class Task(NamedTuple):
 
 
 class Lazy(Sequence):
-    """A sequence whose i-th element is `get(i)`, made when it is asked for: nothing is stored."""
+    """A sequence whose i-th element is `get(i)`, made when it is asked for: nothing is stored.
+    keep(indices, path): of what was read from a file, writes a copy of these."""
 
-    def __init__(self, length: int, get: Callable):
-        self.length, self.get = length, get
+    def __init__(self, length: int, get: Callable, keep: Callable | None = None):
+        self.length, self.get, self.keep = length, get, keep
 
     def __len__(self):
         return self.length
@@ -143,233 +148,6 @@ def open_image(ref, name=None) -> Image.Image:
         raise InputError(f"{name} ({size} bytes): not a readable picture: {e}") from None
 
 
-# ----------------------------------------------------------------------------------- the toy world
-# A picture is 64 x 64: four quadrants with at most one object each. Everything below is a pure
-# function of (seed, split, index). Shapes sit on the model's 16-pixel grid: learned several times
-# faster than jittered ones.
-
-SHAPES = ("circle", "square", "triangle", "cross", "diamond")
-COLORS = dict(red="#d62728", green="#2ca02c", blue="#1f4fd6", yellow="#f2c80f", purple="#8e44ad")
-COLORS["orange"] = "#ff7f0e"
-SIZES = ("small", "large")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
-TINTS = ("#f6e6e6", "#e6f6e6", "#e6e6f6", "#f6f6e0")  # of the places: a tiny model sees where it is
-NUMBERS = ("zero", "one", "two", "three", "four")
-HELD_OUT = {("red", "cross"), ("green", "diamond"), ("blue", "triangle"), ("yellow", "circle")}
-HELD_OUT |= {("purple", "square"), ("orange", "cross")}  # combinations that training never shows
-SEEN = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT]
-
-# Wordings: the last of each row is never trained on.
-ASK = {
-    "count": ("how many objects are there?", "count the objects.", "tell the number of objects."),
-    "color": ("what color is the {}?", "name the color of the {}.", "the {} has which color?"),
-    "shape": ("what shape is the {}?", "name the shape of the {}.", "the {} has which shape?"),
-    "size": ("is the {} small or large?", "what size is the {}?", "the {} has which size?"),
-    "place": ("where is the {}?", "name the place of the {}.", "the {} is at which place?"),
-    "at": ("what is at the {}?", "name the object at the {}.", "which object is at the {}?"),
-    "next": ("what is {} the {}?", "name the object {} the {}.", "which object is {} the {}?"),
-    "describe": ("describe the picture.", "what is in the picture?", "tell what the picture is."),
-}
-INSTRUCT = {
-    "classify": ("name the object in the picture.", "which object is it?", "tell the object."),
-    "vqa": ("answer the question: {}", "{}", "tell the answer to: {}"),
-    "i2t": ("find a caption of the picture.", "which text describes it?", "find what tells of it."),
-    "t2i": ("find the picture: {}", "which picture shows {}?", "tell where there is {}."),
-    "ground": ("isolate the {}.", "cut out the {}.", "find the part with the {}."),
-}
-META_TASK = dict(classify="Classification", vqa="VQA", i2t="Retrieval", t2i="Retrieval")
-META_TASK["ground"] = "Grounding"
-WORDS = tuple(COLORS) + SHAPES + SIZES + PLACES + NUMBERS[1:]  # every one-word answer there is
-
-
-class Object(NamedTuple):
-    """One object: "a large red circle" at a place; `cell`: a small one's corner of its quadrant."""
-
-    size: str
-    color: str
-    shape: str
-    place: str
-    cell: int
-
-    @property
-    def name(self):
-        return f"{self.color} {self.shape}"
-
-    def __str__(self):
-        return f"a {self.size} {self.name}"
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One to four objects, and what of them is seen: everything, or one quadrant (`view`)."""
-
-    objects: tuple
-    view: str | None = None
-
-    def describe(self) -> str:
-        """The full description; two scenes with the same description answer everything alike."""
-        return " and ".join(f"{o} at the {o.place}" for o in self.objects)
-
-    def at(self, place):
-        """What stands at a place, as text: "a small red circle" or "nothing"."""
-        return next((str(o) for o in self.objects if o.place == place), "nothing")
-
-    def render(self) -> Image.Image:
-        """The picture (64 x 64, a quadrant 32 x 32), RGB."""
-        image = Image.new("RGB", (64, 64))
-        draw = ImageDraw.Draw(image)
-        for i, tint in enumerate(TINTS):
-            x, y = 32 * (i % 2), 32 * (i // 2)
-            draw.rectangle((x, y, x + 31, y + 31), tint)
-        for o in self.objects:
-            row, column = divmod(PLACES.index(o.place), 2)
-            side = 32 if o.size == "large" else 16
-            x, y = 32 * column + 16 * (o.cell % 2), 32 * row + 16 * (o.cell // 2)
-            x0, y0, x1, y1, m, t = x + 1, y + 1, x + side - 2, y + side - 2, side // 2, side // 6
-            bars = [(x + m - t, y0, x + m + t - 1, y1), (x0, y + m - t, x1, y + m + t - 1)]
-            corners = {
-                "square": [(x0, y0), (x1, y0), (x1, y1), (x0, y1)],
-                "triangle": [(x + m, y0), (x1, y1), (x0, y1)],
-                "diamond": [(x + m, y0), (x1, y + m), (x + m, y1), (x0, y + m)],
-            }
-            if o.shape == "circle":
-                draw.ellipse((x0, y0, x1, y1), COLORS[o.color])
-            elif o.shape == "cross":
-                for bar in bars:
-                    draw.rectangle(bar, COLORS[o.color])
-            else:
-                draw.polygon(corners[o.shape], COLORS[o.color])
-        if self.view:
-            row, column = divmod(PLACES.index(self.view), 2)
-            image = image.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32))
-        return image
-
-
-class Shapes:
-    """The toy world: scenes, dialogues, pairs and queries as pure functions of (seed, split,
-    index).
-
-    split: "train"; "test" (scenes that "train" never shows); "new" (as "test", and the object that
-    matters is a colour-shape combination never trained on); `new_words`: held-out wordings."""
-
-    def __init__(self, split="train", seed=0, new_words=False):
-        self.split, self.seed, self.new_words = split, seed, new_words
-
-    def _rng(self, *key):
-        return random.Random(repr((self.seed, self.split, *key)))  # a string: alike everywhere
-
-    def _words(self, rng, choices):
-        return choices[-1] if self.new_words else rng.choice(choices[:-1])
-
-    def scene(self, rng, least=1, most=4) -> Scene:
-        """A scene of `least` to `most` objects; colour-shape combinations are distinct in it."""
-        while True:
-            names = rng.sample(SEEN, rng.randint(least, most))
-            if self.split == "new":
-                names[0] = rng.choice(sorted(HELD_OUT))
-            places = rng.sample(PLACES, len(names))
-            objects = [
-                Object(size := rng.choice(SIZES), c, s, p, rng.randrange(4) * (size == "small"))
-                for (c, s), p in zip(names, places, strict=True)
-            ]
-            scene = Scene(tuple(sorted(objects, key=lambda o: PLACES.index(o.place))))
-            digest = hashlib.blake2b(scene.describe().encode(), digest_size=1).digest()[0]
-            if (digest % 8 == 0) == (self.split != "train"):  # every 8th description is held out
-                return scene
-
-    def _focus(self, rng, scene):
-        """The object that a question is about: in the "new" split the never-seen combination."""
-        new = [o for o in scene.objects if (o.color, o.shape) in HELD_OUT]
-        return rng.choice(new or scene.objects)
-
-    def ask(self, rng, scene, kinds=tuple(ASK), about=None) -> list:
-        """(kind, question, answer) for each of `kinds` that has exactly one right answer here."""
-        found = []
-        for kind in kinds:
-            o = about or rng.choice(scene.objects)
-            what, answer = (o.name,), getattr(o, kind, None)
-            if kind == "color":
-                what = (o.shape,)
-            elif kind == "shape":
-                what = (f"{o.color} object",)
-            elif kind == "at":
-                what = (rng.choice(PLACES),)
-                answer = scene.at(what[0])
-            elif kind == "next":
-                side, place = _neighbour(rng, o.place)
-                what, answer = (side, o.name), scene.at(place)
-            elif kind in ("count", "describe"):
-                answer = NUMBERS[len(scene.objects)] if kind == "count" else scene.describe()
-            # Named by its shape alone (or its color), an object must be the only such one.
-            named_by = dict(color="shape", shape="color").get(kind, "name")
-            if sum(getattr(x, named_by) == getattr(o, named_by) for x in scene.objects) == 1:
-                found.append((kind, self._words(rng, ASK[kind]).format(*what), answer))
-        return found
-
-    def dialogue(self, i, caption=False) -> Dialogue:
-        """3-5 questions about different things (or one full description) with their answers."""
-        rng = self._rng("dialogue", i)
-        scene = self.scene(rng)
-        turns = self.ask(rng, scene, ["describe"] if caption else rng.sample(list(ASK), len(ASK)))
-        turns = tuple((q, a) for _, q, a in turns[: rng.randint(3, 5)])
-        return Dialogue(Item(IMAGE, (scene,)), turns, f"shapes-{self.split}-{i}")
-
-    def query(self, task, i, candidates=16):
-        """(query Item, candidates): candidate 0 is right, and no other one is."""
-        rng = self._rng(task, i)
-        scene = self.scene(rng, *{"classify": (1, 1), "vqa": (1, 4)}.get(task, (2, 4)))
-        o = self._focus(rng, scene)
-        words = self._words(rng, INSTRUCT[task])
-        picture, show = (scene,), IMAGE + " "
-        if task == "classify":
-            names = SEEN + (sorted(HELD_OUT) if self.split == "new" else [])
-            texts = [o.name] + [n for c, s in names if (n := f"{c} {s}") != o.name]
-        elif task == "vqa":
-            kinds = ("count", "color", "shape", "size", "place")
-            _, question, answer = rng.choice(self.ask(rng, scene, kinds, about=o))
-            words, texts = words.format(question), [answer] + [w for w in WORDS if w != answer]
-        elif task == "i2t":
-            texts = list(dict.fromkeys(s.describe() for s in self._others(rng, scene, candidates)))
-        elif task == "t2i":
-            query = Item(words.format(scene.describe()))
-            others = {}  # of scenes that read alike the first
-            for s in self._others(rng, scene, candidates):
-                others.setdefault(s.describe(), s)
-            return query, [Item(IMAGE, (s,)) for s in others.values()]
-        else:  # grounding: crops of the same picture first, then of others; never the named object
-            seen = [o, *scene.objects]
-            for s in self._others(rng, scene, candidates)[1:]:
-                seen += [x for x in s.objects if x.name != o.name][:1]
-            crops = list(dict.fromkeys(Scene((x,), view=x.place) for x in seen))[:candidates]
-            return Item(show + words.format(o.name), picture), [Item(IMAGE, (c,)) for c in crops]
-        return Item(show + words, picture), [Item(t) for t in texts]
-
-    def _others(self, rng, scene, n):
-        """The scene, near misses of it (one attribute changed), then random scenes: n in all."""
-        scenes = [scene]
-        for _ in range(n // 4):
-            o = rng.choice(scene.objects)
-            free = [p for p in PLACES if scene.at(p) == "nothing"] or [o.place]
-            new = o._replace(size=rng.choice(SIZES), place=rng.choice(free))
-            rest = [new if x is o else x for x in scene.objects]
-            scenes.append(Scene(tuple(sorted(rest, key=lambda x: PLACES.index(x.place)))))
-        return scenes + [self.scene(rng, 2, 4) for _ in range(n - len(scenes))]
-
-    def pair(self, task, i) -> Pair:
-        """A training pair: the query and its right candidate."""
-        query, candidates = self.query(task, i, candidates=1)
-        return Pair(query, (candidates[0],))
-
-
-def _neighbour(rng, place):
-    """A side of a place, and the place there: ("right of", "top right") for "top left"."""
-    row, column = place.split()
-    if rng.random() < 0.5:
-        side = "right" if column == "left" else "left"
-        return f"{side} of", f"{row} {side}"
-    return ("above", f"top {column}") if row == "bottom" else ("below", f"bottom {column}")
-
-
 # ----------------------------------------------------------------------------------- reading files
 
 IND = dict(
@@ -391,6 +169,11 @@ MMEB20 = (  # both papers' training mix: subset:rows
     "CIRR:30000,VisualNews_t2i:100000,VisualNews_i2t:100000,MSCOCO_t2i:100000,MSCOCO_i2t:120000,"
     "NIGHTS:20000,WebQA:20000,MSCOCO:100000"
 )
+
+
+DESCRIBE = "Describe the picture."  # instructions where the data are bare captions
+FIND_CAPTION = f"{IMAGE} Find a caption of the picture."
+FIND_PICTURE = "Find the picture of this caption: "
 
 
 class Images:
@@ -420,6 +203,17 @@ class Images:
 def _zip_names(path):
     with zipfile.ZipFile(path) as archive:
         return frozenset(archive.namelist())
+
+
+def find_pictures(folder) -> list:
+    """The pictures below a folder, by their names' endings: relative paths, sorted."""
+    endings, found = tuple(Image.registered_extensions()), []
+    for top, _, names in os.walk(folder, followlinks=False):
+        where = os.path.relpath(top, folder)
+        found += [os.path.normpath(f"{where}/{n}") for n in names if n.lower().endswith(endings)]
+    if not found:
+        raise InputError(f"--images {folder}: no such folder, or no pictures in it")
+    return sorted(found)
 
 
 def _item(raw, images: Images, subset="") -> Item:
@@ -455,6 +249,14 @@ def _dialogue(raw, images) -> Dialogue:
     return Dialogue(item, tuple(turns), str(raw.get("id", "")))
 
 
+def as_conversations(id, image, turns) -> dict:
+    """A dialogue as LLaVA writes it: `_dialogue`, the other way round."""
+    talk = [{"from": who, "value": x} for turn in turns
+            for who, x in zip(("human", "gpt"), turn, strict=True)]  # fmt: skip
+    talk[0]["value"] = f"{IMAGE}\n" + talk[0]["value"]
+    return dict(id=id, image=image, conversations=talk)
+
+
 def _pair(raw, images) -> Pair:
     """{"query": {"text", "image"}, "target": {...} or a list of them, "negatives": [{...}]}."""
     if not isinstance(raw, dict) or not raw.get("query") or not raw.get("target"):
@@ -465,24 +267,41 @@ def _pair(raw, images) -> Pair:
     return Pair(query[0], targets, negatives)
 
 
-def _mmeb_pair(row, images, subset) -> Pair:
-    """One row of MMEB-train; "" is an absent field."""
-
-    def part(name, image):
-        return _item(dict(text=row.get(name), image=row.get(image)), images, subset)
-
-    negative = row.get("neg_text") or row.get("neg_image_path")
-    negatives = (part("neg_text", "neg_image_path"),) if negative else ()
-    return Pair(part("qry", "qry_image_path"), (part("pos_text", "pos_image_path"),), negatives)
+def _caption(raw, images) -> tuple:
+    """One line of metadata.jsonl or .csv: {"file_name", "text"} -> (path, caption)."""
+    for field in ("file_name", "text"):
+        if not isinstance(raw, dict) or not isinstance(raw.get(field), str) or not raw[field]:
+            raise InputError(f'needs "{field}", a string that is not empty')
+    return images.find(raw["file_name"]), raw["text"]
 
 
-def _mmeb_query(row, item):
-    """One row of MMEB-eval: the query and its candidates, the positive first."""
-    texts, paths = row["tgt_text"], row["tgt_img_path"]
-    if not texts or len(texts) != len(paths):
-        raise InputError("tgt_text and tgt_img_path must be lists of one length, not empty")
-    candidates = [item(t, p) for t, p in zip(texts, paths, strict=True)]
-    return item(row["qry_text"], row["qry_img_path"]), candidates
+def _train_rows(path, subset, images) -> Lazy:
+    """A parquet file of MMEB-train, as Pairs; "" is an absent field."""
+
+    def pair(row):
+        def part(name, image):
+            return _item(dict(text=row.get(name), image=row.get(image)), images, subset)
+
+        negative = row.get("neg_text") or row.get("neg_image_path")
+        negatives = (part("neg_text", "neg_image_path"),) if negative else ()
+        return Pair(part("qry", "qry_image_path"), (part("pos_text", "pos_image_path"),), negatives)
+
+    return _parquet(path, ("qry", "qry_image_path", "pos_text", "pos_image_path"), pair)
+
+
+def _eval_rows(path, subset, images) -> Lazy:
+    """A parquet file of MMEB-eval, as (query, candidates), the positive first."""
+    # Candidates repeat from row to row: each becomes an Item once.
+    item = lru_cache(None)(lambda text, image: _item(dict(text=text, image=image), images, subset))
+
+    def query(row):
+        texts, paths = row["tgt_text"], row["tgt_img_path"]
+        if not texts or len(texts) != len(paths or ()):
+            raise InputError("tgt_text and tgt_img_path must be lists of one length, not empty")
+        candidates = [item(t, p) for t, p in zip(texts, paths, strict=True)]
+        return item(row["qry_text"], row["qry_img_path"]), candidates
+
+    return _parquet(path, ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"), query)
 
 
 def _located(where, parse, raw):
@@ -493,24 +312,45 @@ def _located(where, parse, raw):
         raise InputError(f"{where}: {e}") from None
 
 
-def _jsonl(path, parse, image_root) -> Lazy:
-    """The lines of a JSONL file, parsed when asked for; each is tried once now, so that the first
-    bad one is named, with file, line and field, before any training."""
+def _lines(path, parse, image_root) -> Lazy:
+    """The lines of a .jsonl or .csv file, each parsed when asked for."""
     if not os.path.isfile(path):
         raise InputError(f"--data {path}: no such file; choose shapes, a .jsonl, a folder")
     images = Images(image_root or Path(path).parent)
-    with open(path, "rb") as file:
-        lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
+    if str(path).endswith(".csv"):
+        with open(path, encoding="utf-8-sig", newline="", errors="replace") as file:
+            reader = csv.DictReader(file)
+            lines = [(reader.line_num, json.dumps(row).encode() + b"\n") for row in reader]
+    else:
+        with open(path, "rb") as file:
+            lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
+    if not lines:
+        raise InputError(f"--data {path}: holds no lines")
 
     def get(i):
         n, line = lines[i]
         return _located(f"{path}, line {n}", lambda x: parse(json.loads(x), images), line)
 
+    def keep(some, out):
+        Path(out).write_bytes(b"".join(lines[i][1].rstrip(b"\r\n") + b"\n" for i in some))
+
+    return Lazy(len(lines), get, keep)
+
+
+def _valid(path, parse, image_root) -> Lazy:
+    """`_lines`, each tried once now, so that the first bad one is named, with file, line and field,
+    before any training."""
+    lines = _lines(path, parse, image_root)
     for i in tqdm(range(len(lines)), f"reading {path}", leave=False, disable=len(lines) < 50_000):
-        get(i)
-    if not lines:
-        raise InputError(f"--data {path}: holds no lines")
-    return Lazy(len(lines), get)
+        lines[i]
+    return lines
+
+
+def _metadata(folder):
+    """metadata.jsonl or metadata.csv of a folder of pictures with captions, or None."""
+    return next(
+        (f for e in ("jsonl", "csv") if (f := Path(folder, f"metadata.{e}")).exists()), None
+    )
 
 
 def _parquet(path, columns, parse) -> Lazy:
@@ -529,7 +369,10 @@ def _parquet(path, columns, parse) -> Lazy:
     def get(i):
         return _located(f"{path}, row {i}", lambda x: parse(x.to_pylist()[0]), table.slice(i, 1))
 
-    return Lazy(table.num_rows, get)
+    def keep(some, out):
+        pq.write_table(table.take(some), out)
+
+    return Lazy(table.num_rows, get, keep)
 
 
 def _subsets(source, subsets, pattern) -> tuple:
@@ -573,33 +416,56 @@ def _download(source, names, pattern) -> Path:
 def read_dialogues(source="shapes", image_root=None, seed=0, turns=0, caption=False) -> Sequence:
     """Stage 1's data: a sequence of Dialogues.
 
-    source: "shapes" (10^9 toy dialogues), or a JSONL file in LLaVA's layout. turns > 0: so many
-    questions of each (1: single-turn). caption: a description instead (toy world). Raises
-    InputError with file, line and field."""
+    source: "shapes" (10^9 toy dialogues), a JSONL file in LLaVA's layout, or a folder of pictures
+    with captions (metadata.jsonl or .csv). turns > 0: so many questions of each (1: single-turn).
+    caption: a description instead (toy world). Raises InputError with file, line and field."""
     if source == "shapes":
-        data = Lazy(10**9, partial(Shapes("train", seed).dialogue, caption=caption))
+        data = Lazy(10**9, partial(toy().Shapes("train", seed).dialogue, caption=caption))
     elif caption:
         raise InputError("--caption goes with --data shapes; a file brings its own captions")
+    elif file := _metadata(source):
+        captions = _valid(str(file), _caption, image_root)
+
+        def describe(i):
+            path, text = captions[i]
+            return Dialogue(Item(IMAGE, (path,)), ((DESCRIBE, text),), f"{file}:{i + 1}")
+
+        data = Lazy(len(captions), describe)
     else:
-        data = _jsonl(source, _dialogue, image_root)
+        data = _valid(source, _dialogue, image_root)
     return Lazy(len(data), lambda i: data[i]._replace(turns=data[i].turns[: turns or None]))
 
 
 def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="original") -> dict:
     """Stage 2's data: {name: sequence of Pairs}, one entry a data set.
 
-    source: "shapes", a JSONL file of pairs, a folder or hub id in MMEB-train's layout. subsets:
-    names with caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or
+    source: "shapes", a JSONL file of pairs, a folder of pictures with captions (metadata.jsonl or
+    .csv: two sets, picture -> captions and caption -> picture), a folder or hub id in MMEB-train's
+    layout. subsets: names with caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or
     "diverse_instruction"."""
     if source == "shapes":
-        return {t: Lazy(10**9, partial(Shapes("train", seed).pair, t)) for t in META_TASK}
+        return {t: Lazy(10**9, partial(toy().Shapes(seed=seed).pair, t)) for t in toy().META_TASK}
     if source.endswith(".jsonl"):
-        return {Path(source).stem: _jsonl(source, _pair, image_root)}
+        return {Path(source).stem: _valid(source, _pair, image_root)}
+    if file := _metadata(source):
+        captions, of = _valid(str(file), _caption, image_root), {}
+        for path, text in captions:
+            of.setdefault(path, []).append(text)
+        paths, name = list(of), Path(source).name
+
+        def i2t(i):
+            return Pair(Item(FIND_CAPTION, (paths[i],)), tuple(map(Item, of[paths[i]])))
+
+        def t2i(i):
+            path, text = captions[i]
+            return Pair(Item(FIND_PICTURE + text), (Item(IMAGE, (path,)),))
+
+        sets = {"i2t": Lazy(len(paths), i2t), "t2i": Lazy(len(captions), t2i)}
+        return {f"{name}_{way}": pairs for way, pairs in sets.items()}
     root, found = _subsets(source, subsets, f"{split}-*.parquet")
-    images, columns = Images(image_root or root), ("qry", "qry_image_path", "pos_text")
+    images = Images(image_root or root)
     for name, (cap, path) in found.items():
-        parse = partial(_mmeb_pair, images=images, subset=name)
-        rows = _parquet(path, (*columns, "pos_image_path"), parse)
+        rows = _train_rows(path, name, images)
         found[name] = Lazy(min(cap or len(rows), len(rows)), rows.get)
     return found
 
@@ -611,8 +477,9 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
     if source == "shapes":
         tasks = []
         for suffix in ("", "-new", "-words"):
-            shapes = Shapes("new" if suffix == "-new" else "test", seed, suffix == "-words")
-            for name, meta in META_TASK.items():
+            split = "new" if suffix == "-new" else "test"
+            shapes = toy().Shapes(split, seed, suffix == "-words")
+            for name, meta in toy().META_TASK.items():
                 queries = Lazy(limit or 100, partial(shapes.query, name))
                 tasks.append(Task(name + suffix, meta, suffix != "", queries))
         names = subsets.split(",") if subsets else [t.name for t in tasks]
@@ -621,13 +488,9 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
             raise InputError(f"--subsets {min(unknown)}: choose of {names}")
         return [t for t in tasks if t.name in names]
     root, found = _subsets(source, subsets, "test-*.parquet")
-    images, columns = Images(image_root or root), ("qry_text", "qry_img_path", "tgt_text")
-    tasks = []
+    images, tasks = Images(image_root or root), []
     for name, (cap, path) in found.items():
-        # Candidates repeat from row to row: each becomes an Item once.
-        make = partial(lambda text, image, name: _item(dict(text=text, image=image), images, name))
-        item = lru_cache(None)(partial(make, name=name))
-        rows = _parquet(path, (*columns, "tgt_img_path"), partial(_mmeb_query, item=item))
+        rows = _eval_rows(path, name, images)
         n = min(limit or len(rows), cap or len(rows), len(rows))
         tasks.append(Task(name, *MMEB.get(name, ("Other", False)), Lazy(n, rows.get)))
     return tasks
@@ -798,78 +661,19 @@ def cat_padded(tensors) -> torch.Tensor:
     return out
 
 
-# ---------------------------------------------------------------------------------------- commands
+def toy():
+    """shapes.py, imported late: it is made of the Items of this file."""
+    return importlib.import_module("shapes")
 
 
-def show(path="out/shapes.png"):
-    """Examples of the toy world on one sheet: pictures with their dialogues, pairs of each task."""
-    shapes, rows = Shapes(), []
-    for d in map(shapes.dialogue, range(6)):
-        rows.append((d.item.images, [f"{q}  ->  {a}" for q, a in d.turns]))
-    for task, meta in META_TASK.items():
-        query, (right, *wrong) = shapes.query(task, 0)
-        texts = [f"{task} ({meta}): {query.text}"]
-        texts += [f"right: {right.text}"] + [f"wrong: {w.text}" for w in wrong[:2]]
-        rows.append((query.images + right.images, texts[: 1 if right.images else 4]))
-    sheet = Image.new("RGB", (1500, 140 * len(rows)), "white")
-    for i, (pictures, texts) in enumerate(rows):
-        for j, picture in enumerate(x.render() for x in pictures):
-            sheet.paste(picture.resize((128, 128), 0), (6 + 134 * j, 6 + 140 * i))
-        words = "\n".join(t[:190] for t in texts)
-        ImageDraw.Draw(sheet).text((280, 10 + 140 * i), words, "black", font_size=15)
-        print(words, end="\n\n")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    print(f"wrote {path}")
-
-
-def export(out, n=100):
-    """The toy world as files: dialogues.jsonl (LLaVA's layout), MMEB-train/ and MMEB-eval/ (parquet
-    and PNG), n examples each; they read back to the same examples."""
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    def write(item, root):
-        """Saves the item's pictures. -> (text as MMEB writes it, path or "")."""
-        name = f"shapes/{item.key:016x}.png" if item.images else ""
-        if name:
-            (Path(out, root, "images", name)).parent.mkdir(parents=True, exist_ok=True)
-            item.images[0].render().save(Path(out, root, "images", name))
-        return item.text.replace(IMAGE, "<|image_1|>"), name
-
-    def table(rows, columns, path):
-        Path(out, path).parent.mkdir(parents=True, exist_ok=True)
-        columns = dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
-        pq.write_table(pyarrow.table(columns), Path(out, path))
-
-    lines, train = [], Shapes()
-    for i in range(n):
-        d = train.dialogue(i)
-        talk = [dict(zip(("from", "value"), p, strict=True)) for q, a in d.turns
-                for p in (("human", q), ("gpt", a))]  # fmt: skip
-        talk[0]["value"] = f"{IMAGE}\n" + talk[0]["value"]
-        lines.append(json.dumps(dict(id=d.id, image=write(d.item, ".")[1], conversations=talk)))
-    Path(out, "dialogues.jsonl").write_text("\n".join(lines) + "\n")
-    for t in META_TASK:
-        rows = [[f for x in (p.query, p.targets[0]) for f in write(x, "MMEB-train")]
-                for p in (train.pair(t, i) for i in range(n))]  # fmt: skip
-        columns = ("qry", "qry_image_path", "pos_text", "pos_image_path")
-        table(rows, columns, f"MMEB-train/{t}/original-00000-of-00001.parquet")
-    for task in read_tasks(limit=n):
-        rows = []
-        for query, candidates in task.queries:
-            targets = [write(x, "MMEB-eval") for x in candidates]
-            rows.append([*write(query, "MMEB-eval"), *map(list, zip(*targets, strict=True))])
-        columns = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
-        table(rows, columns, f"MMEB-eval/{task.name}/test-00000-of-00001.parquet")
-    print(f"wrote {out}/dialogues.jsonl, MMEB-train, MMEB-eval: {n} examples of each kind")
+def __getattr__(name):
+    """`data.Shapes` is the toy world's."""
+    if name == "Shapes":
+        return toy().Shapes
+    raise AttributeError(f"data has no {name}")
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case []:
-            show()
-        case ["export", folder]:
-            export(folder)
-        case _:
-            sys.exit(__doc__)
+    import tools  # which imports this file by its name: one InputError, one Item
+
+    tools.run(sys.argv[1:])

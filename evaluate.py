@@ -1,21 +1,27 @@
-"""Evaluation: Precision@1 on MMEB-style tasks (VLM2Vec, section 4).
+"""Evaluation: Precision@1 on MMEB-style tasks (VLM2Vec, section 4), and searching one's pictures.
 
     python evaluate.py                                       the toy world's 15 sets
     python evaluate.py --data MMEB-eval                      a folder in MMEB's layout
     torchrun --nproc-per-node 8 evaluate.py --data MMEB-eval --json scores.json
+    python evaluate.py --images DIR --search "a red circle above a blue square"
 
 Each query is compared with its own candidates; a hit is a query whose right candidate is nearer
-than every other one. Reads a model folder and tasks; prints a table; writes --json.
+than every other one. Reads a model folder and tasks; prints a table; writes --json. A search ranks
+the pictures of a folder, keeps their embeddings beside it, and writes the best as one picture.
 """
 
+import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
 import model
-from data import read_tasks
+from data import IMAGE, InputError, Item, find_pictures, open_image, read_tasks
 from model import flag
 
 
@@ -27,6 +33,12 @@ class Config(model.Flags):
     subsets: str = flag("", "the sets to evaluate, A,B,C; empty: all there are")
     limit: int = flag(0, "queries of each set; 0: all (the toy world: 100)")
     json: str = flag("", "also write the scores to this file")
+    search: str = flag("", "in place of the table: rank the pictures of --images by this text")
+    query_image: str = flag("", "or by this picture, or by both together")
+    images: str = flag("", "the folder to search; its index is kept beside it")
+    image_text: str = flag(IMAGE, "the instruction that its pictures are embedded with")
+    top: int = flag(8, "results of a search")
+    out: str = flag("out/search.png", "the picture of a search's results")
 
 
 # ---------------------------------------------------------------------------------------- the idea
@@ -51,14 +63,15 @@ def precision_at_1(q, c, candidates, tie=1e-6) -> float:
 # ---------------------------------------------------------------------------------------- plumbing
 
 
-def encode_sharded(embedder, items, cfg, what) -> np.ndarray:
+def encode_sharded(embedder, items, cfg, what, bad=None) -> np.ndarray:
     """Embeddings of `items`, made by all ranks together; every rank gets all: (len(items), D)."""
-    rank, world = model.rank(), model.world()
+    rank, world, mine = model.rank(), model.world(), None if bad is None else []
     what = what if rank == 0 else ""
-    mine = embedder.encode(items[rank::world], cfg.chunk_tokens, cfg.workers, what)
-    z = np.zeros((len(items), mine.shape[1]), np.float32)
-    for r, part in enumerate(model.gather_objects(mine)):
+    made = embedder.encode(items[rank::world], cfg.chunk_tokens, cfg.workers, what, mine)
+    z = np.zeros((len(items), made.shape[1]), np.float32)
+    for r, (part, errors) in enumerate(model.gather_objects((made, mine))):
         z[r::world] = part
+        bad.extend(errors) if errors else None
     return z
 
 
@@ -118,12 +131,101 @@ def line(name, r, note=""):
     return f"{name:<34} {score:>15} {note}".rstrip()
 
 
+# ------------------------------------------------------------------------------ searching pictures
+
+
+def fingerprint(embedder, *more) -> str:
+    """Changes with any bit of the weights, and with all else that an embedding depends on: prompt,
+    K, pooling, pixels, library versions. What was indexed under another one is never used."""
+    collate, processor = embedder.collate, embedder.processor
+    about = [embedder.K, embedder.pooling, embedder.style, collate.max_length, collate.picture]
+    about += [collate.head, collate.mid, processor.image_processor.to_json_string()]
+    digest = hashlib.blake2b(repr((about, more, model.versions())).encode(), digest_size=8)
+    for name, p in embedder.named_parameters():
+        total = 0  # of the bits as numbers, each times an odd one: no single change leaves it
+        for i, bits in enumerate(p.detach().flatten().view(torch.int16).split(2**22)):
+            odd = torch.arange(len(bits), device=bits.device) * 2 + 1
+            total = (total * 31 + int((bits.long() * odd).sum()) + i) % 2**64
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {total}".encode())
+    return digest.hexdigest()
+
+
+def index_pictures(embedder, cfg) -> tuple:
+    """-> (paths below --images, embeddings (n, D)). Only new and changed files are embedded; what
+    is done is kept, every 1,024 pictures. A file that is no readable picture is named."""
+    folder, key = Path(cfg.images), fingerprint(embedder, cfg.image_text)
+    store = folder.parent / f"{folder.resolve().name}.index-{key}.npz"
+    known, found = {}, {}
+    if store.exists():
+        with np.load(store, allow_pickle=False) as old:
+            known = dict(zip(old["files"].tolist(), old["z"], strict=True))
+    for path in find_pictures(folder):  # a file is the same while its size and time are
+        about = (folder / path).stat()
+        found[f"{path}|{about.st_size}|{about.st_mtime_ns}"] = path
+    new, bad = [f for f in found if f not in known], []
+    model.say(f"{len(found):,} pictures in {folder}, {len(new):,} of them new or changed")
+
+    def write():
+        files = [f for f in found if f in known]
+        with open(f"{store}.part", "wb") as file:
+            np.savez(file, files=np.array(files), z=np.array([known[f] for f in files]))
+        os.replace(f"{store}.part", store)
+        return files
+
+    for i in range(0, len(new), 1024):
+        part = new[i : i + 1024]
+        items = [Item(cfg.image_text, (str(folder / found[f]),)) for f in part]
+        z = encode_sharded(embedder, items, cfg, f"embedding {i:,} of {len(new):,}", bad)
+        known |= {f: v for f, v in zip(part, z, strict=True) if np.isfinite(v).all()}
+        if model.rank() == 0:
+            write()
+    for error in bad:
+        model.say(f"left out: {error}")
+    files = [f for f in found if f in known]
+    if not files:
+        raise InputError(f"--images {folder}: no readable picture in it")
+    return [found[f] for f in files], np.array([known[f] for f in files])
+
+
+def search(embedder, cfg):
+    """Ranks the pictures of a folder by their cosine with a text, a picture, or both."""
+    text = IMAGE * bool(cfg.query_image) + " " * bool(cfg.query_image and cfg.search) + cfg.search
+    item = Item(text, (cfg.query_image,) if cfg.query_image else ())
+    q = embedder.encode([item], cfg.chunk_tokens)[0]  # (D,)
+    paths, z = index_pictures(embedder, cfg)
+    scores = z @ q
+    best = np.argsort(-scores, kind="stable")[: cfg.top]
+    for i in best:
+        model.say(f"{scores[i]:7.4f}  {Path(cfg.images, paths[i])}")
+    if model.rank() > 0:
+        return
+    columns, side = min(4, len(best)), 240
+    sheet = Image.new("RGB", (columns * side, 30 + -(-len(best) // columns) * (side + 20)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((6, 6), text.replace(IMAGE, cfg.query_image), "black", font_size=15)
+    for n, i in enumerate(best):
+        x, y = n % columns * side, 30 + n // columns * (side + 20)
+        picture = open_image(Path(cfg.images, paths[i]))
+        scale = (side - 10) / max(picture.size)  # small ones grow, pixel by pixel
+        size = [max(1, round(scale * s)) for s in picture.size]
+        sheet.paste(picture.resize(size, Image.BICUBIC if scale < 1 else Image.NEAREST), (x + 5, y))
+        draw.text((x + 5, y + side - 8), f"{scores[i]:.3f} {paths[i][-30:]}", "black", font_size=12)
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(cfg.out)
+    model.say(f"wrote {cfg.out}")
+
+
 def main(cfg):
     device = model.setup()
     if not cfg.model:
         made = [f for f in ("out/contrastive", "out/pretrain") if Path(f, "config.json").exists()]
         cfg.model = (made + ["toy"])[0]
+    if bool(cfg.images) != bool(cfg.search or cfg.query_image):
+        raise InputError("a search needs --images DIR, and --search TEXT or --query-image FILE")
     embedder = model.load_for(cfg, device)
+    if cfg.images:
+        model.say(f"searching with {cfg.model}")
+        return search(embedder, cfg)
     model.say(f"evaluating {cfg.model}")
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
     partial = f" (partial: --limit {cfg.limit})" if cfg.limit else ""

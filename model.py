@@ -72,6 +72,15 @@ def last_token_pool(h, attention_mask):
 # ---------------------------------------------------------------------------------------- Embedder
 
 
+# Padded tokens that go through the model at a time. A CPU likes what fits into its caches.
+CHUNK_TOKENS = dict(cpu=1024, cuda=8192)
+
+
+def by_device(value, defaults, device):
+    """`value`, or where it is None the default for this kind of device."""
+    return defaults.get(device.type, defaults["cpu"]) if value is None else value
+
+
 class Embedder(nn.Module):
     """An MLLM (any `AutoModelForImageTextToText`) that turns an input into one unit-length vector.
 
@@ -148,22 +157,30 @@ class Embedder(nn.Module):
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
 
     @torch.no_grad()
-    def encode(self, items, chunk_tokens=8192, workers=0, progress="") -> np.ndarray:
+    def encode(self, items, chunk_tokens=None, workers=0, progress="", bad=None) -> np.ndarray:
         """Embeddings, float32 (len(items), D), in the order given.
 
         items: Items, strings, PIL images, `pathlib.Path`s of pictures, mixed. Batched inside,
         sorted by length, `chunk_tokens` padded tokens at a time; pictures are opened in `workers`
-        processes."""
+        processes. An item that cannot be read is an InputError; with a list `bad` the error goes
+        there, and the item's row is NaN."""
         items, was_training = [Item.of(x) for x in items], self.training
+        chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, self.device)
         windows = [items[i : i + 256] for i in range(0, len(items), 256)]
         z = np.zeros((len(items), self.mllm.get_input_embeddings().weight.shape[1]), np.float32)
         self.eval()
         bar = tqdm(total=len(items), desc=progress, disable=not progress, leave=False)
-        made = prefetch(partial(_rows, self.collate, windows), range(len(windows)), workers)
-        for start, rows in enumerate(made):
+        make = partial(_rows, self.collate, windows, bad is not None)
+        for start, rows in enumerate(prefetch(make, range(len(windows)), workers)):
+            at = [256 * start + i for i in range(len(rows))]
+            for i, error in [(i, r) for i, r in enumerate(rows) if isinstance(r, InputError)]:
+                z[at[i]] = np.nan
+                bad.append(str(error))
+            at = [i for i, r in zip(at, rows, strict=True) if not isinstance(r, InputError)]
+            rows = [r for r in rows if not isinstance(r, InputError)]
             for chunk in token_chunks(row_lengths(rows), chunk_tokens):
                 inputs = self.collate.pad_rows([rows[i] for i in chunk], self.device)
-                z[[256 * start + i for i in chunk]] = self(inputs).float().cpu().numpy()
+                z[[at[i] for i in chunk]] = self(inputs).float().cpu().numpy()
                 bar.update(len(chunk))
         bar.close()
         self.train(was_training)
@@ -175,8 +192,16 @@ class Embedder(nn.Module):
         return None if any(p.requires_grad for p in tower.parameters()) else tower
 
 
-def _rows(collate, windows, i):
-    return [collate.row(x) for x in windows[i]]
+def _rows(collate, windows, keep_errors, i):
+    def row(item):
+        try:
+            return collate.row(item)
+        except InputError as e:
+            if not keep_errors:
+                raise
+            return e
+
+    return [row(x) for x in windows[i]]
 
 
 def row_lengths(rows) -> list:
@@ -260,12 +285,12 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **m
     if style not in STYLES or pooling not in ("mean", "last") or (pooling == "mean") > K:
         flags = f"--prompt {style} --pooling {pooling} --compress-tokens {K}"
         raise InputError(f"{flags}: prompts are {', '.join(STYLES)}; pooling mean (K > 0) or last")
-    mllm, processor, peft = _load_mllm(path, name, K, **more)
+    mllm, processor, peft = load_mllm(path, name, K, **more)
     embedder = Embedder(mllm, processor, K, pooling, style, more.get("max_length", 0), peft)
     return embedder.to(device) if device.type == "cuda" else embedder.float()
 
 
-def _load_mllm(path, name, K, attn="sdpa", min_pixels=0, max_pixels=0, max_length=0):
+def load_mllm(path, name, K, attn="sdpa", min_pixels=0, max_pixels=0, max_length=0):
     """-> (the transformers model, its processor, the peft wrapper around it or None)."""
     adapter = read_json(path, "adapter_config.json")
     name = adapter.get("base_model_name_or_path", name)
@@ -528,7 +553,9 @@ class Flags:
     min_pixels: int = flag(0, "smallest picture (Qwen family), pixels; 0: the model's default")
     max_pixels: int = flag(0, "largest picture (Qwen family), pixels; the paper: 1024 x 28 x 28")
     max_length: int = flag(0, "most tokens of a row; longer ones lose text in the middle; 0: any")
-    chunk_tokens: int = flag(1024, "padded tokens that go through the model at a time; GPU: 16384")
+    chunk_tokens: int | None = flag(
+        None, f"padded tokens through the model at a time; default by device: {CHUNK_TOKENS}"
+    )
     workers: int = flag(1, "loader processes of a rank")
 
     @classmethod

@@ -126,7 +126,8 @@ def accumulate(embedder, rows, cfg, reference=None):
     totals = [0.0, 0, 0]
     tokens = sum(int((r["row"]["tokens"]["roles"] == ANSWER).sum()) for r in rows)
     tokens = model.all_sum(tokens)
-    for chunk in model.token_chunks(model.row_lengths([r["row"] for r in rows]), cfg.chunk_tokens):
+    budget = model.by_device(cfg.chunk_tokens, model.CHUNK_TOKENS, embedder.device)
+    for chunk in model.token_chunks(model.row_lengths([r["row"] for r in rows]), budget):
         inputs = embedder.collate.pad_rows([rows[i]["row"] for i in chunk], embedder.device)
         logits, labels = answer_logits(embedder, inputs, not cfg.no_compress)
         if reference:

@@ -21,7 +21,8 @@ import contrastive  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
 import pretrain  # noqa: E402
-from data import COLORS, IMAGE, SHAPES, Item, Lazy, Pair, Scene, Shapes  # noqa: E402
+from data import IMAGE, Item, Lazy, Pair  # noqa: E402
+from shapes import COLORS, SHAPES, Scene, Shapes  # noqa: E402
 
 TEMPERATURE = 0.1
 LORA = dict(lora_rank=4, lora_alpha=8, lora_dropout=0.0)

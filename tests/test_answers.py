@@ -9,7 +9,8 @@ from checks import close, equal, expect
 
 import model
 import pretrain
-from data import ANSWER, COMPRESS, IMAGE, QUESTION, Item, Object, Scene, Shapes
+from data import ANSWER, COMPRESS, IMAGE, QUESTION, Item
+from shapes import Object, Scene, Shapes
 
 SCENE = Scene((Object("large", "red", "square", "top left", 0),))
 TURNS = (("what is at the top left?", "a large red square"), ("count the objects.", "one"))

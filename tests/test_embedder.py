@@ -11,9 +11,10 @@ from checks import close, equal, expect, toy
 from PIL import Image
 
 import contrastive
-import data
 import model
-from data import CONTENT, IMAGE, InputError, Item, Shapes
+import shapes
+from data import CONTENT, IMAGE, InputError, Item
+from shapes import Shapes
 
 SCENES = [Shapes().dialogue(i).item.images[0] for i in range(4)]
 ITEMS = [  # of unequal lengths, text only, picture only, both, two pictures, a small picture
@@ -22,7 +23,7 @@ ITEMS = [  # of unequal lengths, text only, picture only, both, two pictures, a 
     Item(IMAGE, (SCENES[0],)),
     Item(IMAGE + " what color is the circle?", (SCENES[1],)),
     Item(f"{IMAGE} or {IMAGE}?", (SCENES[0], SCENES[2])),
-    Item(f"tell {IMAGE} {IMAGE}", (SCENES[3], data.Scene(SCENES[0].objects, view="top left"))),
+    Item(f"tell {IMAGE} {IMAGE}", (SCENES[3], shapes.Scene(SCENES[0].objects, view="top left"))),
 ]
 
 

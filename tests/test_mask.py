@@ -8,19 +8,8 @@ from checks import close, equal, expect
 
 import model
 import pretrain
-from data import (
-    ANSWER,
-    COMPRESS,
-    CONTENT,
-    HEAD,
-    IMAGE,
-    PAD,
-    QUESTION,
-    Dialogue,
-    InputError,
-    Item,
-    Shapes,
-)
+from data import ANSWER, COMPRESS, CONTENT, HEAD, IMAGE, PAD, QUESTION, Dialogue, InputError, Item
+from shapes import Shapes
 
 # ---------------------------------------------------------------------------------- against loops
 

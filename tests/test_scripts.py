@@ -20,6 +20,7 @@ import data
 import evaluate
 import model
 import pretrain
+import shapes
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT.parent / "shared" / "data" / "mmeb"
@@ -287,9 +288,9 @@ def test_every_flag_is_read_by_some_line_of_code():
 def test_the_toy_mllm_answers_nine_of_ten_held_out_questions_word_for_word():
     """A sample of scenes that training never showed, one question each, greedy decoding."""
     embedder = model.load("toy", compress_tokens=0, pooling="last", device="cpu").eval()
-    shapes, asked = data.Shapes("test", seed=1), []
+    world, asked = data.Shapes("test", seed=1), []
     for i in range(240):
-        d = shapes.dialogue(i)
+        d = world.dialogue(i)
         asked.append((d.item, d.turns[:1]))
     right = 0
     with torch.no_grad():
@@ -302,7 +303,7 @@ def test_the_toy_mllm_answers_nine_of_ten_held_out_questions_word_for_word():
 
 def test_the_toy_world_as_files_reads_back_to_the_same_examples(tmp_path):
     """Dialogue JSONL, MMEB's two parquet layouts and PNG: the same texts, the same pixels."""
-    data.export(str(tmp_path), n=3)
+    shapes.export(str(tmp_path), n=3)
 
     def same_item(a, b):
         assert a.text == b.text and len(a.images) == len(b.images), (a, b)

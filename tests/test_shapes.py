@@ -12,7 +12,8 @@ import pytest
 from checks import equal, expect
 
 import data
-from data import ASK, COLORS, HELD_OUT, IMAGE, INSTRUCT, META_TASK, PLACES, SHAPES, SIZES, Item
+from data import IMAGE, Item
+from shapes import ASK, COLORS, HELD_OUT, INSTRUCT, META_TASK, PLACES, SHAPES, SIZES
 
 TASKS = tuple(META_TASK)
 WORLDS = {
@@ -307,9 +308,9 @@ def test_held_out_wordings_never_appear_in_training():
     for i in range(500):
         for question, _ in WORLDS["train"].dialogue(i).turns:
             equal(matches(ask_held, question), [], f"{question!r} is held out")
-            expect(matches(ask_known, question), question, "a known wording", "data.ASK")
+            expect(matches(ask_known, question), question, "a known wording", "shapes.ASK")
         for question, _ in WORLDS["words"].dialogue(i).turns:
-            expect(matches(ask_held, question), question, "a held-out wording", "data.ASK")
+            expect(matches(ask_held, question), question, "a held-out wording", "shapes.ASK")
     held, known = wordings(INSTRUCT)
     for task in TASKS:
         for i in range(N):

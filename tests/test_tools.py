@@ -1,0 +1,327 @@
+"""Preparing data: `data.py generate` against servers that misbehave, `data.py check`, captions."""
+
+import base64
+import io
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+import data
+import tools
+from data import IMAGE, InputError
+from shapes import Shapes, export
+
+QUESTIONS = "how many objects are there?\nwhat is at the top left?\nwhat is at the top right?\n"
+
+
+def pictures(folder, n=6):
+    """A folder of toy pictures, one of them broken if n > 5."""
+    folder.mkdir()
+    for i in range(n):
+        Shapes().dialogue(i).item.images[0].render().save(folder / f"{i}.png")
+    return folder
+
+
+def generate(*words):
+    tools.main(["generate", *map(str, words)])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------- the interview
+
+
+def play(talk, *replies):
+    """Sends the replies. -> (the chats that were asked, the turns)."""
+    asked = [next(talk)]
+    try:
+        for reply in replies:
+            asked.append(list(talk.send(reply)))
+    except StopIteration as end:
+        return asked, end.value
+    raise AssertionError("the interview wants more replies")
+
+
+def test_an_interview_asks_for_questions_then_answers_them_in_one_conversation():
+    """Numbered lines in several spellings; every answer sees the turns before it."""
+    talk = tools.interview()
+    reply = "Here they are:\n1. What is it?\n 2) Where?\n3: How many?\n"
+    asked, turns = play(talk, reply, "a dog", "here", " one ")
+    assert turns == [("What is it?", "a dog"), ("Where?", "here"), ("How many?", "one")]
+    assert asked[0] == [("user", tools.ASK_FOR_QUESTIONS)]
+    chat = [("user", "What is it?"), ("assistant", "a dog"), ("user", "Where?")]
+    assert asked[2] == chat, asked[2]
+
+
+@pytest.mark.parametrize(
+    "replies", [["I see a dog."], ["1. a?\n2. b?"], ["1. a?\n2. b?\n3. c?", "x", "  "]]
+)
+def test_a_reply_of_no_use_is_an_error_and_no_answer(replies):
+    """No questions, too few of them, an empty answer."""
+    with pytest.raises(InputError):
+        play(tools.interview(), *replies)
+
+
+def test_a_reply_cannot_smuggle_in_a_picture():
+    """`<image>` in a question or an answer would ask for a picture that is not there."""
+    replies = f"1. a {IMAGE}?\n2. b?\n3. c?", f"x {IMAGE}", "y", "z"
+    _, turns = play(tools.interview(), *replies)
+    assert IMAGE not in str(turns), turns
+
+
+# -------------------------------------------------------------------------- a model in this process
+
+
+def test_the_toy_mllm_makes_dialogues_that_stage_1_reads(tmp_path, capsys):
+    """With a file of questions; resumed; a broken picture is listed."""
+    folder, out, asked = pictures(tmp_path / "p"), tmp_path / "d.jsonl", tmp_path / "q.txt"
+    (folder / "broken.png").write_bytes(b"no picture")
+    asked.write_text(QUESTIONS)
+    flags = ["--images", folder, "--model", "toy", "--out", out, "--questions", asked]
+    flags += ["--batch", 4, "--temperature", 0, "--wait", 0]
+    generate(*flags)
+    whole = out.read_bytes()
+    talks = data.read_dialogues(str(out), str(folder))
+    assert len(talks) == 6 and all(len(d.turns) == 3 for d in talks)
+    right = 0
+    for d in talks:
+        scene = Shapes().dialogue(int(d.id.split(".")[0])).item.images[0]
+        for question, answer in d.turns:
+            places = [p for p in ("top left", "top right") if p in question]
+            want = scene.at(places[0]) if places else dict(enumerate(
+                ("zero", "one", "two", "three", "four")))[len(scene.objects)]  # fmt: skip
+            right += answer == want
+    assert right >= 14, f"{right} of 18 answers of the toy MLLM are right"
+    (failure,) = lines(tmp_path / "d.jsonl.failed.jsonl")
+    assert failure["image"] == "broken.png" and "not a readable picture" in failure["error"]
+    # Killed in the middle of a line: what was whole stays as it is, the rest is made again.
+    first = whole.splitlines(True)
+    out.write_bytes(b"".join(first[:3]) + first[3][:20])
+    (folder / "broken.png").unlink()
+    generate(*flags)
+    assert "3 pictures to ask about, 3 are done" in capsys.readouterr().out
+    assert out.read_bytes().startswith(b"".join(first[:3]))
+    assert sorted(lines(out), key=str) == sorted(map(json.loads, first), key=str)
+    assert not (tmp_path / "d.jsonl.failed.jsonl").exists()
+
+
+def test_a_reply_that_is_cut_off_fails(tmp_path):
+    """Half a sentence is no training data."""
+    folder, asked = pictures(tmp_path / "p", 2), tmp_path / "q.txt"
+    asked.write_text("describe the picture.\nwhat is in the picture?\nhow many objects are there?")
+    flags = ["--images", folder, "--model", "toy", "--out", tmp_path / "d.jsonl"]
+    generate(*flags, "--questions", asked, "--max-tokens", 2, "--wait", 0)
+    assert "cut off" in lines(tmp_path / "d.jsonl.failed.jsonl")[0]["error"]
+    assert not (tmp_path / "d.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------- a server elsewhere
+
+
+class Server(ThreadingHTTPServer):
+    """Speaks OpenAI's protocol, more or less. `trouble[picture's red pixel count]`: a list of what
+    goes wrong with the next requests about that picture."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.trouble, self.seen, self.at_once, self.most = {}, [], 0, 0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        first = body["messages"][0]["content"]
+        picture = base64.b64decode(first[0]["image_url"]["url"].partition(",")[2])
+        width = Image.open(io.BytesIO(picture)).width
+        with server.lock:
+            server.seen.append((width, body))
+            server.at_once += 1
+            server.most = max(server.most, server.at_once)
+            trouble = server.trouble.get(width) or [""]
+            what = trouble[0] if trouble[0] == "always 500" else trouble.pop(0)
+        time.sleep(0.02)
+        with server.lock:
+            server.at_once -= 1
+        asked = first[1]["text"] == tools.ASK_FOR_QUESTIONS
+        text = "1. What?\n2. Where?\n3. Why?" if asked else f"answer {len(body['messages']) // 2}"
+        if what.endswith("500"):
+            return self.send_error(500, "planted")
+        if what == "timeout":
+            time.sleep(2)
+        message = dict(role="assistant", content=dict(empty="").get(what, text))
+        finish = "length" if what == "long" else "stop"
+        choice = dict(index=0, finish_reason=finish, message=message)
+        answer = dict(id="1", object="chat.completion", created=1, model="m", choices=[choice])
+        answer = b"{}{" if what == "garbage" else json.dumps(answer).encode()
+        try:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer[:10] if what == "cut" else answer)
+            self.close_connection = True
+        except OSError:
+            pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # conftest.py: offline
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_misbehaves_costs_a_retry_and_what_always_fails_is_listed(tmp_path, server):
+    """Errors, time-outs, cut connections, garbage, empty and cut-off replies; many at once; a
+    second run asks only for what is missing."""
+    folder, out = tmp_path / "p", tmp_path / "d.jsonl"
+    folder.mkdir()
+    for w in range(30, 42):  # the width tells the server which picture it is
+        Image.new("RGB", (w, 32), "red").save(folder / f"{w}.png")
+    planted = ["500", "timeout", "cut", "garbage", "empty", "long"]
+    server.trouble = {30 + i: [what] for i, what in enumerate(planted)} | {41: ["always 500"]}
+    flags = ["--images", folder, "--model", "m", "--out", out, "--server", server.url]
+    generate(*flags, "--timeout", 1, "--wait", 0, "--batch", 6)
+    made = {line["id"]: line for line in lines(out)}
+    assert sorted(made) == [f"{w}.png" for w in range(30, 41)], sorted(made)
+    for line in made.values():
+        talk = [t["value"] for t in line["conversations"]]
+        want = [f"{IMAGE}\nWhat?", "answer 0", "Where?", "answer 1", "Why?", "answer 2"]
+        assert talk == want, talk
+    (failure,) = lines(tmp_path / "d.jsonl.failed.jsonl")
+    assert failure["image"] == "41.png" and "500" in failure["error"], failure
+    assert sum(w == 41 for w, _ in server.seen) == 3, "three attempts"
+    assert 2 <= server.most <= 6, f"{server.most} requests at once, of 6 allowed"
+    assert server.seen[0][1]["model"] == "m"
+    server.seen.clear(), server.trouble.clear()
+    generate(*flags, "--wait", 0)
+    assert {w for w, _ in server.seen} == {41} and len(lines(out)) == 12
+
+
+def test_a_dead_server_ends_the_run_soon(tmp_path, monkeypatch):
+    """Fifty failures and no success: the address is wrong, not the pictures."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    folder = tmp_path / "p"
+    folder.mkdir()
+    for i in range(60):
+        Image.new("RGB", (32, 32)).save(folder / f"{i}.png")
+    flags = ["--images", folder, "--model", "m", "--out", tmp_path / "d.jsonl"]
+    with pytest.raises(InputError, match="50 pictures failed and none did not"):
+        generate(*flags, "--server", "http://127.0.0.1:9/v1", "--timeout", 1)
+
+
+# ------------------------------------------------------------------------------------ checking data
+
+
+def test_check_names_what_is_bad_and_clean_leaves_it_out(tmp_path, capsys):
+    """A JSONL with a broken line, a lost picture, a truncated one; the copy reads through."""
+    export(str(tmp_path), n=4)
+    talks = tmp_path / "dialogues.jsonl"
+    good = talks.read_text().splitlines()
+    first = json.loads(good[0])["image"]
+    (tmp_path / "images" / first).write_bytes(b"")
+    talks.write_text(
+        "\n".join([*good, "{broken", json.dumps(dict(json.loads(good[1]), image="no.png"))])
+    )
+    assert tools.main(["check", str(talks)]) == 1
+    said = capsys.readouterr().out
+    assert "examples  6, 3 of them bad" in said, said
+    assert f"{talks}, line 5: " in said and "no.png: no such picture" in said
+    assert f"example 1: {tmp_path}" in said and "(0 bytes): not a readable picture" in said
+    assert "pictures  3: 64 x 64 to 64 x 64 pixels" in said and "words, median" in said
+    clean = tmp_path / "clean" / "d.jsonl"
+    assert tools.main(["check", str(talks), "--clean", str(clean)]) == 0
+    assert clean.read_text().splitlines() == good[1:]
+    assert tools.main(["check", str(clean), "--image-root", str(tmp_path)]) == 0
+    assert len(data.read_dialogues(str(clean), str(tmp_path))) == 3
+
+
+def test_check_reads_folders_in_mmebs_layout(tmp_path, capsys):
+    """Every subset's lists; one bad picture costs each row that shows it; a cut-off file is bad."""
+    export(str(tmp_path), n=4)
+    train, evals = tmp_path / "MMEB-train", tmp_path / "MMEB-eval"
+    assert tools.main(["check", str(train)]) == 0
+    assert tools.main(["check", str(evals)]) == 0
+    assert "20 examples, 0 bad" in capsys.readouterr().out
+    lost = data.read_pairs(str(train))["classify"][2].query.images[0]
+    open(lost, "wb").close()
+    cut = next(train.glob("vqa/*.parquet"))
+    cut.write_bytes(cut.read_bytes()[:300])
+    assert tools.main(["check", str(train)]) == 1
+    said = capsys.readouterr().out
+    assert "not a readable parquet file" in said and "example 3: " in said, said
+    tools.main(["check", str(train), "--clean", str(tmp_path / "clean")])
+    read = data.read_pairs(str(tmp_path / "clean"), str(train))
+    assert sorted(read) == ["classify", "ground", "i2t", "t2i"] and len(read["classify"]) == 3
+
+
+def test_check_of_nothing_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="nothing to check"):
+        tools.main(["check", str(tmp_path)])
+    with pytest.raises(InputError, match="no such file or folder"):
+        tools.main(["check", str(tmp_path / "x.jsonl")])
+
+
+# --------------------------------------------------------------------- pictures with captions
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_folder_of_pictures_with_captions_trains_both_stages(tmp_path, ending, capsys):
+    """metadata.jsonl or .csv: dialogues of one turn; pairs both ways, also several of a picture."""
+    folder = pictures(tmp_path / "birds", 3)
+    rows = [
+        ("0.png", 'a "red" bird,\nit sings'),
+        ("1.png", "two"),
+        ("0.png", "caf\u00e9"),
+        ("2.png", "x"),
+    ]
+    if ending == "csv":
+        text = "file_name,text\n" + "".join(
+            '{},"{}"\n'.format(f, t.replace('"', '""')) for f, t in rows
+        )
+    else:
+        text = "".join(json.dumps(dict(file_name=f, text=t)) + "\n" for f, t in rows)
+    (folder / f"metadata.{ending}").write_text(text, encoding="utf-8")
+    talks = data.read_dialogues(str(folder))
+    assert [d.turns for d in talks] == [((data.DESCRIBE, t),) for _, t in rows]
+    pairs = data.read_pairs(str(folder))
+    assert {k: len(v) for k, v in pairs.items()} == {"birds_i2t": 3, "birds_t2i": 4}
+    assert [t.text for t in pairs["birds_i2t"][0].targets] == [rows[0][1], rows[2][1]]
+    last = pairs["birds_t2i"][3]
+    assert last.query.text.endswith("x") and str(last.targets[0].images[0]).endswith("2.png")
+    (folder / "1.png").unlink()
+    assert tools.main(["check", str(folder), "--clean", str(tmp_path / "c")]) == 0
+    assert "4, 1 of them bad" in capsys.readouterr().out
+    assert [d.turns[0][1] for d in data.read_dialogues(str(tmp_path / "c"), str(folder))] == [
+        t for f, t in rows if f != "1.png"
+    ]
+    bad = text.replace("2.png", "")
+    (folder / f"metadata.{ending}").write_text(bad, encoding="utf-8")
+    with pytest.raises(InputError, match=rf'metadata.{ending}, line \d: needs "file_name"'):
+        data.read_pairs(str(folder))
+
+
+def test_generate_and_check_explain_themselves(capsys):
+    """--help names every flag; an unknown one is an error."""
+    with pytest.raises(SystemExit):
+        tools.main(["generate", "--help"])
+    assert "--server" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        tools.main(["check"])
