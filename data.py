@@ -19,6 +19,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -521,7 +522,8 @@ class Collator:
     def __init__(self, processor, compress_ids=(), style="chat", max_length=0):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.compress_ids, self.style, self.max_length = list(compress_ids), style, max_length
-        self.head, self.mid, self.next, self.end, self.picture = [], [], [], [], ""
+        self.head, self.mid, self.next, self.picture = ([], ""), ("", []), ([], ""), ""
+        self.end = []
         if style == "vlm2vec":
             self.picture = processor.image_token
         else:
@@ -533,9 +535,27 @@ class Collator:
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _text(self, text):
-        """Token ids of a user's text. Trap: a special token spelled out in it must stay text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    def _text(self, text, before="", after=""):
+        """Token ids of a user's text, with what the template writes around it. Traps: the three are
+        tokenized as one, as other programs would ("." and a newline may be one token); a special
+        token spelled out in the text must stay text. -> (ids of before, text, after)."""
+        how = dict(add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        found = self.tokenizer(before + text + after, **how)
+        ids, a, b = ([], [], []), len(before), len(before) + len(text)
+        for i, (start, end) in zip(found.input_ids, found.offset_mapping, strict=True):
+            ids[0 if end <= a else 2 if start >= b else 1].append(i)
+        return ids
+
+    def _split(self, text, last):
+        """Template text at its last (or first) special token: (ids with it, plain text) or the
+        other way round."""
+        special = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
+        at = [m.span() for m in re.finditer("|".join(map(re.escape, special)), text)]
+        if last:
+            cut = at[-1][1] if at else 0
+            return self._ids(text[:cut]), text[cut:]
+        cut = at[0][0] if at else len(text)
+        return text[:cut], self._ids(text[cut:])
 
     def _read_chat_template(self):
         """What the model's chat template writes before, between and after two questions and
@@ -554,10 +574,10 @@ class Collator:
         head, mid, following, _, tail = render(*[[text]] * 4).split("\u2460")
         if following.startswith(tail):  # no default system prompt, as in the official code
             head = following.removeprefix(tail)
-        ids = self._ids(head)
+        ids, plain = self._split(head, last=True)
         bos = self.tokenizer("").input_ids
-        self.head = ids if ids[: len(bos)] == bos else bos + ids
-        self.mid, self.next = self._ids(mid), self._ids(following)
+        self.head = (ids if ids[: len(bos)] == bos else bos + ids, plain)
+        self.mid, self.next = self._split(mid, last=False), self._split(following, last=True)
         self.end = self._ids(tail)[:1] or [self.tokenizer.eos_token_id]
         one, none = (render([dict(type="image")] * n + [text]).split("\u2460")[0] for n in (1, 0))
         self.picture = one[len(os.path.commonprefix([one, none])) :]
@@ -582,18 +602,23 @@ class Collator:
             raise InputError(f"{found} in {item!s:.200}: one where each goes")
         segments = [self._segment(open_image(x)) for x in item.images]
         code = bool(self.compress_ids) or not turns
-        parts = [(self.head, HEAD), (self._text(texts[0]), CONTENT)]
-        for segment, text in zip(segments, texts[1:], strict=True):
-            parts += [(segment["tokens"], CONTENT), (self._text(text), CONTENT)]
+        (head, before), (after, mid) = self.head, self.mid
+        parts, own = [(head, HEAD)], []  # own: where the text is the user's
+        for i, text in enumerate(texts):
+            own.append(len(parts) + 1)
+            end = (STYLES[self.style] + after) * (code and i == len(segments))
+            ids = self._text(text, before * (i == 0), end)
+            parts += [(ids[0], HEAD), (ids[1], CONTENT), (ids[2], CONTENT)]
+            parts += [(s["tokens"], CONTENT) for s in segments[i : i + 1]]
         if code:
-            parts += [(self._ids(STYLES[self.style]) + self.mid, CONTENT)]
-            parts += [(self.compress_ids, COMPRESS)]
-        lead = self.next if code else self._ids("\n")
+            parts += [(mid, CONTENT), (self.compress_ids, COMPRESS)]
+        lead, before = self.next if code else ([], "\n")
         for question, answer in turns:
-            parts += [(lead + self._text(question) + self.mid, QUESTION)]
-            parts += [(self._text(answer) + self.end, ANSWER)]
-            lead = self.next[len(self.end) :]
-        cut = self._shorten(parts, len(turns))
+            ids = self._text(question, before, after)
+            parts += [(lead + ids[0] + ids[1] + ids[2] + mid, QUESTION)]
+            parts += [(self._text(answer)[1] + self.end, ANSWER)]
+            lead, before = self.next[0][len(self.end) :], self.next[1]
+        cut = self._shorten(parts, own, len(turns))
         tokens = {k: [] for k in self.token_keys}
         for ids, role in parts:
             piece = ids if isinstance(ids, dict) else dict(input_ids=torch.tensor(ids).long())
@@ -606,7 +631,7 @@ class Collator:
         images = {k: [s["images"][k] for s in segments] for s in segments[:1] for k in s["images"]}
         return dict(tokens=tokens, images={k: cat_padded(v) for k, v in images.items()}, cut=cut)
 
-    def _shorten(self, parts, turns) -> int:
+    def _shorten(self, parts, own, turns) -> int:
         """Makes a row fit max_length, in place: its last turns go, but the first, then text from
         the middle of the content's longest piece; never a picture's tokens or the code."""
 
@@ -619,9 +644,7 @@ class Collator:
                 del parts[-2:]
                 turns -= 1
                 continue
-            last = len(parts) - 2 * turns - 2 * (bool(self.compress_ids) or not turns)
-            texts = [i for i in range(1, last) if not isinstance(parts[i][0], dict)]
-            longest = max(texts, key=lambda i: len(parts[i][0]))
+            longest = max(own, key=lambda i: len(parts[i][0]))
             ids, over = parts[longest][0], size() - self.max_length
             if over > len(ids):
                 over = f"{size()} tokens, {over} too many, and only {len(ids)} of them text"
@@ -676,4 +699,4 @@ def __getattr__(name):
 if __name__ == "__main__":
     import tools  # which imports this file by its name: one InputError, one Item
 
-    tools.run(sys.argv[1:])
+    tools.run("data.py", sys.argv[1:])

@@ -4,6 +4,7 @@
     z = load("out/contrastive").encode(["a red circle", Image.open("a.png")])  # (2, D), unit length
 
     python model.py merge IN OUT      folds a LoRA adapter into a plain transformers folder
+                                      (--export sentence-transformers: one for that library too)
 
 Legend, for all files: B pairs on this rank - N = world * B pairs the loss sees - L sequence -
 P image tokens - K compression tokens - D width - V vocabulary; q, t query and target - h hidden
@@ -346,6 +347,8 @@ def save(embedder, path, embedding=True):
             embedder.mllm.save_pretrained(part, state_dict=state)
         embedder.mllm.config.save_pretrained(part)
         embedder.processor.save_pretrained(part)
+        # Trap: where torchvision is, AutoProcessor wants a video part, and finds it in this file.
+        embedder.processor.image_processor.save_pretrained(part)
         if embedding:
             about = dict(compress_tokens=embedder.K, pooling=embedder.pooling)
             about |= dict(prompt=embedder.style, **versions())
@@ -775,8 +778,6 @@ def finish(embedder, cfg, embedding=True):
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["merge", source, target]:
-            save(merge(load(source, device="cpu")), target)
-        case _:
-            sys.exit(__doc__)
+    import tools  # which imports this file by its name
+
+    tools.run("model.py", sys.argv[1:])

@@ -1,8 +1,9 @@
-"""Preparing data: `python data.py check` and `python data.py generate`.
+"""The commands of data.py and model.py, which no training needs.
 
 *check* reads a data set as training would, every line and every picture, and says what is bad.
 *generate* makes stage 1's dialogues as the paper does: an MLLM asks 3-5 questions about a picture,
-then answers them, turn by turn, in one conversation.
+then answers them, turn by turn, in one conversation. *merge* folds LoRA into the weights, and makes
+folders for sentence-transformers.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import os
 import random
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -309,12 +311,53 @@ def generate(args):
     print(f"wrote {out}: python pretrain.py --data {out} --image-root {args.images}")
 
 
+# ------------------------------------------------------------------------ for sentence-transformers
+
+TEMPLATE = """{%% set head, picture, end = %s, %s, %s %%}{{ head }}{%% for m in messages %%}\
+{%% if m.content is string %%}{{ m.content }}{%% else %%}{%% for part in m.content %%}\
+{%% if part.type == "image" %%}{{ picture }}{%% else %%}{{ part.text }}{%% endif %%}{%% endfor %%}\
+{%% endif %%}{%% endfor %%}{{ end }}"""
+
+
+def export_sentence_transformers(embedder, path):
+    """Saves what `SentenceTransformer(path)` needs to make the same vectors: its modules (for mean
+    pooling a small one of ours), and a chat template that writes what our collator does."""
+    import model
+
+    collate, tokenizer = embedder.collate, embedder.processor.tokenizer
+    if embedder.style == "vlm2vec" and hasattr(embedder.mllm.model, "get_rope_index"):
+        raise InputError("sentence-transformers has no sequential positions, as vlm2vec needs")
+    (ids, before), (after, mid) = collate.head, collate.mid
+    texts = [tokenizer.decode(ids) + before, collate.picture]
+    texts.append(data.STYLES[embedder.style] + after + tokenizer.decode(mid + collate.compress_ids))
+    template = TEMPLATE % tuple(json.dumps(x, ensure_ascii=False) for x in texts)
+    embedder.processor.chat_template = tokenizer.chat_template = template
+    tokenizer.padding_side = "right"  # Trap: without position ids, padding in front moves all
+    model.save(embedder, path)
+    pooling, own = ("sentence_transformers.models.Pooling", dict(pooling_mode="lasttoken"))
+    own["word_embedding_dimension"] = embedder.mllm.get_input_embeddings().weight.shape[1]
+    if embedder.pooling == "mean":
+        pooling, own = "compression_pooling.CompressionPooling", dict(K=embedder.K)
+        shutil.copy(Path(__file__).parent / "assets" / "compression_pooling.py", path)
+    kinds = {"": "sentence_transformers.models.Transformer", "1_Pooling": pooling}
+    kinds["2_Normalize"] = "sentence_transformers.models.Normalize"
+    modules = [dict(idx=i, name=str(i), path=p, type=k) for i, (p, k) in enumerate(kinds.items())]
+    call = dict(method="forward", method_output_name="last_hidden_state")
+    ways = dict(text=call, image=call, message=dict(call, format="structured"))
+    transformer = dict(modality_config=ways, module_output_name="token_embeddings")
+    files = {"modules.json": modules, "sentence_bert_config.json": transformer}
+    files |= {"1_Pooling/config.json": own, "2_Normalize/config.json": {}}
+    for name, about in files.items():
+        Path(path, name).parent.mkdir(exist_ok=True)
+        Path(path, name).write_text(json.dumps(about, indent=1))
+
+
 # ---------------------------------------------------------------------------------------- commands
 
 
-def main(argv):
-    """The commands of this file."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+def data_commands(argv):
+    """python data.py ..."""
+    parser = argparse.ArgumentParser("data.py", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="show | export | check | generate")
     commands.add_parser("show", help="examples of the toy world (the default)")
     add = commands.add_parser("export", help="the toy world as files").add_argument
@@ -350,9 +393,24 @@ def main(argv):
             shapes.show()
 
 
-def run(argv):
-    """main(argv), with an InputError as one clear line and exit status 1."""
+def model_commands(argv):
+    """python model.py ..."""
+    import model
+
+    parser = argparse.ArgumentParser("model.py", description="Folds a LoRA adapter into its model.")
+    parser.add_argument("command", choices=["merge"])
+    parser.add_argument("source", help="a folder that a stage wrote")
+    parser.add_argument("target", help="the new folder, which plain transformers loads")
+    parser.add_argument("--export", choices=["sentence-transformers"], help="and this library too")
+    args = parser.parse_args(argv)
+    embedder = model.merge(model.load(args.source, device="cpu"))
+    (export_sentence_transformers if args.export else model.save)(embedder, args.target)
+    print(f"wrote {args.target}")
+
+
+def run(script, argv):
+    """The commands of a script, with an InputError as one clear line and exit status 1."""
     try:
-        sys.exit(main(argv))
+        sys.exit((data_commands if script == "data.py" else model_commands)(argv))
     except InputError as error:
-        sys.exit(f"data.py: {error}")
+        sys.exit(f"{script}: {error}")

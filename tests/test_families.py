@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 import contrastive
 import model
 import pretrain
-from data import COMPRESS, CONTENT, PAD, QUESTION, Item
+from data import COMPRESS, CONTENT, PAD, QUESTION, STYLES, Item
 
 K = 3
 TAU = 0.05
@@ -105,6 +105,18 @@ def test_a_batch_gives_what_one_by_one_gives(loaded):
     assert gap < 1e-5, f"got {gap:.1e}, want < 1e-5: padding or another row's picture leaks in"
     near = (together @ together.T - torch.eye(len(ITEMS))).max()
     assert near < 0.99999, f"two different inputs have cosine {near:.6f}"
+
+
+def test_the_tokens_are_those_of_the_whole_text(loaded):
+    """The row is tokenized as other programs tokenize the same prompt: in one piece, so that what
+    stands next to the user's text may share a token with it."""
+    collate, tokenizer = loaded.collate, loaded.processor.tokenizer
+    (ids, before), (after, mid) = collate.head, collate.mid
+    end = STYLES[loaded.style] + after + tokenizer.decode(mid + collate.compress_ids)
+    for text in ("a red circle.", "What is it? ", " two\n", "caf\u00e9 \u732b!"):
+        whole = tokenizer.decode(ids) + before + text + end
+        want = tokenizer(whole, add_special_tokens=False).input_ids
+        assert collate.row(Item(text))["tokens"]["input_ids"].tolist() == want, repr(whole)
 
 
 def test_encode_keeps_the_order_whatever_the_chunks(loaded):

@@ -7,12 +7,15 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import families
 import pytest
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 
 import data
+import model
 import tools
-from data import IMAGE, InputError
+from data import IMAGE, InputError, Item
 from shapes import Shapes, export
 
 QUESTIONS = "how many objects are there?\nwhat is at the top left?\nwhat is at the top right?\n"
@@ -27,7 +30,7 @@ def pictures(folder, n=6):
 
 
 def generate(*words):
-    tools.main(["generate", *map(str, words)])
+    tools.data_commands(["generate", *map(str, words)])
 
 
 def lines(path):
@@ -240,16 +243,16 @@ def test_check_names_what_is_bad_and_clean_leaves_it_out(tmp_path, capsys):
     talks.write_text(
         "\n".join([*good, "{broken", json.dumps(dict(json.loads(good[1]), image="no.png"))])
     )
-    assert tools.main(["check", str(talks)]) == 1
+    assert tools.data_commands(["check", str(talks)]) == 1
     said = capsys.readouterr().out
     assert "examples  6, 3 of them bad" in said, said
     assert f"{talks}, line 5: " in said and "no.png: no such picture" in said
     assert f"example 1: {tmp_path}" in said and "(0 bytes): not a readable picture" in said
     assert "pictures  3: 64 x 64 to 64 x 64 pixels" in said and "words, median" in said
     clean = tmp_path / "clean" / "d.jsonl"
-    assert tools.main(["check", str(talks), "--clean", str(clean)]) == 0
+    assert tools.data_commands(["check", str(talks), "--clean", str(clean)]) == 0
     assert clean.read_text().splitlines() == good[1:]
-    assert tools.main(["check", str(clean), "--image-root", str(tmp_path)]) == 0
+    assert tools.data_commands(["check", str(clean), "--image-root", str(tmp_path)]) == 0
     assert len(data.read_dialogues(str(clean), str(tmp_path))) == 3
 
 
@@ -257,26 +260,26 @@ def test_check_reads_folders_in_mmebs_layout(tmp_path, capsys):
     """Every subset's lists; one bad picture costs each row that shows it; a cut-off file is bad."""
     export(str(tmp_path), n=4)
     train, evals = tmp_path / "MMEB-train", tmp_path / "MMEB-eval"
-    assert tools.main(["check", str(train)]) == 0
-    assert tools.main(["check", str(evals)]) == 0
+    assert tools.data_commands(["check", str(train)]) == 0
+    assert tools.data_commands(["check", str(evals)]) == 0
     assert "20 examples, 0 bad" in capsys.readouterr().out
     lost = data.read_pairs(str(train))["classify"][2].query.images[0]
     open(lost, "wb").close()
     cut = next(train.glob("vqa/*.parquet"))
     cut.write_bytes(cut.read_bytes()[:300])
-    assert tools.main(["check", str(train)]) == 1
+    assert tools.data_commands(["check", str(train)]) == 1
     said = capsys.readouterr().out
     assert "not a readable parquet file" in said and "example 3: " in said, said
-    tools.main(["check", str(train), "--clean", str(tmp_path / "clean")])
+    tools.data_commands(["check", str(train), "--clean", str(tmp_path / "clean")])
     read = data.read_pairs(str(tmp_path / "clean"), str(train))
     assert sorted(read) == ["classify", "ground", "i2t", "t2i"] and len(read["classify"]) == 3
 
 
 def test_check_of_nothing_is_an_error(tmp_path):
     with pytest.raises(InputError, match="nothing to check"):
-        tools.main(["check", str(tmp_path)])
+        tools.data_commands(["check", str(tmp_path)])
     with pytest.raises(InputError, match="no such file or folder"):
-        tools.main(["check", str(tmp_path / "x.jsonl")])
+        tools.data_commands(["check", str(tmp_path / "x.jsonl")])
 
 
 # --------------------------------------------------------------------- pictures with captions
@@ -307,7 +310,7 @@ def test_a_folder_of_pictures_with_captions_trains_both_stages(tmp_path, ending,
     last = pairs["birds_t2i"][3]
     assert last.query.text.endswith("x") and str(last.targets[0].images[0]).endswith("2.png")
     (folder / "1.png").unlink()
-    assert tools.main(["check", str(folder), "--clean", str(tmp_path / "c")]) == 0
+    assert tools.data_commands(["check", str(folder), "--clean", str(tmp_path / "c")]) == 0
     assert "4, 1 of them bad" in capsys.readouterr().out
     assert [d.turns[0][1] for d in data.read_dialogues(str(tmp_path / "c"), str(folder))] == [
         t for f, t in rows if f != "1.png"
@@ -321,7 +324,33 @@ def test_a_folder_of_pictures_with_captions_trains_both_stages(tmp_path, ending,
 def test_generate_and_check_explain_themselves(capsys):
     """--help names every flag; an unknown one is an error."""
     with pytest.raises(SystemExit):
-        tools.main(["generate", "--help"])
+        tools.data_commands(["generate", "--help"])
     assert "--server" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        tools.main(["check"])
+        tools.data_commands(["check"])
+
+
+# ------------------------------------------------------------------------ for sentence-transformers
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("family", ["llava_next", "gemma3"])  # which load without torchvision
+def test_sentence_transformers_makes_the_same_vectors(tmp_path, family, pooling):
+    """`model.py merge IN OUT --export sentence-transformers`: texts, pictures, both."""
+    made = model.load(families.build(family, tmp_path / "f"), 4, pooling, "coma", device="cpu")
+    families.redraw(made)
+    model.save(made, tmp_path / "in")
+    words = [tmp_path / "in", tmp_path / "out", "--export", "sentence-transformers"]
+    tools.model_commands(["merge", *map(str, words)])
+    other = SentenceTransformer(
+        str(tmp_path / "out"), device="cpu", trust_remote_code=pooling == "mean"
+    )
+    picture = Shapes().dialogue(0).item.images[0].render()
+    texts = ["a red circle.", "What is\nit? "]
+    ours = [*texts, picture, Item(f"{IMAGE} what is it?", (picture,))]
+    theirs = [*texts, picture, {"image": picture, "text": " what is it?"}]
+    want = made.encode(ours)
+    cosines = (other.encode(theirs) * want).sum(1)
+    assert cosines.min() > 0.9999, cosines
+    assert (other.encode(texts) * want[:2]).sum(1).min() > 0.9999, "texts alone"
+    assert (want[0] * want[1]).sum() < 0.999, "the check tells vectors apart"
