@@ -13,6 +13,7 @@ the pictures of a folder, keeps their embeddings beside it, and writes the best 
 import hashlib
 import json
 import os
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -156,9 +157,11 @@ def index_pictures(embedder, cfg) -> tuple:
     folder, key = Path(cfg.images), fingerprint(embedder, cfg.image_text)
     store = folder.parent / f"{folder.resolve().name}.index-{key}.npz"
     known, found = {}, {}
-    if store.exists():
+    try:
         with np.load(store, allow_pickle=False) as old:
             known = dict(zip(old["files"].tolist(), old["z"], strict=True))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # there is none yet, or it is damaged: it is made again
     for path in find_pictures(folder):  # a file is the same while its size and time are
         about = (folder / path).stat()
         found[f"{path}|{about.st_size}|{about.st_mtime_ns}"] = path

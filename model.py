@@ -245,7 +245,8 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
     processor = images_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(path)
     if min_pixels or max_pixels:  # the Qwen family's "edges" are areas
         size = dict(processor.image_processor.size)
-        if not (size.get("longest_edge") or 0) > 4096 or (max_pixels and min_pixels > max_pixels):
+        areas = hasattr(processor.image_processor, "merge_size") and "longest_edge" in size
+        if not areas or (max_pixels and min_pixels > max_pixels):
             raise InputError("--min-pixels, --max-pixels: a range, for models of any picture size")
         low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
         processor.image_processor.size = dict(shortest_edge=min(low, high), longest_edge=high)

@@ -1,0 +1,137 @@
+"""Searching a folder: the best pictures first, an index that is never of another model."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from checks import toy
+from PIL import Image
+
+import evaluate
+import model
+from data import IMAGE, InputError, Item
+from shapes import Shapes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve toy pictures, two of them in a folder below, with a name that is not ASCII."""
+    top = tmp_path / "pictures"
+    (top / "unter ordner").mkdir(parents=True)
+    for i in range(12):
+        name = f"unter ordner/{i} \u732b.png" if i > 9 else f"{i}.PNG"
+        Shapes().dialogue(i).item.images[0].render().save(top / name, format="png")
+    return top
+
+
+def run(folder, embedder, capsys, **flags):
+    """A search with an embedder. -> what it printed."""
+    out = str(folder.parent / "found.png")
+    cfg = evaluate.Config(images=str(folder), out=out, **flags)
+    evaluate.search(embedder, cfg)
+    return capsys.readouterr().out
+
+
+def indices(folder):
+    return sorted(folder.parent.glob("*.npz"))
+
+
+def test_the_nearest_pictures_come_first_and_are_drawn(folder, shared, capsys):
+    """A picture finds itself, with cosine 1; the order is that of the cosines; a sheet is drawn."""
+    said = run(folder, shared, capsys, query_image=str(folder / "3.PNG"), top=5)
+    assert "12 pictures" in said and "12 of them new" in said
+    found = [line.split(maxsplit=1) for line in said.splitlines() if line.strip()[:1] in "01-"]
+    found = [(float(score), name) for score, name in found if "pictures" not in score]
+    rows = [(s, n) for s, n in found if n.startswith(str(folder))]
+    assert len(rows) == 5 and rows == sorted(rows, key=lambda r: -r[0])
+    assert rows[0] == (1.0, str(folder / "3.PNG"))
+    z = shared.encode([Item(IMAGE, (folder / "3.PNG",)), Item(IMAGE, (rows[1][1],))])
+    assert rows[1][0] == pytest.approx(float(z[0] @ z[1]), abs=1e-4)
+    sheet = np.asarray(Image.open(folder.parent / "found.png"))
+    assert sheet.shape == (30 + 2 * 260, 4 * 240, 3) and (sheet[40:200, 20:200] != 255).any()
+
+
+def test_only_new_and_changed_files_are_embedded_again(folder, shared, capsys, monkeypatch):
+    """Nothing the second time; then a changed, a new and a lost file."""
+    embedded = []
+    encode = model.Embedder.encode
+    monkeypatch.setattr(
+        model.Embedder,
+        "encode",
+        lambda self, items, *a: embedded.append(len(items)) or encode(self, items, *a),
+    )
+    want = run(folder, shared, capsys, search="a red circle")
+    again = run(folder, shared, capsys, search="a red circle")
+    assert embedded == [1, 12, 1], embedded
+    assert want.splitlines()[1:] == again.splitlines()[1:]
+    Image.new("RGB", (64, 64), "red").save(folder / "0.PNG")
+    os.utime(folder / "0.PNG", ns=(1, 1))
+    Image.new("RGB", (64, 64), "blue").save(folder / "new.jpg")
+    (folder / "1.PNG").unlink()
+    said = run(folder, shared, capsys, search="a red circle", top=20)
+    assert embedded[3:] == [1, 2], embedded
+    assert "12 pictures" in said and "2 of them new" in said and "1.PNG" not in said
+
+
+def test_an_index_of_another_model_is_never_used(folder, shared, capsys):
+    """Another weight (a single bit), prompt, pooling, K, pixel range, instruction: another key."""
+    keys = {evaluate.fingerprint(shared)}
+    assert evaluate.fingerprint(shared) in keys and evaluate.fingerprint(toy()) in keys
+    bit = toy()
+    weight = bit.mllm.get_output_embeddings().weight.data
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    swapped = toy()
+    rows = swapped.mllm.get_input_embeddings().weight.data
+    rows[[5, 6]] = rows[[6, 5]]
+    settings = [dict(pooling="last"), dict(prompt="coma"), dict(compress_tokens=2)]
+    settings += [dict(max_pixels=2048), dict(min_pixels=2048), dict(max_length=50)]
+    others = [bit, swapped]
+    for how in settings:
+        others.append(model.load("toy-random", **dict(compress_tokens=4) | how, device="cpu"))
+    for other in others:
+        keys.add(evaluate.fingerprint(other))
+    keys.add(evaluate.fingerprint(shared, "<image> Represent the picture."))
+    assert len(keys) == 2 + len(others), "two of them have one key"
+    run(folder, shared, capsys, search="a red circle")
+    said = run(folder, bit, capsys, search="a red circle")
+    assert "12 of them new" in said and len(indices(folder)) == 2
+
+
+def test_a_changed_checkpoint_in_the_same_folder_is_noticed(folder, tmp_path, capsys):
+    """Train, search, train again into the same folder, search: nothing of the first is used."""
+    place, embedder = tmp_path / "m", toy()
+    model.save(embedder, place)
+    run(folder, model.load(place, device="cpu"), capsys, search="two")
+    assert "0 of them new" in run(folder, model.load(place, device="cpu"), capsys, search="two")
+    embedder.mllm.get_input_embeddings().weight.data[7] += 0.1
+    model.save(embedder, place)
+    assert "12 of them new" in run(folder, model.load(place, device="cpu"), capsys, search="two")
+
+
+def test_a_broken_picture_is_named_and_left_out(folder, shared, capsys):
+    """The others are found; the next search names it again."""
+    (folder / "broken.png").write_bytes(b"nothing")
+    for _ in range(2):
+        said = run(folder, shared, capsys, search="two", top=99)
+        assert "left out:" in said and "broken.png (7 bytes): not a readable" in said
+        assert sum(str(folder) in s and s[0] in " 01-" for s in said.splitlines()) >= 12
+
+
+def test_a_cut_off_index_is_made_again(folder, shared, capsys):
+    """It is written beside and renamed; what is damaged otherwise is not believed."""
+    run(folder, shared, capsys, search="two")
+    (index,) = indices(folder)
+    index.write_bytes(index.read_bytes()[:-200])
+    assert "12 of them new" in run(folder, shared, capsys, search="two")
+
+
+def test_what_cannot_be_searched_is_said(tmp_path, shared):
+    """No folder, no pictures, no query."""
+    for images in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(InputError, match="no such folder, or no pictures"):
+            evaluate.search(shared, evaluate.Config(images=str(images), search="x"))
+    with pytest.raises(InputError, match="a search needs --images"):
+        evaluate.main(evaluate.Config(images=str(tmp_path), model="toy-random"))
+    with pytest.raises(InputError, match="a search needs --images"):
+        evaluate.main(evaluate.Config(search="two", model="toy-random"))
