@@ -20,10 +20,13 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
+import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -254,14 +258,41 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
 
 
 def place(name) -> str:
-    """Where a model is: the toy's folder, else the name as it stands."""
-    return str(TOY) if name in ("toy", "toy-random") else str(name)
+    """The folder of a model: the toy's, one's own, or what of a hub id a model needs, downloaded
+    (resumable, nothing twice): its weights as safetensors, no pickles and no code."""
+    if name in ("toy", "toy-random") or os.path.isdir(name):
+        return str(TOY if name in ("toy", "toy-random") else name)
+    if str(name).count("/") != 1 or str(name)[0] in "./":
+        raise InputError(f"--model {name}: no such folder; choose toy, a folder, or a hub id")
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=["*/*"])
+    except (OSError, ValueError) as e:
+        raise InputError(f"--model {name}: neither a folder nor on the hub: {e!s:.200}") from None
 
 
 def read_json(folder, name) -> dict:
     """A small JSON file of a checkpoint folder; {} where there is none."""
     file = Path(folder) / name
-    return json.loads(file.read_text()) if file.exists() else {}
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{file}: not readable as JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: must hold an object, not a {type(found).__name__}")
+    return found
+
+
+def refuse_hostile(folder):
+    """What a folder from elsewhere may not hold: pickled weights in the place of safetensors, a
+    list of files that leads out of it. (Code in it is never run.)"""
+    for index in Path(folder).glob("*.index.json"):
+        files = read_json(folder, index.name).get("weight_map")
+        for file in set(map(str, files.values())) if isinstance(files, dict) else ():
+            if os.path.basename(file) != file:
+                raise InputError(f"{index}: the weights in {file!r} lie outside of the folder")
+    if not any(Path(folder).glob("*.safetensors")):
+        raise InputError(f"--model {folder}: no *.safetensors in it, and pickles are not opened")
 
 
 def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **more) -> Embedder:
@@ -272,8 +303,6 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **m
     if there is one. more: attn ("sdpa"), max_length, min_pixels, max_pixels."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = place(name)
-    if not os.path.isdir(path) and (path.count("/") != 1 or path[0] in "./"):
-        raise InputError(f"--model {name}: no such folder; choose toy, a folder, or a hub id")
     stored, asked = read_json(path, "nanocoma.json"), dict(compress_tokens=compress_tokens)
     asked |= dict(pooling=pooling, prompt=prompt)
     for key, value in asked.items():
@@ -284,7 +313,8 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **m
     style, K = asked["prompt"] or "chat", asked["compress_tokens"]
     K = K if K is not None else 0 if style == "vlm2vec" else TOY_K
     pooling = asked["pooling"] or ("mean" if K else "last")
-    if style not in STYLES or pooling not in ("mean", "last") or (pooling == "mean") > K:
+    known = style in list(STYLES) and pooling in ("mean", "last")
+    if not known or type(K) is not int or not (pooling == "mean") <= K <= 10_000:
         flags = f"--prompt {style} --pooling {pooling} --compress-tokens {K}"
         raise InputError(f"{flags}: prompts are {', '.join(STYLES)}; pooling mean (K > 0) or last")
     mllm, processor, peft = load_mllm(path, name, K, **more)
@@ -297,23 +327,43 @@ def load_mllm(path, name, K, attn="sdpa", min_pixels=0, max_pixels=0, max_length
     adapter = read_json(path, "adapter_config.json")
     name = adapter.get("base_model_name_or_path", name)
     base = place(name)
+    for folder in {path, base}:
+        refuse_hostile(folder)
     kind, how = AutoModelForImageTextToText, dict(dtype="auto", attn_implementation=attn)
+    how |= dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     try:
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         own = os.path.exists(os.path.join(path, "tokenizer_config.json"))
         processor = load_processor(path if own else base, config, min_pixels, max_pixels)
         if name == "toy-random":
             torch.manual_seed(0)
             mllm = kind.from_config(config, dtype=torch.float32, attn_implementation=attn)
         else:
-            mllm = kind.from_pretrained(base, use_safetensors=True, **how)
-    except (OSError, KeyError, ImportError, ValueError, SafetensorError) as e:
-        raise InputError(f"--model {path}: {e!s:.300}") from None
+            mllm, info = kind.from_pretrained(base, **how)
+            if lost := sorted(info["missing_keys"]):  # they would be random numbers
+                raise ValueError(f"its files lack {len(lost)} weights, {lost[0]} for one")
+    except (OSError, KeyError, ImportError, ValueError, TypeError, SafetensorError) as e:
+        raise InputError(f"--model {base}: {e!s:.300}") from None
     add_compression_tokens(mllm, processor.tokenizer, K)
-    if not adapter:
-        return mllm, processor, None
+    return mllm, processor, load_adapter(mllm, path) if adapter else None
+
+
+def load_adapter(mllm, path):
+    """A LoRA adapter in peft's format, around the model. Trap: adapters from before transformers
+    4.52 (VLM2Vec's) have other names for the layers, and would be left out with a mere warning."""
     peft = optional("peft", "a LoRA checkpoint")
-    return mllm, processor, peft.PeftModel.from_pretrained(mllm, path, is_trainable=True)
+    renamed = {r"^model\.(layers|embed_tokens)\.": r"model.language_model.\1."}
+    renamed[r"^language_model\.model\."] = "model.language_model."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            how = dict(is_trainable=True, key_mapping=renamed)
+            found = peft.PeftModel.from_pretrained(mllm, path, **how)
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as e:
+            raise InputError(f"--model {path}: its adapter: {e!s:.300}") from None
+    if lost := [str(w.message) for w in said if "missing adapter keys" in str(w.message)]:
+        raise InputError(f"--model {path}: not an adapter of this model: {lost[0]:.300}")
+    return found
 
 
 def add_compression_tokens(mllm, tokenizer, K):
@@ -460,11 +510,17 @@ def setup() -> torch.device:
 
 
 def run(main, config):
-    """main(config) of a script: an InputError becomes one clear line and exit status 1. The other
-    ranks are then ended by torchrun, and never wait for this one."""
+    """main(config) of a script: an InputError becomes one clear line and exit status 1, and so does
+    the loss of another rank. The ranks that are left are then ended by torchrun, and never wait."""
     try:
         main(config.parse())
-    except InputError as e:
+    except (InputError, dist.DistBackendError, RuntimeError) as e:
+        if not isinstance(e, InputError):
+            if world() == 1 or not re.search("gloo|nccl|connection", str(e), re.IGNORECASE):
+                raise
+            what = re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0])
+            what = f"rank {rank()} lost the others ({what:.80})"
+            e = f"{what}: one of them ended first. --resume goes on from the last checkpoint"
         print(f"\n{Path(sys.argv[0]).name}: {e}", file=sys.stderr, flush=True)
         os._exit(1)  # not through destructors: they may wait for the other ranks
     if dist.is_initialized():
@@ -511,8 +567,18 @@ def _same(x):
 
 
 def _worker(number):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process ends these
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for s in (signal.SIGINT, signal.SIGTERM):  # they may reach all: the rank still needs its batch
+        signal.signal(s, signal.SIG_IGN)
+    rank_process = os.getppid()
+
+    def outlive_nobody():
+        # Trap: a rank that is killed leaves its workers; they hold its sockets open, and the other
+        # ranks would wait for it.
+        while os.getppid() == rank_process:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=outlive_nobody, daemon=True).start()
 
 
 def _packed(make, i):
@@ -755,17 +821,25 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
     if not cfg.resume:
         where = f"{cfg.out} holds {found[-1].name} of an unfinished run"
         raise InputError(f"{where}: --resume goes on with it; or take another --out, or remove it")
-    about = json.loads((found[-1] / "state.json").read_text())
-    then = dict(about["config"], world=about["world"])
+    about = read_json(found[-1], "state.json")
+    then = dict(about.get("config") or {}, world=about.get("world"))
     now = dict(dataclasses.asdict(cfg), world=world())
     if differ := [k for k in now if k not in HARMLESS and then.get(k) != now[k]]:
         what = ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in differ)
         raise InputError(f"--resume: not the same run: {what}. Restore that, or take another --out")
-    weights = load_file(found[-1] / "weights.safetensors")
-    optimizer = torch.load(found[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
-    how = dict(options=dataclasses.replace(TRAINED, strict=False))
-    how |= dict(model_state_dict=weights, optim_state_dict=optimizer)
-    dcp.set_state_dict(embedder, optimizers, **how)
+    try:
+        weights = load_file(found[-1] / "weights.safetensors")
+        trained = {n for n, p in embedder.named_parameters() if p.requires_grad}
+        if differ := weights.keys() ^ trained:
+            raise ValueError(f"{len(differ)} weights too many or too few, {min(differ)} for one")
+        optimizer = torch.load(found[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
+        how = dict(options=dataclasses.replace(TRAINED, strict=False))
+        how |= dict(model_state_dict=weights, optim_state_dict=optimizer)
+        dcp.set_state_dict(embedder, optimizers, **how)
+    except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, AttributeError,
+            pickle.UnpicklingError, SafetensorError) as e:  # fmt: skip
+        where = f"{found[-1]}: not a checkpoint of this run: {type(e).__name__}: {e!s:.200}"
+        raise InputError(f"{where}. Remove it, and --resume goes on from the one before") from None
     say(f"resumed {found[-1]}")
     return about["step"]
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -197,6 +198,29 @@ def test_killed_at_random_it_resumes_to_the_same_bytes(tmp_path):
     same(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_one_rank_killed_ends_the_others_and_the_run_can_be_resumed(tmp_path):
+    """`kill -9` of one rank of two: within a minute (here: seconds) the other says what happened,
+    nobody is left behind, and the resumed run ends in the same bytes."""
+    flags = ["contrastive.py", "--model", "toy", "--steps", 8, *SMALL, "--block", 8]
+    flags = [*map(str, flags), "--save-every", "1", "--resume"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [*launch, "--nproc-per-node", "2", *flags, "--out", str(tmp_path / "killed")]
+    run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    saved = tmp_path / "killed" / "checkpoints" / "step-00000002"
+    while run.poll() is None and not saved.exists():
+        time.sleep(0.05)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    said = run.communicate(timeout=60)[0].decode()
+    assert run.returncode and re.search("rank . lost the others .*--resume goes on", said), said
+    time.sleep(1.5)
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
+    assert not left, f"processes of the dead run: {left}"
+    command(*flags, "--out", tmp_path / "killed", ranks=2)
+    command(*flags, "--out", tmp_path / "whole", ranks=2)
+    same(tmp_path / "whole", tmp_path / "killed")
+
+
 def same(a, b):
     """The same weights, byte for byte, and the same log."""
     got, want = (Path(p, "model.safetensors").read_bytes() for p in (b, a))
@@ -205,15 +229,15 @@ def same(a, b):
 
 
 def test_a_signal_saves_a_checkpoint_and_ends_the_run(tmp_path):
-    """SIGTERM, as on a preempted cluster: at most one step later the run has saved and ended."""
+    """SIGTERM to all its processes, loader workers too, as on a preempted cluster: at most one step
+    later the run has saved and ended."""
     words = [sys.executable, "contrastive.py", "--model", "toy", "--steps", "500", *SMALL]
-    run = subprocess.Popen(
-        [*words, "--block", "8", "--out", tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    how = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen([*words, "--block", "8", "--out", tmp_path], **how)
     log = tmp_path / "log.jsonl"
     while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
         time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
+    os.killpg(run.pid, signal.SIGTERM)
     said = run.communicate(timeout=60)[0]
     assert run.returncode == 143 and "--resume goes on from there" in said, (run.returncode, said)
     saved = sorted((tmp_path / "checkpoints").iterdir())

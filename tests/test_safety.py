@@ -1,0 +1,240 @@
+"""Folders from elsewhere: nothing in them is executed or unpickled, and what is missing is said."""
+
+import json
+import os
+import pickle
+import shutil
+
+import families
+import pytest
+import torch
+from checks import close, toy
+from safetensors.torch import load_file, save_file
+
+import contrastive
+import model
+from data import InputError
+
+MARK = "MODEL_FOLDER_RAN_CODE"
+
+
+class Bomb:
+    """Unpickled, it leaves a mark in the environment."""
+
+    def __reduce__(self):
+        return os.putenv, (MARK, "1")
+
+
+def exploded() -> bool:
+    """Whether a Bomb was unpickled, or code of a folder run (putenv is seen by child processes)."""
+    return os.popen(f"echo ${MARK}").read().strip() == "1"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A saved embedder, Qwen2-VL."""
+    folder = tmp_path_factory.mktemp("good")
+    model.save(toy(), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """A copy of one's own."""
+    return shutil.copytree(good, tmp_path / "m")
+
+
+def change(file, **fields):
+    """Sets fields of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text() if file.exists() else "{}") | fields))
+
+
+def test_the_bomb_would_explode():
+    """Negative control: the check sees what it looks for."""
+    try:
+        pickle.loads(pickle.dumps(Bomb()))
+        assert exploded()
+    finally:
+        os.unsetenv(MARK)
+    assert not exploded()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "adapter_model.bin"])
+def test_pickled_weights_are_refused(folder, name):
+    """In the place of safetensors, under their name, or as an adapter."""
+    (folder / "model.safetensors").unlink()
+    torch.save(dict(w=Bomb()), folder / name)
+    if name.startswith("adapter"):
+        change(folder / "adapter_config.json", peft_type="LORA", base_model_name_or_path="toy")
+    with pytest.raises(InputError, match=f"--model {folder}: "):
+        model.load(folder, device="cpu")
+    assert not exploded()
+
+
+def test_code_in_a_folder_is_never_run(folder):
+    """`auto_map` names a module beside the weights: of a known family the library's class is used,
+    an unknown one is refused."""
+    (folder / "evil.py").write_text(f"import os\nos.putenv('{MARK}', '1')\nclass A: pass\n")
+    autos = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer")
+    change(folder / "config.json", auto_map={k: "evil.A" for k in autos})
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.A", "evil.A"]})
+    assert model.load(folder, device="cpu").K == 4
+    change(folder / "config.json", model_type="evil")
+    with pytest.raises(InputError, match="--model"):
+        model.load(folder, device="cpu")
+    assert not exploded()
+
+
+def test_weights_outside_of_the_folder_are_refused(folder, tmp_path):
+    """An index that leads out of it with `..`."""
+    shutil.move(folder / "model.safetensors", tmp_path / "model.safetensors")
+    names = dict.fromkeys(load_file(tmp_path / "model.safetensors"), "../model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(dict(metadata={}, weight_map=names)))
+    with pytest.raises(InputError, match=r"'\.\./model.safetensors' lie outside"):
+        model.load(folder, device="cpu")
+
+
+def damaged(weights):
+    """Ways that a file of weights can be bad: (name, its bytes)."""
+    size = int.from_bytes(weights[:8], "little")
+    yield "cut off", weights[: len(weights) // 2]
+    yield "no bytes", b""
+    yield "gigantic header", (2**60).to_bytes(8, "little") + weights[8:]
+    yield "header of 200 MB", (200 * 2**20).to_bytes(8, "little") + b"{" * 1000
+    yield "no JSON", weights[:8] + b"x" * size + weights[8 + size :]
+
+
+@pytest.mark.parametrize("way", range(5))
+def test_damaged_weights_are_an_error(folder, way):
+    name, content = list(damaged((folder / "model.safetensors").read_bytes()))[way]
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="--model"):
+        model.load(folder, device="cpu")
+        pytest.fail(name)
+
+
+def test_missing_weights_are_an_error_and_not_random_numbers(folder):
+    """transformers would draw them anew, and only warn."""
+    weights = load_file(folder / "model.safetensors")
+    del weights[next(k for k in weights if k.endswith("layers.0.mlp.up_proj.weight"))]
+    save_file(weights, folder / "model.safetensors", dict(format="pt"))
+    with pytest.raises(InputError, match="lack 1 weights, .*layers.0.mlp.up_proj.weight for one"):
+        model.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "about", ["[]", "{", '{"compress_tokens": "4"}', '{"compress_tokens": 1000000000}',
+              '{"compress_tokens": -1}', '{"pooling": "max"}', '{"prompt": ["chat"]}'],
+)  # fmt: skip
+def test_a_wrong_nanocoma_json_is_an_error(folder, about):
+    (folder / "nanocoma.json").write_text(about)
+    with pytest.raises(InputError):
+        model.load(folder, device="cpu")
+
+
+# ----------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture(scope="module")
+def adapter(good, tmp_path_factory):
+    """A LoRA embedder on `good`, moved away from it, and its folder."""
+    embedder = model.load(good, device="cpu").eval()
+    cfg = contrastive.Config(model=str(good), lora_rank=4, lora_dropout=0.0, dora=True)
+    model.choose_trained(embedder, cfg)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for n, p in embedder.named_parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator) * ("lora_B" in n)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save(embedder, folder)
+    return embedder, folder
+
+
+TEXTS = ["a red circle", "two"]
+
+
+def test_adapters_with_the_names_of_older_transformers_are_really_used(adapter, good, tmp_path):
+    """VLM2Vec's have `model.layers` where the library now has `model.language_model.layers`; peft
+    would warn, and embed with the base model."""
+    embedder, folder = adapter
+    old = shutil.copytree(folder, tmp_path / "old")
+    weights = load_file(old / "adapter_model.safetensors")
+    renamed = {k.replace("model.language_model.", "model."): v for k, v in weights.items()}
+    assert renamed.keys() != weights.keys() and any(".model.layers.0." in k for k in renamed)
+    save_file(renamed, old / "adapter_model.safetensors")
+    change(old / "adapter_config.json", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    got, want = model.load(old, device="cpu").eval().encode(TEXTS), embedder.encode(TEXTS)
+    close(got, want, "the old names", 1e-6)
+    assert (model.load(good, device="cpu").encode(TEXTS) * want).sum(1).max() < 0.9999
+
+
+def test_an_adapter_of_another_model_is_an_error(adapter, tmp_path):
+    """Names that fit nothing: an error, not a warning and the base model's embeddings."""
+    other = shutil.copytree(adapter[1], tmp_path / "other")
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file({k.replace("layers.", "blocks."): v for k, v in weights.items()},
+              other / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(InputError, match="not an adapter of this model"):
+        model.load(other, device="cpu")
+
+
+def test_a_hub_id_is_fetched_without_pickles_and_code(adapter, good, monkeypatch):
+    """Weights, configs, the tokenizer; an adapter brings its base along."""
+    asked, hub = [], {"team/adapter": adapter[1], "team/base": good}
+
+    def download(name, **how):
+        asked.append((name, how))
+        if name not in hub:
+            raise OSError("404")
+        return str(hub[name])
+
+    monkeypatch.setattr(model, "snapshot_download", download)
+    close(model.load("team/adapter", device="cpu").eval().encode(TEXTS),
+          adapter[0].encode(TEXTS), "from the hub")  # fmt: skip
+    name, how = asked[0]
+    assert name == "team/adapter" and how["ignore_patterns"] == ["*/*"]
+    assert not any(p.endswith((".bin", ".py", "*")) for p in how["allow_patterns"]), how
+    with pytest.raises(InputError, match="team/none: neither a folder nor on the hub: 404"):
+        model.load("team/none", device="cpu")
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_hostile_or_damaged_checkpoint_is_not_resumed_from(tmp_path, monkeypatch):
+    """A pickle in the optimiser's place, weights of another model, a cut-off file: an error with
+    the way out, and the older checkpoint stays."""
+    cfg = dict(model="toy-random", steps=3, batch=4, block=4, workers=0, save_every=1)
+    cfg = contrastive.Config(**cfg, muon_lr=0.0, out=str(tmp_path))
+    finish = model.finish
+    monkeypatch.setattr(model, "finish", lambda *_: None)  # its checkpoints stay
+    contrastive.main(cfg)
+    checkpoint = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    kept = shutil.copytree(checkpoint, tmp_path / "kept")
+    cfg.resume = True
+    weights = load_file(kept / "weights.safetensors")
+    few = {k: v for k, v in weights.items() if "layers.0" not in k}
+
+    def plant(name, write):
+        shutil.copytree(kept, checkpoint, dirs_exist_ok=True)
+        write(checkpoint / name)
+        with pytest.raises(InputError, match="step-00000002"):
+            contrastive.main(cfg)
+
+    plant("optimizer.pt", lambda f: torch.save(dict(state=Bomb()), f))
+    plant("optimizer.pt", lambda f: f.write_bytes(f.read_bytes()[:999]))
+    plant("weights.safetensors", lambda f: save_file(few, f))
+    plant("weights.safetensors", lambda f: f.write_bytes(b""))
+    plant("state.json", lambda f: f.write_text("[1"))
+    assert not exploded()
+    shutil.rmtree(checkpoint)
+    monkeypatch.setattr(model, "finish", finish)
+    contrastive.main(cfg)  # from the one before
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_every_family_loads_with_its_weights_complete(tmp_path):
+    """The check for missing weights calls none of the tied or unused ones missing."""
+    for family in families.FAMILIES:
+        model.load(families.build(family, tmp_path / family), 2, device="cpu")
