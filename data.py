@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -117,7 +118,7 @@ class ZipImage(NamedTuple):
         try:
             with zipfile.ZipFile(self.zip) as archive, archive.open(self.member) as file:
                 return open_image(file, f"{self.zip}:{self.member}")
-        except (zipfile.BadZipFile, KeyError) as e:
+        except (zipfile.BadZipFile, KeyError, OSError, RuntimeError, zlib.error) as e:
             raise InputError(f"{self.zip}:{self.member}: {e}; download the zip file again") from e
 
 
@@ -202,8 +203,11 @@ class Images:
 
 @lru_cache(64)
 def _zip_names(path):
-    with zipfile.ZipFile(path) as archive:
-        return frozenset(archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return frozenset(archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
+        raise InputError(f"{path}: {e}; download the zip file again") from e
 
 
 def find_pictures(folder) -> list:
@@ -313,6 +317,14 @@ def _located(where, parse, raw):
         raise InputError(f"{where}: {e}") from None
 
 
+def _json(line):
+    """One line of JSON. Trap: half a surrogate pair is good JSON, and no text."""
+    found = json.loads(line)
+    if b"\\ud" in line or b"\\uD" in line:
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
 def _lines(path, parse, image_root) -> Lazy:
     """The lines of a .jsonl or .csv file, each parsed when asked for."""
     if not os.path.isfile(path):
@@ -330,7 +342,7 @@ def _lines(path, parse, image_root) -> Lazy:
 
     def get(i):
         n, line = lines[i]
-        return _located(f"{path}, line {n}", lambda x: parse(json.loads(x), images), line)
+        return _located(f"{path}, line {n}", lambda x: parse(_json(x), images), line)
 
     def keep(some, out):
         Path(out).write_bytes(b"".join(lines[i][1].rstrip(b"\r\n") + b"\n" for i in some))
@@ -360,12 +372,13 @@ def _parquet(path, columns, parse) -> Lazy:
         import pyarrow.parquet as pq
 
         table = pq.read_table(path, memory_map=True)
+        names = table.column_names
     except ImportError:
         raise InputError("MMEB's parquet files need pyarrow: pip install pyarrow") from None
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: not a readable parquet file: {e}") from None
-    if missing := [c for c in columns if c not in table.column_names]:
-        raise InputError(f"{path}: no column {missing[0]}; it has {', '.join(table.column_names)}")
+    if missing := [c for c in columns if c not in names]:
+        raise InputError(f"{path}: no column {missing[0]}; it has {', '.join(names)}")
 
     def get(i):
         return _located(f"{path}, row {i}", lambda x: parse(x.to_pylist()[0]), table.slice(i, 1))
@@ -539,6 +552,10 @@ class Collator:
         """Token ids of a user's text, with what the template writes around it. Traps: the three are
         tokenized as one, as other programs would ("." and a newline may be one token); a special
         token spelled out in the text must stay text. -> (ids of before, text, after)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise InputError(f"no text, but half a surrogate pair in it: {e}") from None
         how = dict(add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         found = self.tokenizer(before + text + after, **how)
         ids, a, b = ([], [], []), len(before), len(before) + len(text)

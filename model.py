@@ -376,7 +376,7 @@ def add_compression_tokens(mllm, tokenizer, K):
         known = table[:old].float()
         noise = torch.randn(K, table.shape[1], generator=torch.Generator().manual_seed(0))
         # The mean row, with noise so that the K tokens differ: equal ones would stay equal.
-        table[old : old + K] = (known.mean(0) + known.std(0) * noise).to(table.dtype)
+        table[old : old + new] = (known.mean(0) + known.std(0) * noise[-new:]).to(table.dtype)
 
 
 def save(embedder, path, embedding=True):

@@ -176,26 +176,30 @@ def test_killed_at_random_it_resumes_to_the_same_bytes(tmp_path):
     flags = ["--model", "toy", "--steps", 8, *SMALL, "--block", 8, "--save-every", 1]
     words = [sys.executable, "contrastive.py", *map(str, flags)]
     command("contrastive.py", *flags, "--out", tmp_path / "whole")
-    done = 0
+    done = while_saving = 0
+    log = tmp_path / "killed" / "log.jsonl"
     while done < kills:
+        before = log.stat().st_mtime_ns if log.exists() else 0
         run = subprocess.Popen(
             [*words, "--out", tmp_path / "killed", "--resume"],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         started = time.time()
-        while run.poll() is None and not (tmp_path / "killed" / "log.jsonl").exists():
-            time.sleep(0.05)
+        while run.poll() is None and (log.stat().st_mtime_ns if log.exists() else 0) == before:
+            time.sleep(0.01)  # until it trains
         time.sleep(rng.uniform(0, 1))  # of the second or two that the steps take
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
             done += 1
         run.wait()
+        while_saving += (tmp_path / "killed" / "checkpoints" / "part").exists()
         if (tmp_path / "killed" / "model.safetensors").exists() and done < kills:
             same(tmp_path / "whole", tmp_path / "killed")  # it got through: begin again
             shutil.rmtree(tmp_path / "killed")
         assert time.time() - started < 120
     command("contrastive.py", *flags, "--out", tmp_path / "killed", "--resume")
     same(tmp_path / "whole", tmp_path / "killed")
+    print(f"{done} kills, {while_saving} of them while saving: 0 differing bytes")
 
 
 def test_one_rank_killed_ends_the_others_and_the_run_can_be_resumed(tmp_path):
