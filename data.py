@@ -393,20 +393,23 @@ def _subsets(source, subsets, pattern) -> tuple:
     """-> (folder, {name: (rows to use or None, parquet file)}) of a data set in MMEB's layout, from
     a local folder or a hub id. subsets: "A:1000,B", "mmeb20", or "" for all there are."""
     subsets = MMEB20 if subsets == "mmeb20" else subsets
-    wanted = [w.partition(":")[::2] for w in subsets.split(",")] if subsets else []
     root = Path(source)
     if not root.is_dir():
-        root = _download(source, [name for name, _ in wanted], pattern)
+        root = _download(source, [w.partition(":")[0] for w in subsets.split(",") if w], pattern)
     have = {p.parent.name: p for p in sorted(root.glob(f"*/{pattern}"))}
     if not have:
         raise InputError(f"--data {source}: no <subset>/{pattern} in it, as MMEB has")
-    for name, cap in wanted:
-        if name not in have or not (cap.isdigit() or cap == ""):
-            raise InputError(
-                f"--subsets {name}:{cap}: choose name or name:rows of {','.join(have)}"
-            )
-    wanted = wanted or [(name, "") for name in have]
-    return root, {name: (int(cap or 0) or None, have[name]) for name, cap in wanted}
+    return root, {name: (rows, have[name]) for name, rows in _choose(subsets, have).items()}
+
+
+def _choose(subsets, have) -> dict:
+    """ "A:1000,B" -> {"A": 1000, "B": None}; "" -> all there are. InputError for other names."""
+    wanted = [w.partition(":")[::2] for w in subsets.split(",")] if subsets else []
+    for name, rows in wanted:
+        if name not in have or not (rows == "" or rows.isdigit() and int(rows)):
+            names = ",".join(have)
+            raise InputError(f"--subsets {name}:{rows}: choose name or name:rows of {names}")
+    return {name: int(rows or 0) or None for name, rows in wanted or [(n, "") for n in have]}
 
 
 def _download(source, names, pattern) -> Path:
@@ -458,7 +461,10 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
     layout. subsets: names with caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or
     "diverse_instruction"."""
     if source == "shapes":
-        return {t: Lazy(10**9, partial(toy().Shapes(seed=seed).pair, t)) for t in toy().META_TASK}
+        caps = _choose(subsets, toy().META_TASK)
+        return {
+            t: Lazy(n or 10**9, partial(toy().Shapes(seed=seed).pair, t)) for t, n in caps.items()
+        }
     if source.endswith(".jsonl"):
         return {Path(source).stem: _valid(source, _pair, image_root)}
     if file := _metadata(source):
@@ -496,11 +502,9 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
             for name, meta in toy().META_TASK.items():
                 queries = Lazy(limit or 100, partial(shapes.query, name))
                 tasks.append(Task(name + suffix, meta, suffix != "", queries))
-        names = subsets.split(",") if subsets else [t.name for t in tasks]
-        if unknown := set(names) - {t.name for t in tasks}:
-            names = ",".join(t.name for t in tasks)
-            raise InputError(f"--subsets {min(unknown)}: choose of {names}")
-        return [t for t in tasks if t.name in names]
+        caps = _choose(subsets, [t.name for t in tasks])
+        return [t._replace(queries=Lazy(min(caps[t.name] or 10**9, len(t.queries)), t.queries.get))
+                for t in tasks if t.name in caps]  # fmt: skip
     root, found = _subsets(source, subsets, "test-*.parquet")
     images, tasks = Images(image_root or root), []
     for name, (cap, path) in found.items():
