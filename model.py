@@ -636,7 +636,9 @@ class Flags:
         for f in dataclasses.fields(cls):
             kind = getattr(f.type, "__args__", [f.type])[0]  # int | None -> int
             how = dict(type=kind, choices=f.metadata["choices"])
-            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
+            if kind is bool:  # Trap: BooleanOptionalAction takes any --no-... as False
+                how = dict(action=argparse.BooleanOptionalAction)
+                how = dict(action="store_true") if f.name.startswith("no_") else how
             shown = "" if f.default in (None, "") else f" (default: {f.default})"
             about, name = f.metadata["about"] + shown, "--" + f.name.replace("_", "-")
             parser.add_argument(name, default=f.default, help=about.replace("%", "%%"), **how)

@@ -292,6 +292,13 @@ def test_flags_that_cannot_be_are_refused(tmp_path):
     for words in (["--nonsense", "1"], ["--step", "3"], ["--pooling", "max"]):
         with pytest.raises(SystemExit):
             contrastive.Config.parse(words)
+    for stage in (pretrain, contrastive, evaluate):  # each flag, as a user spells it, arrives
+        for f in dataclasses.fields(stage.Config):
+            kind = getattr(f.type, "__args__", [f.type])[0]
+            value = (f.metadata["choices"] or [3 if kind in (int, float) else "x"])[-1]
+            words = ["--" + f.name.replace("_", "-"), *([] if kind is bool else [str(value)])]
+            want = True if kind is bool else value
+            assert getattr(stage.Config.parse(words), f.name) == want, words
     assert contrastive.Config.parse(["--no-merge"]).merge is False
     assert contrastive.Config.parse([]) == contrastive.Config()
     for more, says in (
