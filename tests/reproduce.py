@@ -29,7 +29,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 TASKS = ("classify", "vqa", "i2t", "t2i", "ground")
-CURVE = 4  # times in a run that the in-distribution sets are scored, on 40 queries each
+CURVE = 4  # times in a run that the in-distribution sets are scored, on 25 queries each
 
 
 def caps(pairs):
@@ -68,7 +68,7 @@ STUDIES = {
 }
 
 
-# ------------------------------------------------------------------------------ one run, one process
+# ----------------------------------------------------------------------------- one run, one process
 
 
 def without_instructions():
@@ -117,7 +117,7 @@ def run_contrastive(job):
             if (step + 1) % (cfg.steps // CURVE) == 0 and step + 1 < cfg.steps:
                 embedder.eval()
                 with torch.random.fork_rng([]):
-                    curve.append(score(embedder, 40, ",".join(TASKS))["ind"]["p_at_1"])
+                    curve.append(score(embedder, 25, ",".join(TASKS))["ind"]["p_at_1"])
                 embedder.train()
                 steps.append(step + 1)
 
@@ -125,7 +125,7 @@ def run_contrastive(job):
         t0 = time.time()
         contrastive.main(cfg)
         embedder = model.load(out, device="cpu")
-        found = score(embedder, 100)
+        found = score(embedder, 60)
         first_losses = [json.loads(x) for x in Path(out, "log.jsonl").read_text().splitlines()[1:]]
     return dict(
         study=job["study"], arm=job["arm"], seed=job["seed"], K=embedder.K, batch=cfg.batch,
