@@ -13,6 +13,8 @@ graph.
 Reads pairs; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpoints.
 """
 
+import dataclasses
+import importlib
 import itertools
 import math
 import random
@@ -52,6 +54,7 @@ class Config(model.Config):
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
     merge: bool = flag(True, "fold stage 1's adapter into the weights first, as the paper does")
     fsdp: bool = flag(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")
+    explain: bool = flag(False, "walk through one small batch in numbers, and train nothing")
 
 
 # ---------------------------------------------------------------------------------------- the idea
@@ -320,6 +323,11 @@ def main(cfg):
 
     def batch_of(step):
         return local_batch(pairs, embedder.collate, cfg, step, rank, world)
+
+    if cfg.explain:
+        small = dataclasses.replace(cfg, batch=6, block=3)
+        batch = local_batch(pairs, embedder.collate, small, 0, 0, 1)
+        return importlib.import_module("explain").stage2(embedder, batch, cfg.temperature)
 
     # 3. Train.
     start, N = model.start_or_resume(embedder, optimizers, cfg), cfg.batch

@@ -16,6 +16,7 @@ Reads dialogues; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpo
 
 import copy
 import functools
+import importlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,7 @@ class Config(model.Config):
     turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the single-turn ablation")
     caption: bool = flag(False, "a full description in place of the dialogue (toy world)")
     objective: str = flag("ce", "the answers, or the uncompressed model", ["ce", "kl"])
+    explain: bool = flag(False, "walk through one example in numbers, and train nothing")
 
 
 # ---------------------------------------------------------------------------------------- the idea
@@ -169,6 +171,10 @@ def main(cfg):
     # 2. The data: dialogues, made into model inputs in the loader's workers.
     root = cfg.image_root or None
     dialogues = read_dialogues(cfg.data, root, cfg.seed, cfg.turns, cfg.caption)
+
+    if cfg.explain:
+        explain = importlib.import_module("explain")
+        return explain.stage1(embedder, dialogues[0], not cfg.no_compress)
 
     def rows_of(step):
         rows = []
