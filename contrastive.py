@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import model
-from data import InputError, read_pairs
+from data import InputError, read_pairs, ready
 from model import flag
 
 KEEP_GRAPHS = dict(cpu=24, cuda=1)
@@ -318,6 +318,7 @@ def main(cfg):
 
     # 2. The data: pairs, made into model inputs in the loader's workers.
     pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed, cfg.split)
+    cfg.data_digest = ready(pairs.values())
     for name, examples in pairs.items():
         model.say(f"  {name:<20} {len(examples):>13,} pairs")
 

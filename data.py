@@ -25,7 +25,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,10 +94,11 @@ class Task(NamedTuple):
 
 class Lazy(Sequence):
     """A sequence whose i-th element is `get(i)`, made when it is asked for: nothing is stored.
-    keep(indices, path): of what was read from a file, writes a copy of these."""
+    about: of what was read from a file: digest, a number that changes with it; lost, pictures that
+    are not there; keep(indices, path), which writes a copy of these examples."""
 
-    def __init__(self, length: int, get: Callable, keep: Callable | None = None):
-        self.length, self.get, self.keep = length, get, keep
+    def __init__(self, length: int, get: Callable, about: dict | None = None):
+        self.length, self.get, self.about = length, get, about or {}
 
     def __len__(self):
         return self.length
@@ -183,7 +184,7 @@ class Images:
     that leaves `root` (`..`, absolute, through a symbolic link) is an InputError."""
 
     def __init__(self, root):
-        self.root = Path(root)
+        self.root, self.lost = Path(root), []
         zips = [*self.root.glob("images_zip/*.zip"), *self.root.glob("images.zip")]
         self.zips = {p.stem: str(p) for p in zips}
 
@@ -198,6 +199,8 @@ class Images:
         archive = self.zips.get(subset) or self.zips.get("images")
         names = _zip_names(archive) if archive else ()
         found = [n for n in (path, "images/" + path, path.partition("/")[2]) if n in names]
+        if not found:
+            self.lost.append(str(self.root / path))
         return ZipImage(archive, found[0]) if found else str(self.root / path)
 
 
@@ -347,7 +350,8 @@ def _lines(path, parse, image_root) -> Lazy:
     def keep(some, out):
         Path(out).write_bytes(b"".join(lines[i][1].rstrip(b"\r\n") + b"\n" for i in some))
 
-    return Lazy(len(lines), get, keep)
+    digest = reduce(lambda crc, line: zlib.crc32(line[1], crc), lines, 0)
+    return Lazy(len(lines), get, dict(keep=keep, digest=digest, lost=images.lost))
 
 
 def _valid(path, parse, image_root) -> Lazy:
@@ -386,7 +390,7 @@ def _parquet(path, columns, parse) -> Lazy:
     def keep(some, out):
         pq.write_table(table.take(some), out)
 
-    return Lazy(table.num_rows, get, keep)
+    return Lazy(table.num_rows, get, dict(keep=keep, digest=os.path.getsize(path)))
 
 
 def _subsets(source, subsets, pattern) -> tuple:
@@ -447,10 +451,22 @@ def read_dialogues(source="shapes", image_root=None, seed=0, turns=0, caption=Fa
             path, text = captions[i]
             return Dialogue(Item(IMAGE, (path,)), ((DESCRIBE, text),), f"{file}:{i + 1}")
 
-        data = Lazy(len(captions), describe)
+        data = Lazy(len(captions), describe, captions.about)
     else:
         data = _valid(source, _dialogue, image_root)
-    return Lazy(len(data), lambda i: data[i]._replace(turns=data[i].turns[: turns or None]))
+    first = slice(turns or None)
+    return Lazy(len(data), lambda i: data[i]._replace(turns=data[i].turns[first]), data.about)
+
+
+def ready(sets) -> int:
+    """Refuses data that name pictures which are not there, before any training. -> a number that
+    changes with the data, so that a run is not resumed with others."""
+    for examples in sets:
+        if lost := examples.about.get("lost"):
+            more = f" (and {len(lost) - 1} more are missing)" * (len(lost) > 1)
+            hint = "Is --image-root right? `python data.py check` lists them"
+            raise InputError(f"{lost[0]}: no such picture{more}. {hint}")
+    return sum(len(x) + x.about.get("digest", 0) for x in sets) % 2**32
 
 
 def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="original") -> dict:
@@ -480,13 +496,13 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
             path, text = captions[i]
             return Pair(Item(FIND_PICTURE + text), (Item(IMAGE, (path,)),))
 
-        sets = {"i2t": Lazy(len(paths), i2t), "t2i": Lazy(len(captions), t2i)}
+        sets = {"i2t": Lazy(len(paths), i2t, captions.about), "t2i": Lazy(len(captions), t2i)}
         return {f"{name}_{way}": pairs for way, pairs in sets.items()}
     root, found = _subsets(source, subsets, f"{split}-*.parquet")
     images = Images(image_root or root)
     for name, (cap, path) in found.items():
         rows = _train_rows(path, name, images)
-        found[name] = Lazy(min(cap or len(rows), len(rows)), rows.get)
+        found[name] = Lazy(min(cap or len(rows), len(rows)), rows.get, rows.about)
     return found
 
 

@@ -633,7 +633,7 @@ class Flags:
         """The command line as a Config. Unknown and abbreviated flags are errors."""
         how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, **how)
-        for f in dataclasses.fields(cls):
+        for f in filter(lambda f: f.init, dataclasses.fields(cls)):
             kind = getattr(f.type, "__args__", [f.type])[0]  # int | None -> int
             how = dict(type=kind, choices=f.metadata["choices"])
             if kind is bool:  # Trap: BooleanOptionalAction takes any --no-... as False
@@ -667,6 +667,7 @@ class Config(Flags):
     save_every: int = flag(500, "steps between checkpoints; 0: only the model at the end")
     keep: int = flag(2, "checkpoints that stay")
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
+    data_digest: int = dataclasses.field(default=0, init=False)  # no flag: see data.ready
 
 
 def load_for(cfg, device) -> Embedder:

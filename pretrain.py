@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from data import ANSWER, COMPRESS, CONTENT, PAD, InputError, read_dialogues
+from data import ANSWER, COMPRESS, CONTENT, PAD, InputError, read_dialogues, ready
 from model import flag
 
 
@@ -171,6 +171,7 @@ def main(cfg):
     # 2. The data: dialogues, made into model inputs in the loader's workers.
     root = cfg.image_root or None
     dialogues = read_dialogues(cfg.data, root, cfg.seed, cfg.turns, cfg.caption)
+    cfg.data_digest = ready([dialogues])
 
     if cfg.explain:
         explain = importlib.import_module("explain")

@@ -120,7 +120,7 @@ def check(source, image_root=None, clean=None) -> int:
             out = Path(clean, file.relative_to(source)) if Path(source).is_dir() else Path(clean)
             out = out.with_suffix(".jsonl") if out.suffix == ".csv" else out
             out.parent.mkdir(parents=True, exist_ok=True)
-            rows.keep(good, out)
+            rows.about["keep"](good, out)
             print(f"  wrote the {len(good):,} good ones to {out}")
         bad, total = bad + len(errors), total + len(rows)
     if not total and not bad:

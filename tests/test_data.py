@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import contrastive
 import data
 import model
+import pretrain
 from data import IMAGE, InputError, Item
 
 
@@ -183,3 +185,27 @@ def test_a_text_of_a_million_characters_goes_through(collate):
         assert len(collate.row(Item("a dog " * 170_000))["tokens"]["input_ids"]) == 100
     finally:
         collate.max_length = 0
+
+
+def test_missing_pictures_are_named_before_training(tmp_path):
+    """All lines are looked up first; the message counts them."""
+    line = json.dumps(dict(id="1", image="gone.png", conversations=TALK)) + "\n"
+    (tmp_path / "talks.jsonl").write_text(line * 3)
+    cfg = pretrain.Config(data=str(tmp_path / "talks.jsonl"), out=str(tmp_path / "o"), workers=0)
+    with pytest.raises(InputError, match=r"gone.png: no such picture \(and 2 more are missing"):
+        pretrain.main(cfg)
+    assert not (tmp_path / "o").exists()
+
+
+def test_other_data_are_not_resumed_with(tmp_path, monkeypatch):
+    """The same name, the same number of lines, another word: not the same run."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps(dict(query=dict(text="q"), target=dict(text="t"))) + "\n")
+    cfg = dict(model="toy-random", data=str(pairs), out=str(tmp_path / "o"), steps=2, batch=2)
+    cfg = contrastive.Config(**cfg, block=2, workers=0, save_every=1)
+    monkeypatch.setattr(model, "finish", lambda *_: None)
+    contrastive.main(cfg)
+    cfg.resume = True
+    pairs.write_text(pairs.read_text().replace('"q"', '"r"'))
+    with pytest.raises(InputError, match="not the same run: data_digest was"):
+        contrastive.main(cfg)
