@@ -82,8 +82,9 @@ def survey(file, rows) -> tuple:
         except InputError as e:
             return f"{e}" if str(e).startswith(f"{file}, ") else f"{file}, example {i + 1}: {e}"
 
+    windows = (range(i, min(i + 4096, len(rows))) for i in range(0, len(rows), 4096))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding lets other threads run
-        found = pool.map(error_of, range(len(rows)))
+        found = (error for window in windows for error in pool.map(error_of, window))
         for i, error in enumerate(tqdm(found, f"{file}", len(rows), leave=False)):
             (errors if error else good).append(error or i)
     sizes = [s for s in sizes.values() if not isinstance(s, InputError)]
@@ -209,10 +210,8 @@ def ask_server(args):
         jpeg = io.BytesIO()
         picture.save(jpeg, "jpeg", quality=92)
         url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-        content = [
-            dict(type="image_url", image_url=dict(url=url)),
-            dict(type="text", text=chat[0][1]),
-        ]
+        first = dict(type="text", text=chat[0][1])
+        content = [dict(type="image_url", image_url=dict(url=url)), first]
         chat = [dict(role="user", content=content)] + [dict(role=r, content=t) for r, t in chat[1:]]
         how = dict(max_tokens=args.max_tokens, temperature=args.temperature)
         choice = client.chat_completion(chat, model=args.model, **how).choices[0]
@@ -264,9 +263,10 @@ def generate(args):
             for n, line in enumerate(old.splitlines(), 1)}  # fmt: skip
     questions = []
     if args.questions:
-        questions = [q for q in map(str.strip, Path(args.questions).read_text().splitlines()) if q]
+        text = Path(args.questions).read_text() if os.path.isfile(args.questions) else ""
+        questions = [q for q in map(str.strip, text.splitlines()) if q]
         if len(questions) < 3:
-            raise InputError(f"--questions {args.questions}: at least 3, one a line")
+            raise InputError(f"--questions {args.questions}: a file of at least 3, one a line")
     todo = [f for f in find_pictures(args.images) if f not in done]
     print(f"{len(todo):,} pictures to ask about, {len(done):,} are done")
     replies = (ask_server if args.server else ask_model)(args)
@@ -290,14 +290,12 @@ def generate(args):
                 name = os.path.relpath(path, args.images)
                 if isinstance(turns, Exception):
                     errors[name] = f"{type(turns).__name__}: {turns!s:.200}"
-                    if len(errors) == 50 and not bar.n:
+                    if len(errors) == 50 and bar.n == len(done):
                         raise InputError(f"50 pictures failed and none did not: {errors[name]}")
                 else:
+                    line = json.dumps(as_conversations(name, name, turns), ensure_ascii=False)
                     with open(out, "a", encoding="utf-8") as file:
-                        file.write(
-                            json.dumps(as_conversations(name, name, turns), ensure_ascii=False)
-                            + "\n"
-                        )
+                        file.write(line + "\n")
                     bar.update()
             todo = sorted(errors)
     finally:
