@@ -434,16 +434,21 @@ def _download(source, names, pattern) -> Path:
         raise InputError(f"--data {source}: neither a folder nor on the hub: {e!s:.200}") from None
 
 
-def read_dialogues(source="shapes", image_root=None, seed=0, turns=0, caption=False) -> Sequence:
+def read_dialogues(
+    source="shapes", image_root=None, seed=0, turns=0, caption=False, texts=0.0
+) -> Sequence:
     """Stage 1's data: a sequence of Dialogues.
 
     source: "shapes" (10^9 toy dialogues), a JSONL file in LLaVA's layout, or a folder of pictures
     with captions (metadata.jsonl or .csv). turns > 0: so many questions of each (1: single-turn).
-    caption: a description instead (toy world). Raises InputError with file, line and field."""
+    caption, texts (toy world): a description as the answer; the share of dialogues that are about
+    a description, in place of the picture. Raises InputError with file, line and field."""
     if source == "shapes":
-        data = Lazy(10**9, partial(toy().Shapes("train", seed).dialogue, caption=caption))
-    elif caption:
-        raise InputError("--caption goes with --data shapes; a file brings its own captions")
+        data = Lazy(
+            10**9, partial(toy().Shapes("train", seed).dialogue, caption=caption, texts=texts)
+        )
+    elif caption or texts:
+        raise InputError("--caption and --texts go with --data shapes; a file brings its own")
     elif file := _metadata(source):
         captions = _valid(str(file), _caption, image_root)
 

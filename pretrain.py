@@ -17,6 +17,7 @@ Reads dialogues; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpo
 import copy
 import functools
 import importlib
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from data import ANSWER, COMPRESS, CONTENT, PAD, InputError, read_dialogues, ready
+from data import ANSWER, COMPRESS, CONTENT, PAD, InputError, Item, read_dialogues, ready
 from model import flag
 
 
@@ -37,6 +38,8 @@ class Config(model.Config):
     no_compress: bool = flag(False, "mask off: plain instruction tuning (K tokens stay if K > 0)")
     turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the single-turn ablation")
     caption: bool = flag(False, "a full description in place of the dialogue (toy world)")
+    question_first: float = flag(0.0, "beyond the paper: share of dialogues with Q_1 before C")
+    texts: float = flag(0.0, "beyond the paper: share of dialogues about a text (toy world)")
     objective: str = flag("ce", "the answers, or the uncompressed model", ["ce", "kl"])
     explain: bool = flag(False, "walk through one example in numbers, and train nothing")
 
@@ -156,6 +159,16 @@ def draw(n, cfg, step, rank, world) -> list:
     return [int(shuffled(n, cfg.seed, j // n)[j % n]) for j in mine]
 
 
+def ask_first(d, cfg, step):
+    """An idea beyond the paper: in a share of the dialogues the first question stands before the
+    code, as an instruction does in stage 2, and its answer is the first thing asked of the code."""
+    if random.Random(f"{cfg.seed}/{step}/{d.id}").random() >= cfg.question_first:
+        return d
+    (question, answer), *rest = d.turns
+    item = Item(f"{d.item.text} {question}", d.item.images)
+    return d._replace(item=item, turns=(("", answer), *rest))
+
+
 def main(cfg):
     # 1. The model, and what of it is trained.
     device = model.setup()
@@ -170,7 +183,7 @@ def main(cfg):
 
     # 2. The data: dialogues, made into model inputs in the loader's workers.
     root = cfg.image_root or None
-    dialogues = read_dialogues(cfg.data, root, cfg.seed, cfg.turns, cfg.caption)
+    dialogues = read_dialogues(cfg.data, root, cfg.seed, cfg.turns, cfg.caption, cfg.texts)
     cfg.data_digest = ready([dialogues])
 
     if cfg.explain:
@@ -179,7 +192,8 @@ def main(cfg):
 
     def rows_of(step):
         rows = []
-        for d in (dialogues[i] for i in draw(len(dialogues), cfg, step, rank, world)):
+        for i in draw(len(dialogues), cfg, step, rank, world):
+            d = ask_first(dialogues[i], cfg, step)
             rows.append(dict(row=embedder.collate.row(d.item, d.turns), id=d.id))
             if plain:
                 rows[-1]["plain"] = plain.row(d.item, d.turns)

@@ -176,13 +176,17 @@ class Shapes:
                 found.append((kind, self._words(rng, ASK[kind]).format(*what), answer))
         return found
 
-    def dialogue(self, i, caption=False) -> Dialogue:
-        """3-5 questions about different things (or one full description) with their answers."""
+    def dialogue(self, i, caption=False, texts=0.0) -> Dialogue:
+        """3-5 questions about different things (or one full description) with their answers. texts:
+        the share of them that are about a description in place of the picture."""
         rng = self._rng("dialogue", i)
         scene = self.scene(rng)
         turns = self.ask(rng, scene, ["describe"] if caption else rng.sample(list(ASK), len(ASK)))
         turns = tuple((q, a) for _, q, a in turns[: rng.randint(3, 5)])
-        return Dialogue(Item(IMAGE, (scene,)), turns, f"shapes-{self.split}-{i}")
+        item = Item(IMAGE, (scene,))
+        if texts and self._rng("text", i).random() < texts:
+            item = Item(scene.describe())
+        return Dialogue(item, turns, f"shapes-{self.split}-{i}")
 
     def query(self, task, i, candidates=16):
         """(query Item, candidates): candidate 0 is right, and no other one is."""

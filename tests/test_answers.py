@@ -9,7 +9,7 @@ from checks import close, equal, expect
 
 import model
 import pretrain
-from data import ANSWER, COMPRESS, IMAGE, QUESTION, Item
+from data import ANSWER, COMPRESS, CONTENT, IMAGE, QUESTION, Item
 from shapes import Object, Scene, Shapes
 
 SCENE = Scene((Object("large", "red", "square", "top left", 0),))
@@ -391,3 +391,38 @@ def test_the_order_check_fails_for_wrong_draws():
 def test_the_toy_world_is_drawn_without_an_order_in_memory():
     """10^9 dialogues: the order is the identity, nothing of that size is made."""
     equal(pretrain.draw(10**9, pretrain.Config(batch=2), 5, 0, 1), [10, 11], "range, not a table")
+
+
+# ------------------------------------------------------------------------ beyond the paper: stage 1
+
+
+def test_a_question_may_stand_before_the_code(shared):
+    """In the share of dialogues that is asked for: Q_1 among the content, hidden from its answer;
+    the answers and the other turns stay; the choice is a function of (seed, step, dialogue)."""
+    dialogues = [Shapes().dialogue(i) for i in range(200)]
+    cfg = pretrain.Config(question_first=0.5)
+    asked = [pretrain.ask_first(d, cfg, step=3) for d in dialogues]
+    again = [pretrain.ask_first(d, cfg, step=3) for d in dialogues]
+    expect(asked == again, "differs", "the same", "no state")
+    moved = [(d, x) for d, x in zip(dialogues, asked, strict=True) if d != x]
+    expect(70 < len(moved) < 130, len(moved), "about half of 200", "the share")
+    d, x = moved[0]
+    (question, answer), *rest = d.turns
+    equal(x.turns, (("", answer), *rest), "only the question moves")
+    row = shared.collate.row(x.item, x.turns)["tokens"]
+    content = row["input_ids"][row["roles"] == CONTENT]
+    expect(question in shared.processor.tokenizer.decode(content), content, question, "before C")
+    questions = row["input_ids"][row["roles"] == QUESTION]
+    expect(question not in shared.processor.tokenizer.decode(questions), questions, "", "after C")
+
+
+def test_a_text_may_stand_in_place_of_the_picture():
+    """Of the toy world's dialogues a share is about the description, with the same turns."""
+    whole, mixed = Shapes(), [Shapes().dialogue(i, texts=0.3) for i in range(300)]
+    texts = [(i, d) for i, d in enumerate(mixed) if not d.item.images]
+    expect(60 < len(texts) < 120, len(texts), "about 90 of 300", "the share")
+    for i, d in enumerate(mixed):
+        plain = whole.dialogue(i)
+        equal(d.turns, plain.turns, "the same questions")
+        if not d.item.images:
+            equal(d.item.text, plain.item.images[0].describe(), "what would be seen")
