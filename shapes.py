@@ -225,6 +225,9 @@ class Shapes:
             o = rng.choice(scene.objects)
             free = [p for p in PLACES if scene.at(p) == "nothing"] or [o.place]
             new = o._replace(size=rng.choice(SIZES), place=rng.choice(free))
+            new = new._replace(
+                cell=o.cell * (new.size == "small")
+            )  # a large one fills its quadrant
             rest = [new if x is o else x for x in scene.objects]
             scenes.append(Scene(tuple(sorted(rest, key=lambda x: PLACES.index(x.place)))))
         return scenes + [self.scene(rng, 2, 4) for _ in range(n - len(scenes))]

@@ -352,3 +352,14 @@ def test_equal_items_have_equal_keys_and_others_do_not():
     items = [Item("a"), Item("b"), Item(IMAGE, (scene,)), Item(IMAGE + "a", (scene,))]
     items += [Item(IMAGE, (other,)), Item(IMAGE, (scene.render(),)), Item(IMAGE, (other.render(),))]
     equal(len({x.key for x in items}), len(items), "different content")
+
+
+def test_no_object_leaves_its_quadrant():
+    """In scenes, candidates and near misses alike: a large one stands in cell 0."""
+    for name, world in WORLDS.items():
+        for i in range(60):
+            query, candidates = world.query("t2i", i)
+            for item in (query, *candidates):
+                for scene in item.images:
+                    bad = [o for o in scene.objects if o.size == "large" and o.cell]
+                    expect(not bad, bad, "cell 0", f"{name}, t2i {i}")
