@@ -40,6 +40,7 @@ class Config(model.Flags):
     image_text: str = flag(IMAGE, "the instruction that its pictures are embedded with")
     top: int = flag(8, "results of a search")
     out: str = flag("out/search.png", "the picture of a search's results")
+    figures: str = flag("", "in place of the table: draw the README's figures into this folder")
 
 
 # ---------------------------------------------------------------------------------------- the idea
@@ -220,6 +221,11 @@ def search(embedder, cfg):
 
 def main(cfg):
     device = model.setup()
+    if cfg.figures:
+        model.optional("matplotlib", "--figures")
+        import figures
+
+        return figures.draw(cfg.figures, cfg.model, cfg.seed, device)
     if not cfg.model:
         made = [f for f in ("out/contrastive", "out/pretrain") if Path(f, "config.json").exists()]
         cfg.model = (made + ["toy"])[0]
