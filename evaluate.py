@@ -4,6 +4,7 @@
     python evaluate.py --data MMEB-eval                      a folder in MMEB's layout
     torchrun --nproc-per-node 8 evaluate.py --data MMEB-eval --json scores.json
     python evaluate.py --images DIR --search "a red circle above a blue square"
+    python evaluate.py --figures DIR                         what the models do, drawn
 
 Each query is compared with its own candidates; a hit is a query whose right candidate is nearer
 than every other one. Reads a model folder and tasks; prints a table; writes --json. A search ranks
