@@ -1,0 +1,149 @@
+"""The grader is graded: every stub fails, the reference passes, each planted mistake is found."""
+
+import csv
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+
+import grade
+import hand_out
+import ladder
+import mistakes
+import pytest
+from checks import equal, expect
+
+pytestmark = pytest.mark.grader
+MODULES = [importlib.import_module(f.stem) for f in sorted(ladder.HERE.glob("test_ex*.py"))]
+
+
+def cases_of(exercise):
+    """(name, function, its parametrized arguments) of every test of an exercise."""
+    for module in MODULES:
+        if module.pytestmark.name != exercise:
+            continue
+        for name, test in vars(module).items():
+            if name.startswith("test_") and inspect.isfunction(test):
+                marks = [m for m in getattr(test, "pytestmark", []) if m.name == "parametrize"]
+                cases = [{m.args[0]: v} for m in marks for v in m.args[1]] or [{}]
+                for case in cases:
+                    yield f"{name}{list(case.values()) or ''}", test, case
+
+
+def failures(exercise, student, shared):
+    """-> ({failing test: its error}, how many tests there are). The very tests that `-m exN`
+    runs."""
+    failed, total = {}, 0
+    for name, test, case in cases_of(exercise):
+        given = dict(case, student=student)
+        given |= dict(shared=shared) if "shared" in inspect.signature(test).parameters else {}
+        total += 1
+        try:
+            test(**given)
+        except Exception as e:
+            failed[name] = e
+    return failed, total
+
+
+def test_every_exercise_has_tests_and_two_to_four_mistakes():
+    """Ten exercises; of exercise 8 two or three wrong answers to each question."""
+    planted = mistakes.mistakes()
+    equal(list(planted), list(ladder.NAMES), "an exercise without mistakes, or without a name")
+    equal(sorted(m.pytestmark.name for m in MODULES), sorted(ladder.NAMES), "a file for each")
+    for name, wrong in planted.items():
+        expect(2 <= len(wrong) <= 4 or name == "ex8", len(wrong), "2 to 4", name)
+
+
+@pytest.mark.parametrize("exercise", ladder.NAMES)
+def test_the_stub_fails_every_test(exercise, shared):
+    """Not one point for an untouched file."""
+    failed, total = failures(exercise, ladder.load(ladder.STUB), shared)
+    equal(len(failed), total, f"{exercise}: a stub passes; failed: {[*failed]}")
+
+
+@pytest.mark.parametrize("exercise", ladder.NAMES)
+def test_the_reference_passes(exercise, shared):
+    """All points for our own code, also while a student's file is being graded."""
+    equal(failures(exercise, mistakes.OURS, shared)[0], {}, exercise)
+
+
+@pytest.mark.parametrize("exercise", ladder.NAMES)
+def test_every_planted_mistake_fails(exercise, shared):
+    """At least one test each, by a check that says what is wrong; a crash alone is no finding."""
+    for name, wrong in mistakes.mistakes()[exercise].items():
+        failed, _ = failures(exercise, wrong, shared)
+        found = any(isinstance(e, AssertionError) for e in failed.values())
+        expect(found, f"{exercise}, {name}: {failed}", "a failed check", "a blind grader")
+
+
+def test_the_stub_names_its_exercise_and_holds_no_solution():
+    """Each function's body is a docstring and a NotImplementedError that says how it is graded."""
+    for name, function in inspect.getmembers(ladder.load(ladder.STUB), inspect.isfunction):
+        code = inspect.getsource(function).split('"""')
+        body = code[2].strip()
+        expect(body.startswith("raise NotImplementedError(") and body.count("\n") == 0, body,
+               "one raise", name)  # fmt: skip
+        with pytest.raises(NotImplementedError, match=r"Exercise \d: .*grade with pytest -m ex\d"):
+            function(*[None] * len(inspect.signature(function).parameters))
+        expect("oughly" in code[1], code[1], "roughly N lines", name)
+
+
+@pytest.mark.parametrize("line", ["import contrastive", "from model import compression_pool"])
+def test_a_file_that_imports_a_solution_is_refused(tmp_path, line):
+    """The message names line and file."""
+    (tmp_path / "a.py").write_text(f"import torch\n{line}\n")
+    with pytest.raises(ImportError, match="a.py, line 2 imports"):
+        ladder.load(tmp_path / "a.py")
+
+
+def run(*words, **more):
+    words = [sys.executable, *map(str, words)]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("EXERCISES")}
+    env |= more.pop("env", {})
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, env=env, **more)
+
+
+def test_a_class_is_graded_and_no_submission_harms_another(tmp_path):
+    """An endless loop, an exit in the middle of garbage, and a good one after them."""
+    (tmp_path / "a_loop.py").write_text("while True:\n    pass\n")
+    (tmp_path / "b_exit.py").write_text("import os\nprint('{\"' * 9999)\nos._exit(0)\n")
+    (tmp_path / "c").mkdir()
+    stub = ladder.STUB.read_text()
+    good = stub.replace("ABLATION = None", f"ABLATION = {mistakes.OURS.ABLATION!r}")
+    (tmp_path / "c" / "good.py").write_text(good)
+    done = run(
+        ladder.HERE / "grade.py", tmp_path, "--only", "ex10", env=dict(EXERCISES_SECONDS="1")
+    )
+    equal(done.returncode, 0, done.stderr[-2000:])
+    with open(tmp_path / "scores.csv") as file:
+        rows = {r["submission"]: r for r in csv.DictReader(file)}
+    equal({k: float(r["ex10"]) for k, r in rows.items()},
+          {"a_loop.py": 0.0, "b_exit.py": 0.0, "c/good.py": 10.0}, done.stdout)  # fmt: skip
+    loop, good = (
+        (tmp_path / "reports" / f"{n}.txt").read_text() for n in ("a_loop.py", "c-good.py")
+    )
+    expect("no end after 1 seconds" in loop, loop[-2000:], "the test's time limit", "conftest.py")
+    expect("3 of 3 tests" in good, good[-2000:], "a score line", "conftest.py")
+
+
+def test_a_submission_that_cannot_be_interrupted_is_killed(tmp_path):
+    """After --seconds, with no points."""
+    loop = "while True:\n    try:\n        while True:\n            pass\n"
+    (tmp_path / "a.py").write_text(loop + "    except BaseException:\n        pass\n")
+    points, remark = grade.grade(tmp_path / "a.py", seconds=1, only="ex10")
+    equal((points, remark), (dict(ex10=0), "stopped after 1 s"), "the process' time limit")
+
+
+def test_a_students_copy_is_graded_where_it_is(tmp_path):
+    """hand_out, then the command that it prints: the stub at the root is graded, and fails; a
+    second hand_out does not overwrite it."""
+    copy = hand_out.hand_out(tmp_path / "copy")
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "ex10",
+               "tests/exercises/test_ex10_ablation.py", cwd=copy)  # fmt: skip
+    expect("exercises.py: ex10 ablation" in done.stdout and "0 of 3 tests" in done.stdout,
+           done.stdout[-2000:], "a score line", "conftest.py")  # fmt: skip
+    with pytest.raises(FileExistsError, match="not empty"):
+        hand_out.hand_out(copy)
+    with pytest.raises(FileExistsError, match="inside"):
+        hand_out.hand_out(ladder.ROOT / "copy")
