@@ -41,7 +41,7 @@ class Config(model.Flags):
     images: str = flag("", "the folder to search; its index is kept beside it")
     image_text: str = flag(IMAGE, "the instruction that its pictures are embedded with")
     top: int = flag(8, "results of a search")
-    out: str = flag("out/search.png", "the picture of a search's results")
+    search_out: str = flag("out/search.png", "the picture of a search's results")
     figures: str = flag("", "in place of the table: draw the README's figures into this folder")
 
 
@@ -216,9 +216,9 @@ def search(embedder, cfg):
         size = [max(1, round(scale * s)) for s in picture.size]
         sheet.paste(picture.resize(size, Image.BICUBIC if scale < 1 else Image.NEAREST), (x + 5, y))
         draw.text((x + 5, y + side - 8), f"{scores[i]:.3f} {paths[i][-30:]}", "black", font_size=12)
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(cfg.out)
-    model.say(f"wrote {cfg.out}")
+    Path(cfg.search_out).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(cfg.search_out)
+    model.say(f"wrote {cfg.search_out}")
 
 
 def main(cfg):

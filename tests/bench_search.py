@@ -29,7 +29,7 @@ def main(n):
         folder.mkdir()
         for i in range(n):
             Image.new("RGB", (32, 32), (i % 256, i // 256, 0)).save(folder / f"{i}.png")
-        cfg = evaluate.Config(images=str(folder), search="two", out=f"{top}/found.png", top=1)
+        cfg = evaluate.Config(images=str(folder), search="two", top=1, search_out=f"{top}/x.png")
         for _ in range(2):
             t0 = time.time()
             evaluate.search(embedder, cfg)

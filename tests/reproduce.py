@@ -50,11 +50,9 @@ STUDIES = {
         for arm, first in ARMS.items()
         for x in (0.5, 1, 2)
     },
-    "beyond": {
-        "question first": (["--question-first", "0.5"], []),
-        "texts": (["--texts", "0.3"], []),
-        "both": (["--question-first", "0.5", "--texts", "0.3"], []),
-    },
+    "question-first": {"coma, question first": (["--question-first", "0.5"], [])},
+    "texts": {"coma, texts too": (["--texts", "0.3"], [])},
+    "both": {"coma, both": (["--question-first", "0.5", "--texts", "0.3"], [])},
     "K": {f"K={k}": (["--compress-tokens", str(k)], []) for k in (1, 2, 4, 8, 16)},
     "dialogues": {
         "multi-turn": (COMA, []),

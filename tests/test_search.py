@@ -28,7 +28,7 @@ def folder(tmp_path):
 def run(folder, embedder, capsys, **flags):
     """A search with an embedder. -> what it printed."""
     out = str(folder.parent / "found.png")
-    cfg = evaluate.Config(images=str(folder), out=out, **flags)
+    cfg = evaluate.Config(images=str(folder), search_out=out, **flags)
     evaluate.search(embedder, cfg)
     return capsys.readouterr().out
 
