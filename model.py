@@ -514,8 +514,10 @@ def run(main, config):
     the loss of another rank. The ranks that are left are then ended by torchrun, and never wait."""
     try:
         main(config.parse())
-    except (InputError, dist.DistBackendError, RuntimeError) as e:
-        if not isinstance(e, InputError):
+    except (InputError, RuntimeError) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            e = f"{e!s:.120}: out of memory; halve --chunk-tokens, or take --checkpointing"
+        elif not isinstance(e, InputError):
             if world() == 1 or not re.search("gloo|nccl|connection", str(e), re.IGNORECASE):
                 raise
             what = re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0])
