@@ -371,11 +371,14 @@ def _metadata(folder):
 
 
 def _parquet(path, columns, parse) -> Lazy:
-    """The rows of a parquet file, memory-mapped, each parsed when asked for."""
+    """The rows of a parquet file, or of several one after another, memory-mapped, each parsed when
+    asked for."""
+    files = path if isinstance(path, list) else [path]
+    path = files[0] if len(files) == 1 else f"{files[0]} ff."
     try:
         import pyarrow.parquet as pq
 
-        table = pq.read_table(path, memory_map=True)
+        table = pq.read_table(list(map(str, files)), memory_map=True)
         names = table.column_names
     except ImportError:
         raise InputError("MMEB's parquet files need pyarrow: pip install pyarrow") from None
@@ -390,17 +393,19 @@ def _parquet(path, columns, parse) -> Lazy:
     def keep(some, out):
         pq.write_table(table.take(some), out)
 
-    return Lazy(table.num_rows, get, dict(keep=keep, digest=os.path.getsize(path)))
+    return Lazy(table.num_rows, get, dict(keep=keep, digest=sum(map(os.path.getsize, files))))
 
 
 def _subsets(source, subsets, pattern) -> tuple:
-    """-> (folder, {name: (rows to use or None, parquet file)}) of a data set in MMEB's layout, from
-    a local folder or a hub id. subsets: "A:1000,B", "mmeb20", or "" for all there are."""
+    """-> (folder, {name: (rows to use or None, parquet files)}) of a data set in MMEB's layout, a
+    local folder or a hub id. subsets: "A:1000,B", "mmeb20", or "" for all there are."""
     subsets = MMEB20 if subsets == "mmeb20" else subsets
     root = Path(source)
     if not root.is_dir():
         root = _download(source, [w.partition(":")[0] for w in subsets.split(",") if w], pattern)
-    have = {p.parent.name: p for p in sorted(root.glob(f"*/{pattern}"))}
+    have = {}
+    for path in sorted(root.glob(f"*/{pattern}")):  # a large set may be cut into several files
+        have.setdefault(path.parent.name, []).append(path)
     if not have:
         raise InputError(f"--data {source}: no <subset>/{pattern} in it, as MMEB has")
     return root, {name: (rows, have[name]) for name, rows in _choose(subsets, have).items()}
@@ -423,12 +428,13 @@ def _download(source, names, pattern) -> Path:
         raise InputError(f"--data {source}: no such folder; or a .jsonl, or a hub id")
     from huggingface_hub import snapshot_download
 
-    wanted = [f"{n}/{pattern}" for n in names or ["*"]] + [f"images_zip/{n}.zip" for n in names]
+    wanted = [f for n in names or ["*"] for f in (f"{n}/{pattern}", f"images_zip/{n}.zip")]
     wanted.append("images.zip")
     get = partial(snapshot_download, source, repo_type="dataset", allow_patterns=wanted)
     try:
         size = sum(f.file_size for f in get(dry_run=True) if f.will_download)
-        print(f"downloading {size / 1e9:.2f} GB of {source}" if size else f"{source}: already here")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{source}: {size / 1e9:.2f} GB to download" if size else f"{source}: all here")
         return Path(get())
     except (OSError, ValueError) as e:
         raise InputError(f"--data {source}: neither a folder nor on the hub: {e!s:.200}") from None

@@ -5,6 +5,8 @@ import os
 import zipfile
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -124,8 +126,6 @@ def test_pairs_of_ones_own_have_several_targets_and_negatives(tmp_path):
 
 def test_bad_parquet_is_named(tmp_path):
     """A file cut off, a missing column, a subset that is not there."""
-    import pyarrow
-    import pyarrow.parquet as pq
 
     path = tmp_path / "A" / "original-00000-of-00001.parquet"
     path.parent.mkdir()
@@ -209,3 +209,37 @@ def test_other_data_are_not_resumed_with(tmp_path, monkeypatch):
     pairs.write_text(pairs.read_text().replace('"q"', '"r"'))
     with pytest.raises(InputError, match="not the same run: data_digest was"):
         contrastive.main(cfg)
+
+
+def test_a_set_of_several_parquet_files_is_read_whole(tmp_path):
+    """`original-00000-of-00002` and its brother: no row is left out."""
+    (tmp_path / "s").mkdir()
+    for part in range(2):
+        row = dict(qry=[f"q{part}"], qry_image_path=[""], pos_text=["t"], pos_image_path=[""])
+        name = f"original-0000{part}-of-00002.parquet"
+        pq.write_table(pyarrow.table(row), tmp_path / "s" / name)
+    pairs = data.read_pairs(str(tmp_path))["s"]
+    assert [p.query.text for p in pairs] == ["q0", "q1"]
+
+
+def test_a_hub_data_set_is_fetched_with_what_it_needs_only(tmp_path, monkeypatch, capsys):
+    """The lists and pictures of the subsets that were asked for; the size is said before."""
+    (tmp_path / "A").mkdir()
+    row = dict(qry=["q"], qry_image_path=[""], pos_text=["t"], pos_image_path=[""])
+    pq.write_table(pyarrow.table(row), tmp_path / "A" / "original-00000-of-00001.parquet")
+    calls = []
+
+    class File:
+        will_download, file_size = True, 2_500_000_000
+
+    def download(name, repo_type, allow_patterns, dry_run=False):
+        calls.append((name, repo_type, allow_patterns, dry_run))
+        return [File()] if dry_run else str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert len(data.read_pairs("team/set", subsets="A:1")["A"]) == 1
+    wanted = ["A/original-*.parquet", "images_zip/A.zip", "images.zip"]
+    assert calls == [("team/set", "dataset", wanted, dry) for dry in (True, False)]
+    assert "team/set: 2.50 GB to download" in capsys.readouterr().out
+    data.read_pairs("team/set")
+    assert calls[-1][2] == ["*/original-*.parquet", "images_zip/*.zip", "images.zip"]
