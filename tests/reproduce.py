@@ -205,17 +205,20 @@ def main(args):
 
 
 def show(records):
-    """Mean and standard error over seeds of each arm, x 100."""
+    """Mean and standard error over seeds of each arm, x 100; `gain`: of overall against contrastive
+    only, paired by seed."""
     groups = defaultdict(list)
-    for r in records:
+    for r in sorted(records, key=lambda r: r["seed"]):
         groups[r["study"], r["arm"]].append(r)
+    plain = {r["seed"]: r["overall"] for r in groups.get(("arms", "none"), [])}
     metas = list(records[0]["meta_tasks"]) if records else []
     print(f"{'study':<16}{'arm':<14}{'seeds':>5}" + "".join(
-        f"{h[:9]:>13}" for h in ["overall", "IND", "OOD", *metas]))  # fmt: skip
+        f"{h[:9]:>13}" for h in ["overall", "gain", "IND", "OOD", *metas]))  # fmt: skip
     for (study, arm), rows in groups.items():
         cells = [[r[k] for r in rows] for k in ("overall", "ind", "ood")]
+        cells.insert(1, [r["overall"] - plain[r["seed"]] for r in rows if r["seed"] in plain])
         cells += [[r["meta_tasks"][m] for r in rows] for m in metas]
-        words = [f"{100 * np.mean(c):.1f} ± {error(c):.1f}" for c in cells]
+        words = [f"{100 * np.mean(c):.1f} ± {error(c):.1f}" if c else "-" for c in cells]
         print(f"{study:<16}{arm:<14}{len(rows):>5}" + "".join(f"{w:>13}" for w in words))
 
 
