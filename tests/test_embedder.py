@@ -10,6 +10,7 @@ import pytest
 import torch
 from checks import close, equal, expect, toy
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 import contrastive
 import model
@@ -474,3 +475,31 @@ def test_paths_and_pictures_are_told_apart_from_text():
     image = Image.new("RGB", (4, 4))
     equal(Item.of(image), Item(IMAGE, (image,)), "a PIL image")
     equal(Item.of(ITEMS[4]), ITEMS[4], "an Item is itself")
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_vlm2vec_style_is_what_its_code_feeds_the_model(family, tmp_path):
+    """Another route: its prompt as one string through transformers' own processor and model, with
+    positions 0, 1, 2, ...; the last token, unit length. The same ids, and cosine > 0.99999."""
+    folder = families.build(family, tmp_path / family)
+    ours = model.load(folder, prompt="vlm2vec", device="cpu").eval()
+    mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor, token = ours.processor, ours.processor.image_token
+    small, photo = Image.new("RGB", (20, 90), "red"), SCENES[0].render()
+    ask = " Represent the given image with the following question: what?\n"
+    for text, picture in (("a red circle.\n", None), (IMAGE + ask, photo), (IMAGE + "\n", small)):
+        item = Item(text, (picture,) if picture else ())
+        if picture:  # as its code does with a side of less than 28 pixels
+            picture = picture.resize((56, 56)) if min(picture.size) < 28 else picture
+        given = processor(
+            text=[text.replace(IMAGE, token)], images=[picture] if picture else None,
+            return_tensors="pt",
+        )  # fmt: skip
+        equal(ours.collate([item])["input_ids"], given["input_ids"], f"the ids of {text!r}")
+        L = given["input_ids"].shape[1]
+        given["position_ids"] = torch.arange(L).expand(3, 1, L)
+        with torch.no_grad():
+            h = mllm.model(**given).last_hidden_state  # (1, L, D)
+        want = torch.nn.functional.normalize(h[0, -1], dim=0).numpy()
+        cosine = float((ours.encode([item])[0] * want).sum())
+        expect(cosine > 0.99999, cosine, "> 0.99999", f"{family}: {text!r}")
