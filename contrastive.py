@@ -300,6 +300,7 @@ def check_flags(cfg, world):
 
 
 def main(cfg):
+    """Stage 2, from flags to a saved folder."""
     # 1. The model, and what of it is trained.
     device = model.setup()
     rank, world = model.rank(), model.world()

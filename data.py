@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -747,4 +746,4 @@ def __getattr__(name):
 if __name__ == "__main__":
     import tools  # which imports this file by its name: one InputError, one Item
 
-    tools.run("data.py", sys.argv[1:])
+    tools.run(tools.data_commands)

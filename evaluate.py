@@ -75,7 +75,8 @@ def encode_sharded(embedder, items, cfg, what, bad=None) -> np.ndarray:
     z = np.zeros((len(items), made.shape[1]), np.float32)
     for r, (part, errors) in enumerate(model.gather_objects((made, mine))):
         z[r::world] = part
-        bad.extend(errors) if errors else None
+        if errors:
+            bad.extend(errors)
     return z
 
 
@@ -171,12 +172,9 @@ def index_pictures(embedder, cfg) -> tuple:
     new, bad = [f for f in found if f not in known], []
     model.say(f"{len(found):,} pictures in {folder}, {len(new):,} of them new or changed")
 
-    def write():
+    def embedded():
         files = [f for f in found if f in known]
-        with open(f"{store}.part", "wb") as file:
-            np.savez(file, files=np.array(files), z=np.array([known[f] for f in files]))
-        os.replace(f"{store}.part", store)
-        return files
+        return files, np.array([known[f] for f in files])
 
     for i in range(0, len(new), 1024):
         part = new[i : i + 1024]
@@ -184,13 +182,16 @@ def index_pictures(embedder, cfg) -> tuple:
         z = encode_sharded(embedder, items, cfg, f"embedding {i:,} of {len(new):,}", bad)
         known |= {f: v for f, v in zip(part, z, strict=True) if np.isfinite(v).all()}
         if model.rank() == 0:
-            write()
+            files, z = embedded()
+            with open(f"{store}.part", "wb") as file:
+                np.savez(file, files=np.array(files), z=z)
+            os.replace(f"{store}.part", store)
     for error in bad:
         model.say(f"left out: {error}")
-    files = [f for f in found if f in known]
+    files, z = embedded()
     if not files:
         raise InputError(f"--images {folder}: no readable picture in it")
-    return [found[f] for f in files], np.array([known[f] for f in files])
+    return [found[f] for f in files], z
 
 
 def search(embedder, cfg):
@@ -222,6 +223,7 @@ def search(embedder, cfg):
 
 
 def main(cfg):
+    """The table; or a search, or the figures."""
     device = model.setup()
     if cfg.figures:
         model.optional("matplotlib", "--figures")

@@ -71,11 +71,9 @@ def look(embedder, pictures):
     Only the eager kernel gives attention out; the embeddings under both kernels are the same."""
     rows = [embedder.collate.row(Item(IMAGE, (p,))) for p in pictures]
     inputs = embedder.collate.pad_rows(rows, embedder.device)
-    given = {k: v for k, v in inputs.items() if k != "roles"}
-    given |= dict(position_ids=embedder.positions(inputs), output_attentions=True, use_cache=False)
     before = embedder.mllm.config._attn_implementation
     embedder.mllm.set_attn_implementation("eager")
-    found = embedder.mllm.model(**given)
+    found = embedder.outputs(inputs, output_attentions=True)
     embedder.mllm.set_attn_implementation(before)
     code = inputs["roles"][0] == COMPRESS  # (L,) alike in all rows
     image = inputs["input_ids"][0] == embedder.mllm.config.image_token_id

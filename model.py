@@ -139,11 +139,15 @@ class Embedder(nn.Module):
         """Hidden states of the last layer, after the final norm: (B, L, D).
 
         mask: bool (B, 1, L, L), True = may attend; without one plain causal attention."""
+        return self.outputs(inputs, mask).last_hidden_state
+
+    def outputs(self, inputs, mask=None, **more):
+        """All that the model returns; more: what else is asked of it, as `output_attentions`."""
         given = {k: v for k, v in inputs.items() if k != "roles"}
         given["position_ids"] = self.positions(inputs)
         given["attention_mask"] = self.attention(inputs, mask)
         with self.autocast():
-            return self.mllm.model(**given, use_cache=False).last_hidden_state
+            return self.mllm.model(**given, **more, use_cache=False)
 
     def logits(self, h):
         """(n, D) -> (n, V), for the positions that matter: (B, L, V) would be gigabytes."""
@@ -176,13 +180,15 @@ class Embedder(nn.Module):
         self.eval()
         bar = tqdm(total=len(items), desc=progress, disable=not progress, leave=False)
         make = partial(_rows, self.collate, windows, bad is not None)
-        for start, rows in enumerate(prefetch(make, range(len(windows)), workers)):
-            at = [256 * start + i for i in range(len(rows))]
-            for i, error in [(i, r) for i, r in enumerate(rows) if isinstance(r, InputError)]:
-                z[at[i]] = np.nan
-                bad.append(str(error))
-            at = [i for i, r in zip(at, rows, strict=True) if not isinstance(r, InputError)]
-            rows = [r for r in rows if not isinstance(r, InputError)]
+        for start, made in enumerate(prefetch(make, range(len(windows)), workers)):
+            at, rows = [], []  # of the items that can be read: where in z, and their rows
+            for i, row in enumerate(made, 256 * start):
+                if isinstance(row, InputError):
+                    z[i] = np.nan
+                    bad.append(str(row))
+                else:
+                    at.append(i)
+                    rows.append(row)
             for chunk in token_chunks(row_lengths(rows), chunk_tokens):
                 inputs = self.collate.pad_rows([rows[i] for i in chunk], self.device)
                 z[[at[i] for i in chunk]] = self(inputs).float().cpu().numpy()
@@ -326,7 +332,7 @@ def load_mllm(path, name, K, attn="sdpa", min_pixels=0, max_pixels=0, max_length
     """-> (the transformers model, its processor, the peft wrapper around it or None)."""
     adapter = read_json(path, "adapter_config.json")
     name = adapter.get("base_model_name_or_path", name)
-    base = place(name)
+    base = place(name) if adapter else path
     for folder in {path, base}:
         refuse_hostile(folder)
     kind, how = AutoModelForImageTextToText, dict(dtype="auto", attn_implementation=attn)
@@ -471,6 +477,7 @@ def shard(embedder):
 
 
 def sharded(embedder) -> bool:
+    """Whether `shard` was called on it."""
     return isinstance(embedder, FSDPModule)
 
 
@@ -479,10 +486,12 @@ def sharded(embedder) -> bool:
 
 
 def rank():
+    """Which process this is, 0 ... world() - 1; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world():
+    """How many processes train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -493,6 +502,7 @@ def say(text):
 
 
 def versions() -> dict:
+    """Of the libraries that numbers depend on: {name: version}."""
     return {m.__name__: m.__version__ for m in (torch, transformers, np)}
 
 
@@ -860,4 +870,4 @@ def finish(embedder, cfg, embedding=True):
 if __name__ == "__main__":
     import tools  # which imports this file by its name
 
-    tools.run("model.py", sys.argv[1:])
+    tools.run(tools.model_commands)

@@ -172,6 +172,7 @@ def ask_first(d, cfg, step):
 
 
 def main(cfg):
+    """Stage 1, from flags to a saved folder."""
     # 1. The model, and what of it is trained.
     device = model.setup()
     rank, world = model.rank(), model.world()

@@ -406,9 +406,9 @@ def model_commands(argv):
     print(f"wrote {args.target}")
 
 
-def run(script, argv):
+def run(commands):
     """The commands of a script, with an InputError as one clear line and exit status 1."""
     try:
-        sys.exit((data_commands if script == "data.py" else model_commands)(argv))
+        sys.exit(commands(sys.argv[1:]))
     except InputError as error:
-        sys.exit(f"{script}: {error}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

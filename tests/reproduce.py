@@ -24,8 +24,6 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 TASKS = ("classify", "vqa", "i2t", "t2i", "ground")
@@ -207,6 +205,8 @@ def main(args):
 def show(records):
     """Mean and standard error over seeds of each arm, x 100; `gain`: of overall against contrastive
     only, paired by seed."""
+    from figures import mean_error  # here: a run needs no matplotlib
+
     groups = defaultdict(list)
     for r in sorted(records, key=lambda r: r["seed"]):
         groups[r["study"], r["arm"]].append(r)
@@ -218,13 +218,9 @@ def show(records):
         cells = [[r[k] for r in rows] for k in ("overall", "ind", "ood")]
         cells.insert(1, [r["overall"] - plain[r["seed"]] for r in rows if r["seed"] in plain])
         cells += [[r["meta_tasks"][m] for r in rows] for m in metas]
-        words = [f"{100 * np.mean(c):.1f} ± {error(c):.1f}" if c else "-" for c in cells]
+        both = [mean_error(c) if c else None for c in cells]
+        words = [f"{100 * x[0]:.1f} ± {100 * x[1]:.1f}" if x else "-" for x in both]
         print(f"{study:<16}{arm:<14}{len(rows):>5}" + "".join(f"{w:>13}" for w in words))
-
-
-def error(values):
-    """Standard error of the mean, x 100; NaN of a single one."""
-    return 100 * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
 
 
 if __name__ == "__main__":
