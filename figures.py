@@ -186,14 +186,19 @@ class Models(dict):
 
 
 def read_records(path) -> list:
-    """The runs of tests/reproduce.py: study, arm, seed, pairs, K, steps, curve, ind, ood, ..."""
+    """The runs of tests/reproduce.py, once for each study that they belong to: study, arm, seed,
+    pairs, K, steps, curve, ind, ood, overall, ..."""
     if not Path(path).exists():
         raise InputError(f"{path} is missing: `python tests/reproduce.py` writes it")
-    records = json.loads(Path(path).read_text())
-    needed = {"study", "arm", "seed", "pairs", "K", "steps", "curve", "ind", "ood", "overall"}
-    for i, r in enumerate(records):
-        if lacks := ", ".join(sorted(needed - set(r))):
-            raise InputError(f"{path}: record {i} lacks {lacks}")
+    found, records = json.loads(Path(path).read_text()), []
+    needed = {"first", "second", "seed", "pairs", "K", "steps", "curve", "ind", "ood", "overall"}
+    for i, run in enumerate(found["runs"]):
+        if lacks := ", ".join(sorted(needed - set(run))):
+            raise InputError(f"{path}: run {i} lacks {lacks}")
+    for study, arms in found["studies"].items():
+        for arm, flags in arms.items():
+            mine = [r for r in found["runs"] if [r["first"], r["second"]] == flags]
+            records += [dict(r, study=study, arm=arm) for r in mine]
     return records
 
 

@@ -1,25 +1,24 @@
 """The claim at toy scale: does compression pre-training help contrastive learning?
 
-    python tests/reproduce.py                            the arms, 5 seeds (hours: see the README)
-    python tests/reproduce.py --study K --seeds 2        another study
-    python tests/reproduce.py --show                     only the table of what has been run
+    python tests/reproduce.py                     all studies (hours: see the README)
+    python tests/reproduce.py --study arms,K      some of them
+    python tests/reproduce.py --show              only the table of what has been run
 
 Matched arms start from the same toy MLLM: `none` (contrastive only), `coma` (compression, then
 contrastive), `plain` (the control that the papers leave out: the same steps on the same dialogues
 in the same layout with the mask off, then contrastive). Contrastive data, steps, batch and learning
-rates are the same in every arm. Each run is a record in --json; a run that is there already is not
-repeated, so the command goes on where it was stopped.
-
-Studies: each arm is a list of flags of stage 1 (None: there is no stage 1) and of stage 2.
+rates are the same in every arm. An arm is the flags of its two stages; each run is a record in
+--json, and no run is ever repeated: studies share their arms, and the command goes on where it was
+stopped.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,45 +27,64 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 TASKS = ("classify", "vqa", "i2t", "t2i", "ground")
 CURVE = 4  # times in a run that the in-distribution sets are scored, on 25 queries each
+STAGE1 = "--steps 400 --batch 64 --save-every 0 --workers 0"  # an arm's own flags come after these
+STAGE2 = "--steps 200 --batch 64 --save-every 0 --workers 0"
 
 
 def caps(pairs):
-    """So many distinct pairs in all, the same number of each task; 0: unlimited."""
-    return ["--subsets", ",".join(f"{t}:{pairs // len(TASKS)}" for t in TASKS)] if pairs else []
+    """So many distinct pairs in all, the same number of each task."""
+    return "--subsets " + ",".join(f"{t}:{pairs // len(TASKS)}" for t in TASKS)
 
 
-COMA, PLAIN = [], ["--no-compress"]
-ARMS = {"none": None, "coma": COMA, "plain": PLAIN}
+def faster(x):
+    """Both learning rates of stage 2 times x."""
+    return "" if x == 1 else f"--lr {3e-3 * x:g} --muon-lr {0.02 * x:g}"
+
+
+NONE, COMA, PLAIN, BOTH = None, "", "--no-compress", "--question-first 0.5 --texts 0.3"
+ARMS = dict(none=NONE, coma=COMA, plain=PLAIN)
 STUDIES = {
-    # name: {arm: (flags of stage 1, flags of stage 2)}
-    "arms": {arm: (first, []) for arm, first in ARMS.items()},
-    "pairs-200": {arm: (first, caps(200)) for arm, first in ARMS.items()},
-    "pairs-1000": {arm: (first, caps(1000)) for arm, first in ARMS.items()},
-    "pairs-5000": {arm: (first, caps(5000)) for arm, first in ARMS.items()},
-    "lr": {
-        f"{arm} x{x}": (first, ["--lr", str(3e-3 * x), "--muon-lr", str(0.02 * x)])
-        for arm, first in ARMS.items()
-        for x in (0.5, 1, 2)
-    },
-    "question-first": {"coma, question first": (["--question-first", "0.5"], [])},
-    "texts": {"coma, texts too": (["--texts", "0.3"], [])},
-    "both": {"coma, both": (["--question-first", "0.5", "--texts", "0.3"], [])},
-    "K": {f"K={k}": (["--compress-tokens", str(k)], []) for k in (1, 2, 4, 8, 16)},
-    "dialogues": {
-        "multi-turn": (COMA, []),
-        "single-turn": (["--turns", "1"], []),
-        "caption": (["--caption"], []),
-    },  # fmt: skip
-    "objective": {"ce": (COMA, []), "kl": (["--objective", "kl"], [])},
-    "pooling": {p: (COMA, ["--pooling", p]) for p in ("mean", "last")},
-    "temperature": {f"tau={t}": (COMA, ["--temperature", t]) for t in ("0.01", "0.03", "0.1")},
-    "batch": {
-        f"N={n}": (COMA, ["--batch", str(n), "--block", str(min(n, 32))])
+    # name: (seeds, {arm: (flags of stage 1, flags of stage 2)}); NONE: there is no stage 1
+    "arms": (5, {arm: (first, "") for arm, first in ARMS.items()}),
+    "pairs-200": (3, {arm: (first, caps(200)) for arm, first in ARMS.items()}),
+    "pairs-1000": (3, {arm: (first, caps(1000)) for arm, first in ARMS.items()}),
+    "pairs-5000": (3, {arm: (first, caps(5000)) for arm, first in ARMS.items()}),
+    "lr": (2, {
+        f"{arm} x{x}": (first, faster(x)) for arm, first in ARMS.items() for x in (0.5, 1, 2)
+    }),
+    "length": (2, {
+        f"{arm} {steps}": (f"{first} --steps {steps}".strip() if steps != 400 else first, "")
+        for steps in (100, 400, 1200) for arm, first in (("coma", COMA), ("plain", PLAIN))
+    }),
+    "beyond": (3, {
+        "coma": (COMA, ""),
+        "question first": ("--question-first 0.5", ""),
+        "texts too": ("--texts 0.3", ""),
+        "both": (BOTH, ""),
+    }),
+    "K": (2, {
+        f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
+    }),
+    "dialogues": (2, {
+        "multi-turn": (COMA, ""), "single-turn": ("--turns 1", ""), "caption": ("--caption", ""),
+    }),
+    "objective": (2, {"ce": (COMA, ""), "kl": ("--objective kl", "")}),
+    "pooling": (2, {
+        "coma, mean": (COMA, ""),
+        "coma, last": ("--pooling last", ""),
+        "none, mean": (NONE, ""),
+        "none, last": (NONE, "--pooling last --compress-tokens 0"),  # that is VLM2Vec
+    }),
+    "temperature": (2, {
+        f"tau={t}": (COMA, f"--temperature {t}" if t != 0.03 else "") for t in (0.01, 0.03, 0.1)
+    }),
+    "batch": (2, {
+        f"N={n}": (COMA, f"--batch {n} --block {min(n, 32)} --steps 100")
         for n in (16, 64, 256, 1024)
-    },
-    "false-negatives": {"masked": (COMA, []), "kept": (COMA, ["--no-mask-false-negatives"])},
-    "instructions": {"with": (COMA, []), "without": (COMA, ["bare"])},
-}
+    }),
+    "false-negatives": (2, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
+    "instructions": (2, {"with": (COMA, ""), "without": (COMA, "bare")}),
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- one run, one process
@@ -97,141 +115,145 @@ def run_contrastive(job):
     import model
 
     torch.set_num_threads(1)
-    if "bare" in job["second"]:
+    words = f"{STAGE2} {job['second']}".split()
+    if "bare" in words:
         without_instructions()
-    flags = [f for f in job["second"] if f != "bare"]
+        words.remove("bare")
+    steps, curve = [], []
+
+    def look(embedder, optimizers, cfg, step):
+        if (step + 1) % (cfg.steps // CURVE) == 0 and step + 1 < cfg.steps:
+            embedder.eval()
+            with torch.random.fork_rng([]):
+                curve.append(score(embedder, 25, ",".join(TASKS))["ind"]["p_at_1"])
+            embedder.train()
+            steps.append(step + 1)
+
+    model.maybe_checkpoint = look  # the "once in a while" place of the loop
     with tempfile.TemporaryDirectory() as out:
-        flags += [
-            "--model",
-            job["init"],
-            "--seed",
-            str(job["seed"]),
-            "--out",
-            out,
-            "--workers",
-            "0",
-        ]
-        cfg = contrastive.Config.parse(flags)
-        steps, curve = [], []
-
-        def look(embedder, optimizers, cfg, step):
-            if (step + 1) % (cfg.steps // CURVE) == 0 and step + 1 < cfg.steps:
-                embedder.eval()
-                with torch.random.fork_rng([]):
-                    curve.append(score(embedder, 25, ",".join(TASKS))["ind"]["p_at_1"])
-                embedder.train()
-                steps.append(step + 1)
-
-        model.maybe_checkpoint = look  # the "once in a while" place of the loop
-        t0 = time.time()
+        words += ["--model", job["init"], "--seed", str(job["seed"]), "--out", out]
+        cfg = contrastive.Config.parse(words)
         contrastive.main(cfg)
         embedder = model.load(out, device="cpu")
-        found = score(embedder, 60)
-        first_losses = [json.loads(x) for x in Path(out, "log.jsonl").read_text().splitlines()[1:]]
+        log = [json.loads(x) for x in Path(out, "log.jsonl").read_text().splitlines()[1:]]
+    found = score(embedder, 60)
     return dict(
-        study=job["study"], arm=job["arm"], seed=job["seed"], K=embedder.K, batch=cfg.batch,
+        first=job["first"], second=job["second"], seed=job["seed"], K=embedder.K, batch=cfg.batch,
         pairs=sum(int(x.partition(":")[2] or 0) for x in cfg.subsets.split(",")),
         steps=[*steps, cfg.steps], curve=[*curve, found["ind"]["p_at_1"]],
-        loss=[round(x["loss"], 4) for x in first_losses[:: max(1, cfg.steps // 20)]],
+        loss=[round(x["loss"], 4) for x in log[:: max(1, cfg.steps // 20)]],
         ind=found["ind"]["p_at_1"], ood=found["ood"]["p_at_1"],
         overall=found["overall"]["p_at_1"], chance=found["overall"]["chance"],
         meta_tasks={m: r["p_at_1"] for m, r in found["meta_tasks"].items()},
-        seconds=round(time.time() - t0),
     )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- all the runs
 
 
-def key(study, arm, seed):
-    return f"{study}/{arm}/{seed}"
-
-
 def call(*words):
-    """A script of ours, on one thread, in a process of its own. -> its output."""
-    env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **__import__("os").environ}
+    """A script of ours, on one thread, in a process of its own. -> (its output, CPU seconds)."""
+    env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **os.environ}
     words = [sys.executable, *map(str, words)]
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}\n{done.stderr[-2000:]}")
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=out, stderr=err)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, err):
+            file.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(words)}\n{err.read()[-2000:]}")
+        return out.read(), round(used.ru_utime + used.ru_stime)
+
+
+def compress(first, seed, top):
+    """Stage 1, where it has not been run yet. -> (its folder, the CPU seconds that it took)."""
+    out = top / "-".join([*(first or "coma").replace("--", "").split(), str(seed)])
+    if not (out / "cpu_seconds").exists():
+        _, seconds = call(
+            "pretrain.py", "--seed", seed, "--out", out, *STAGE1.split(), *first.split()
+        )
+        (out / "cpu_seconds").write_text(str(seconds))
+        print(f"stage 1 {out.name}: {seconds} CPU seconds", flush=True)
+    return str(out), float((out / "cpu_seconds").read_text())
+
+
+def match(job, first, records, path, lock):
+    """Stage 2 of one arm and seed, when its stage 1 is there; the record is kept at once."""
+    job["init"], seconds1 = first.result() if first else ("toy", 0)
+    said, seconds2 = call(__file__, "--run", json.dumps(job))
+    with lock:
+        records.append(json.loads(said.splitlines()[-1]))
+        records[-1] |= dict(seconds1=seconds1, seconds2=seconds2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(r) for r in records)
+        studies = json.dumps({study: arms for study, (_, arms) in STUDIES.items()})
+        path.write_text(f'{{"studies": {studies},\n"runs": [\n{lines}\n]}}\n')
+        print(f"{job}: {records[-1]['overall']:.3f}", flush=True)
 
 
 def main(args):
-    """Runs what is missing, a seed at a time, and prints the table after each run."""
-    records = json.loads(args.json.read_text()) if args.json.exists() else []
-    have = {key(r["study"], r["arm"], r["seed"]) for r in records}
-    lock, firsts = threading.Lock(), {}
-
-    def compress(flags, seed):
-        """Stage 1, once for all runs that begin with it. -> its folder."""
-        name = "-".join([f.strip("-") for f in flags] or ["coma"]) + f"-{seed}"
-        out = args.out / name
-        if not (out / "nanocoma.json").exists():
-            call("pretrain.py", "--seed", seed, "--steps", args.steps1, "--batch", args.batch1,
-                 "--save-every", 0, "--workers", 0, "--out", out, *flags)  # fmt: skip
-            print(f"stage 1 {name}: done", flush=True)
-        return str(out)
-
-    def match(job, first):
-        job["init"] = "toy" if first is None else first.result()
-        job["second"] = ["--steps", str(args.steps2), "--batch", str(args.batch2), *job["second"]]
-        said = call(__file__, "--run", json.dumps(job))
-        with lock:
-            records.append(json.loads(said.splitlines()[-1]))
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
-            print(f"{job['study']} {job['arm']} {job['seed']}: {records[-1]['overall']:.3f} in "
-                  f"{records[-1]['seconds']} s", flush=True)  # fmt: skip
-
+    """Runs what is missing, a seed at a time, and prints the table."""
+    records = json.loads(args.json.read_text())["runs"] if args.json.exists() else []
+    done = {(r["first"], r["second"], r["seed"]) for r in records}
+    wanted = dict.fromkeys(
+        (seed, *flags)
+        for study in args.study.split(",")
+        for flags in STUDIES[study][1].values()
+        for seed in range(args.seeds or STUDIES[study][0])
+        if (*flags, seed) not in done
+    )
+    lock, waiting = threading.Lock(), []
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = []
-        for seed in range(args.seeds):
-            jobs = [(study, arm, *flags) for study in args.study.split(",")
-                    for arm, flags in STUDIES[study].items()
-                    if key(study, arm, seed) not in have]  # fmt: skip
-            for _, _, first, _ in jobs:  # stage 1 of all of them stands first in the queue
-                if first is not None and (*first, seed) not in firsts:
-                    firsts[(*first, seed)] = pool.submit(compress, first, seed)
-            for study, arm, first, second in jobs:
-                job = dict(study=study, arm=arm, seed=seed, second=second)
-                first = None if first is None else firsts[(*first, seed)]
-                waiting.append(pool.submit(match, job, first))
-        for job in waiting:
-            job.result()
-    show(records)
+        for seed in sorted({run[0] for run in wanted}):
+            runs = [run[1:] for run in wanted if run[0] == seed]
+            firsts = {  # they stand in front in the queue
+                first: pool.submit(compress, first, seed, args.out)
+                for first in dict.fromkeys(first for first, _ in runs)
+                if first is not None
+            }
+            for first, second in runs:
+                job = dict(first=first, second=second, seed=seed)
+                run = (match, job, firsts.get(first), records, args.json, lock)
+                waiting.append(pool.submit(*run))
+        for run in waiting:
+            run.result()
+    show(args)
 
 
-def show(records):
+def show(args):
     """Mean and standard error over seeds of each arm, x 100; `gain`: of overall against contrastive
     only, paired by seed."""
-    from figures import mean_error  # here: a run needs no matplotlib
+    from figures import mean_error, read_records  # here: a run needs no matplotlib
 
-    groups = defaultdict(list)
-    for r in sorted(records, key=lambda r: r["seed"]):
-        groups[r["study"], r["arm"]].append(r)
-    plain = {r["seed"]: r["overall"] for r in groups.get(("arms", "none"), [])}
+    groups, records = defaultdict(dict), read_records(args.json)
+    for r in records:
+        groups[r["study"], r["arm"]][r["seed"]] = r
+    plain = {seed: r["overall"] for seed, r in groups["arms", "none"].items()}
     metas = list(records[0]["meta_tasks"]) if records else []
-    print(f"{'study':<16}{'arm':<14}{'seeds':>5}" + "".join(
+    print(f"{'study':<16}{'arm':<16}{'seeds':>5}" + "".join(
         f"{h[:9]:>13}" for h in ["overall", "gain", "IND", "OOD", *metas]))  # fmt: skip
-    for (study, arm), rows in groups.items():
+    for (study, arm), runs in groups.items():
+        others = [set(x) for (name, _), x in groups.items() if name == study and x]
+        seeds = sorted(set.intersection(*others))  # those that all arms of the study have run
+        rows = [runs[seed] for seed in seeds]
         cells = [[r[k] for r in rows] for k in ("overall", "ind", "ood")]
         cells.insert(1, [r["overall"] - plain[r["seed"]] for r in rows if r["seed"] in plain])
         cells += [[r["meta_tasks"][m] for r in rows] for m in metas]
         both = [mean_error(c) if c else None for c in cells]
         words = [f"{100 * x[0]:.1f} ± {100 * x[1]:.1f}" if x else "-" for x in both]
-        print(f"{study:<16}{arm:<14}{len(rows):>5}" + "".join(f"{w:>13}" for w in words))
+        print(f"{study:<16}{arm:<16}{len(rows):>5}" + "".join(f"{w:>13}" for w in words))
+    runs = {(r["first"], r["second"], r["seed"]): r for r in records}.values()
+    stages = {(r["first"], r["seed"]): r["seconds1"] for r in runs if r["first"] is not None}
+    hours = (sum(stages.values()) + sum(r["seconds2"] for r in runs)) / 3600
+    print(f"{len(runs)} runs after {len(stages)} stages 1: {hours:.1f} CPU hours")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--study", default="arms,pairs-1000", help=f"one or more of {', '.join(STUDIES)}")
-    add("--seeds", type=int, default=5, help="runs of each arm")
-    add("--steps1", type=int, default=400, help="steps of stage 1 (as in the quick start)")
-    add("--batch1", type=int, default=64, help="dialogues a step")
-    add("--steps2", type=int, default=200, help="steps of stage 2")
-    add("--batch2", type=int, default=64, help="pairs a step")
+    add("--study", default=",".join(STUDIES), help=f"one or more of {', '.join(STUDIES)}")
+    add("--seeds", type=int, help="runs of each arm (default: a number for each study)")
     add("--jobs", type=int, default=2, help="runs at the same time, each on one thread")
     add("--out", type=Path, default=ROOT / "out" / "reproduce", help="stage 1's folders")
     add("--json", type=Path, default=ROOT / "assets" / "reproduce.json", help="the records")
@@ -240,7 +262,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.run:
         print(json.dumps(run_contrastive(json.loads(args.run))))
-    elif args.show:
-        show(json.loads(args.json.read_text()))
     else:
-        main(args)
+        show(args) if args.show else main(args)

@@ -38,13 +38,14 @@ def runs(tmp_path_factory):
         model.save(toy(), top / name)
         lines = [dict(config={}), *(dict(step=i + 1, **numbers) for i in range(12))]
         (top / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    score, arms = random.Random(0).random, [("arms", 0), ("pairs-200", 200)]
-    rows = [dict(study=s, arm=a, seed=i, pairs=n, K=4, steps=[5, 10], curve=[score(), score()])
-            for (s, n), a, i in product(arms, ("none", "coma", "plain"), range(2))]  # fmt: skip
-    rows += [dict(study="K", arm=f"K={K}", seed=0, pairs=0, K=K, steps=[10], curve=[score()])
-             for K in (1, 4)]  # fmt: skip
-    rows = [dict(r, ind=score(), ood=score(), overall=score()) for r in rows]
-    (top / "records.json").write_text(json.dumps(rows))
+    score, first = random.Random(0).random, dict(none=None, coma="", plain="--no-compress")
+    studies = {name: {arm: (first[arm], f"{n}") for arm in first}
+               for name, n in (("arms", 0), ("pairs-200", 200))}  # fmt: skip
+    studies["K"] = {f"K={K}": (f"--K {K}", "0") for K in (1, 4)}
+    rows = [dict(first=f, second=n, seed=i, pairs=int(n), K=int((f or "4")[-1:].replace("s", "4")),
+                 steps=[5, 10], curve=[score(), score()], ind=score(), ood=score(), overall=score())
+            for arms in studies.values() for f, n in arms.values() for i in range(2)]  # fmt: skip
+    (top / "records.json").write_text(json.dumps(dict(studies=studies, runs=rows)))
     return top
 
 
