@@ -464,8 +464,12 @@ def read_dialogues(
         data = Lazy(len(captions), describe, captions.about)
     else:
         data = _valid(source, _dialogue, image_root)
-    first = slice(turns or None)
-    return Lazy(len(data), lambda i: data[i]._replace(turns=data[i].turns[first]), data.about)
+
+    def dialogue(i):
+        d = data[i]
+        return d._replace(turns=d.turns[: turns or None], id=d.id or f"{source}[{i}]")
+
+    return Lazy(len(data), dialogue, data.about)
 
 
 def ready(sets) -> int:

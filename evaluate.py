@@ -1,4 +1,4 @@
-"""Evaluation: Precision@1 on MMEB-style tasks (VLM2Vec, section 4), and searching one's pictures.
+"""Evaluation: Precision@1 on MMEB-style tasks (VLM2Vec, section 4).
 
     python evaluate.py                                       the toy world's 15 sets
         (two cores: 0.4 minutes; after the two stages 72.7 of 100, chance 5.9)
@@ -8,23 +8,19 @@
     python evaluate.py --figures DIR                         what the models do, drawn
 
 Each query is compared with its own candidates; a hit is a query whose right candidate is nearer
-than every other one. Reads a model folder and tasks; prints a table; writes --json. A search ranks
-the pictures of a folder, keeps their embeddings beside it, and writes the best as one picture.
+than every other one. Reads a model folder and tasks; prints a table; writes --json. Searching is in
+search.py, the figures are in figures.py.
 """
 
-import hashlib
+import importlib
 import json
-import os
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
 
 import model
-from data import IMAGE, InputError, Item, find_pictures, open_image, read_tasks
+from data import IMAGE, InputError, read_tasks
 from model import flag
 
 
@@ -136,99 +132,12 @@ def line(name, r, note=""):
     return f"{name:<34} {score:>15} {note}".rstrip()
 
 
-# ------------------------------------------------------------------------------ searching pictures
-
-
-def fingerprint(embedder, *more) -> str:
-    """Changes with any bit of the weights, and with all else that an embedding depends on: prompt,
-    K, pooling, pixels, library versions. What was indexed under another one is never used."""
-    collate, processor = embedder.collate, embedder.processor
-    about = [embedder.K, embedder.pooling, embedder.style, collate.max_length, collate.picture]
-    about += [collate.head, collate.mid, processor.image_processor.to_json_string()]
-    digest = hashlib.blake2b(repr((about, more, model.versions())).encode(), digest_size=8)
-    for name, p in embedder.named_parameters():
-        total = 0  # of the bits as numbers, each times an odd one: no single change leaves it
-        for i, bits in enumerate(p.detach().flatten().view(torch.int16).split(2**22)):
-            odd = torch.arange(len(bits), device=bits.device) * 2 + 1
-            total = (total * 31 + int((bits.long() * odd).sum()) + i) % 2**64
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {total}".encode())
-    return digest.hexdigest()
-
-
-def index_pictures(embedder, cfg) -> tuple:
-    """-> (paths below --images, embeddings (n, D)). Only new and changed files are embedded; what
-    is done is kept, every 1,024 pictures. A file that is no readable picture is named."""
-    folder, key = Path(cfg.images), fingerprint(embedder, cfg.image_text)
-    store = folder.parent / f"{folder.resolve().name}.index-{key}.npz"
-    known, found = {}, {}
-    try:
-        with np.load(store, allow_pickle=False) as old:
-            known = dict(zip(old["files"].tolist(), old["z"], strict=True))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # there is none yet, or it is damaged: it is made again
-    for path in find_pictures(folder):  # a file is the same while its size and time are
-        about = (folder / path).stat()
-        found[f"{path}|{about.st_size}|{about.st_mtime_ns}"] = path
-    new, bad = [f for f in found if f not in known], []
-    model.say(f"{len(found):,} pictures in {folder}, {len(new):,} of them new or changed")
-
-    def embedded():
-        files = [f for f in found if f in known]
-        return files, np.array([known[f] for f in files])
-
-    for i in range(0, len(new), 1024):
-        part = new[i : i + 1024]
-        items = [Item(cfg.image_text, (str(folder / found[f]),)) for f in part]
-        z = encode_sharded(embedder, items, cfg, f"embedding {i:,} of {len(new):,}", bad)
-        known |= {f: v for f, v in zip(part, z, strict=True) if np.isfinite(v).all()}
-        if model.rank() == 0:
-            files, z = embedded()
-            with open(f"{store}.part", "wb") as file:
-                np.savez(file, files=np.array(files), z=z)
-            os.replace(f"{store}.part", store)
-    for error in bad:
-        model.say(f"left out: {error}")
-    files, z = embedded()
-    if not files:
-        raise InputError(f"--images {folder}: no readable picture in it")
-    return [found[f] for f in files], z
-
-
-def search(embedder, cfg):
-    """Ranks the pictures of a folder by their cosine with a text, a picture, or both."""
-    text = IMAGE * bool(cfg.query_image) + " " * bool(cfg.query_image and cfg.search) + cfg.search
-    item = Item(text, (cfg.query_image,) if cfg.query_image else ())
-    q = embedder.encode([item], cfg.chunk_tokens)[0]  # (D,)
-    paths, z = index_pictures(embedder, cfg)
-    scores = z @ q
-    best = np.argsort(-scores, kind="stable")[: cfg.top]
-    for i in best:
-        model.say(f"{scores[i]:7.4f}  {Path(cfg.images, paths[i])}")
-    if model.rank() > 0:
-        return
-    columns, side = min(4, len(best)), 240
-    sheet = Image.new("RGB", (columns * side, 30 + -(-len(best) // columns) * (side + 20)), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((6, 6), text.replace(IMAGE, cfg.query_image), "black", font_size=15)
-    for n, i in enumerate(best):
-        x, y = n % columns * side, 30 + n // columns * (side + 20)
-        picture = open_image(Path(cfg.images, paths[i]))
-        scale = (side - 10) / max(picture.size)  # small ones grow, pixel by pixel
-        size = [max(1, round(scale * s)) for s in picture.size]
-        sheet.paste(picture.resize(size, Image.BICUBIC if scale < 1 else Image.NEAREST), (x + 5, y))
-        draw.text((x + 5, y + side - 8), f"{scores[i]:.3f} {paths[i][-30:]}", "black", font_size=12)
-    Path(cfg.search_out).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(cfg.search_out)
-    model.say(f"wrote {cfg.search_out}")
-
-
 def main(cfg):
     """The table; or a search, or the figures."""
     device = model.setup()
     if cfg.figures:
         model.optional("matplotlib", "--figures")
-        import figures
-
+        figures = importlib.import_module("figures")
         return figures.draw(cfg.figures, cfg.model, cfg.seed, device)
     if not cfg.model:
         made = [f for f in ("out/contrastive", "out/pretrain") if Path(f, "config.json").exists()]
@@ -238,7 +147,7 @@ def main(cfg):
     embedder = model.load_for(cfg, device)
     if cfg.images:
         model.say(f"searching with {cfg.model}")
-        return search(embedder, cfg)
+        return importlib.import_module("search").search(embedder, cfg)
     model.say(f"evaluating {cfg.model}")
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
     partial = f" (partial: --limit {cfg.limit})" if cfg.limit else ""

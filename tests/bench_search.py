@@ -19,6 +19,7 @@ from PIL import Image  # noqa: E402
 
 import evaluate  # noqa: E402
 import model  # noqa: E402
+import search  # noqa: E402
 
 
 def main(n):
@@ -32,7 +33,7 @@ def main(n):
         cfg = evaluate.Config(images=str(folder), search="two", top=1, search_out=f"{top}/x.png")
         for _ in range(2):
             t0 = time.time()
-            evaluate.search(embedder, cfg)
+            search.search(embedder, cfg)
             seconds.append(time.time() - t0)
     print(f"{n:,} pictures: first search {seconds[0]:.2f} s, second {seconds[1]:.2f} s")
 

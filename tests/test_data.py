@@ -211,6 +211,14 @@ def test_other_data_are_not_resumed_with(tmp_path, monkeypatch):
         contrastive.main(cfg)
 
 
+def test_dialogues_without_ids_are_told_apart(tmp_path):
+    """`--question-first` draws by id: with one id for all, all would move or none."""
+    talk = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+    lines = [json.dumps(dict(conversations=talk, image=f"{i}.png")) for i in range(3)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines).replace('"a?"', '"<image>a?"'))
+    assert len({d.id for d in data.read_dialogues(str(tmp_path / "d.jsonl"))}) == 3
+
+
 def test_a_set_of_several_parquet_files_is_read_whole(tmp_path):
     """`original-00000-of-00002` and its brother: no row is left out."""
     (tmp_path / "s").mkdir()

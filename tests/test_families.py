@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils._pytree import tree_map
+from transformers import AutoProcessor
+from transformers.utils import is_torchvision_available
 
 import contrastive
 import model
@@ -296,6 +298,20 @@ def test_a_saved_model_gives_the_same_embeddings(loaded, tmp_path):
     assert (again.K, again.pooling, again.style) == (K, "mean", "coma")
     gap = distance(embed_all(again), embed_all(loaded))
     assert gap < 1e-6, f"got {gap:.1e}, want < 1e-6"
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision")
+def test_with_torchvision_the_fast_processor_is_used_and_auto_processor_agrees(loaded, tmp_path):
+    """The picture goes through torchvision; a saved folder loads with AutoProcessor, video part and
+    all, and writes the same tokens and pixels."""
+    kinds = [c.__name__ for c in type(loaded.processor.image_processor).__mro__]
+    assert any("Torchvision" in name or name.endswith("Fast") for name in kinds), kinds
+    model.save(loaded, tmp_path)
+    auto, picture = AutoProcessor.from_pretrained(tmp_path), photo(1, (100, 60))
+    theirs = auto(text=[loaded.collate.picture], images=[picture], return_tensors="pt")
+    ours = loaded.collate.row(Item("<image>", (picture,)))
+    for key, x in ours["images"].items():
+        assert x.shape == theirs[key].shape and (x - theirs[key]).abs().max() == 0, key
 
 
 def test_lora_trains_its_own_weights_and_merges_without_a_trace(folder, fresh, tmp_path):

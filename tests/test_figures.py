@@ -80,8 +80,8 @@ def test_a_missing_model_or_record_costs_its_figures_and_is_named(runs, few, tmp
 
 def test_damaged_records_name_record_and_field(tmp_path):
     """A record without its curve is no figure."""
-    (tmp_path / "r.json").write_text('[{"study": "arms", "arm": "coma"}]')
-    with pytest.raises(InputError, match=r"r.json: record 0 lacks K, curve"):
+    (tmp_path / "r.json").write_text('{"studies": {}, "runs": [{"first": "", "second": ""}]}')
+    with pytest.raises(InputError, match=r"r.json: run 0 lacks K, curve"):
         figures.read_records(tmp_path / "r.json")
 
 

@@ -1,5 +1,6 @@
 """Searching a folder: the best pictures first, an index that is never of another model."""
 
+import copy
 import os
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import evaluate
 import model
+import search
 from data import IMAGE, InputError, Item
 from shapes import Shapes
 
@@ -29,7 +31,7 @@ def run(folder, embedder, capsys, **flags):
     """A search with an embedder. -> what it printed."""
     out = str(folder.parent / "found.png")
     cfg = evaluate.Config(images=str(folder), search_out=out, **flags)
-    evaluate.search(embedder, cfg)
+    search.search(embedder, cfg)
     return capsys.readouterr().out
 
 
@@ -76,8 +78,8 @@ def test_only_new_and_changed_files_are_embedded_again(folder, shared, capsys, m
 
 def test_an_index_of_another_model_is_never_used(folder, shared, capsys):
     """Another weight (a single bit), prompt, pooling, K, pixel range, instruction: another key."""
-    keys = {evaluate.fingerprint(shared)}
-    assert evaluate.fingerprint(shared) in keys and evaluate.fingerprint(toy()) in keys
+    keys = {search.fingerprint(shared)}
+    assert search.fingerprint(shared) in keys and search.fingerprint(toy()) in keys
     bit = toy()
     weight = bit.mllm.get_output_embeddings().weight.data
     weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
@@ -86,12 +88,17 @@ def test_an_index_of_another_model_is_never_used(folder, shared, capsys):
     rows[[5, 6]] = rows[[6, 5]]
     settings = [dict(pooling="last"), dict(prompt="coma"), dict(compress_tokens=2)]
     settings += [dict(max_pixels=2048), dict(min_pixels=2048), dict(max_length=50)]
-    others = [bit, swapped]
+    resized = toy()  # as the other kind of image processor does where torchvision is installed
+    resized.processor.image_processor = copy.copy(resized.processor.image_processor)
+    resized.processor.image_processor.__class__ = type(
+        "Other", (type(shared.processor.image_processor),), {}
+    )
+    others = [bit, swapped, resized]
     for how in settings:
         others.append(model.load("toy-random", **dict(compress_tokens=4) | how, device="cpu"))
     for other in others:
-        keys.add(evaluate.fingerprint(other))
-    keys.add(evaluate.fingerprint(shared, "<image> Represent the picture."))
+        keys.add(search.fingerprint(other))
+    keys.add(search.fingerprint(shared, "<image> Represent the picture."))
     assert len(keys) == 2 + len(others), "two of them have one key"
     run(folder, shared, capsys, search="a red circle")
     said = run(folder, bit, capsys, search="a red circle")
@@ -130,7 +137,7 @@ def test_what_cannot_be_searched_is_said(tmp_path, shared):
     """No folder, no pictures, no query."""
     for images in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(InputError, match="no such folder, or no pictures"):
-            evaluate.search(shared, evaluate.Config(images=str(images), search="x"))
+            search.search(shared, evaluate.Config(images=str(images), search="x"))
     with pytest.raises(InputError, match="a search needs --images"):
         evaluate.main(evaluate.Config(images=str(tmp_path), model="toy-random"))
     with pytest.raises(InputError, match="a search needs --images"):

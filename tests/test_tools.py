@@ -11,6 +11,7 @@ import families
 import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from transformers.utils import is_torchvision_available
 
 import data
 import model
@@ -18,6 +19,7 @@ import tools
 from data import IMAGE, InputError, Item
 from shapes import Shapes, export
 
+TORCHVISION = is_torchvision_available()
 QUESTIONS = "how many objects are there?\nwhat is at the top left?\nwhat is at the top right?\n"
 
 
@@ -334,9 +336,10 @@ def test_generate_and_check_explain_themselves(capsys):
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("family", ["llava_next", "gemma3"])  # which load without torchvision
+@pytest.mark.parametrize("family", families.FAMILIES if TORCHVISION else ["llava_next", "gemma3"])
 def test_sentence_transformers_makes_the_same_vectors(tmp_path, family, pooling):
-    """`model.py merge IN OUT --export sentence-transformers`: texts, pictures, both."""
+    """`model.py merge IN OUT --export sentence-transformers`: texts, pictures, both. In that
+    library the other families load only where torchvision is installed."""
     made = model.load(families.build(family, tmp_path / "f"), 4, pooling, "coma", device="cpu")
     families.redraw(made)
     model.save(made, tmp_path / "in")
