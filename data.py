@@ -23,12 +23,16 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property, lru_cache, partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub.utils import enable_progress_bars
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -401,7 +405,9 @@ def _subsets(source, subsets, pattern) -> tuple:
     subsets = MMEB20 if subsets == "mmeb20" else subsets
     root = Path(source)
     if not root.is_dir():
-        root = _download(source, [w.partition(":")[0] for w in subsets.split(",") if w], pattern)
+        names = [w.partition(":")[0] for w in subsets.split(",") if w] or ["*"]
+        pictures = [*(f"images_zip/{n}.zip" for n in names), "images.zip"]
+        root = Path(fetch(source, "dataset", pictures, [f"{n}/{pattern}" for n in names]))
     have = {}
     for path in sorted(root.glob(f"*/{pattern}")):  # a large set may be cut into several files
         have.setdefault(path.parent.name, []).append(path)
@@ -420,23 +426,39 @@ def _choose(subsets, have) -> dict:
     return {name: int(rows or 0) or None for name, rows in wanted or [(n, "") for n in have]}
 
 
-def _download(source, names, pattern) -> Path:
-    """What `names` need of a data set on the hub, resumable, nothing twice; its size is said
-    first."""
-    if source.count("/") != 1 or source[0] in "./":
-        raise InputError(f"--data {source}: no such folder; or a .jsonl, or a hub id")
-    from huggingface_hub import snapshot_download
-
-    wanted = [f for n in names or ["*"] for f in (f"{n}/{pattern}", f"images_zip/{n}.zip")]
-    wanted.append("images.zip")
-    get = partial(snapshot_download, source, repo_type="dataset", allow_patterns=wanted)
+def fetch(name, kind, wanted, need) -> str:
+    """The folder of a hub id, with its files that fit the patterns `wanted` and `need`; of `need`
+    each must find some. Says their size first, fetches no whole file twice, and goes by the cache
+    where there is no network. kind: "dataset", or "model": without subfolders."""
+    data = kind == "dataset"
+    flag, choices = ("--data", "shapes, a .jsonl") if data else ("--model", "toy")
+    if name.count("/") != 1 or name[0] in "./":
+        raise InputError(f"{flag} {name}: no such folder; choose {choices}, a folder, or a hub id")
+    page = f"{constants.ENDPOINT}/{'datasets/' * data}{name}"
+    how = dict(repo_type=kind, allow_patterns=[*need, *wanted])
+    get = partial(snapshot_download, name, ignore_patterns=None if data else "*/*", **how)
     try:
-        size = sum(f.file_size for f in get(dry_run=True) if f.will_download)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{source}: {size / 1e9:.2f} GB to download" if size else f"{source}: all here")
-        return Path(get())
-    except (OSError, ValueError) as e:
-        raise InputError(f"--data {source}: neither a folder nor on the hub: {e!s:.200}") from None
+        with suppress(errors.DryRunError):  # no network, or no such id: get() tells them apart
+            files = get(dry_run=True)
+            if lost := [p for p in need if not any(fnmatch(f.filename, p) for f in files)]:
+                like, there = lost[0].split("/")[-1], HfApi().list_repo_files(name, repo_type=kind)
+                has = sorted({f.split("/")[0] for f in there if fnmatch(f, f"*/{like}")})
+                raise ValueError(f"no {lost[0]} in it; it has {','.join(has) or 'none'}")
+            size = sum(f.file_size or 0 for f in files if f.will_download)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{name}: {size / 1e9:.2f} GB to download" if size else f"{name}: all here")
+                if size:  # Trap: model.py switches these bars off, with those of transformers
+                    enable_progress_bars()
+        return get()
+    except errors.GatedRepoError:
+        why = f"gated: accept its terms at {page}, then `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = f"no such folder, and not at {page}; if it is private, `hf auth login`"
+    except (OSError, ValueError, RuntimeError, errors.HTTPError) as e:
+        if type(e) is errors.LocalEntryNotFoundError:  # its cause says more
+            e = e.__cause__ or e
+        why = f"no folder, and not fetched from {page}: {' '.join(str(e).split()):.500}"
+    raise InputError(f"{flag} {name}: {why}")
 
 
 def read_dialogues(

@@ -35,7 +35,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -49,7 +48,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from data import STYLES, Collator, InputError, Item, Lazy
+from data import STYLES, Collator, InputError, Item, Lazy, fetch
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -264,17 +263,11 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
 
 
 def place(name) -> str:
-    """The folder of a model: the toy's, one's own, or what of a hub id a model needs, downloaded
-    (resumable, nothing twice): its weights as safetensors, no pickles and no code."""
+    """The folder of a model: the toy's, one's own, or what of a hub id a model needs, downloaded:
+    its weights as safetensors, no pickles and no code."""
     if name in ("toy", "toy-random") or os.path.isdir(name):
         return str(TOY if name in ("toy", "toy-random") else name)
-    if str(name).count("/") != 1 or str(name)[0] in "./":
-        raise InputError(f"--model {name}: no such folder; choose toy, a folder, or a hub id")
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    try:
-        return snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=["*/*"])
-    except (OSError, ValueError) as e:
-        raise InputError(f"--model {name}: neither a folder nor on the hub: {e!s:.200}") from None
+    return fetch(str(name), "model", ["*.json", "*.jinja", "*.model", "*.txt"], ["*.safetensors"])
 
 
 def read_json(folder, name) -> dict:

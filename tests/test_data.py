@@ -228,26 +228,3 @@ def test_a_set_of_several_parquet_files_is_read_whole(tmp_path):
         pq.write_table(pyarrow.table(row), tmp_path / "s" / name)
     pairs = data.read_pairs(str(tmp_path))["s"]
     assert [p.query.text for p in pairs] == ["q0", "q1"]
-
-
-def test_a_hub_data_set_is_fetched_with_what_it_needs_only(tmp_path, monkeypatch, capsys):
-    """The lists and pictures of the subsets that were asked for; the size is said before."""
-    (tmp_path / "A").mkdir()
-    row = dict(qry=["q"], qry_image_path=[""], pos_text=["t"], pos_image_path=[""])
-    pq.write_table(pyarrow.table(row), tmp_path / "A" / "original-00000-of-00001.parquet")
-    calls = []
-
-    class File:
-        will_download, file_size = True, 2_500_000_000
-
-    def download(name, repo_type, allow_patterns, dry_run=False):
-        calls.append((name, repo_type, allow_patterns, dry_run))
-        return [File()] if dry_run else str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert len(data.read_pairs("team/set", subsets="A:1")["A"]) == 1
-    wanted = ["A/original-*.parquet", "images_zip/A.zip", "images.zip"]
-    assert calls == [("team/set", "dataset", wanted, dry) for dry in (True, False)]
-    assert "team/set: 2.50 GB to download" in capsys.readouterr().out
-    data.read_pairs("team/set")
-    assert calls[-1][2] == ["*/original-*.parquet", "images_zip/*.zip", "images.zip"]

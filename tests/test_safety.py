@@ -179,26 +179,6 @@ def test_an_adapter_of_another_model_is_an_error(adapter, tmp_path):
         model.load(other, device="cpu")
 
 
-def test_a_hub_id_is_fetched_without_pickles_and_code(adapter, good, monkeypatch):
-    """Weights, configs, the tokenizer; an adapter brings its base along."""
-    asked, hub = [], {"team/adapter": adapter[1], "team/base": good}
-
-    def download(name, **how):
-        asked.append((name, how))
-        if name not in hub:
-            raise OSError("404")
-        return str(hub[name])
-
-    monkeypatch.setattr(model, "snapshot_download", download)
-    close(model.load("team/adapter", device="cpu").eval().encode(TEXTS),
-          adapter[0].encode(TEXTS), "from the hub")  # fmt: skip
-    name, how = asked[0]
-    assert name == "team/adapter" and how["ignore_patterns"] == ["*/*"]
-    assert not any(p.endswith((".bin", ".py", "*")) for p in how["allow_patterns"]), how
-    with pytest.raises(InputError, match="team/none: neither a folder nor on the hub: 404"):
-        model.load("team/none", device="cpu")
-
-
 # -------------------------------------------------------------------------------------- checkpoints
 
 
