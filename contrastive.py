@@ -22,6 +22,7 @@ import math
 import random
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,9 +51,7 @@ class Config(model.Config):
     split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])
     temperature: float = flag(0.03, "tau; cosines are divided by it")
     mask_false_negatives: bool = flag(True, "equal targets are no negatives of each other")
-    keep_graphs: int | None = flag(
-        None, f"so many chunks hold their graph and run once; default by device: {KEEP_GRAPHS}"
-    )
+    keep_graphs: int | None = flag(None, f"chunks that run once; default: {KEEP_GRAPHS}")
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
     merge: bool = flag(True, "fold stage 1's adapter into the weights first, as the paper does")
     fsdp: bool = flag(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")
@@ -139,6 +138,7 @@ def gradcache_step(
     first_kept, failed = len(chunks) - keep, 0
     tower = embedder.frozen_tower() if vision_cache != "off" else None
     cache, states, kept, z = {}, {}, {}, None
+    fits = () if fsdp else torch.OutOfMemoryError  # a sharded rank cannot leave the others' forward
 
     def embed(i):
         inputs = embedder.collate.pad_rows([rows[j] for j in chunks[i]], device)
@@ -146,7 +146,7 @@ def gradcache_step(
             return embedder(inputs)  # (chunk, D)
 
     def again():
-        if chunk_tokens < max(model.row_lengths(rows)) or fsdp:
+        if chunk_tokens < max(model.row_lengths(rows)):
             raise InputError(f"out of memory at --chunk-tokens {chunk_tokens}: try half of it, "
                              "--checkpointing, or less --max-pixels")  # fmt: skip
         kept.clear(), cache.clear(), embedder.zero_grad(set_to_none=True)
@@ -164,8 +164,8 @@ def gradcache_step(
                 kept[i] = part
             z = part.new_empty(len(rows), part.shape[1]) if z is None else z
             z[chunk] = part.detach()
-    except torch.OutOfMemoryError:
-        failed = 1
+    except fits:
+        failed, part = 1, None  # Trap: `part` would keep its graph while the step begins again
     sizes = model.gather_objects((len(labels), len(keys), keys.tolist(), failed))
     if any(s[3] for s in sizes):
         return again()
@@ -183,8 +183,8 @@ def gradcache_step(
                 part = kept.pop(i) if i in kept else embed(i)
             part.backward(dz[chunks[i]] if i >= idle else torch.zeros_like(part))
             part = None
-    except torch.OutOfMemoryError:
-        failed = 1
+    except fits:
+        failed, part = 1, None
     if model.all_sum(failed):
         return again()
     if not fsdp:
@@ -325,9 +325,6 @@ def main(cfg):
     for name, examples in pairs.items():
         model.say(f"  {name:<20} {len(examples):>13,} pairs")
 
-    def batch_of(step):
-        return local_batch(pairs, embedder.collate, cfg, step, rank, world)
-
     if cfg.explain:
         small = dataclasses.replace(cfg, batch=6, block=3)
         batch = local_batch(pairs, embedder.collate, small, 0, 0, 1)
@@ -341,6 +338,7 @@ def main(cfg):
     model.say(f"loss sees N = {world} x {N // world} = {N} pairs {chance}")
     log = model.Log(cfg, start)
     embedder.train()
+    batch_of = partial(local_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
     batches = model.prefetch(batch_of, range(start, cfg.steps), cfg.workers)
     for step, batch in log.steps(batches):
         rows, labels, keys, ids = batch.values()
@@ -352,7 +350,7 @@ def main(cfg):
         # ------------------------------------------------------------------------------------------
         budget = out["chunk_tokens"]
         numbers = dict(loss=out["loss"], chance=math.log(out["columns"]), top1=out["top1"])
-        log(step, (N, "pairs"), **numbers, norm=norm, lr=lr, **model.cut_tokens(rows))
+        log(step, (N, "pairs"), **numbers, norm=norm, lr=lr, cut=sum(r["cut"] for r in rows))
         model.maybe_checkpoint(embedder, optimizers, cfg, step)
 
     # 4. Save.

@@ -34,6 +34,7 @@ import torch
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils import enable_progress_bars
 from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 IMAGE = "<image>"
@@ -65,7 +66,8 @@ class Item:
     @cached_property
     def key(self) -> int:
         """63 bits that are equal for Items of equal content, on every rank and machine."""
-        pictures = [x.tobytes() if isinstance(x, Image.Image) else repr(x) for x in self.images]
+        pictures = [(x.mode, x.size, x.tobytes()) if isinstance(x, Image.Image) else repr(x)
+                    for x in self.images]  # fmt: skip
         digest = hashlib.blake2b(repr((self.text, pictures)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
 
@@ -98,7 +100,7 @@ class Task(NamedTuple):
 class Lazy(Sequence):
     """A sequence whose i-th element is `get(i)`, made when it is asked for: nothing is stored.
     about: of what was read from a file: digest, a number that changes with it; lost, pictures that
-    are not there; keep(indices, path), which writes a copy of these examples."""
+    are not there; raw, the lines or the table that it was read from."""
 
     def __init__(self, length: int, get: Callable, about: dict | None = None):
         self.length, self.get, self.about = length, get, about or {}
@@ -127,9 +129,8 @@ class ZipImage(NamedTuple):
 
 
 def open_image(ref, name=None) -> Image.Image:
-    """The picture as upright 8-bit RGB (of an animation the first frame; what is transparent
-    becomes white). `ref`: path, open file, PIL image, or an object with `.render()`. Raises
-    InputError."""
+    """The picture as upright 8-bit RGB (an animation's first frame; transparent becomes white), or
+    an InputError. `ref`: path, open file, PIL image, or an object with `.render()`."""
     if hasattr(ref, "render"):
         return ref.render()
     name = name or (ref if isinstance(ref, str | os.PathLike) else "the picture")
@@ -140,7 +141,7 @@ def open_image(ref, name=None) -> Image.Image:
             raise InputError(f"{name}: {w} x {h} pixels; at most 1e8 and 200:1 are read. Crop it")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # Trap: 16 bits; convert("RGB") would clip it to white
-            image = image.point(lambda v: v / 256).convert("L")
+            image = image.convert("I").point(lambda v: v / 256).convert("L")
         if "A" in image.mode or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -156,11 +157,13 @@ def open_image(ref, name=None) -> Image.Image:
 
 # ----------------------------------------------------------------------------------- reading files
 
-IND = dict(
-    Classification="ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
-    VQA="OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W",
-    Retrieval="VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA",
-    Grounding="MSCOCO",
+IND = dict(  # subset:rows of both papers' training mix
+    Classification="ImageNet-1K:100000 N24News:50000 HatefulMemes:10000 VOC2007:10000 SUN397:20000",
+    VQA="OK-VQA:10000 A-OKVQA:20000 DocVQA:40000 InfographicsVQA:25000 ChartQA:28000 "
+    "Visual7W:70000",
+    Retrieval="VisDial:130000 CIRR:30000 VisualNews_t2i:100000 VisualNews_i2t:100000 "
+    "MSCOCO_t2i:100000 MSCOCO_i2t:120000 NIGHTS:20000 WebQA:20000",
+    Grounding="MSCOCO:100000",
 )
 OOD = dict(
     Classification="Place365 ImageNet-A ImageNet-R ObjectNet Country211",
@@ -168,15 +171,9 @@ OOD = dict(
     Retrieval="FashionIQ Wiki-SS-NQ OVEN EDIS",
     Grounding="RefCOCO RefCOCO-Matching Visual7W-Pointing",
 )
-MMEB = {n: (m, ood) for ood, s in ((False, IND), (True, OOD)) for m in s for n in s[m].split()}
-MMEB20 = (  # both papers' training mix: subset:rows
-    "ImageNet_1K:100000,N24News:50000,HatefulMemes:10000,VOC2007:10000,SUN397:20000,OK-VQA:10000,"
-    "A-OKVQA:20000,DocVQA:40000,InfographicsVQA:25000,ChartQA:28000,Visual7W:70000,VisDial:130000,"
-    "CIRR:30000,VisualNews_t2i:100000,VisualNews_i2t:100000,MSCOCO_t2i:100000,MSCOCO_i2t:120000,"
-    "NIGHTS:20000,WebQA:20000,MSCOCO:100000"
-)
-
-
+MMEB = {n.partition(":")[0]: (m, ood)
+        for ood, s in ((False, IND), (True, OOD)) for m in s for n in s[m].split()}  # fmt: skip
+MMEB20 = " ".join(IND.values()).replace(" ", ",").replace("ImageNet-1K", "ImageNet_1K")  # in train
 DESCRIBE = "Describe the picture."  # instructions where the data are bare captions
 FIND_CAPTION = f"{IMAGE} Find a caption of the picture."
 FIND_PICTURE = "Find the picture of this caption: "
@@ -195,7 +192,7 @@ class Images:
         """-> a path or a ZipImage. What is nowhere is reported when it is opened."""
         for base in (self.root / "images", self.root):
             top, full = (os.path.realpath(p) for p in (base, base / path))
-            if not full.startswith(top + os.sep) and self.root.exists():
+            if not full.startswith(os.path.join(top, "")) and self.root.exists():
                 raise InputError(f"the picture {path!r} lies outside of {base}")
             if os.path.exists(full):
                 return full
@@ -214,17 +211,6 @@ def _zip_names(path):
             return frozenset(archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
         raise InputError(f"{path}: {e}; download the zip file again") from e
-
-
-def find_pictures(folder) -> list:
-    """The pictures below a folder, by their names' endings: relative paths, sorted."""
-    endings, found = tuple(Image.registered_extensions()), []
-    for top, _, names in os.walk(folder, followlinks=False):
-        where = os.path.relpath(top, folder)
-        found += [os.path.normpath(f"{where}/{n}") for n in names if n.lower().endswith(endings)]
-    if not found:
-        raise InputError(f"--images {folder}: no such folder, or no pictures in it")
-    return sorted(found)
 
 
 def _item(raw, images: Images, subset="") -> Item:
@@ -254,18 +240,9 @@ def _dialogue(raw, images) -> Dialogue:
     values = [t["value"] for t in talk]
     # What is compressed is the picture alone; the rest of the first turn is its question.
     item = _item(dict(text=IMAGE * values[0].count(IMAGE), image=raw.get("image")), images)
-    turns = zip(
-        [values[0].replace(IMAGE, "").strip("\n"), *values[2::2]], values[1::2], strict=True
-    )
-    return Dialogue(item, tuple(turns), str(raw.get("id", "")))
-
-
-def as_conversations(id, image, turns) -> dict:
-    """A dialogue as LLaVA writes it: `_dialogue`, the other way round."""
-    talk = [{"from": who, "value": x} for turn in turns
-            for who, x in zip(("human", "gpt"), turn, strict=True)]  # fmt: skip
-    talk[0]["value"] = f"{IMAGE}\n" + talk[0]["value"]
-    return dict(id=id, image=image, conversations=talk)
+    values[0] = values[0].replace(IMAGE, "").strip("\n")
+    turns = zip(values[::2], values[1::2], strict=True)
+    return Dialogue(item, tuple(turns), str(raw.get("id") or ""))
 
 
 def _pair(raw, images) -> Pair:
@@ -319,7 +296,7 @@ def _located(where, parse, raw):
     """parse(raw), with errors that say where."""
     try:
         return parse(raw)
-    except (ValueError, RecursionError) as e:
+    except (LookupError, RecursionError, TypeError, ValueError) as e:
         raise InputError(f"{where}: {e}") from None
 
 
@@ -337,9 +314,12 @@ def _lines(path, parse, image_root) -> Lazy:
         raise InputError(f"--data {path}: no such file; choose shapes, a .jsonl, a folder")
     images = Images(image_root or Path(path).parent)
     if str(path).endswith(".csv"):
-        with open(path, encoding="utf-8-sig", newline="", errors="replace") as file:
-            reader = csv.DictReader(file)
-            lines = [(reader.line_num, json.dumps(row).encode() + b"\n") for row in reader]
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)  # else an open quote swallows the rest
+            try:
+                lines = [(reader.line_num, json.dumps(row).encode() + b"\n") for row in reader]
+            except (csv.Error, UnicodeDecodeError) as e:
+                raise InputError(f"{path}, after line {reader.line_num}: {e}") from None
     else:
         with open(path, "rb") as file:
             lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
@@ -350,16 +330,12 @@ def _lines(path, parse, image_root) -> Lazy:
         n, line = lines[i]
         return _located(f"{path}, line {n}", lambda x: parse(_json(x), images), line)
 
-    def keep(some, out):
-        Path(out).write_bytes(b"".join(lines[i][1].rstrip(b"\r\n") + b"\n" for i in some))
-
     digest = reduce(lambda crc, line: zlib.crc32(line[1], crc), lines, 0)
-    return Lazy(len(lines), get, dict(keep=keep, digest=digest, lost=images.lost))
+    return Lazy(len(lines), get, dict(raw=lines, digest=digest, lost=images.lost))
 
 
 def _valid(path, parse, image_root) -> Lazy:
-    """`_lines`, each tried once now, so that the first bad one is named, with file, line and field,
-    before any training."""
+    """`_lines`, each tried once now: the first bad one is named before any training."""
     lines = _lines(path, parse, image_root)
     for i in tqdm(range(len(lines)), f"reading {path}", leave=False, disable=len(lines) < 50_000):
         lines[i]
@@ -368,14 +344,12 @@ def _valid(path, parse, image_root) -> Lazy:
 
 def _metadata(folder):
     """metadata.jsonl or metadata.csv of a folder of pictures with captions, or None."""
-    return next(
-        (f for e in ("jsonl", "csv") if (f := Path(folder, f"metadata.{e}")).exists()), None
-    )
+    files = (Path(folder, f"metadata.{e}") for e in ("jsonl", "csv"))
+    return next(filter(Path.exists, files), None)
 
 
 def _parquet(path, columns, parse) -> Lazy:
-    """The rows of a parquet file, or of several one after another, memory-mapped, each parsed when
-    asked for."""
+    """The rows of a parquet file, or of several in turn, each parsed when asked for."""
     files = path if isinstance(path, list) else [path]
     path = files[0] if len(files) == 1 else f"{files[0]} ff."
     try:
@@ -393,10 +367,7 @@ def _parquet(path, columns, parse) -> Lazy:
     def get(i):
         return _located(f"{path}, row {i}", lambda x: parse(x.to_pylist()[0]), table.slice(i, 1))
 
-    def keep(some, out):
-        pq.write_table(table.take(some), out)
-
-    return Lazy(table.num_rows, get, dict(keep=keep, digest=sum(map(os.path.getsize, files))))
+    return Lazy(table.num_rows, get, dict(raw=table, digest=sum(map(os.path.getsize, files))))
 
 
 def _subsets(source, subsets, pattern) -> tuple:
@@ -495,8 +466,9 @@ def read_dialogues(
 
 
 def ready(sets) -> int:
-    """Refuses data that name pictures which are not there, before any training. -> a number that
-    changes with the data, so that a run is not resumed with others."""
+    """Refuses data that name pictures which are not there (MMEB's rows are read when they are
+    drawn), before any training. -> a number that changes with the data (of parquet files, with
+    their sizes), so that a run is not resumed with others."""
     for examples in sets:
         if lost := examples.about.get("lost"):
             more = f" (and {len(lost) - 1} more are missing)" * (len(lost) > 1)
@@ -517,10 +489,13 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
         return {
             t: Lazy(n or 10**9, partial(toy().Shapes(seed=seed).pair, t)) for t, n in caps.items()
         }
+    file = _metadata(source)
+    if subsets and (file or source.endswith(".jsonl")):
+        raise InputError(f"--subsets {subsets}: chooses sets of MMEB or shapes; {source} is none")
     if source.endswith(".jsonl"):
         return {Path(source).stem: _valid(source, _pair, image_root)}
-    if file := _metadata(source):
-        captions, of = _valid(str(file), _caption, image_root), {}
+    if file:
+        captions, of = _lines(str(file), _caption, image_root), {}
         for path, text in captions:
             of.setdefault(path, []).append(text)
         paths, name = list(of), Path(source).name
@@ -547,16 +522,14 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
     combinations and with wordings never trained on), a folder or hub id in MMEB-eval's layout.
     limit > 0: so many queries of each."""
     if source == "shapes":
-        tasks = []
-        for suffix in ("", "-new", "-words"):
-            split = "new" if suffix == "-new" else "test"
-            shapes = toy().Shapes(split, seed, suffix == "-words")
-            for name, meta in toy().META_TASK.items():
-                queries = Lazy(limit or 100, partial(shapes.query, name))
-                tasks.append(Task(name + suffix, meta, suffix != "", queries))
-        caps = _choose(subsets, [t.name for t in tasks])
-        return [t._replace(queries=Lazy(min(caps[t.name] or 10**9, len(t.queries)), t.queries.get))
-                for t in tasks if t.name in caps]  # fmt: skip
+        metas, tasks = toy().META_TASK, []
+        names = [n + end for end in ("", "-new", "-words") for n in metas]
+        for name, cap in _choose(subsets, names).items():
+            task, _, way = name.partition("-")
+            world = toy().Shapes("new" if way == "new" else "test", seed, way == "words")
+            queries = Lazy(min(cap or 10**9, limit or 100), partial(world.query, task))
+            tasks.append(Task(name, metas[task], bool(way), queries))
+        return tasks
     root, found = _subsets(source, subsets, "test-*.parquet")
     images, tasks = Images(image_root or root), []
     for name, (cap, path) in found.items():
@@ -620,8 +593,7 @@ class Collator:
         return ids
 
     def _split(self, text, last):
-        """Template text at its last (or first) special token: (ids with it, plain text) or the
-        other way round."""
+        """Template text cut behind its last special token, or before its first: ids and text."""
         special = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         at = [m.span() for m in re.finditer("|".join(map(re.escape, special)), text)]
         if last:
@@ -631,9 +603,8 @@ class Collator:
         return text[:cut], self._ids(text[cut:])
 
     def _read_chat_template(self):
-        """What the model's chat template writes before, between and after two questions and
-        answers, as token ids, and around a picture, as text: found by rendering marks and splitting
-        there."""
+        """What the chat template writes before, between and after two questions and answers, as
+        ids, and around a picture, as text: found by rendering marks and splitting there."""
 
         def render(*turns):
             roles = itertools.cycle(("user", "assistant"))
@@ -656,8 +627,7 @@ class Collator:
         self.picture = one[len(os.path.commonprefix([one, none])) :]
 
     def _segment(self, image):
-        """A picture as the processor writes it: {"tokens": {key: (L,)}, "images": {key: (n,
-        ...)}}."""
+        """A picture as the processor writes it: tokens {key: (L,)}, images {key: (n, ...)}."""
         if self.style == "vlm2vec" and min(image.size) < 28:
             image = image.resize((56, 56))
         arguments = dict(text=[self.picture], images=[image], add_special_tokens=False)
@@ -719,9 +689,10 @@ class Collator:
                 continue
             longest = max(own, key=lambda i: len(parts[i][0]))
             ids, over = parts[longest][0], size() - self.max_length
-            if over > len(ids):
-                over = f"{size()} tokens, {over} too many, and only {len(ids)} of them text"
+            if not ids:
+                over = f"{over} tokens too many without any text"
                 raise InputError(f"--max-length {self.max_length}: {over}; lower --max-pixels")
+            over = min(over, len(ids))
             keep = (len(ids) - over + 1) // 2
             parts[longest] = (ids[:keep] + ids[keep + over :], CONTENT)
         return before - size()
@@ -729,12 +700,10 @@ class Collator:
     def pad_rows(self, rows, device=None) -> dict:
         """Rows -> inputs, right-padded to the longest: input_ids, attention_mask, roles, ... (B,
         L), and the image tensors of all rows end to end."""
-        L = max(len(r["tokens"]["input_ids"]) for r in rows)
         inputs = {}
         for k in self.token_keys:
-            inputs[k] = torch.full((len(rows), L), self.pad if k == "input_ids" else 0)  # (B, L)
-            for i, r in enumerate(rows):
-                inputs[k][i, : len(r["tokens"][k])] = r["tokens"][k]
+            pad = self.pad if k == "input_ids" else 0
+            inputs[k] = pad_sequence([r["tokens"][k] for r in rows], True, pad)  # (B, L)
         inputs["attention_mask"] = (inputs["roles"] != PAD).long()
         for k in dict.fromkeys(k for r in rows for k in r["images"]):
             inputs[k] = cat_padded([r["images"][k] for r in rows if k in r["images"]])

@@ -56,7 +56,7 @@ def precision_at_1(q, c, candidates, tie=1e-6) -> float:
     for i, rows in enumerate(candidates):
         scores = c[rows] @ q[i]  # cosines
         others = scores[np.asarray(rows) != rows[0]]
-        hits += bool(np.all(scores[0] > others + tie))
+        hits += bool(np.isfinite(scores[0]) and np.all(scores[0] > others + tie))
     return hits / len(candidates)
 
 
@@ -78,19 +78,16 @@ def encode_sharded(embedder, items, cfg, what, bad=None) -> np.ndarray:
 
 def score(embedder, task, cfg) -> dict:
     """One set: each distinct item is encoded once, then Precision@1."""
-    index, items = {}, []
+    index = {}  # key of an item -> (its row of z, item)
 
     def at(item):
-        if item.key not in index:
-            index[item.key] = len(items)
-            items.append(item)
-        return index[item.key]
+        return index.setdefault(item.key, (len(index), item))[0]
 
     queries, candidates = [], []
-    for i in range(len(task.queries)):
-        query, choices = task.queries[i]
+    for query, choices in task.queries:
         queries.append(at(query))
         candidates.append([at(c) for c in choices])
+    items = [item for _, item in index.values()]
     z = encode_sharded(embedder, items, cfg, task.name)
     result = dict(
         p_at_1=precision_at_1(z[queries], z, candidates),
@@ -110,12 +107,8 @@ def summary(sets) -> dict:
     """Plain means over sets, as MMEB does: by meta-task, in and out of distribution, overall."""
 
     def mean(rows):
-        rows = list(rows)
-        return (
-            {k: float(np.mean([r[k] for r in rows])) for k in ("p_at_1", "chance")}
-            if rows
-            else None
-        )
+        rows, keys = list(rows), ("p_at_1", "chance")
+        return {k: float(np.mean([r[k] for r in rows])) for k in keys} if rows else None
 
     metas = dict.fromkeys(r["meta_task"] for r in sets.values())
     return dict(
@@ -150,7 +143,8 @@ def main(cfg):
         return importlib.import_module("search").search(embedder, cfg)
     model.say(f"evaluating {cfg.model}")
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
-    partial = f" (partial: --limit {cfg.limit})" if cfg.limit else ""
+    cuts = [f"--limit {cfg.limit}"] * bool(cfg.limit) + ["--subsets"] * bool(cfg.subsets)
+    partial = f" (partial: {', '.join(cuts)})" * bool(cuts)
     model.say(f"\n{'Precision@1 x 100' + partial:<34} {'score':>6}   {'chance':>6}   queries")
     sets, shown = {}, None
     for task in sorted(tasks, key=lambda t: t.ood):
@@ -171,7 +165,7 @@ def main(cfg):
         numbers = {k: v["p_at_1"] if v else None for k, v in means.items() if k != "meta_tasks"}
         metas = {m: r["p_at_1"] for m, r in means["meta_tasks"].items()}
         about = dict(model=cfg.model, prompt=embedder.style, pooling=embedder.pooling, K=embedder.K)
-        about |= dict(partial=bool(cfg.limit), config=asdict(cfg), versions=model.versions())
+        about |= dict(partial=bool(cuts), config=asdict(cfg), versions=model.versions())
         text = json.dumps(dict(sets=sets, meta_tasks=metas, **numbers, **about), indent=1)
         Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
         Path(cfg.json).write_text(text + "\n")

@@ -157,7 +157,8 @@ def stage2(embedder, batch, temperature, chunk_tokens=150):
     embedder.zero_grad(set_to_none=True)
     with Saved() as saved:
         whole = embed(range(len(rows)))
-        loss = contrastive.info_nce(whole[:B], whole[B:], temperature, labels, keys)[0]
+        q, t = whole[:B].cpu(), whole[B:].cpu()  # where labels and keys are
+        loss = contrastive.info_nce(q, t, temperature, labels, keys)[0]
     loss.backward()
     want = [p.grad for p in embedder.parameters() if p.grad is not None]
     gap = math.sqrt(sum((a - b).norm() ** 2 for a, b in zip(ours, want, strict=True)))

@@ -41,7 +41,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -68,8 +68,7 @@ def compression_pool(h, attention_mask, K):
 
 
 def last_token_pool(h, attention_mask):
-    """The last real token of a row (VLM2Vec): (B, L, D), (B, L) -> (B, D), padded on either
-    side."""
+    """The last real token of a row (VLM2Vec): (B, L, D), (B, L) -> (B, D), either padding."""
     return compression_pool(h, attention_mask, 1)
 
 
@@ -172,6 +171,8 @@ class Embedder(nn.Module):
         sorted by length, `chunk_tokens` padded tokens at a time; pictures are opened in `workers`
         processes. An item that cannot be read is an InputError; with a list `bad` the error goes
         there, and the item's row is NaN."""
+        if isinstance(items, str | Path):
+            raise InputError(f"encode: takes a list; [{items!r}] for a single one")
         items, was_training = [Item.of(x) for x in items], self.training
         chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, self.device)
         windows = [items[i : i + 256] for i in range(0, len(items), 256)]
@@ -219,16 +220,9 @@ def row_lengths(rows) -> list:
     return [len(r["tokens"]["input_ids"]) for r in rows]
 
 
-def cut_tokens(rows) -> dict:
-    """What --max-length cost this rank's rows, for the log; nothing where it cost nothing."""
-    cut = sum(r["cut"] for r in rows)
-    return dict(cut=cut) if cut else {}
-
-
 def token_chunks(lengths, budget) -> list:
-    """Indices of rows, sorted by length and cut into chunks of at most `budget` padded tokens (a
-    longer row stands alone). From the shortest rows to the longest; the last chunk is a full
-    one."""
+    """Indices of rows, from the shortest to the longest, in chunks of at most `budget` padded
+    tokens (a longer row stands alone); the last chunk is a full one."""
     chunks, longest = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if chunks and (len(chunks[-1]) + 1) * longest <= budget:
@@ -404,6 +398,9 @@ def save(embedder, path, embedding=True):
             about |= dict(prompt=embedder.style, **versions())
             (part / "nanocoma.json").write_text(json.dumps(about, indent=1) + "\n")
         path.mkdir(parents=True, exist_ok=True)
+        for old in [*path.glob("adapter_*"), path / "nanocoma.json"]:  # `load` would believe them
+            if not (part / old.name).exists():
+                old.unlink(missing_ok=True)
         for file in sorted(part.iterdir()):
             os.replace(file, path / file.name)
         part.rmdir()
@@ -457,9 +454,8 @@ def merge(embedder):
 
 def shard(embedder):
     """PyTorch's FSDP2: parameters, gradients and optimiser states divided over the ranks. Each
-    decoder layer is a unit of its own; all else is one more, gathered by every forward: a rank
-    whose chunk holds no picture calls for the same weights as the others, and nobody waits for
-    ever."""
+    decoder layer is a unit of its own; all else is one more, gathered by every forward, so that a
+    rank whose chunk holds no picture calls for the same weights as the others."""
     if embedder.device.type == "cuda":
         how = dict(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     else:
@@ -534,12 +530,10 @@ def run(main, config):
 
 def all_sum(x):
     """Sum over ranks: a tensor, in place, or a number."""
-    if world() == 1:
-        return x
     if not isinstance(x, torch.Tensor):
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return type(x)(all_sum(torch.tensor(x, dtype=torch.float64, device=device)).item())
-    dist.all_reduce(x)
+        return sum(gather_objects(x))
+    if world() > 1:
+        dist.all_reduce(x)
     return x
 
 
@@ -567,10 +561,6 @@ def sum_gradients(parameters, bucket=25_000_000):
             g.copy_(part.view_as(g))
 
 
-def _same(x):
-    return x
-
-
 def _worker(number):
     for s in (signal.SIGINT, signal.SIGTERM):  # they may reach all: the rank still needs its batch
         signal.signal(s, signal.SIG_IGN)
@@ -587,11 +577,8 @@ def _worker(number):
 
 
 def _packed(make, i):
-    def pack(t):  # arrays in one message: as tensors they would each hold a file descriptor
-        return t.numpy() if isinstance(t, torch.Tensor) else t
-
-    try:
-        return pickle.dumps(tree_map(pack, make(i)), 5)
+    try:  # arrays in one message: as tensors they would each hold a file descriptor
+        return pickle.dumps(tree_map_only(torch.Tensor, torch.Tensor.numpy, make(i)), 5)
     except InputError as e:
         return e
 
@@ -600,12 +587,12 @@ def prefetch(make, indices, workers):
     """Yields make(i) for each i, in order, made ahead in `workers` processes (0: in this one). An
     InputError in a worker is raised here, as it was."""
     lazy, ahead = Lazy(sys.maxsize, partial(_packed, make)), min(workers, len(indices))
-    how = dict(batch_size=None, sampler=indices, collate_fn=_same, worker_init_fn=_worker)
+    how = dict(batch_size=None, sampler=indices, worker_init_fn=_worker)
+    how["multiprocessing_context"] = "fork" if ahead else None  # a closure cannot be spawned
     for packed in DataLoader(lazy, num_workers=ahead, **how):
         if isinstance(packed, InputError):
             raise packed
-        rows = pickle.loads(packed)
-        yield tree_map(lambda t: torch.from_numpy(t) if isinstance(t, np.ndarray) else t, rows)
+        yield tree_map_only(np.ndarray, torch.from_numpy, pickle.loads(packed))
 
 
 def flag(default, about, choices=None):
@@ -620,7 +607,7 @@ class Flags:
     model: str = flag("toy", "toy, toy-random, a folder, or a hub id")
     data: str = flag("shapes", "shapes (the toy world), a .jsonl, a folder or hub id like MMEB")
     image_root: str = flag("", "where the pictures are; empty: beside the data")
-    seed: int = flag(0, "of data, dropout and new weights")
+    seed: int = flag(0, "of data, dropout and LoRA's start")
     compress_tokens: int | None = flag(None, "K; default: the checkpoint's, else 4 (the paper: 32)")
     pooling: str | None = flag(None, "of the K tokens, or the last one", ["mean", "last"])
     prompt: str | None = flag(None, "prompt style", list(STYLES))
@@ -628,9 +615,7 @@ class Flags:
     min_pixels: int = flag(0, "smallest picture (Qwen family), pixels; 0: the model's default")
     max_pixels: int = flag(0, "largest picture (Qwen family), pixels; the paper: 1024 x 28 x 28")
     max_length: int = flag(0, "most tokens of a row; longer ones lose text in the middle; 0: any")
-    chunk_tokens: int | None = flag(
-        None, f"padded tokens through the model at a time; default by device: {CHUNK_TOKENS}"
-    )
+    chunk_tokens: int | None = flag(None, f"padded tokens at a time; default: {CHUNK_TOKENS}")
     workers: int = flag(1, "loader processes of a rank")
 
     @classmethod
@@ -641,9 +626,7 @@ class Flags:
         for f in filter(lambda f: f.init, dataclasses.fields(cls)):
             kind = getattr(f.type, "__args__", [f.type])[0]  # int | None -> int
             how = dict(type=kind, choices=f.metadata["choices"])
-            if kind is bool:  # Trap: BooleanOptionalAction takes any --no-... as False
-                how = dict(action=argparse.BooleanOptionalAction)
-                how = dict(action="store_true") if f.name.startswith("no_") else how
+            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
             shown = "" if f.default in (None, "") else f" (default: {f.default})"
             about, name = f.metadata["about"] + shown, "--" + f.name.replace("_", "-")
             parser.add_argument(name, default=f.default, help=about.replace("%", "%%"), **how)
@@ -682,8 +665,7 @@ def load_for(cfg, device) -> Embedder:
 
 
 def make_optimizers(embedder, cfg) -> list:
-    """AdamW on all that is trained; with --muon-lr, Muon on the weight matrices inside the
-    layers."""
+    """AdamW on all that is trained; with --muon-lr, Muon on the matrices inside the layers."""
     named = [(n, p) for n, p in embedder.named_parameters() if p.requires_grad]
     inner = [n for n, p in named if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     inner = set(inner) if cfg.muon_lr else set()
@@ -726,8 +708,7 @@ def end_step(embedder, optimizers, cfg, step, loss, ids) -> float:
 
 
 class Log:
-    """One aligned line on the screen (rank 0) every few steps; every step as a line of
-    log.jsonl."""
+    """One aligned line on the screen every few steps; every step as a line of log.jsonl."""
 
     def __init__(self, cfg, start):
         self.cfg, self.start, self.t0, self.waited = cfg, start, time.time(), 0.0
@@ -735,7 +716,7 @@ class Log:
         path, old = Path(cfg.out, "log.jsonl"), []
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if start:
+            if start and path.exists():
                 old = path.read_text().splitlines(True)[: start + 1]
             first = dict(config=dataclasses.asdict(cfg), world=world(), **versions())
             Path(f"{path}.part").write_text("".join(old) or json.dumps(first) + "\n")
@@ -752,8 +733,8 @@ class Log:
             yield step, batch
 
     def __call__(self, step, speed, **numbers):
-        """numbers: reproducible ones, also into log.jsonl; speed: (how many, of what) in this
-        step."""
+        """numbers: reproducible, so also into log.jsonl; speed: (how many, of what) a step."""
+        numbers = {k: v for k, v in numbers.items() if v or k != "cut"}
         if rank() == 0:
             self.file.write(json.dumps(dict(step=step + 1, **numbers)) + "\n")
             self.bar.update()
@@ -772,8 +753,7 @@ class Log:
 
 
 # Checkpoints: OUT/checkpoints/step-00000500/{weights.safetensors, optimizer.pt, state.json}. Data
-# and dropout are functions of (seed, step): the trained weights, the optimiser, the step are the
-# whole.
+# and dropout are functions of (seed, step): trained weights, optimiser and step are all there is.
 
 HARMLESS = ("out", "resume", "workers", "save_every", "keep")  # flags that may change in between
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -781,8 +761,7 @@ stop_asked = []  # signals that asked the run to save and end
 
 
 def save_checkpoint(embedder, optimizers, cfg, step):
-    """Written beside and renamed: a cut-off one is never seen. A full disk costs the checkpoint,
-    not the run."""
+    """Written beside and renamed: none is ever half. A full disk costs it, not the run."""
     weights, optimizer = dcp.get_state_dict(embedder, optimizers, options=TRAINED)
     names = {n for n, _ in embedder.named_parameters()}  # a tied weight once
     folder = Path(cfg.out, "checkpoints")

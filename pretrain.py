@@ -37,7 +37,7 @@ class Config(model.Config):
 
     out: str = flag("out/pretrain", "folder for the model, log.jsonl and checkpoints")
     steps: int = flag(400, "optimiser steps")
-    no_compress: bool = flag(False, "mask off: plain instruction tuning (K tokens stay if K > 0)")
+    compress: bool = flag(True, "off: no mask, plain instruction tuning (K tokens stay if K > 0)")
     turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the single-turn ablation")
     caption: bool = flag(False, "a full description in place of the dialogue (toy world)")
     question_first: float = flag(0.0, "beyond the paper: share of dialogues with Q_1 before C")
@@ -80,8 +80,7 @@ def answer_loss(logits, labels) -> torch.Tensor:
 
 
 def distillation_loss(logits, reference) -> torch.Tensor:
-    """The paper's ablation: KL(reference || model), summed over positions, in nats. (n, V), (n,
-    V)."""
+    """The paper's ablation: KL(reference || model), nats, summed over positions. Both (n, V)."""
     p, q = (F.log_softmax(x.float(), dim=-1) for x in (reference, logits))
     return F.kl_div(q, p, reduction="sum", log_target=True)
 
@@ -101,11 +100,10 @@ def exact_answers(logits, labels, inputs) -> tuple:
     right at every position of it, given the right words before."""
     is_answer = inputs["roles"] == ANSWER
     starts = is_answer & ~F.pad(is_answer, (1, 0))[:, :-1]
-    which = starts[is_answer].cumsum(0) - 1  # (n,) the answer that a token belongs to
-    wrong = (logits.argmax(-1) != labels).float()
+    which = starts[is_answer].cumsum(0)  # (n,) the answer that a token belongs to
+    spoilt = which[logits.argmax(-1) != labels].unique()
     total = int(starts.sum())
-    mistakes = torch.zeros(total, device=wrong.device).index_add_(0, which, wrong)
-    return int((mistakes == 0).sum()), total
+    return total - len(spoilt), total
 
 
 # ---------------------------------------------------------------------------------------- plumbing
@@ -136,7 +134,7 @@ def accumulate(embedder, rows, cfg, reference=None):
     budget = model.by_device(cfg.chunk_tokens, model.CHUNK_TOKENS, embedder.device)
     for chunk in model.token_chunks(model.row_lengths([r["row"] for r in rows]), budget):
         inputs = embedder.collate.pad_rows([rows[i]["row"] for i in chunk], embedder.device)
-        logits, labels = answer_logits(embedder, inputs, not cfg.no_compress)
+        logits, labels = answer_logits(embedder, inputs, cfg.compress)
         if reference:
             loss = distillation_loss(logits, reference([rows[i]["plain"] for i in chunk]))
         else:
@@ -178,6 +176,8 @@ def main(cfg):
     rank, world = model.rank(), model.world()
     if cfg.batch < world:
         raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
+    if cfg.objective == "kl" and cfg.max_length:
+        raise InputError("--objective kl: model and teacher need the same answers; --max-length 0")
     torch.manual_seed(cfg.seed)
     embedder = model.load_for(cfg, device)
     plain, reference = teacher(embedder) if cfg.objective == "kl" else (None, None)
@@ -191,7 +191,7 @@ def main(cfg):
 
     if cfg.explain:
         explain = importlib.import_module("explain")
-        return explain.stage1(embedder, dialogues[0], not cfg.no_compress)
+        return explain.stage1(embedder, dialogues[0], cfg.compress)
 
     def rows_of(step):
         rows = []
@@ -216,7 +216,7 @@ def main(cfg):
         norm = model.end_step(embedder, optimizers, cfg, step, loss, [r["id"] for r in rows])
         # ------------------------------------------------------------------------------------------
         numbers = dict(loss=loss, exact=right, norm=norm, lr=lr)
-        log(step, (tokens, "answer tokens"), **numbers, **model.cut_tokens(r["row"] for r in rows))
+        log(step, (tokens, "answer tokens"), **numbers, cut=sum(r["row"]["cut"] for r in rows))
         model.maybe_checkpoint(embedder, optimizers, cfg, step)
 
     # 4. Save. With K = 0 it is a plain instruction-tuned MLLM, and no embedder.

@@ -18,8 +18,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import model
-from data import IMAGE, InputError, Item, find_pictures, open_image
+from data import IMAGE, InputError, Item, open_image
 from evaluate import encode_sharded
+from tools import find_pictures
 
 
 def fingerprint(embedder, *more) -> str:
@@ -50,9 +51,12 @@ def read_index(store) -> dict:
 
 def write_index(store, known):
     """Written beside and renamed: a cut-off index is never seen."""
-    with open(f"{store}.part", "wb") as file:
-        np.savez(file, files=np.array(list(known)), z=np.array(list(known.values())))
-    os.replace(f"{store}.part", store)
+    try:
+        with open(f"{store}.part", "wb") as file:
+            np.savez(file, files=np.array(list(known)), z=np.array(list(known.values())))
+        os.replace(f"{store}.part", store)
+    except OSError as e:
+        model.say(f"the index is not kept: {e}")
 
 
 def index_pictures(embedder, cfg) -> tuple:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from data import IMAGE, Dialogue, Item, Pair, as_conversations, read_tasks
+from data import IMAGE, Dialogue, Item, Pair, read_tasks
 
 SHAPES = ("circle", "square", "triangle", "cross", "diamond")
 COLORS = dict(red="#d62728", green="#2ca02c", blue="#1f4fd6", yellow="#f2c80f", purple="#8e44ad")
@@ -267,6 +267,14 @@ def show(path="out/shapes.png"):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     print(f"wrote {path}")
+
+
+def as_conversations(id, image, turns) -> dict:
+    """A dialogue as LLaVA writes it: `data._dialogue`, the other way round."""
+    talk = [{"from": who, "value": x} for turn in turns
+            for who, x in zip(("human", "gpt"), turn, strict=True)]  # fmt: skip
+    talk[0]["value"] = f"{IMAGE}\n" + talk[0]["value"]
+    return dict(id=id, image=image, conversations=talk)
 
 
 def export(out, n=100):

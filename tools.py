@@ -22,11 +22,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import data
 import shapes
-from data import IMAGE, InputError, Item, as_conversations, find_pictures, open_image
+from data import IMAGE, InputError, Item, open_image
+from shapes import as_conversations
 
 # --------------------------------------------------------------------------------- checking data
 
@@ -91,6 +93,16 @@ def survey(file, rows) -> tuple:
     return good, errors, texts, sorted(sizes, key=lambda s: s[0] * s[1])
 
 
+def copy_rows(raw, some, out):
+    """Writes some of the lines, or of the rows of a table, that a Lazy was read from."""
+    if isinstance(raw, list):
+        out.write_bytes(b"".join(raw[i][1].rstrip(b"\r\n") + b"\n" for i in some))
+    else:
+        import pyarrow.parquet as pq
+
+        pq.write_table(raw.take(torch.tensor(some, dtype=torch.int64).numpy()), out)
+
+
 def check(source, image_root=None, clean=None) -> int:
     """Reads every example of `source` (.jsonl; a folder with captions, or in MMEB's layout) and
     opens every picture; prints a report. clean: writes a copy of the list without the bad ones (of
@@ -121,7 +133,7 @@ def check(source, image_root=None, clean=None) -> int:
             out = Path(clean, file.relative_to(source)) if Path(source).is_dir() else Path(clean)
             out = out.with_suffix(".jsonl") if out.suffix == ".csv" else out
             out.parent.mkdir(parents=True, exist_ok=True)
-            rows.about["keep"](good, out)
+            copy_rows(rows.about["raw"], good, out)
             print(f"  wrote the {len(good):,} good ones to {out}")
         bad, total = bad + len(errors), total + len(rows)
     if not total and not bad:
@@ -129,6 +141,17 @@ def check(source, image_root=None, clean=None) -> int:
     pictures = image_root or (source if Path(source).is_dir() else Path(source).parent)
     print(f"{total:,} examples, {bad:,} bad" + f"; --image-root {pictures}" * bool(clean))
     return bad
+
+
+def find_pictures(folder) -> list:
+    """The pictures below a folder, by their names' endings: relative paths, sorted."""
+    endings, found = tuple(Image.registered_extensions()), []
+    for top, _, names in os.walk(folder, followlinks=False):
+        where = os.path.relpath(top, folder)
+        found += [os.path.normpath(f"{where}/{n}") for n in names if n.lower().endswith(endings)]
+    if not found:
+        raise InputError(f"--images {folder}: no such folder, or no pictures in it")
+    return sorted(found)
 
 
 # ------------------------------------------------------------------------------- making dialogues

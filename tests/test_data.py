@@ -172,6 +172,9 @@ def test_a_row_that_is_too_long_loses_text_and_never_pictures_or_code(collate):
         assert "word0" in text and text.count(" end") == 1 and "word30" not in text
         d = data.Shapes().dialogue(0)
         assert 0 < collate.row(d.item, d.turns)["cut"] and len(d.turns) > 1
+        words = " ".join(["word"] * 70)
+        both = collate.row(Item(f"{IMAGE} {words} {IMAGE} {words}", (picture, picture)))
+        assert len(both["tokens"]["input_ids"]) == 60, "two long texts: both give way"
         collate.max_length = 12
         with pytest.raises(InputError, match="--max-length 12: .* lower --max-pixels"):
             collate.row(item)
@@ -217,6 +220,18 @@ def test_dialogues_without_ids_are_told_apart(tmp_path):
     lines = [json.dumps(dict(conversations=talk, image=f"{i}.png")) for i in range(3)]
     (tmp_path / "d.jsonl").write_text("\n".join(lines).replace('"a?"', '"<image>a?"'))
     assert len({d.id for d in data.read_dialogues(str(tmp_path / "d.jsonl"))}) == 3
+
+
+def test_pictures_of_other_sizes_are_other_items():
+    """64 x 32 and 32 x 64 of one colour have the same bytes."""
+    wide, high = (Item(IMAGE, (Image.new("RGB", s, "red"),)) for s in ((64, 32), (32, 64)))
+    assert wide.key != high.key == Item(IMAGE, (Image.new("RGB", (32, 64), "red"),)).key
+
+
+def test_what_has_no_subsets_says_so(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"query": {"text": "a"}, "target": {"text": "b"}}')
+    with pytest.raises(InputError, match="--subsets x:7: chooses sets of MMEB or shapes"):
+        data.read_pairs(str(tmp_path / "p.jsonl"), subsets="x:7")
 
 
 def test_a_set_of_several_parquet_files_is_read_whole(tmp_path):

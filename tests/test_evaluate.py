@@ -88,7 +88,7 @@ def test_rounding_decides_nothing():
 
 
 def test_nan_is_never_a_hit():
-    """NaN in the query, in the right candidate or in another one: no hit."""
+    """NaN in the query, in the right candidate or in another one: no hit, rivals or none."""
     q, c, candidates = random_case(n=4, m=12, k=3, signal=20)
     candidates = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     q = c[[0, 3, 6, 9]].copy()
@@ -96,6 +96,8 @@ def test_nan_is_never_a_hit():
     q[0], c[3], c[7] = math.nan, math.nan, math.nan
     equal(evaluate.precision_at_1(q, c, candidates), 0.25, "only the fourth is left")
     equal(argmax(q, c, candidates) > 0.25, True, "negative control: argmax takes a NaN for a hit")
+    for only in ([0], [0, 0]):
+        equal(evaluate.precision_at_1(q[:1], c, [only]), 0.0, "a NaN query without a rival")
 
 
 def test_the_right_row_twice_counts_once():

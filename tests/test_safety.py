@@ -169,6 +169,16 @@ def test_adapters_with_the_names_of_older_transformers_are_really_used(adapter, 
     assert (model.load(good, device="cpu").encode(TEXTS) * want).sum(1).max() < 0.9999
 
 
+def test_a_folder_that_is_written_again_holds_nothing_of_the_first_run(adapter, good, tmp_path):
+    """A full model where an adapter stood, a model that is no embedder where one was."""
+    out = shutil.copytree(adapter[1], tmp_path / "out")
+    plain = model.load(good, device="cpu").eval()
+    model.save(plain, out)
+    close(model.load(out, device="cpu").eval().encode(TEXTS), plain.encode(TEXTS), "the second")
+    model.save(plain, out, embedding=False)
+    assert not (out / "nanocoma.json").exists()
+
+
 def test_an_adapter_of_another_model_is_an_error(adapter, tmp_path):
     """Names that fit nothing: an error, not a warning and the base model's embeddings."""
     other = shutil.copytree(adapter[1], tmp_path / "other")

@@ -314,7 +314,7 @@ def test_flags_that_cannot_be_are_refused(tmp_path):
 def test_every_flag_is_read_by_some_line_of_code():
     """A flag that does nothing is a defect."""
     source = "".join((ROOT / f"{n}.py").read_text() for n in ("model", "pretrain", "contrastive"))
-    source += (ROOT / "evaluate.py").read_text()
+    source += (ROOT / "evaluate.py").read_text() + (ROOT / "search.py").read_text()
     for config in (pretrain.Config, contrastive.Config, evaluate.Config):
         for f in dataclasses.fields(config):
             assert f"cfg.{f.name}" in source or f'"{f.name}"' in source, f"--{f.name} does nothing"

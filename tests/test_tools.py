@@ -312,6 +312,8 @@ def test_a_folder_of_pictures_with_captions_trains_both_stages(tmp_path, ending,
     last = pairs["birds_t2i"][3]
     assert last.query.text.endswith("x") and str(last.targets[0].images[0]).endswith("2.png")
     (folder / "1.png").unlink()
+    with pytest.raises(InputError, match=r"1.png: no such picture\. "):  # one, and counted once
+        data.ready(data.read_pairs(str(folder)).values())
     assert tools.data_commands(["check", str(folder), "--clean", str(tmp_path / "c")]) == 0
     assert "4, 1 of them bad" in capsys.readouterr().out
     assert [d.turns[0][1] for d in data.read_dialogues(str(tmp_path / "c"), str(folder))] == [
@@ -330,6 +332,24 @@ def test_generate_and_check_explain_themselves(capsys):
     assert "--server" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         tools.data_commands(["check"])
+
+
+def test_a_damaged_csv_is_an_error_and_no_other_caption(tmp_path):
+    """An open quote would swallow the rows after it; bytes that are no UTF-8 would be replaced."""
+    for rows in (b'0.png,"a bird\n1.png,two\n', b"0.png,caf\xe9\n"):
+        (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n" + rows)
+        with pytest.raises(InputError, match="metadata.csv, after line"):
+            data.read_pairs(str(tmp_path))
+
+
+def test_check_cleans_a_list_of_which_nothing_is_good(tmp_path):
+    """An empty copy, of a parquet file too."""
+    export(tmp_path / "toy", 2)
+    for picture in (tmp_path / "toy").rglob("*.png"):
+        picture.unlink()
+    words = ["check", str(tmp_path / "toy" / "MMEB-train"), "--clean", str(tmp_path / "c")]
+    assert tools.data_commands(words) == 0
+    assert sum(map(len, data.read_pairs(str(tmp_path / "c")).values())) == 0
 
 
 # ------------------------------------------------------------------------ for sentence-transformers
