@@ -37,7 +37,7 @@ PICTURES, PAIRS, QUESTIONS, QUERIES = 200, 60, 300, 50  # how many a figure is m
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, GREY = (
     "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #666666".split()
 )
-COLORS = (BLUE, RED, GREEN)  # of lines
+COLORS = (BLUE, RED, GREEN, ORANGE)  # of lines
 WIDTH = 8  # inches; 880 pixels
 STYLE = {
     "figure.dpi": 110, "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5,
@@ -267,7 +267,7 @@ def curves(models, records):
 def error_bars(ax, x, runs, i, label):
     """Mean and standard error, in percent, at each x of its runs' scores (shares)."""
     y, error = np.transpose([mean_error(scores) for scores in runs])  # (n,), (n,)
-    how = dict(color=COLORS[i], marker="os^"[i], capsize=3, label=label)
+    how = dict(color=COLORS[i], marker="os^D"[i], capsize=3, label=label)
     ax.errorbar(x, 100 * y, 100 * error, **how)
 
 
@@ -275,6 +275,7 @@ def arms(models, records):
     """In-distribution Precision@1 of each arm against contrastive steps: mean and standard error
     over seeds, a panel for each amount of pairs."""
     names = dict(none="contrastive only", plain="the same dialogues, no mask", coma="CoMa")
+    names["both"] = "CoMa, and beyond the paper"
     records = [r for r in read_records(records) if r["study"].startswith(("arms", "pairs"))]
     amounts = sorted({r["pairs"] for r in records}, key=lambda n: n or math.inf)
     if not amounts:

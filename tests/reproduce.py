@@ -6,10 +6,11 @@
 
 Matched arms start from the same toy MLLM: `none` (contrastive only), `coma` (compression, then
 contrastive), `plain` (the control that the papers leave out: the same steps on the same dialogues
-in the same layout with the mask off, then contrastive). Contrastive data, steps, batch and learning
-rates are the same in every arm. An arm is the flags of its two stages; each run is a record in
---json, and no run is ever repeated: studies share their arms, and the command goes on where it was
-stopped.
+in the same layout with the mask off, then contrastive), `both` (an idea beyond the paper: some
+questions stand before the code, some texts are compressed). Contrastive data, steps, batch and
+learning rates are the same in every arm. An arm is the flags of its two stages; each run is a
+record in --json, and no run is ever repeated: studies share their arms, and the command goes on
+where it was stopped.
 """
 
 import argparse
@@ -42,15 +43,17 @@ def faster(x):
 
 
 NONE, COMA, PLAIN, BOTH = None, "", "--no-compress", "--question-first 0.5 --texts 0.3"
-ARMS = dict(none=NONE, coma=COMA, plain=PLAIN)
+PAPER = dict(none=NONE, coma=COMA, plain=PLAIN)
+ARMS = dict(**PAPER, both=BOTH)
 STUDIES = {
     # name: (seeds, {arm: (flags of stage 1, flags of stage 2)}); NONE: there is no stage 1
     "arms": (5, {arm: (first, "") for arm, first in ARMS.items()}),
-    "pairs-200": (3, {arm: (first, caps(200)) for arm, first in ARMS.items()}),
-    "pairs-1000": (3, {arm: (first, caps(1000)) for arm, first in ARMS.items()}),
-    "pairs-5000": (3, {arm: (first, caps(5000)) for arm, first in ARMS.items()}),
+    **{
+        f"pairs-{n}": (2, {arm: (first, caps(n)) for arm, first in ARMS.items()})
+        for n in (200, 1000, 5000)
+    },
     "lr": (2, {
-        f"{arm} x{x}": (first, faster(x)) for arm, first in ARMS.items() for x in (0.5, 1, 2)
+        f"{arm} x{x}": (first, faster(x)) for arm, first in PAPER.items() for x in (0.5, 1, 2)
     }),
     "length": (2, {
         f"{arm} {steps}": (f"{first} --steps {steps}".strip() if steps != 400 else first, "")
