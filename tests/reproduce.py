@@ -27,7 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 TASKS = ("classify", "vqa", "i2t", "t2i", "ground")
-CURVE = 4  # times in a run that the in-distribution sets are scored, on 25 queries each
+QUERIES = 60  # of each set, at the end of a run
+CURVE = 4  # times in a run that the in-distribution sets are scored, on at most 25 queries each
 STAGE1 = "--steps 400 --batch 64 --save-every 0 --workers 0"  # an arm's own flags come after these
 STAGE2 = "--steps 200 --batch 64 --save-every 0 --workers 0"
 
@@ -128,7 +129,9 @@ def run_contrastive(job):
         if (step + 1) % (cfg.steps // CURVE) == 0 and step + 1 < cfg.steps:
             embedder.eval()
             with torch.random.fork_rng([]):
-                curve.append(score(embedder, 25, ",".join(TASKS))["ind"]["p_at_1"])
+                curve.append(
+                    score(embedder, min(25, job["queries"]), ",".join(TASKS))["ind"]["p_at_1"]
+                )
             embedder.train()
             steps.append(step + 1)
 
@@ -139,7 +142,7 @@ def run_contrastive(job):
         contrastive.main(cfg)
         embedder = model.load(out, device="cpu")
         log = [json.loads(x) for x in Path(out, "log.jsonl").read_text().splitlines()[1:]]
-    found = score(embedder, 60)
+    found = score(embedder, job["queries"])
     return dict(
         first=job["first"], second=job["second"], seed=job["seed"], K=embedder.K, batch=cfg.batch,
         pairs=sum(int(x.partition(":")[2] or 0) for x in cfg.subsets.split(",")),
@@ -216,7 +219,7 @@ def main(args):
                 if first is not None
             }
             for first, second in runs:
-                job = dict(first=first, second=second, seed=seed)
+                job = dict(first=first, second=second, seed=seed, queries=QUERIES)
                 run = (match, job, firsts.get(first), records, args.json, lock)
                 waiting.append(pool.submit(*run))
         for run in waiting:

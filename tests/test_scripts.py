@@ -296,10 +296,12 @@ def test_flags_that_cannot_be_are_refused(tmp_path):
         for f in filter(lambda f: f.init, dataclasses.fields(stage.Config)):
             kind = getattr(f.type, "__args__", [f.type])[0]
             value = (f.metadata["choices"] or [3 if kind in (int, float) else "x"])[-1]
-            words = ["--" + f.name.replace("_", "-"), *([] if kind is bool else [str(value)])]
-            want = True if kind is bool else value
-            assert getattr(stage.Config.parse(words), f.name) == want, words
-    assert contrastive.Config.parse(["--no-merge"]).merge is False
+            name = f.name.replace("_", "-")
+            cases = [(f"--{name}", [str(value)], value)]
+            if kind is bool:
+                cases = [(f"--{name}", [], True), (f"--no-{name}", [], False)]
+            for word, rest, want in cases:
+                assert getattr(stage.Config.parse([word, *rest]), f.name) == want, word
     assert contrastive.Config.parse([]) == contrastive.Config()
     for more, says in (
         (dict(batch=30, block=8), "--batch 30 is not a multiple of --block 8; try 32"),
