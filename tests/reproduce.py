@@ -184,6 +184,14 @@ def compress(first, seed, top):
     return str(out), float((out / "cpu_seconds").read_text())
 
 
+def keep(records, path):
+    """Writes the runs, and which arms make each study."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(r) for r in records)
+    studies = json.dumps({study: arms for study, (_, arms) in STUDIES.items()})
+    path.write_text(f'{{"studies": {studies},\n"runs": [\n{lines}\n]}}\n')
+
+
 def match(job, first, records, path, lock):
     """Stage 2 of one arm and seed, when its stage 1 is there; the record is kept at once."""
     job["init"], seconds1 = first.result() if first else ("toy", 0)
@@ -191,10 +199,7 @@ def match(job, first, records, path, lock):
     with lock:
         records.append(json.loads(said.splitlines()[-1]))
         records[-1] |= dict(seconds1=seconds1, seconds2=seconds2)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(r) for r in records)
-        studies = json.dumps({study: arms for study, (_, arms) in STUDIES.items()})
-        path.write_text(f'{{"studies": {studies},\n"runs": [\n{lines}\n]}}\n')
+        keep(records, path)
         print(f"{job}: {records[-1]['overall']:.3f}", flush=True)
 
 
@@ -202,6 +207,7 @@ def main(args):
     """Runs what is missing, a seed at a time, and prints the table."""
     records = json.loads(args.json.read_text())["runs"] if args.json.exists() else []
     done = {(r["first"], r["second"], r["seed"]) for r in records}
+    keep(records, args.json)
     wanted = dict.fromkeys(
         (seed, *flags)
         for study in args.study.split(",")
@@ -228,27 +234,26 @@ def main(args):
 
 
 def show(args):
-    """Mean and standard error over seeds of each arm, x 100; `gain`: of overall against contrastive
-    only, paired by seed."""
+    """Mean and standard error over seeds of each arm, x 100, of the seeds that all arms of a study
+    have run; `gain`: of overall against the study's first arm, paired by seed."""
     from figures import mean_error, read_records  # here: a run needs no matplotlib
 
-    groups, records = defaultdict(dict), read_records(args.json)
+    groups, records = defaultdict(lambda: defaultdict(dict)), read_records(args.json)
     for r in records:
-        groups[r["study"], r["arm"]][r["seed"]] = r
-    plain = {seed: r["overall"] for seed, r in groups["arms", "none"].items()}
+        groups[r["study"]][r["arm"]][r["seed"]] = r
     metas = list(records[0]["meta_tasks"]) if records else []
     print(f"{'study':<16}{'arm':<16}{'seeds':>5}" + "".join(
         f"{h[:9]:>13}" for h in ["overall", "gain", "IND", "OOD", *metas]))  # fmt: skip
-    for (study, arm), runs in groups.items():
-        others = [set(x) for (name, _), x in groups.items() if name == study and x]
-        seeds = sorted(set.intersection(*others))  # those that all arms of the study have run
-        rows = [runs[seed] for seed in seeds]
-        cells = [[r[k] for r in rows] for k in ("overall", "ind", "ood")]
-        cells.insert(1, [r["overall"] - plain[r["seed"]] for r in rows if r["seed"] in plain])
-        cells += [[r["meta_tasks"][m] for r in rows] for m in metas]
-        both = [mean_error(c) if c else None for c in cells]
-        words = [f"{100 * x[0]:.1f} ± {100 * x[1]:.1f}" if x else "-" for x in both]
-        print(f"{study:<16}{arm:<16}{len(rows):>5}" + "".join(f"{w:>13}" for w in words))
+    for study, arms in groups.items():
+        seeds = sorted(set.intersection(*map(set, arms.values())))
+        base = next(iter(arms.values()))
+        for arm, runs in arms.items():
+            cells = [[runs[s][k] for s in seeds] for k in ("overall", "ind", "ood")]
+            cells.insert(1, [runs[s]["overall"] - base[s]["overall"] for s in seeds])
+            cells += [[runs[s]["meta_tasks"][m] for s in seeds] for m in metas]
+            words = [f"{100 * m:.1f}" + f" ± {100 * e:.1f}" * (len(seeds) > 1)
+                     for m, e in map(mean_error, cells)]  # fmt: skip
+            print(f"{study:<16}{arm:<16}{len(seeds):>5}" + "".join(f"{w:>13}" for w in words))
     runs = {(r["first"], r["second"], r["seed"]): r for r in records}.values()
     stages = {(r["first"], r["seed"]): r["seconds1"] for r in runs if r["first"] is not None}
     hours = (sum(stages.values()) + sum(r["seconds2"] for r in runs)) / 3600
