@@ -80,7 +80,8 @@ STUDIES = {
         "none, last": (NONE, "--pooling last --compress-tokens 0"),  # that is VLM2Vec
     }),
     "temperature": (2, {
-        f"tau={t}": (COMA, f"--temperature {t}" if t != 0.03 else "") for t in (0.01, 0.03, 0.1)
+        f"{arm} {t}": (first, f"--temperature {t}" if t != 0.03 else "")
+        for arm, first in PAPER.items() for t in (0.01, 0.03, 0.1)
     }),
     "batch": (2, {
         f"N={n}": (COMA, f"--batch {n} --block {min(n, 32)} --steps 100")
