@@ -1,10 +1,11 @@
-"""Planted mistakes, two to four for each exercise: test_grader.py shows that the grader finds each.
+"""Planted mistakes, two to five for each exercise: test_grader.py shows that the grader finds each.
 Many are those that the main tests' own negative controls use."""
 
 import functools
 import math
 
 import ladder
+import numpy as np
 import test_answers
 import test_evaluate
 import test_mask
@@ -62,6 +63,18 @@ def a_tie_is_a_hit(q, t, temperature, labels=None, keys=None):
     return loss, ((q @ t.T).argmax(1) == labels).double().mean()
 
 
+def keys_in_the_queries_order(q, t, temperature, labels=None, keys=None):
+    """keys[:B] for keys[labels]: the same where query i's target is column i."""
+    if keys is None:
+        return info_nce(q, t, temperature, labels)
+    labels = torch.arange(len(q)) if labels is None else labels
+    own = torch.arange(len(t))[None] == labels[:, None]
+    scores = q @ t.T / temperature
+    scores = scores.masked_fill((keys[None] == keys[: len(q), None]) & ~own, -math.inf)
+    hits = scores[own] > scores.masked_fill(own, -math.inf).amax(1)
+    return F.cross_entropy(scores, labels), hits.double().mean()
+
+
 # --------------------------------------------------------------------------------------- exercise 3
 
 
@@ -73,6 +86,11 @@ def labels_in_place(input_ids, roles):
     labels = our_labels(input_ids.clone(), roles)
     input_ids[roles != ANSWER] = -100
     return labels
+
+
+def wraps_round(input_ids, roles):
+    """The last position gets the label of the row's first token."""
+    return test_answers.unshifted(input_ids, roles).roll(-1, 1)
 
 
 # --------------------------------------------------------------------------------------- exercise 5
@@ -118,6 +136,20 @@ def wrong_order(embed, rows, chunks, loss_of):
     starts = [sum(map(len, chunks[:k])) for k in range(len(chunks))]
     straight = [list(range(s, s + len(chunk))) for s, chunk in zip(starts, chunks, strict=True)]
     return ladder.our_gradcache(embed, rows[order], straight, loss_of)
+
+
+def loss_with_a_graph(embed, rows, chunks, loss_of):
+    return torch.tensor(ladder.our_gradcache(embed, rows, chunks, loss_of), requires_grad=True)
+
+
+# --------------------------------------------------------------------------------------- exercise 7
+
+precision_at_1 = evaluate.precision_at_1
+
+
+def zero_for_nan(q, c, candidates, tie=1e-6):
+    """No hit beside a rival; without one a hit."""
+    return precision_at_1(np.nan_to_num(q), c, candidates, tie)
 
 
 # --------------------------------------------------------------------------------------- exercise 8
@@ -170,16 +202,16 @@ def bug(name, test):
 
 def mistakes():
     """exercise -> {name: what is graded in the student's place}."""
-    loss = {f.__name__: Wrong(info_nce=f) for f in (overflows, forgets_keys, sums, a_tie_is_a_hit)}
+    losses = (overflows, forgets_keys, sums, a_tie_is_a_hit, keys_in_the_queries_order)
     masks = (test_mask.boundary_off_by_one, test_mask.sees_the_next_token)
     masks += (test_mask.questions_only, test_mask.padding_sees_nothing)
-    labels = (test_answers.unshifted, test_answers.with_questions, labels_in_place)
+    labels = (test_answers.unshifted, test_answers.with_questions, labels_in_place, wraps_round)
     pools = (test_pooling.at_the_end, test_pooling.by_length, test_pooling.all_tokens)
-    caches = (one_graph, no_replay, each_chunk_alone, wrong_order)
-    metrics = (test_evaluate.argmax, test_evaluate.all_rows)
-    no_margin = functools.partial(evaluate.precision_at_1, tie=0)
+    caches = (one_graph, no_replay, each_chunk_alone, wrong_order, loss_with_a_graph)
+    metrics = (test_evaluate.argmax, test_evaluate.all_rows, zero_for_nan)
+    no_margin = functools.partial(precision_at_1, tie=0)
     return dict(
-        ex1=loss,
+        ex1={f.__name__: Wrong(info_nce=f) for f in losses},
         ex2={f.__name__: Wrong(compression_mask=f) for f in masks},
         ex3={f.__name__: Wrong(answer_labels=f) for f in labels}
         | dict(mean=Wrong(answer_loss=F.cross_entropy)),

@@ -2,6 +2,7 @@
 
 import pytest
 import test_infonce
+import torch
 from checks import close
 from planting import planted
 
@@ -21,10 +22,13 @@ def in_place(student):
 
 
 def cases(keys_too):
-    """Those of test_infonce with one positive a query."""
+    """Those of test_infonce with one positive a query; targets in any order, repeated."""
     for name, q, t, labels, keys in test_infonce.cases():
         if (labels is None or labels.ndim == 1) and (keys is None or keys_too):
             yield name, q, t, labels, keys
+    if keys_too:  # query i's key is that of its target, which is not column i
+        labels, keys = torch.tensor([5, 0, 6, 3]), torch.tensor([1, 2, 3, 1, 2, 3, 3])
+        yield "targets in another order, duplicates", *test_infonce.embeddings(4, 7), labels, keys
 
 
 def check(student, keys_too):
@@ -47,7 +51,7 @@ def test_equal_targets_are_no_negatives(student):
     """With keys: the other columns of my target's key leave the denominator and the hits."""
     check(student, keys_too=True)
     q, t = test_infonce.embeddings(4, 4)
-    loss, hits = student.info_nce(q, t, 0.01, None, keys=0 * test_infonce.torch.arange(4))
+    loss, hits = student.info_nce(q, t, 0.01, None, keys=0 * torch.arange(4))
     close(loss, 0.0, "no negatives at all: nothing to tell apart", 1e-12)
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import test_answers
+import torch
 from planting import planted
 
 import pretrain
+from data import ANSWER, PAD
 
 pytestmark = pytest.mark.ex3
 
@@ -20,6 +22,16 @@ def test_the_labels_are_made_anew(student, shared):
     ids = inputs["input_ids"].clone()
     student.answer_labels(inputs["input_ids"], inputs["roles"])
     test_answers.equal(inputs["input_ids"], ids, "input_ids must not change")
+
+
+def test_the_last_position_predicts_nothing(student):
+    """Nothing comes after it, and a row's first token is not its next one."""
+    ids, roles = (
+        torch.tensor([[7, 8, 9], [4, 5, 6]]),
+        torch.tensor([[ANSWER] * 3, [ANSWER, PAD, PAD]]),
+    )
+    labels = student.answer_labels(ids, roles).tolist()
+    test_answers.equal(labels, [[8, 9, -100], [-100] * 3], "rows that begin with an answer's token")
 
 
 def test_the_loss_is_a_sum_in_nats(student):

@@ -7,6 +7,7 @@ from checks import close, expect
 from torch import nn
 
 pytestmark = pytest.mark.ex5
+ONE_EACH = "one forward of each chunk, in order, and no other: an extra one uses up random numbers"
 CHUNKINGS = ([[i] for i in range(8)], [[3, 0, 6], [5], [1, 2, 7, 4]], [list(range(8))])
 
 
@@ -37,12 +38,15 @@ def whole(net, chunks):
 
 def check(gradcache, dropout):
     for chunks in CHUNKINGS:
-        net, hint = small_model(dropout), f"dropout {dropout}, chunks {chunks}"
+        net, hint = small_model(dropout), f"chunks {chunks}"
+        hint += f", dropout {dropout} ({ONE_EACH})" * (dropout > 0)
         torch.manual_seed(5)
         want = whole(net, chunks)
         net.zero_grad()
         torch.manual_seed(5)
         loss = gradcache(net, rows(), chunks, loss_of)
+        graph = getattr(loss, "requires_grad", False)
+        expect(not graph, "a loss with a graph", "one without", "loss.detach() or loss.item()")
         close(float(loss), want[0], f"{hint}: the loss of all rows, in their order", 1e-12)
         got = [p.grad for p in net.parameters()]
         expect(all(g is not None for g in got), "no .grad", "a gradient", hint)
@@ -96,5 +100,5 @@ def test_the_gradient_is_added_and_the_generator_goes_on(student):
         student.gradcache(net, rows(), CHUNKINGS[1], loss_of)
         after.append(torch.rand(1).item())
     got = torch.cat([p.grad.flatten() for p in net.parameters()])
-    close(got, 2 * want, "two steps without zero_grad: the sum", 1e-10)
+    close(got, 2 * want, f"two steps without zero_grad: the sum; {ONE_EACH}", 1e-10)
     expect(len(set(after)) == 1, after, "three times the same", "torch.random.fork_rng")
