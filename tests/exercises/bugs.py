@@ -39,6 +39,7 @@ class Bug(NamedTuple):
     name: str
     make: object  # our function -> the wrong one
     files: tuple  # where `hunt` looks
+    hint: str  # for a test that does not notice it
 
 
 def causal(roles):
@@ -132,13 +133,14 @@ def grey_for_a_bad_picture(ours):
 def plain_batch_on_one_gpu(ours):
     inside = []
 
-    def gradcache_step(embedder, rows, labels, keys, temperature, chunk_tokens, *rest, **how):
+    def gradcache_step(embedder, rows, labels, keys, temperature, *rest, **how):
+        if model.world() > 1:
+            return ours(embedder, rows, labels, keys, temperature, *rest, **how)
         if inside:  # a plain batch does not know how to begin again with less
             raise torch.OutOfMemoryError("the whole batch does not fit")
-        chunk_tokens = chunk_tokens if model.world() > 1 else 10**9
         inside.append(True)
-        try:
-            return ours(embedder, rows, labels, keys, temperature, chunk_tokens, *rest, **how)
+        try:  # one chunk, whose graph is kept: one forward of everything, one backward
+            return ours(embedder, rows, labels, keys, temperature, chunk_tokens=10**9, keep=1)
         finally:
             inside.clear()
 
@@ -146,25 +148,35 @@ def plain_batch_on_one_gpu(ours):
 
 
 BUGS = dict(
-    b1=Bug("CoMa: the compression mask is off by default (split_layer = -1), so that the answers "
-           "see the picture", pretrain, "compression_mask", mask_off, ("test_mask",)),
+    b1=Bug("CoMa: the compression mask is off by default (split_layer = -1); we plant a causal "
+           "mask that hides nothing of the picture",
+           pretrain, "compression_mask", mask_off, ("test_mask",),
+           "which test asks compression_mask itself, and not a wrong mask of its own?"),
     b2=Bug("CoMa: where the mask is on, it holds in some layers only",
-           model.Embedder, "hidden", mask_in_half_the_layers, ("test_mask",)),
+           model.Embedder, "hidden", mask_in_half_the_layers, ("test_mask",),
+           "the mask is right; which test looks at what a model does with it?"),
     b3=Bug("CoMa: questions and template tokens are trained like answers",
-           pretrain, "answer_labels", labels_of_everything, ("test_answers",)),
+           pretrain, "answer_labels", labels_of_everything, ("test_answers",),
+           "which test reads the labels, token by token?"),
     b4=Bug("CoMa: trained with the mean of the code, evaluated with the last token",
-           model.Embedder, "encode", last_token_in_evaluation, ("test_embedder",)),
-    b5=Bug("The official evaluation: Precision@1 by argmax; the right candidate stands at index "
-           "0, so a collapsed model scores 100",
-           evaluate, "precision_at_1", first_index_wins, ("test_evaluate",)),
+           model.Embedder, "encode", last_token_in_evaluation, ("test_embedder",),
+           "which test compares what encode gives with what a forward pass gives?"),
+    b5=Bug("The official evaluation: Precision@1 by argmax, and the right candidate stands at "
+           "index 0", evaluate, "precision_at_1", first_index_wins, ("test_evaluate",),
+           "argmax is right where no two scores are equal; which test has equal ones?"),
     b6=Bug("Hard negatives are read, and then thrown away",
-           contrastive, "local_batch", negatives_thrown_away, ("test_gradcache",)),
+           contrastive, "local_batch", negatives_thrown_away, ("test_gradcache",),
+           "which test looks at the columns that a step is given?"),
     b7=Bug("VLM2Vec: the size of a one-dataset block is multiplied by the number of ranks",
-           contrastive, "local_batch", block_times_world, ("test_gradcache",)),
+           contrastive, "local_batch", block_times_world, ("test_gradcache",),
+           "with one rank nothing is wrong; which test asks for the batch of several, in one "
+           "process?"),
     b8=Bug("A sample that cannot be read is replaced by a dummy, and nobody hears of it",
-           data, "open_image", grey_for_a_bad_picture, ("test_data",)),
+           data, "open_image", grey_for_a_bad_picture, ("test_data",),
+           "which test has a picture that cannot be read, and wants to hear of it?"),
     b9=Bug("VLM2Vec: GradCache runs on several GPUs only; on one it is silently a plain batch",
-           contrastive, "gradcache_step", plain_batch_on_one_gpu, ("test_gradcache",)),
+           contrastive, "gradcache_step", plain_batch_on_one_gpu, ("test_gradcache",),
+           "the gradient is right; what does a plain batch cost, and what can it not do?"),
 )  # fmt: skip
 
 
@@ -213,9 +225,14 @@ def run(names, bug=None, hunting=False):
     return found
 
 
+def plain(name) -> str:
+    """A test's name without folder and [parameters], as pytest's own lines have them."""
+    return str(name).removeprefix("tests/").partition("[")[0]
+
+
 def problem(name) -> str:
     """Why this cannot be the name of a test; "" where it can."""
-    file, _, function = str(name).removeprefix("tests/").partition("::")
+    file, _, function = name.partition("::")
     if not file.endswith(".py") or file.removesuffix(".py") not in FILES:
         return f"test_file.py::test_name, the file one of {', '.join(FILES)}"
     test = getattr(importlib.import_module(file.removesuffix(".py")), function, None)
@@ -234,9 +251,9 @@ def fails(name, bug=None, others=()):
     others: tests that will be asked for next, to run them along."""
     if (name, bug) not in known:
         names = [n for n in {name, *others} if not problem(n)]
-        found = run([n.removeprefix("tests/") for n in names], bug)
+        found = run(names, bug)
         for n in names:
-            known[n, bug] = n.removeprefix("tests/") in found.failed if found.ran else None
+            known[n, bug] = n in found.failed if found.ran else None
     return known.get((name, bug))
 
 
