@@ -3,6 +3,7 @@
     python tests/exercises/grade.py my.py            a score line for each exercise
     python tests/exercises/grade.py FOLDER           a line for each FOLDER/*.py or FOLDER/*/*.py;
                                                      writes FOLDER/scores.csv and FOLDER/reports/
+    python tests/exercises/grade.py FOLDER --only ex3    scores-ex3.csv and reports-ex3/
 
 An exercise is worth 10 points, times the share of its tests that pass. Each submission runs in a
 process of its own, in an empty folder, for at most --seconds; what passed until then counts. It is
@@ -34,13 +35,12 @@ def small_files():
 
 def grade(path, seconds=300, only="", report=os.devnull):
     """Grades one file in a process of its own. -> (points of each exercise, a remark or "")."""
-    tests = sorted(map(str, ladder.HERE.glob("test_ex*.py")))
+    names = [only] if only else list(ladder.NAMES)
+    tests = [str(next(ladder.HERE.glob(f"test_{name}_*.py"))) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-c", str(ladder.ROOT / "pyproject.toml"), f"--rootdir={ladder.ROOT}"]
-    if only:
-        tests = [t for t in tests if Path(t).name.startswith(f"test_{only}_")]
     remark = ""
-    with tempfile.TemporaryDirectory() as folder, open(report, "w") as said:
+    with tempfile.TemporaryDirectory() as folder, open(report, "w", encoding="utf-8") as said:
         lines = Path(folder, "report.jsonl")
         given = os.environ | dict(EXERCISES=str(path.resolve()), EXERCISES_REPORT=str(lines))
         posix = dict(start_new_session=True, preexec_fn=small_files) if os.name == "posix" else {}
@@ -54,15 +54,23 @@ def grade(path, seconds=300, only="", report=os.devnull):
             with contextlib.suppress(ProcessLookupError):  # and what it started
                 os.killpg(process.pid, signal.SIGKILL) if posix else process.kill()
             process.wait()
-        passed = {}  # exercise -> test -> passed; the last word on a test counts
+        heard = {}  # exercise -> test -> the last word on it, which counts
         for line in lines.read_text().splitlines() if lines.exists() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 r = json.loads(line)
-                passed.setdefault(r["exercise"], {})[r["test"]] = bool(r["passed"])
-    if code not in (0, 1, None):
-        remark = f"ended early (exit code {code})"
-    names = [only] if only else ladder.NAMES
-    points = {k: 10 * sum(passed[k].values()) / len(passed[k]) if k in passed else 0 for k in names}
+                heard.setdefault(r["exercise"], {})[r["test"]] = r
+        rest = [(test, r) for tests in heard.values() for test, r in tests.items()]
+        lost = [test for test, r in rest if "passed" not in r]
+        if code not in (0, 1, None) or lost and not remark:
+            remark = f"ended early (exit code {code})"
+        if lost:  # pytest had no time to print what the finished tests said
+            remark += f" in {Path(lost[0]).name}"
+            said.writelines(f"\n{test}\n{r['said']}\n" for test, r in rest if r.get("said"))
+            said.write(f"\n{remark}\n")
+    points = {}
+    for name in names:
+        passed = [bool(r.get("passed")) for r in heard.get(name, {}).values()]
+        points[name] = 10 * sum(passed) / len(passed) if passed else 0
     return points, remark or refused(path)
 
 
@@ -78,9 +86,13 @@ def refused(path):
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("path", type=Path, help="a file, or a folder of submissions")
-    parser.add_argument("--seconds", type=float, default=300, help="at most so long for each file")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="at most so long for each file, wall clock"
+    )
     parser.add_argument("--only", choices=ladder.NAMES, default="", help="one exercise")
     cfg = parser.parse_args()
+    if not cfg.path.exists():
+        sys.exit(f"{cfg.path}: no such file or folder")
     if cfg.path.is_file():
         points, remark = grade(cfg.path, cfg.seconds, cfg.only)
         for k, p in points.items():
@@ -93,13 +105,15 @@ def main():
     names = [cfg.only] if cfg.only else list(ladder.NAMES)
     width = max(len(str(f.relative_to(cfg.path))) for f in found)
     print(f"{'':<{width}} {' '.join(f'{k:>5}' for k in names)} total")
-    (cfg.path / "reports").mkdir(exist_ok=True)
-    with open(cfg.path / "scores.csv", "w", newline="") as file:
+    of = f"-{cfg.only}" * bool(cfg.only)  # a whole grading's files stay
+    reports = cfg.path / f"reports{of}"
+    reports.mkdir(exist_ok=True)
+    with open(cfg.path / f"scores{of}.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["submission", *names, "total", "seconds", "remark"])
         for path in found:
             name, start = str(path.relative_to(cfg.path)), time.time()
-            report = cfg.path / "reports" / (name.replace(os.sep, "-") + ".txt")
+            report = reports / (name.replace(os.sep, "-") + ".txt")
             points, remark = grade(path, cfg.seconds, cfg.only, report)
             total, took = sum(points.values()), round(time.time() - start, 1)
             row = [round(p, 1) for p in points.values()]
