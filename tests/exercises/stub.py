@@ -106,7 +106,8 @@ def gradcache(embed, rows, chunks, loss_of):
         second pass: for each chunk, embed it again, with a graph and the *same* random numbers;
                     push its part of the gradient through that graph; let the graph go
     One graph is alive at a time. The next random number after the step is the one that would have
-    followed the first pass. Look up torch.get_rng_state and torch.random.fork_rng.
+    followed the first pass. Call embed for nothing else; D comes from the first chunk.
+    Look up torch.get_rng_state and torch.random.fork_rng.
     Roughly 14 lines."""
     raise NotImplementedError("Exercise 5: GradCache; grade with pytest -m ex5")
 
@@ -159,7 +160,8 @@ PREDICTIONS = {
     # The model has collapsed: all embeddings are equal. InfoNCE's loss in nats (2 decimals), with
     # 64 pairs and temperature 0.03?
     "loss of a collapsed model": None,
-    # The same, with temperature 0.02, and one hard negative of its own for each query?
+    # The same, with temperature 0.02, and one hard negative for each query, all of them in the
+    # common pool of targets?
     "loss with hard negatives": None,
     # 4 pairs, collapsed. Targets 0 and 1 are the same text, 2 and 3 another one; equal targets are
     # no negatives of each other. Loss in nats (2 decimals)?
@@ -175,7 +177,7 @@ PREDICTIONS = {
     # The same row. How many of its positions have a label other than -100?
     "labels of a row": None,
     # GradCache over 8 chunks of equal size; the last 3 keep the graph of their first pass. How many
-    # times does a chunk go forward through the model in one step?
+    # forward passes of a chunk are there in one step, all chunks together?
     "forward passes": None,
     # 4 ranks. Each gathers all embeddings and puts its own slice back, so that only its own slice
     # has a graph; each computes the mean loss over all queries; DDP takes the *mean* of the ranks'
