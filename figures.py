@@ -187,7 +187,8 @@ class Models(dict):
 
 def read_records(path) -> list:
     """The runs of tests/reproduce.py, once for each study that they belong to: study, arm, seed,
-    pairs, K, steps, curve, ind, ood, overall, ..."""
+    pairs, K, steps, curve, ind, ood, overall, ... Of a study only the seeds that all of its arms
+    have run (but those with no run at all): every comparison is between the same seeds."""
     if not Path(path).exists():
         raise InputError(f"{path} is missing: `python tests/reproduce.py` writes it")
     found, records = json.loads(Path(path).read_text()), []
@@ -196,9 +197,14 @@ def read_records(path) -> list:
         if lacks := ", ".join(sorted(needed - set(run))):
             raise InputError(f"{path}: run {i} lacks {lacks}")
     for study, arms in found["studies"].items():
-        for arm, flags in arms.items():
-            mine = [r for r in found["runs"] if [r["first"], r["second"]] == flags]
-            records += [dict(r, study=study, arm=arm) for r in mine]
+        runs = {
+            a: [r for r in found["runs"] if [r["first"], r["second"]] == f] for a, f in arms.items()
+        }
+        have = [{r["seed"] for r in rows} for rows in runs.values() if rows]
+        seeds = have and set.intersection(*have)
+        for arm, rows in runs.items():
+            rows = sorted((r for r in rows if r["seed"] in seeds), key=lambda r: r["seed"])
+            records += [dict(r, study=study, arm=arm) for r in rows]
     return records
 
 

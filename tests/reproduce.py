@@ -48,7 +48,8 @@ PAPER = dict(none=NONE, coma=COMA, plain=PLAIN)
 ARMS = dict(**PAPER, both=BOTH)
 STUDIES = {
     # name: (seeds, {arm: (flags of stage 1, flags of stage 2)}); NONE: there is no stage 1
-    "arms": (5, {arm: (first, "") for arm, first in ARMS.items()}),
+    "arms": (5, {arm: (first, "") for arm, first in PAPER.items()}),
+    "both": (3, {arm: (first, "") for arm, first in ARMS.items()}),
     **{
         f"pairs-{n}": (2, {arm: (first, caps(n)) for arm, first in ARMS.items()})
         for n in (200, 1000, 5000)
@@ -60,7 +61,7 @@ STUDIES = {
         f"{arm} {steps}": (f"{first} --steps {steps}".strip() if steps != 400 else first, "")
         for steps in (100, 400, 1200) for arm, first in (("coma", COMA), ("plain", PLAIN))
     }),
-    "beyond": (3, {
+    "beyond": (2, {
         "coma": (COMA, ""),
         "question first": ("--question-first 0.5", ""),
         "texts too": ("--texts 0.3", ""),
@@ -235,27 +236,26 @@ def main(args):
 
 
 def show(args):
-    """Mean and standard error over seeds of each arm, x 100, of the seeds that all arms of a study
-    have run; `gain`: of overall against the study's first arm, paired by seed."""
+    """Mean and standard error over seeds of each arm, x 100; `gain`: of overall against the study's
+    first arm, paired by seed."""
     from figures import mean_error, read_records  # here: a run needs no matplotlib
 
-    groups, records = defaultdict(lambda: defaultdict(dict)), read_records(args.json)
+    groups, records = defaultdict(list), read_records(args.json)
     for r in records:
-        groups[r["study"]][r["arm"]][r["seed"]] = r
-    metas = list(records[0]["meta_tasks"]) if records else []
+        groups[r["study"], r["arm"]].append(r)
+    metas, base, last = list(records[0]["meta_tasks"]) if records else [], None, None
     print(f"{'study':<16}{'arm':<16}{'seeds':>5}" + "".join(
         f"{h[:9]:>13}" for h in ["overall", "gain", "IND", "OOD", *metas]))  # fmt: skip
-    for study, arms in groups.items():
-        seeds = sorted(set.intersection(*map(set, arms.values())))
-        base = next(iter(arms.values()))
-        for arm, runs in arms.items():
-            cells = [[runs[s][k] for s in seeds] for k in ("overall", "ind", "ood")]
-            cells.insert(1, [runs[s]["overall"] - base[s]["overall"] for s in seeds])
-            cells += [[runs[s]["meta_tasks"][m] for s in seeds] for m in metas]
-            words = [f"{100 * m:.1f}" + f" ± {100 * e:.1f}" * (len(seeds) > 1)
-                     for m, e in map(mean_error, cells)]  # fmt: skip
-            print(f"{study:<16}{arm:<16}{len(seeds):>5}" + "".join(f"{w:>13}" for w in words))
-    runs = {(r["first"], r["second"], r["seed"]): r for r in records}.values()
+    for (study, arm), runs in groups.items():
+        base = base if study == last else runs
+        last = study
+        cells = [[r[k] for r in runs] for k in ("overall", "ind", "ood")]
+        cells.insert(1, [r["overall"] - b["overall"] for r, b in zip(runs, base, strict=True)])
+        cells += [[r["meta_tasks"][m] for r in runs] for m in metas]
+        words = [f"{100 * m:.1f}" + f" ± {100 * e:.1f}" * (len(runs) > 1)
+                 for m, e in map(mean_error, cells)]  # fmt: skip
+        print(f"{study:<16}{arm:<16}{len(runs):>5}" + "".join(f"{w:>13}" for w in words))
+    runs = json.loads(args.json.read_text())["runs"]
     stages = {(r["first"], r["seed"]): r["seconds1"] for r in runs if r["first"] is not None}
     hours = (sum(stages.values()) + sum(r["seconds2"] for r in runs)) / 3600
     print(f"{len(runs)} runs after {len(stages)} stages 1: {hours:.1f} CPU hours")
