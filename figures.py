@@ -281,7 +281,7 @@ def arms(models, records):
     """In-distribution Precision@1 of each arm against contrastive steps: mean and standard error
     over seeds, a panel for each amount of pairs."""
     names = dict(none="contrastive only", plain="the same dialogues, no mask", coma="CoMa")
-    names["both"] = "CoMa, and beyond the paper"
+    names["both"] = "CoMa, beyond the paper"
     records = [r for r in read_records(records) if r["study"].startswith(("arms", "pairs"))]
     amounts = sorted({r["pairs"] for r in records}, key=lambda n: n or math.inf)
     if not amounts:
@@ -299,7 +299,7 @@ def arms(models, records):
         ax.set(xlabel="contrastive steps", title=f"{what} (seeds: {seeds})")
     axes[0].set_ylabel("Precision@1, %, in distribution")
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda x: len(x[1]))
-    fig.legend(handles, labels, loc="outside upper center", ncols=3)
+    fig.legend(handles, labels, loc="outside upper center", ncols=4)
     return fig
 
 

@@ -51,45 +51,45 @@ STUDIES = {
     "arms": (5, {arm: (first, "") for arm, first in PAPER.items()}),
     "both": (3, {arm: (first, "") for arm, first in ARMS.items()}),
     **{
-        f"pairs-{n}": (2, {arm: (first, caps(n)) for arm, first in ARMS.items()})
+        f"pairs-{n}": (2 if n == 200 else 1, {arm: (first, caps(n)) for arm, first in ARMS.items()})
         for n in (200, 1000, 5000)
     },
-    "lr": (2, {
+    "lr": (1, {
         f"{arm} x{x}": (first, faster(x)) for arm, first in PAPER.items() for x in (0.5, 1, 2)
     }),
-    "length": (2, {
+    "length": (1, {
         f"{arm} {steps}": (f"{first} --steps {steps}".strip() if steps != 400 else first, "")
         for steps in (100, 400, 1200) for arm, first in (("coma", COMA), ("plain", PLAIN))
     }),
-    "beyond": (2, {
+    "beyond": (1, {
         "coma": (COMA, ""),
         "question first": ("--question-first 0.5", ""),
         "texts too": ("--texts 0.3", ""),
         "both": (BOTH, ""),
     }),
-    "K": (2, {
+    "K": (1, {
         f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
     }),
-    "dialogues": (2, {
+    "dialogues": (1, {
         "multi-turn": (COMA, ""), "single-turn": ("--turns 1", ""), "caption": ("--caption", ""),
     }),
-    "objective": (2, {"ce": (COMA, ""), "kl": ("--objective kl", "")}),
-    "pooling": (2, {
+    "objective": (1, {"ce": (COMA, ""), "kl": ("--objective kl", "")}),
+    "pooling": (1, {
         "coma, mean": (COMA, ""),
         "coma, last": ("--pooling last", ""),
         "none, mean": (NONE, ""),
         "none, last": (NONE, "--pooling last --compress-tokens 0"),  # that is VLM2Vec
     }),
-    "temperature": (2, {
+    "temperature": (1, {
         f"{arm} {t}": (first, f"--temperature {t}" if t != 0.03 else "")
         for arm, first in PAPER.items() for t in (0.01, 0.03, 0.1)
     }),
-    "batch": (2, {
+    "batch": (1, {
         f"N={n}": (COMA, f"--batch {n} --block {min(n, 32)} --steps 100")
         for n in (16, 64, 256, 1024)
     }),
-    "false-negatives": (2, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
-    "instructions": (2, {"with": (COMA, ""), "without": (COMA, "bare")}),
+    "false-negatives": (1, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
+    "instructions": (1, {"with": (COMA, ""), "without": (COMA, "bare")}),
 }  # fmt: skip
 
 
