@@ -98,9 +98,10 @@ def copy_rows(raw, some, out):
     if isinstance(raw, list):
         out.write_bytes(b"".join(raw[i][1].rstrip(b"\r\n") + b"\n" for i in some))
     else:
+        import pyarrow
         import pyarrow.parquet as pq
 
-        pq.write_table(raw.take(torch.tensor(some, dtype=torch.int64).numpy()), out)
+        pq.write_table(raw.take(pyarrow.array(some, "int64")), out)
 
 
 def check(source, image_root=None, clean=None) -> int:

@@ -243,12 +243,11 @@ def show(args):
     groups, records = defaultdict(list), read_records(args.json)
     for r in records:
         groups[r["study"], r["arm"]].append(r)
-    metas, base, last = list(records[0]["meta_tasks"]) if records else [], None, None
+    metas, bases = list(records[0]["meta_tasks"]) if records else [], {}
     print(f"{'study':<16}{'arm':<16}{'seeds':>5}" + "".join(
         f"{h[:9]:>13}" for h in ["overall", "gain", "IND", "OOD", *metas]))  # fmt: skip
     for (study, arm), runs in groups.items():
-        base = base if study == last else runs
-        last = study
+        base = bases.setdefault(study, runs)
         cells = [[r[k] for r in runs] for k in ("overall", "ind", "ood")]
         cells.insert(1, [r["overall"] - b["overall"] for r, b in zip(runs, base, strict=True)])
         cells += [[r["meta_tasks"][m] for r in runs] for m in metas]

@@ -11,6 +11,8 @@ import pretrain
 from data import ANSWER, COMPRESS, CONTENT, HEAD, IMAGE, PAD, QUESTION, Dialogue, InputError, Item
 from shapes import Shapes
 
+ROLES = ("PAD", "HEAD", "CONTENT", "COMPRESS", "QUESTION", "ANSWER")  # names, for the messages
+
 # ---------------------------------------------------------------------------------- against loops
 
 
@@ -56,11 +58,12 @@ def check_rule(compression_mask):
         equal(tuple(got.shape), tuple(want.shape), "one mask a row, for all heads: (B, 1, L, L)")
         wrong = (got != want).nonzero().tolist()
         where = [
-            f"row {b}, token {i} of role {roles[b, i]} -> token {j} of role {roles[b, j]}: "
-            f"{bool(got[b, 0, i, j])}"
+            f"{ROLES[roles[b, i]]} {i} -> {ROLES[roles[b, j]]} {j}: got {not want[b, 0, i, j]}, "
+            f"want {bool(want[b, 0, i, j])}"
             for b, _, i, j in wrong[:3]
         ]
-        expect(not wrong, f"{name}: {len(wrong)} wrong, {where}", "the loop oracle", "roles 0-5")
+        expect(not wrong, f"{name}, {len(wrong)} wrong; {'; '.join(where)}", "the loop oracle",
+               "token i -> token j: may i attend to j?")  # fmt: skip
         expect(got.any(-1).all(), f"{name}: an empty row", "each token sees itself", "else NaN")
 
 
