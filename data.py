@@ -140,6 +140,8 @@ def open_image(ref, name=None) -> Image.Image:
         if w * h > 100_000_000 or max(w, h) > 200 * min(w, h):  # a bomb; a line: no model takes it
             raise InputError(f"{name}: {w} x {h} pixels; at most 1e8 and 200:1 are read. Crop it")
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":  # Trap: convert("RGB") takes 0 to 1 for black
+            raise ValueError("its pixels are floats, of no known range; save it with 8 bits")
         if image.mode.startswith("I"):  # Trap: 16 bits; convert("RGB") would clip it to white
             image = image.convert("I").point(lambda v: v / 256).convert("L")
         if "A" in image.mode or "transparency" in image.info:

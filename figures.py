@@ -278,25 +278,34 @@ def error_bars(ax, x, runs, i, label):
 
 
 def arms(models, records):
-    """In-distribution Precision@1 of each arm against contrastive steps: mean and standard error
-    over seeds, a panel for each amount of pairs."""
+    """In-distribution Precision@1 of each arm, mean and standard error over seeds: a panel for each
+    amount of pairs, against contrastive steps; the last one, at the end, against the pairs."""
     names = dict(none="contrastive only", plain="the same dialogues, no mask", coma="CoMa")
-    names["both"] = "CoMa, beyond the paper"
-    records = [r for r in read_records(records) if r["study"].startswith(("arms", "pairs"))]
-    amounts = sorted({r["pairs"] for r in records}, key=lambda n: n or math.inf)
-    if not amounts:
+    names["both"], runs = "CoMa, beyond the paper", {}  # runs: pairs -> arm -> its records
+    for r in read_records(records):
+        if r["study"].startswith(("arms", "pairs")):
+            runs.setdefault(r["pairs"], {}).setdefault(r["arm"], []).append(r)
+    if not runs:
         raise InputError('the records hold no study "arms": `python tests/reproduce.py` runs it')
-    fig = Figure((WIDTH, 3.5))
-    axes = fig.subplots(1, len(amounts), sharey=True, squeeze=False)[0]
+    amounts = sorted(runs, key=lambda n: n or math.inf)  # 0: unlimited
+    fig = Figure((WIDTH, 3.6))
+    *axes, last = fig.subplots(1, len(amounts) + 1, sharey=True)
     for ax, pairs in zip(axes, amounts, strict=True):
         for i, arm in enumerate(names):
-            runs = [r for r in records if (r["arm"], r["pairs"]) == (arm, pairs)]
-            if runs:
-                scores = zip(*(r["curve"] for r in runs), strict=True)  # of each step, (seeds,)
-                error_bars(ax, runs[0]["steps"], scores, i, names[arm])
-        seeds = len({r["seed"] for r in records if r["pairs"] == pairs})
-        what = f"{pairs:,} pairs" if pairs else "unlimited pairs"
-        ax.set(xlabel="contrastive steps", title=f"{what} (seeds: {seeds})")
+            if found := runs[pairs].get(arm):
+                scores = zip(*(r["curve"] for r in found), strict=True)  # of each step, (seeds,)
+                error_bars(ax, found[0]["steps"], scores, i, names[arm])
+        seeds, what = len(next(iter(runs[pairs].values()))), f"{pairs:,}" if pairs else "unlimited"
+        ax.set(xlabel="contrastive steps", title=f"{what} pairs\nseeds: {seeds}")
+    for i, arm in enumerate(names):
+        at = [n for n, pairs in enumerate(amounts) if arm in runs[pairs]]
+        ends = [[r["ind"] for r in runs[amounts[n]][arm]] for n in at]
+        if at:
+            error_bars(last, at, ends, i, names[arm])
+    last.set_xticks(
+        range(len(amounts)), [f"{n // 1000}k" if n >= 1000 else n or "∞" for n in amounts]
+    )
+    last.set(xlabel="distinct pairs", title="at the end")
     axes[0].set_ylabel("Precision@1, %, in distribution")
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda x: len(x[1]))
     fig.legend(handles, labels, loc="outside upper center", ncols=4)

@@ -48,10 +48,9 @@ PAPER = dict(none=NONE, coma=COMA, plain=PLAIN)
 ARMS = dict(**PAPER, both=BOTH)
 STUDIES = {
     # name: (seeds, {arm: (flags of stage 1, flags of stage 2)}); NONE: there is no stage 1
-    "arms": (5, {arm: (first, "") for arm, first in PAPER.items()}),
-    "both": (3, {arm: (first, "") for arm, first in ARMS.items()}),
+    "arms": (5, {arm: (first, "") for arm, first in ARMS.items()}),
     **{
-        f"pairs-{n}": (2 if n == 200 else 1, {arm: (first, caps(n)) for arm, first in ARMS.items()})
+        f"pairs-{n}": (5, {arm: (first, caps(n)) for arm, first in ARMS.items()})
         for n in (200, 1000, 5000)
     },
     "lr": (1, {
@@ -194,15 +193,17 @@ def keep(records, path):
     path.write_text(f'{{"studies": {studies},\n"runs": [\n{lines}\n]}}\n')
 
 
-def match(job, first, records, path, lock):
-    """Stage 2 of one arm and seed, when its stage 1 is there; the record is kept at once."""
-    job["init"], seconds1 = first.result() if first else ("toy", 0)
-    said, seconds2 = call(__file__, "--run", json.dumps(job))
-    with lock:
-        records.append(json.loads(said.splitlines()[-1]))
-        records[-1] |= dict(seconds1=seconds1, seconds2=seconds2)
-        keep(records, path)
-        print(f"{job}: {records[-1]['overall']:.3f}", flush=True)
+def run_arm(first, seed, seconds, args, records, lock):
+    """One arm's stage 1 and all the stages 2 that start from it; each record is kept at once."""
+    init, seconds1 = ("toy", 0) if first is None else compress(first, seed, args.out)
+    for second in seconds:
+        job = dict(first=first, second=second, seed=seed, queries=QUERIES, init=init)
+        said, seconds2 = call(__file__, "--run", json.dumps(job))
+        with lock:
+            records.append(json.loads(said.splitlines()[-1]))
+            records[-1] |= dict(seconds1=seconds1, seconds2=seconds2)
+            keep(records, args.json)
+            print(f"{job}: {records[-1]['overall']:.3f}", flush=True)
 
 
 def main(args):
@@ -210,28 +211,20 @@ def main(args):
     records = json.loads(args.json.read_text())["runs"] if args.json.exists() else []
     done = {(r["first"], r["second"], r["seed"]) for r in records}
     keep(records, args.json)
-    wanted = dict.fromkeys(
-        (seed, *flags)
-        for study in args.study.split(",")
-        for flags in STUDIES[study][1].values()
-        for seed in range(args.seeds or STUDIES[study][0])
-        if (*flags, seed) not in done
-    )
-    lock, waiting = threading.Lock(), []
+    arms = defaultdict(dict)  # (seed, flags of stage 1) -> the flags of its stages 2, each once
+    for study in args.study.split(","):
+        for first, second in STUDIES[study][1].values():
+            for seed in range(args.seeds or STUDIES[study][0]):
+                if (first, second, seed) not in done:
+                    arms[seed, first][second] = None
+    lock = threading.Lock()
     with ThreadPoolExecutor(args.jobs) as pool:
-        for seed in sorted({run[0] for run in wanted}):
-            runs = [run[1:] for run in wanted if run[0] == seed]
-            firsts = {  # they stand in front in the queue
-                first: pool.submit(compress, first, seed, args.out)
-                for first in dict.fromkeys(first for first, _ in runs)
-                if first is not None
-            }
-            for first, second in runs:
-                job = dict(first=first, second=second, seed=seed, queries=QUERIES)
-                run = (match, job, firsts.get(first), records, args.json, lock)
-                waiting.append(pool.submit(*run))
-        for run in waiting:
-            run.result()
+        waiting = [
+            pool.submit(run_arm, first, seed, seconds, args, records, lock)
+            for (seed, first), seconds in sorted(arms.items(), key=lambda arm: arm[0][0])
+        ]
+        for arm in waiting:
+            arm.result()
     show(args)
 
 

@@ -54,7 +54,7 @@ def test_odd_but_good_pictures_are_read_upright_as_rgb(tmp_path):
 
 
 def test_bad_pictures_are_named(tmp_path):
-    """Missing, truncated, empty, no picture at all, a line of pixels, a bomb."""
+    """Missing, truncated, empty, no picture at all, floats, a line of pixels, a bomb."""
     noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)
     whole = saved(tmp_path, "whole.png", Image.fromarray(noise)).read_bytes()
     for name, content in (("cut.png", whole[:2000]), ("empty.png", b""), ("text.png", b"hello")):
@@ -63,6 +63,8 @@ def test_bad_pictures_are_named(tmp_path):
             data.open_image(tmp_path / name)
     with pytest.raises(InputError, match="gone.png: no such picture. Is --image-root right"):
         data.open_image(tmp_path / "gone.png")
+    with pytest.raises(InputError, match="float.tiff .* floats, of no known range"):
+        data.open_image(saved(tmp_path, "float.tiff", Image.new("F", (8, 8), 0.5)))
     with pytest.raises(InputError, match="20000 x 10 pixels"):
         data.open_image(saved(tmp_path, "line.png", Image.new("L", (20000, 10))))
     with pytest.raises(InputError, match="bomb.png .*400000000 pixels"):
