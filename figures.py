@@ -277,11 +277,14 @@ def error_bars(ax, x, runs, i, label):
     ax.errorbar(x, 100 * y, 100 * error, **how)
 
 
+ARMS = dict(none="contrastive only", plain="the same dialogues, no mask", coma="CoMa")
+ARMS["both"] = "CoMa, beyond the paper"
+
+
 def arms(models, records):
     """In-distribution Precision@1 of each arm, mean and standard error over seeds: a panel for each
     amount of pairs, against contrastive steps; the last one, at the end, against the pairs."""
-    names = dict(none="contrastive only", plain="the same dialogues, no mask", coma="CoMa")
-    names["both"], runs = "CoMa, beyond the paper", {}  # runs: pairs -> arm -> its records
+    runs = {}  # pairs -> arm -> its records
     for r in read_records(records):
         if r["study"].startswith(("arms", "pairs")):
             runs.setdefault(r["pairs"], {}).setdefault(r["arm"], []).append(r)
@@ -291,20 +294,19 @@ def arms(models, records):
     fig = Figure((WIDTH, 3.6))
     *axes, last = fig.subplots(1, len(amounts) + 1, sharey=True)
     for ax, pairs in zip(axes, amounts, strict=True):
-        for i, arm in enumerate(names):
+        for i, arm in enumerate(ARMS):
             if found := runs[pairs].get(arm):
                 scores = zip(*(r["curve"] for r in found), strict=True)  # of each step, (seeds,)
-                error_bars(ax, found[0]["steps"], scores, i, names[arm])
+                error_bars(ax, found[0]["steps"], scores, i, ARMS[arm])
         seeds, what = len(next(iter(runs[pairs].values()))), f"{pairs:,}" if pairs else "unlimited"
         ax.set(xlabel="contrastive steps", title=f"{what} pairs\nseeds: {seeds}")
-    for i, arm in enumerate(names):
+    for i, arm in enumerate(ARMS):
         at = [n for n, pairs in enumerate(amounts) if arm in runs[pairs]]
         ends = [[r["ind"] for r in runs[amounts[n]][arm]] for n in at]
         if at:
-            error_bars(last, at, ends, i, names[arm])
-    last.set_xticks(
-        range(len(amounts)), [f"{n // 1000}k" if n >= 1000 else n or "∞" for n in amounts]
-    )
+            error_bars(last, at, ends, i, ARMS[arm])
+    short = [f"{n // 1000}k" if n >= 1000 else n or "∞" for n in amounts]
+    last.set_xticks(range(len(short)), short)
     last.set(xlabel="distinct pairs", title="at the end")
     axes[0].set_ylabel("Precision@1, %, in distribution")
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda x: len(x[1]))

@@ -7,6 +7,7 @@ import reproduce
 from checks import equal, expect
 
 import contrastive
+import figures
 import pretrain
 from data import read_pairs
 
@@ -33,6 +34,37 @@ def test_the_records_are_of_these_studies():
         )
     runs = [(r["first"], r["second"], r["seed"]) for r in kept["runs"]]
     equal(len(set(runs)), len(runs), "no run twice")
+
+
+def test_the_readme_says_what_the_records_say():
+    """Its two tables of arms and its table of the other studies, number by number."""
+    text = (reproduce.ROOT / "README.md").read_text().replace("**", "")
+    section = text.split("## Does compression help?")[1].split("\n## ")[0]
+    runs = {}
+    for r in figures.read_records(reproduce.ROOT / "assets" / "reproduce.json"):
+        runs.setdefault(r["study"], {}).setdefault(r["arm"], []).append(r)
+
+    def cell(rows, key):
+        mean, error = figures.mean_error([r["meta_tasks"].get(key, r.get(key)) for r in rows])
+        return f"{100 * mean:.1f}" + f" ± {100 * error:.1f}" * (len(rows) > 1)
+
+    keys = ("overall", "ind", "ood", "Classification", "VQA", "Retrieval", "Grounding")
+    for arm, name in figures.ARMS.items():
+        row = " | ".join(cell(runs["arms"][arm], key) for key in keys)
+        expect(f"| {name} | {row} |" in section, "another row", row, f"of {name}")
+    amounts = {
+        "pairs-200": "200",
+        "pairs-1000": "1,000",
+        "pairs-5000": "5,000",
+        "arms": "unlimited",
+    }
+    for study, pairs in amounts.items():
+        row = " | ".join(cell(runs[study][arm], "overall") for arm in figures.ARMS)
+        expect(f"| {pairs} | {row} |" in section, "another row", row, f"of {pairs} pairs")
+    for study in set(runs) - set(amounts):
+        (line,) = [x for x in section.splitlines() if x.startswith("| ") and f"(`{study}`" in x]
+        for arm, rows in runs[study].items():
+            expect(cell(rows, "overall") in line, line, cell(rows, "overall"), f"{study}, {arm}")
 
 
 def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
