@@ -69,17 +69,17 @@ STUDIES = {
     "K": (1, {
         f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
     }),
-    "dialogues": (1, {
+    "dialogues": (2, {
         "multi-turn": (COMA, ""), "single-turn": ("--turns 1", ""), "caption": ("--caption", ""),
     }),
     "objective": (1, {"ce": (COMA, ""), "kl": ("--objective kl", "")}),
-    "pooling": (1, {
+    "pooling": (2, {
         "coma, mean": (COMA, ""),
         "coma, last": ("--pooling last", ""),
         "none, mean": (NONE, ""),
         "none, last": (NONE, "--pooling last --compress-tokens 0"),  # that is VLM2Vec
     }),
-    "temperature": (1, {
+    "temperature": (2, {
         f"{arm} {t}": (first, f"--temperature {t}" if t != 0.03 else "")
         for arm, first in PAPER.items() for t in (0.01, 0.03, 0.1)
     }),
@@ -87,8 +87,8 @@ STUDIES = {
         f"N={n}": (COMA, f"--batch {n} --block {min(n, 32)} --steps 100")
         for n in (16, 64, 256, 1024)
     }),
-    "false-negatives": (1, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
-    "instructions": (1, {"with": (COMA, ""), "without": (COMA, "bare")}),
+    "false-negatives": (2, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
+    "instructions": (2, {"with": (COMA, ""), "without": (COMA, "bare")}),
 }  # fmt: skip
 
 
