@@ -138,6 +138,12 @@ def mean_error(scores) -> tuple:
     return np.mean(scores), np.std(scores, ddof=1) / math.sqrt(n) if n > 1 else math.nan
 
 
+def percent(scores) -> str:
+    """Mean and standard error of shares, in percent, as tables say it: "70.4 ± 3.1"."""
+    mean, error = mean_error(scores)
+    return f"{100 * mean:.1f}" + f" ± {100 * error:.1f}" * (len(scores) > 1)
+
+
 def smooth(x):
     """Running mean of 9 steps, fewer at the ends."""
     return np.convolve(x, np.ones(9), "same") / np.convolve(np.ones(len(x)), np.ones(9), "same")
@@ -185,26 +191,23 @@ class Models(dict):
         return [Shapes("test", self.seed).dialogue(i).item.images[0] for i in range(PICTURES)]
 
 
-def read_records(path) -> list:
-    """The runs of tests/reproduce.py, once for each study that they belong to: study, arm, seed,
-    pairs, K, steps, curve, ind, ood, overall, ... Of a study only the seeds that all of its arms
-    have run (but those with no run at all): every comparison is between the same seeds."""
+def read_records(path) -> dict:
+    """The runs of tests/reproduce.py, {study: {arm: [run, by seed]}}; a run: seed, pairs, K, steps,
+    curve, ind, ood, overall, ... Of a study only the seeds that all of its arms have run (but those
+    with no run at all): every comparison is between the same seeds."""
     if not Path(path).exists():
         raise InputError(f"{path} is missing: `python tests/reproduce.py` writes it")
-    found, records = json.loads(Path(path).read_text()), []
+    found, records = json.loads(Path(path).read_text()), {}
     needed = {"first", "second", "seed", "pairs", "K", "steps", "curve", "ind", "ood", "overall"}
     for i, run in enumerate(found["runs"]):
         if lacks := ", ".join(sorted(needed - set(run))):
             raise InputError(f"{path}: run {i} lacks {lacks}")
     for study, arms in found["studies"].items():
-        runs = {
-            a: [r for r in found["runs"] if [r["first"], r["second"]] == f] for a, f in arms.items()
-        }
-        have = [{r["seed"] for r in rows} for rows in runs.values() if rows]
-        seeds = have and set.intersection(*have)
-        for arm, rows in runs.items():
-            rows = sorted((r for r in rows if r["seed"] in seeds), key=lambda r: r["seed"])
-            records += [dict(r, study=study, arm=arm) for r in rows]
+        runs = {a: {r["seed"]: r for r in found["runs"] if [r["first"], r["second"]] == flags}
+                for a, flags in arms.items()}  # fmt: skip
+        have = [set(by_seed) for by_seed in runs.values() if by_seed]
+        if seeds := have and sorted(set.intersection(*have)):
+            records[study] = {a: [by[s] for s in seeds] for a, by in runs.items() if by}
     return records
 
 
@@ -284,10 +287,10 @@ ARMS["both"] = "CoMa, beyond the paper"
 def arms(models, records):
     """In-distribution Precision@1 of each arm, mean and standard error over seeds: a panel for each
     amount of pairs, against contrastive steps; the last one, at the end, against the pairs."""
-    runs = {}  # pairs -> arm -> its records
-    for r in read_records(records):
-        if r["study"].startswith(("arms", "pairs")):
-            runs.setdefault(r["pairs"], {}).setdefault(r["arm"], []).append(r)
+    runs = {}  # pairs -> arm -> its runs
+    for study, found in read_records(records).items():
+        if study.startswith(("arms", "pairs")):
+            runs[next(iter(found.values()))[0]["pairs"]] = found
     if not runs:
         raise InputError('the records hold no study "arms": `python tests/reproduce.py` runs it')
     amounts = sorted(runs, key=lambda n: n or math.inf)  # 0: unlimited
@@ -316,10 +319,7 @@ def arms(models, records):
 
 def k_score(models, records):
     """Precision@1 against K, the number of compression tokens: mean and standard error."""
-    runs = {}
-    for r in read_records(records):
-        if r["study"] == "K":
-            runs.setdefault(r["K"], []).append(r)
+    runs = {rows[0]["K"]: rows for rows in read_records(records).get("K", {}).values()}
     if len(runs) < 2:
         raise InputError("the records hold no two K: `python tests/reproduce.py --study K`")
     fig = Figure((WIDTH * 0.7, 3.3))

@@ -231,23 +231,20 @@ def main(args):
 def show(args):
     """Mean and standard error over seeds of each arm, x 100; `gain`: of overall against the study's
     first arm, paired by seed."""
-    from figures import mean_error, read_records  # here: a run needs no matplotlib
+    from figures import percent, read_records  # here: a run needs no matplotlib
 
-    groups, records = defaultdict(list), read_records(args.json)
-    for r in records:
-        groups[r["study"], r["arm"]].append(r)
-    metas, bases = list(records[0]["meta_tasks"]) if records else [], {}
+    runs = json.loads(args.json.read_text())["runs"]
+    metas = list(runs[0]["meta_tasks"]) if runs else []
     print(f"{'study':<16}{'arm':<16}{'seeds':>5}" + "".join(
         f"{h[:9]:>13}" for h in ["overall", "gain", "IND", "OOD", *metas]))  # fmt: skip
-    for (study, arm), runs in groups.items():
-        base = bases.setdefault(study, runs)
-        cells = [[r[k] for r in runs] for k in ("overall", "ind", "ood")]
-        cells.insert(1, [r["overall"] - b["overall"] for r, b in zip(runs, base, strict=True)])
-        cells += [[r["meta_tasks"][m] for r in runs] for m in metas]
-        words = [f"{100 * m:.1f}" + f" ± {100 * e:.1f}" * (len(runs) > 1)
-                 for m, e in map(mean_error, cells)]  # fmt: skip
-        print(f"{study:<16}{arm:<16}{len(runs):>5}" + "".join(f"{w:>13}" for w in words))
-    runs = json.loads(args.json.read_text())["runs"]
+    for study, arms in read_records(args.json).items():
+        base = next(iter(arms.values()))
+        for arm, rows in arms.items():
+            cells = [[r[k] for r in rows] for k in ("overall", "ind", "ood")]
+            cells.insert(1, [r["overall"] - b["overall"] for r, b in zip(rows, base, strict=True)])
+            cells += [[r["meta_tasks"][m] for r in rows] for m in metas]
+            words = "".join(f"{percent(cell):>13}" for cell in cells)
+            print(f"{study:<16}{arm:<16}{len(rows):>5}{words}")
     stages = {(r["first"], r["seed"]): r["seconds1"] for r in runs if r["first"] is not None}
     hours = (sum(stages.values()) + sum(r["seconds2"] for r in runs)) / 3600
     print(f"{len(runs)} runs after {len(stages)} stages 1: {hours:.1f} CPU hours")

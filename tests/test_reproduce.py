@@ -40,13 +40,10 @@ def test_the_readme_says_what_the_records_say():
     """Its two tables of arms and its table of the other studies, number by number."""
     text = (reproduce.ROOT / "README.md").read_text().replace("**", "")
     section = text.split("## Does compression help?")[1].split("\n## ")[0]
-    runs = {}
-    for r in figures.read_records(reproduce.ROOT / "assets" / "reproduce.json"):
-        runs.setdefault(r["study"], {}).setdefault(r["arm"], []).append(r)
+    runs = figures.read_records(reproduce.ROOT / "assets" / "reproduce.json")
 
     def cell(rows, key):
-        mean, error = figures.mean_error([r["meta_tasks"].get(key, r.get(key)) for r in rows])
-        return f"{100 * mean:.1f}" + f" ± {100 * error:.1f}" * (len(rows) > 1)
+        return figures.percent([r["meta_tasks"].get(key, r.get(key)) for r in rows])
 
     keys = ("overall", "ind", "ood", "Classification", "VQA", "Retrieval", "Grounding")
     for arm, name in figures.ARMS.items():
