@@ -1,0 +1,303 @@
+"""What the code before the house was rebuilt computed and said: golden.json, and how it was recorded.
+
+    python tests/golden.py golden.json      records what today's code gives (only when that may change)
+
+test_golden.py compares. Training: log.jsonl and the weights' digest of 6 steps of each stage. Rows:
+token ids and roles of each tiny family in each prompt style. Answers: what a bad input is told.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import families  # noqa: E402
+
+import contrastive  # noqa: E402
+import evaluate  # noqa: E402
+import model  # noqa: E402
+import pretrain  # noqa: E402
+
+try:
+    from shapes import Shapes
+
+    from data import Item
+
+    OLD = True
+except ImportError:
+    from data import Item, ToyWorld
+
+    OLD = False
+
+STAGES = {"pretrain": pretrain, "contrastive": contrastive, "evaluate": evaluate}
+LORA = dict(lora_rank=4, lora_dropout=0.1)
+PRETRAIN = dict(model="toy", steps=6, batch=8, workers=1)
+CONTRASTIVE = dict(model="toy", steps=6, batch=16, block=8, workers=1)
+RUNS = {  # name -> (stage, flags); each with OUT = the name
+    "pretrain": ("pretrain", PRETRAIN),
+    "pretrain-lora": ("pretrain", PRETRAIN | LORA),
+    "pretrain-frozen": (
+        "pretrain",
+        PRETRAIN | dict(freeze_vision=True, question_first=0.5, texts=0.3),
+    ),
+    "contrastive": ("contrastive", CONTRASTIVE | dict(model="pretrain", keep_graphs=2)),
+    "contrastive-lora": (
+        "contrastive",
+        CONTRASTIVE | LORA | dict(model="pretrain-lora", keep_graphs=0),
+    ),
+    "contrastive-frozen": ("contrastive", CONTRASTIVE | dict(freeze_vision=True, keep_graphs=0)),
+}
+TWO_RANKS = {  # the same, by torchrun on two ranks
+    "pretrain-2": ("pretrain", PRETRAIN),
+    "contrastive-2": ("contrastive", CONTRASTIVE | dict(keep_graphs=2)),
+}
+
+
+def digest(*parts) -> str:
+    """A short digest of anything that has a repr."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def machine() -> str:
+    """What the last bits of a sum depend on."""
+    kernel = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {kernel} torch {torch.__version__}"
+
+
+def flags_of(cfg) -> list:
+    """A dict of flags as words of a command line."""
+    words = []
+    for key, value in cfg.items():
+        name = "--" + key.replace("_", "-")
+        words += [name] if value is True else [name, str(value)]
+    return words
+
+
+def trained(out) -> dict:
+    """What a run left in OUT: its log without versions and clocks, and its weights' digest."""
+    lines = Path(out, "log.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines[1:]]
+    files = [*Path(out).glob("model.safetensors"), *Path(out).glob("adapter_model.safetensors")]
+    weights = load_file(files[0])
+    content = [(name, w.shape, w.float().numpy().tobytes()) for name, w in sorted(weights.items())]
+    size = sum(float(w.double().abs().sum()) for w in weights.values())
+    return dict(steps=steps, weights=digest(content), size=size)
+
+
+def train(name) -> dict:
+    """Runs one of `RUNS` in this process, in the working folder."""
+    stage, flags = RUNS[name]
+    module = STAGES[stage]
+    module.main(module.Config(**flags, out=name))
+    return trained(name)
+
+
+def scores(name, limit=20) -> dict:
+    """The table's numbers of a run's model, 20 queries a set."""
+    evaluate.main(evaluate.Config(model=name, limit=limit, json=f"{name}.json"))
+    found = json.loads(Path(f"{name}.json").read_text())
+    return {k: row["p_at_1"] for k, row in found["sets"].items()}
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def picture(i) -> Image.Image:
+    """A picture of 56 to 100 pixels a side."""
+    image = Image.new("RGB", (56 + 4 * i, 100 - 4 * i), (20 * i, 255 - 20 * i, 7 * i))
+    image.paste((255, 0, 0), (10, 10, 30, 40))
+    return image
+
+
+def examples() -> list:
+    """Twenty (Item, turns)."""
+    found = []
+    for i in range(8):
+        d = Shapes().dialogue(i) if OLD else ToyWorld().dialogue(i)
+        found.append((Item("<image>", (picture(i),)), d.turns))
+    for i in range(3):
+        found.append((Item("<image> Find a caption.", (picture(i),)), ()))
+    found += [
+        (Item("a red circle"), ()),
+        (Item("One <|im_end|> and </s>, <image> and then <image>?", (picture(1), picture(2))), ()),
+        (Item("  two  spaces\nand a line.\n"), ()),
+        (Item("<image>", (picture(4),)), ()),
+        (Item("caf\u00e9 \u4e2d\u6587 \U0001f600"), ()),
+        (Item("What is it? <image> Tell me.", (picture(5),)), (("and now?", " a  dog "),)),
+        (Item("a text to compress"), (("what?", "this"), ("and?", "that."))),
+        (Item("<image>\n", (picture(6),)), (("", "x"),)),
+        (Item("<|user|> <|compress_0|> <end_of_turn>"), ()),
+    ]
+    return found
+
+
+def row_digest(row) -> str:
+    """Of a row's token ids, roles and other token columns, and the shapes of its pictures."""
+    tokens = row["tokens"] if isinstance(row, dict) else row.tokens
+    images = row["images"] if isinstance(row, dict) else row.images
+    content = {key: value.tolist() for key, value in tokens.items()}
+    shapes = {key: tuple(value.shape) for key, value in images.items()}
+    return digest(sorted(content.items()), sorted(shapes.items()))
+
+
+def rows(folder, style, K) -> list:
+    """Digests of the twenty rows of a model folder. K = 0: the plain layout."""
+    embedder = model.load(folder, compress_tokens=K, prompt=style, device="cpu")
+    return [row_digest(embedder.collate.row(item, turns)) for item, turns in examples()]
+
+
+def all_rows(folder_of) -> dict:
+    """Of every family, by style and K. folder_of: family -> its folder."""
+    layouts = (("chat", 3), ("chat", 0), ("coma", 3), ("vlm2vec", 0))
+    names = ["toy", *families.FAMILIES]
+    return {
+        f"{name} {style} K={K}": rows("toy" if name == "toy" else folder_of(name), style, K)
+        for name in names
+        for style, K in layouts
+    }
+
+
+# ---------------------------------------------------------------------------------------- answers
+
+BAD_FILES = {
+    "empty.jsonl": "",
+    "notjson.jsonl": '{"query": {"text": "a"}, "target": {"text": "b"}}\n{"query": oops}\n',
+    "array.jsonl": "[1, 2]\n",
+    "noquery.jsonl": '{"target": {"text": "b"}}\n',
+    "emptyitem.jsonl": '{"query": {"text": ""}, "target": {"text": "b"}}\n',
+    "textnumber.jsonl": '{"query": {"text": 5}, "target": {"text": "b"}}\n',
+    "twomarks.jsonl": '{"query": {"text": "<image> <image>", "image": "p.png"}, "target": {"text": "b"}}\n',
+    "lostpicture.jsonl": '{"query": {"text": "<image> a", "image": "lost.png"}, "target": {"text": "b"}}\n',
+    "outside.jsonl": '{"query": {"text": "<image> a", "image": "../p.png"}, "target": {"text": "b"}}\n',
+    "badpicture.jsonl": '{"query": {"text": "<image> a", "image": "bad.png"}, "target": {"text": "b"}}\n'
+    * 16,
+    "surrogate.jsonl": '{"query": {"text": "\\ud800"}, "target": {"text": "b"}}\n',
+    "oneturn.jsonl": '{"id": "1", "image": "p.png", "conversations": [{"from": "human", "value": "<image>\\nq"}]}\n',
+    "wrongfrom.jsonl": '{"id": "1", "image": "p.png", "conversations": [{"from": "gpt", "value": "<image>\\nq"}, {"from": "human", "value": "a"}]}\n',
+    "notalk.jsonl": '{"id": "1", "image": "p.png"}\n',
+    "bad.png": "no picture",
+    "captions/metadata.jsonl": '{"file_name": "a.png"}\n',
+    "csv/metadata.csv": 'file_name,text\na.png,"open quote\n',
+    "mmeb/A/original-00000.parquet": "no parquet",
+    "mmeb/A/test-00000.parquet": "no parquet",
+    "badjson/nanocoma.json": "{",
+    "badconfig/config.json": "{}",
+    "noweights/config.json": '{"model_type": "qwen2_vl"}',
+}
+ANSWERS = [  # (stage, words): each is refused with one clear line
+    ("contrastive", "--data empty.jsonl"),
+    ("contrastive", "--data notjson.jsonl"),
+    ("contrastive", "--data array.jsonl"),
+    ("contrastive", "--data noquery.jsonl"),
+    ("contrastive", "--data emptyitem.jsonl"),
+    ("contrastive", "--data textnumber.jsonl"),
+    ("contrastive", "--data twomarks.jsonl"),
+    ("contrastive", "--data lostpicture.jsonl"),
+    ("contrastive", "--data outside.jsonl"),
+    ("contrastive", "--data badpicture.jsonl --steps 1 --batch 8 --block 4 --workers 0"),
+    ("contrastive", "--data surrogate.jsonl"),
+    ("contrastive", "--data lost.jsonl"),
+    ("contrastive", "--data captions"),
+    ("contrastive", "--data csv"),
+    ("contrastive", "--data mmeb"),
+    ("contrastive", "--data ."),
+    ("contrastive", "--data ./nowhere"),
+    ("contrastive", "--subsets nothing"),
+    ("contrastive", "--subsets classify:x"),
+    ("contrastive", "--data captions --subsets a"),
+    ("contrastive", "--batch 30 --block 8"),
+    ("contrastive", "--temperature 0"),
+    ("contrastive", "--fsdp"),
+    ("contrastive", "--model ./nowhere"),
+    ("contrastive", "--model badjson"),
+    ("contrastive", "--model badconfig"),
+    ("contrastive", "--model noweights"),
+    ("contrastive", "--model k4 --compress-tokens 5"),
+    ("contrastive", "--model k4 --pooling last"),
+    ("contrastive", "--model k4 --prompt coma"),
+    ("contrastive", "--compress-tokens 0 --pooling mean"),
+    ("contrastive", "--max-length 4 --steps 1 --batch 8 --block 4 --workers 0"),
+    ("contrastive", "--max-pixels 1000 --min-pixels 2000"),
+    ("contrastive", "--steps"),
+    ("contrastive", "--step 3"),
+    ("contrastive", "--pooling median"),
+    ("contrastive", "--batch x"),
+    ("pretrain", "--data oneturn.jsonl"),
+    ("pretrain", "--data wrongfrom.jsonl"),
+    ("pretrain", "--data notalk.jsonl"),
+    ("pretrain", "--data notalk.jsonl --caption"),
+    ("pretrain", "--batch 0"),
+    ("pretrain", "--objective kl --max-length 40"),
+    ("pretrain", "--attn eager --steps 1 --batch 2 --workers 0"),
+    ("evaluate", "--data mmeb"),
+    ("evaluate", "--data ./nowhere"),
+    ("evaluate", "--subsets nothing"),
+    ("evaluate", "--model ./nowhere"),
+]  # fmt: skip
+
+
+def prepare_answers():
+    """Writes the bad files, a picture, and a model whose K is 4, into the working folder."""
+    for name, text in BAD_FILES.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    Image.new("RGB", (40, 40), "red").save("p.png")
+    model.save(model.load("toy-random", compress_tokens=4, device="cpu"), "k4")
+
+
+def answer(stage, words) -> str:
+    """What a command says before it ends: its error, in this process, without a traceback."""
+    module, said = STAGES[stage], io.StringIO()
+    words = words.split() if "--model" in words else ["--model", "toy-random", *words.split()]
+    if stage != "evaluate":
+        words += ["--out", "refused"]
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            module.main(module.Config.parse(words))
+    except model.InputError as e:
+        return str(e).replace(f"{Path.cwd()}/", "").replace(str(HERE.parent), "ROOT")
+    except SystemExit:
+        return said.getvalue().splitlines()[-1].partition("error: ")[2]
+    return "accepted"
+
+
+def record(file):
+    """All of it, in a new folder; the two-rank runs by torchrun."""
+    import subprocess
+    import tempfile
+
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    file = Path(file).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        golden = dict(machine=machine(), runs={}, scores={}, rows={}, answers={})
+        for name in RUNS:
+            golden["runs"][name] = train(name)
+        for name, (stage, flags) in TWO_RANKS.items():
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            script = str(HERE.parent / f"{stage}.py")
+            words = flags_of(flags | dict(out=name))
+            subprocess.run([*launch, "--nproc-per-node", "2", script, *words], check=True)
+            golden["runs"][name] = trained(name)
+        golden["scores"] = scores("contrastive")
+        golden["rows"] = all_rows(lambda name: families.build(name, Path(folder, "fam", name)))
+        prepare_answers()
+        for stage, words in ANSWERS:
+            golden["answers"][f"{stage} {words}"] = answer(stage, words)
+        file.write_text(json.dumps(golden, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    record(sys.argv[1])
