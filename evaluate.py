@@ -4,41 +4,31 @@
         (two cores: 0.4 minutes; after the two stages 72.7 of 100, chance 5.9)
     python evaluate.py --data MMEB-eval                      a folder in MMEB's layout
     torchrun --nproc-per-node 8 evaluate.py --data MMEB-eval --json scores.json
-    python evaluate.py --images DIR --search "a red circle above a blue square"
-    python evaluate.py --figures DIR                         what the models do, drawn
 
 Each query is compared with its own candidates; a hit is a query whose right candidate is nearer
-than every other one. Reads a model folder and tasks; prints a table; writes --json. Searching is in
-search.py, the figures are in figures.py.
+than every other one. Reads a model folder and tasks; prints a table; writes --json.
 """
 
-import importlib
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
-import model
-from data import IMAGE, InputError, read_tasks
-from model import flag
+from data import read_tasks
+from model import load_for
+from plumbing import ranks, table
+from plumbing.config import Flags, flag
+from plumbing.ranks import say
+from plumbing.weights import newest
 
 
 @dataclass
-class Config(model.Flags):
+class Config(Flags):
     """Flags of the evaluation."""
 
     model: str = flag("", "empty: out/contrastive, else out/pretrain, else toy")
     subsets: str = flag("", "the sets to evaluate, A,B,C; empty: all there are")
     limit: int = flag(0, "queries of each set; 0: all (the toy world: 100)")
     json: str = flag("", "also write the scores to this file")
-    search: str = flag("", "in place of the table: rank the pictures of --images by this text")
-    query_image: str = flag("", "or by this picture, or by both together")
-    images: str = flag("", "the folder to search; its index is kept beside it")
-    image_text: str = flag(IMAGE, "the instruction that its pictures are embedded with")
-    top: int = flag(8, "results of a search")
-    search_out: str = flag("out/search.png", "the picture of a search's results")
-    figures: str = flag("", "in place of the table: draw the README's figures into this folder")
 
 
 # ---------------------------------------------------------------------------------------- the idea
@@ -54,48 +44,81 @@ def precision_at_1(q, c, candidates, tie=1e-6) -> float:
     carry no information."""
     hits = 0
     for i, rows in enumerate(candidates):
-        scores = c[rows] @ q[i]  # cosines
-        others = scores[np.asarray(rows) != rows[0]]
-        hits += bool(np.isfinite(scores[0]) and np.all(scores[0] > others + tie))
+        scores = c[rows] @ q[i]  # (len(rows),) cosines
+        is_other = np.asarray(rows) != rows[0]
+        others = scores[is_other]  # may be empty: a hit, unless NaN
+        if np.isfinite(scores[0]) and np.all(scores[0] > others + tie):
+            hits += 1
     return hits / len(candidates)
 
 
-# ---------------------------------------------------------------------------------------- plumbing
+def summary(sets) -> dict:
+    """Plain means over sets, as MMEB does: by meta-task, in and out of distribution, overall.
+
+    sets: {name: what `score` returns}; a mean over no set is None."""
+
+    def mean(rows):
+        if not rows:
+            return None
+        p_at_1 = float(np.mean([row["p_at_1"] for row in rows]))
+        return {"p_at_1": p_at_1, "chance": float(np.mean([row["chance"] for row in rows]))}
+
+    rows = list(sets.values())
+    meta_tasks = {}  # in the order of the sets
+    for name in dict.fromkeys(row["meta_task"] for row in rows):
+        meta_tasks[name] = mean([row for row in rows if row["meta_task"] == name])
+    return {
+        "meta_tasks": meta_tasks,
+        "ind": mean([row for row in rows if not row["ood"]]),  # the 20 trained sets
+        "ood": mean([row for row in rows if row["ood"]]),  # the 16 others
+        "overall": mean(rows),
+    }
 
 
-def encode_sharded(embedder, items, cfg, what, bad=None) -> np.ndarray:
-    """Embeddings of `items`, made by all ranks together; every rank gets all: (len(items), D)."""
-    rank, world, mine = model.rank(), model.world(), None if bad is None else []
-    what = what if rank == 0 else ""
-    made = embedder.encode(items[rank::world], cfg.chunk_tokens, cfg.workers, what, mine)
-    z = np.zeros((len(items), made.shape[1]), np.float32)
-    for r, (part, errors) in enumerate(model.gather_objects((made, mine))):
-        z[r::world] = part
-        if errors:
-            bad.extend(errors)
+# --------------------------------------------------------------------------------- from a model
+
+
+def encode_sharded(embedder, items, cfg, progress, bad=None) -> np.ndarray:
+    """Embeddings of `items`, made by all ranks together; every rank gets all: (len(items), D).
+
+    bad: a list for the errors of items that cannot be read, whose rows are NaN; None: they raise.
+    """
+    rank, world = ranks.rank(), ranks.world()
+    errors = None if bad is None else []  # of this rank's items
+    shown = progress if rank == 0 else ""
+    part = embedder.encode(items[rank::world], cfg.chunk_tokens, cfg.workers, shown, errors)
+    z = np.zeros((len(items), part.shape[1]), np.float32)  # (len(items), D)
+    # Every world-th item was rank r's: put back in the order given.
+    for r, (rows, rank_errors) in enumerate(ranks.gather_objects((part, errors))):
+        z[r::world] = rows
+        if rank_errors:
+            bad.extend(rank_errors)
     return z
 
 
 def score(embedder, task, cfg) -> dict:
     """One set: each distinct item is encoded once, then Precision@1."""
-    index = {}  # key of an item -> (its row of z, item)
+    row_of, items = {}, []  # an item's key -> its row of z
 
-    def at(item):
-        return index.setdefault(item.key, (len(index), item))[0]
+    def encoded(item):
+        if item.key not in row_of:
+            row_of[item.key] = len(items)
+            items.append(item)
+        return row_of[item.key]
 
-    queries, candidates = [], []
+    queries, candidates = [], []  # as rows of z
     for query, choices in task.queries:
-        queries.append(at(query))
-        candidates.append([at(c) for c in choices])
-    items = [item for _, item in index.values()]
-    z = encode_sharded(embedder, items, cfg, task.name)
-    result = dict(
-        p_at_1=precision_at_1(z[queries], z, candidates),
-        chance=float(np.mean([1 / len(set(rows)) for rows in candidates])),
-        queries=len(queries),
-        meta_task=task.meta_task,
-        ood=task.ood,
-    )
+        queries.append(encoded(query))
+        candidates.append([encoded(choice) for choice in choices])
+    z = encode_sharded(embedder, items, cfg, task.name)  # (items, D)
+    result = {
+        "p_at_1": precision_at_1(z[queries], z, candidates),  # 0 ... 1
+        "chance": float(np.mean([1 / len(set(rows)) for rows in candidates])),
+        "queries": len(queries),
+        "meta_task": task.meta_task,
+        "ood": task.ood,
+    }
+    # A model that says nothing scores zero, and is called by its name.
     if not np.isfinite(z).all():
         result["warning"] = "NaN in the embeddings"
     elif len(items) > 1 and z.std(0).max() < 1e-3:
@@ -103,73 +126,37 @@ def score(embedder, task, cfg) -> dict:
     return result
 
 
-def summary(sets) -> dict:
-    """Plain means over sets, as MMEB does: by meta-task, in and out of distribution, overall."""
-
-    def mean(rows):
-        rows, keys = list(rows), ("p_at_1", "chance")
-        return {k: float(np.mean([r[k] for r in rows])) for k in keys} if rows else None
-
-    metas = dict.fromkeys(r["meta_task"] for r in sets.values())
-    return dict(
-        meta_tasks={m: mean(r for r in sets.values() if r["meta_task"] == m) for m in metas},
-        ind=mean(r for r in sets.values() if not r["ood"]),
-        ood=mean(r for r in sets.values() if r["ood"]),
-        overall=mean(sets.values()),
-    )
-
-
-def line(name, r, note=""):
-    """One row of the table, in percent."""
-    score = "-" if r is None else f"{100 * r['p_at_1']:6.1f}   {100 * r['chance']:6.1f}"
-    return f"{name:<34} {score:>15} {note}".rstrip()
-
-
 def main(cfg):
-    """The table; or a search, or the figures."""
-    device = model.setup()
-    if cfg.figures:
-        model.optional("matplotlib", "--figures")
-        figures = importlib.import_module("figures")
-        return figures.draw(cfg.figures, cfg.model, cfg.seed, device)
-    if not cfg.model:
-        made = [f for f in ("out/contrastive", "out/pretrain") if Path(f, "config.json").exists()]
-        cfg.model = (made + ["toy"])[0]
-    if bool(cfg.images) != bool(cfg.search or cfg.query_image):
-        raise InputError("a search needs --images DIR, and --search TEXT or --query-image FILE")
-    embedder = model.load_for(cfg, device)
-    if cfg.images:
-        model.say(f"searching with {cfg.model}")
-        return importlib.import_module("search").search(embedder, cfg)
-    model.say(f"evaluating {cfg.model}")
+    """The table, from flags to the overall mean."""
+    # 1. The model and the tasks.
+    device = ranks.setup()
+    cfg.model = cfg.model or newest("out/contrastive", "out/pretrain")
+    embedder = load_for(cfg, device)
+    say(f"evaluating {cfg.model}")
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
-    cuts = [f"--limit {cfg.limit}"] * bool(cfg.limit) + ["--subsets"] * bool(cfg.subsets)
-    partial = f" (partial: {', '.join(cuts)})" * bool(cuts)
-    model.say(f"\n{'Precision@1 x 100' + partial:<34} {'score':>6}   {'chance':>6}   queries")
-    sets, shown = {}, None
-    for task in sorted(tasks, key=lambda t: t.ood):
-        group = f"{'out of' if task.ood else 'in'} distribution"
-        if group != shown:
-            model.say(f"-- {group}")
-            shown = group
-        r = sets[task.name] = score(embedder, task, cfg)
-        name = f"  {task.name} ({task.meta_task})"
-        model.say(line(name, r, f"{r['queries']:>7} {r.get('warning', '')}"))
+
+    # 2. Each set, those in distribution first.
+    note, sets = table.partial_note(cfg), {}
+    say(table.head(note))
+    for ood, group in ((False, "in distribution"), (True, "out of distribution")):
+        chosen = [task for task in tasks if task.ood == ood]
+        if chosen:
+            say(f"-- {group}")
+        for task in chosen:
+            row = sets[task.name] = score(embedder, task, cfg)
+            end = f"{row['queries']:>7} {row.get('warning', '')}"
+            say(table.line(f"  {task.name} ({task.meta_task})", row, end))
+
+    # 3. The means, and the file.
     means = summary(sets)
-    model.say("-- mean over sets")
-    for name, r in means["meta_tasks"].items():
-        model.say(line("  " + name, r))
-    for name, key in (("IND", "ind"), ("OOD", "ood"), ("Overall", "overall")):
-        model.say(line(name + partial, means[key]))
-    if cfg.json and model.rank() == 0:
-        numbers = {k: v["p_at_1"] if v else None for k, v in means.items() if k != "meta_tasks"}
-        metas = {m: r["p_at_1"] for m, r in means["meta_tasks"].items()}
-        about = dict(model=cfg.model, prompt=embedder.style, pooling=embedder.pooling, K=embedder.K)
-        about |= dict(partial=bool(cuts), config=asdict(cfg), versions=model.versions())
-        text = json.dumps(dict(sets=sets, meta_tasks=metas, **numbers, **about), indent=1)
-        Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(cfg.json).write_text(text + "\n")
+    say("-- mean over sets")
+    for name, row in means["meta_tasks"].items():
+        say(table.line("  " + name, row))
+    for name in ("IND", "OOD", "Overall"):
+        say(table.line(name + note, means[name.lower()]))
+    if cfg.json and ranks.rank() == 0:
+        table.write_json(cfg, embedder, sets, means)
 
 
 if __name__ == "__main__":
-    model.run(main, Config)
+    ranks.run(main, Config)

@@ -3,8 +3,8 @@
     python pretrain.py                                             the toy MLLM learns to compress
         (two cores: 3.7 minutes, 79 % of the answers right from the code alone)
     python pretrain.py --data talks.jsonl --image-root pictures    your own dialogues
-    python pretrain.py --explain                                   one example, in numbers
     torchrun --nproc-per-node 8 pretrain.py --model Qwen/Qwen2.5-VL-3B-Instruct ...  (see README)
+    python -m tools.explain pretrain                               one example, in numbers
 
 A picture, then K learnable compression tokens, then a dialogue about the picture:
 
@@ -17,22 +17,27 @@ Reads dialogues; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpo
 """
 
 import copy
-import functools
-import importlib
-import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-import model
-from data import ANSWER, COMPRESS, CONTENT, PAD, InputError, Item, read_dialogues, ready
-from model import flag
+from data import ANSWER, COMPRESS, CONTENT, PAD, Row, read_dialogues
+from model import Embedder, choose_trained, load_for, save
+from plumbing import checkpoint, optim, ranks
+from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag
+from plumbing.errors import InputError
+from plumbing.formats import digest_of
+from plumbing.loader import prefetch
+from plumbing.log import Log
+from plumbing.memory import token_chunks
+from plumbing.sampling import ask_first, epoch_batch
+from plumbing.weights import Settings
 
 
 @dataclass
-class Config(model.Config):
+class Config(TrainingFlags):
     """Flags of stage 1."""
 
     out: str = flag("out/pretrain", "folder for the model, log.jsonl and checkpoints")
@@ -43,7 +48,6 @@ class Config(model.Config):
     question_first: float = flag(0.0, "beyond the paper: share of dialogues with Q_1 before C")
     texts: float = flag(0.0, "beyond the paper: share of dialogues about a text (toy world)")
     objective: str = flag("ce", "the answers, or the uncompressed model", ["ce", "kl"])
-    explain: bool = flag(False, "walk through one example in numbers, and train nothing")
 
 
 # ---------------------------------------------------------------------------------------- the idea
@@ -54,12 +58,14 @@ def compression_mask(roles) -> torch.Tensor:
 
     roles (B, L), see data.py. Causal, nobody attends to padding, and what follows the compression
     tokens does not see the content before them: all it knows of the picture went through C."""
-    L = roles.shape[1]
-    i = torch.arange(L, device=roles.device)
+    i = torch.arange(roles.shape[1], device=roles.device)  # (L,)
     causal = i[:, None] >= i[None, :]  # (L, L) row attends to column
-    hidden = (roles[:, :, None] > COMPRESS) & (roles[:, None, :] == CONTENT)  # (B, L, L)
+    after_code = roles[:, :, None] > COMPRESS  # (B, L, 1) the rows of questions and answers
+    before_code = roles[:, None, :] == CONTENT  # (B, 1, L) the columns of picture and text
+    real = roles[:, None, :] != PAD  # (B, 1, L)
+    mask = causal & real & ~(after_code & before_code)  # (B, L, L)
     # Trap: a padding row that may attend to nothing makes NaN; each token may attend to itself.
-    mask = causal & ~hidden & (roles != PAD)[:, None, :] | (i[:, None] == i[None, :])
+    mask = mask | (i[:, None] == i[None, :])
     return mask[:, None]
 
 
@@ -68,8 +74,9 @@ def answer_labels(input_ids, roles) -> torch.Tensor:
 
     Differs from the official code, which leaves question and template tokens in: the paper's
     objective is P(A | C, Q). (B, L), (B, L) -> (B, L)."""
-    labels = torch.full_like(input_ids, -100)
-    labels[:, :-1] = input_ids[:, 1:].masked_fill(roles[:, 1:] != ANSWER, -100)
+    labels = torch.full_like(input_ids, -100)  # (B, L) what cross_entropy ignores
+    is_answer = roles[:, 1:] == ANSWER  # (B, L - 1) of the next token
+    labels[:, :-1] = input_ids[:, 1:].where(is_answer, -100)
     return labels
 
 
@@ -81,16 +88,18 @@ def answer_loss(logits, labels) -> torch.Tensor:
 
 def distillation_loss(logits, reference) -> torch.Tensor:
     """The paper's ablation: KL(reference || model), nats, summed over positions. Both (n, V)."""
-    p, q = (F.log_softmax(x.float(), dim=-1) for x in (reference, logits))
-    return F.kl_div(q, p, reduction="sum", log_target=True)
+    log_p = F.log_softmax(reference.float(), dim=-1)
+    log_q = F.log_softmax(logits.float(), dim=-1)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def answer_logits(embedder, inputs, compress=True):
     """-> (logits (n, V), labels (n,)) of the n positions that predict an answer token."""
     mask = compression_mask(inputs["roles"]) if compress and embedder.K else None
     h = embedder.hidden(inputs, mask)  # (B, L, D)
-    labels = answer_labels(inputs["input_ids"], inputs["roles"])
-    return embedder.logits(h[labels != -100]), labels[labels != -100]
+    labels = answer_labels(inputs["input_ids"], inputs["roles"])  # (B, L)
+    is_label = labels != -100
+    return embedder.logits(h[is_label]), labels[is_label]
 
 
 def exact_answers(logits, labels, inputs) -> tuple:
@@ -98,130 +107,123 @@ def exact_answers(logits, labels, inputs) -> tuple:
 
     Each step of greedy decoding picks the argmax; it writes the answer if and only if the argmax is
     right at every position of it, given the right words before."""
-    is_answer = inputs["roles"] == ANSWER
-    starts = is_answer & ~F.pad(is_answer, (1, 0))[:, :-1]
-    which = starts[is_answer].cumsum(0)  # (n,) the answer that a token belongs to
-    spoilt = which[logits.argmax(-1) != labels].unique()
+    is_answer = inputs["roles"] == ANSWER  # (B, L)
+    before = F.pad(is_answer, (1, 0))[:, :-1]  # (B, L) of the token before
+    starts = is_answer & ~before
+    answer_of = starts[is_answer].cumsum(0)  # (n,) the answer that a token belongs to
+    is_wrong = logits.argmax(-1) != labels  # (n,)
+    wrong = answer_of[is_wrong].unique()
     total = int(starts.sum())
-    return total - len(spoilt), total
+    return total - len(wrong), total
 
 
-# ---------------------------------------------------------------------------------------- plumbing
+# ------------------------------------------------------------------------------ one training step
+
+
+class Example(NamedTuple):
+    """A dialogue as model inputs."""
+
+    row: Row
+    plain: Row | None = None  # the same without C, for the KL objective
+    id: str = ""  # of the dialogue
+
+
+def accumulate(embedder, examples, cfg, reference=None):
+    """Adds to `.grad` the gradient of the mean loss over *all ranks'* answer tokens, a chunk at a
+    time: exact for any chunks and ranks, however long their answers.
+
+    examples: this rank's; reference: the teacher's logits, for the KL objective.
+    -> (mean loss in nats, share of answers that are right word for word, answer tokens)."""
+    rows = [example.row for example in examples]
+    mine = sum(int((row.tokens["roles"] == ANSWER).sum()) for row in rows)
+    tokens = ranks.all_sum(mine)  # of all ranks: known before the first backward pass
+    loss_sum, right, answers = 0.0, 0, 0
+    budget = by_device(cfg.chunk_tokens, CHUNK_TOKENS, embedder.device)
+    for chunk in token_chunks([row.length for row in rows], budget):
+        inputs = embedder.collate.pad_rows([rows[i] for i in chunk], embedder.device)
+        logits, labels = answer_logits(embedder, inputs, cfg.compress)
+        if reference:
+            loss = distillation_loss(logits, reference([examples[i].plain for i in chunk]))
+        else:
+            loss = answer_loss(logits, labels)
+        (loss / tokens).backward()  # a sum over chunks and ranks is the mean over tokens
+        chunk_right, chunk_answers = exact_answers(logits.detach(), labels, inputs)
+        loss_sum += loss.item()
+        right += chunk_right
+        answers += chunk_answers
+    mean = ranks.all_sum(loss_sum) / tokens
+    exact = ranks.all_sum(right) / ranks.all_sum(answers)
+    return mean, exact, tokens
 
 
 def teacher(embedder):
     """The KL objective's frozen reference: the model as it is now, the picture visible, the same
     dialogue without C. -> (its collator, function(rows) -> logits (n, V))."""
     frozen = copy.deepcopy(embedder.mllm).eval().requires_grad_(False)
-    plain = model.Embedder(frozen, embedder.processor, 0, "last", embedder.style)
+    # K = 0: its rows have no code, and its mask is off.
+    plain = Embedder(frozen, embedder.processor, Settings(0, "last", embedder.style))
 
     @torch.no_grad()
     def logits(rows):
-        return answer_logits(plain, plain.collate.pad_rows(rows, embedder.device), False)[0]
+        inputs = plain.collate.pad_rows(rows, embedder.device)
+        return answer_logits(plain, inputs, compress=False)[0]
 
     return plain.collate, logits
-
-
-def accumulate(embedder, rows, cfg, reference=None):
-    """Adds to `.grad` the gradient of the mean loss over *all ranks'* answer tokens, a chunk at a
-    time: exact for any chunks and ranks, however long their answers.
-
-    rows: this rank's, {"row": ..., "plain": the same without C, for the KL objective}.
-    -> (mean loss in nats, share of answers that are right word for word, answer tokens)."""
-    totals = [0.0, 0, 0]
-    tokens = sum(int((r["row"]["tokens"]["roles"] == ANSWER).sum()) for r in rows)
-    tokens = model.all_sum(tokens)
-    budget = model.by_device(cfg.chunk_tokens, model.CHUNK_TOKENS, embedder.device)
-    for chunk in model.token_chunks(model.row_lengths([r["row"] for r in rows]), budget):
-        inputs = embedder.collate.pad_rows([rows[i]["row"] for i in chunk], embedder.device)
-        logits, labels = answer_logits(embedder, inputs, cfg.compress)
-        if reference:
-            loss = distillation_loss(logits, reference([rows[i]["plain"] for i in chunk]))
-        else:
-            loss = answer_loss(logits, labels)
-        (loss / tokens).backward()
-        right, count = exact_answers(logits.detach(), labels, inputs)
-        totals = [totals[0] + loss.item(), totals[1] + right, totals[2] + count]
-    loss, right, count = (model.all_sum(x) for x in totals)
-    return loss / tokens, right / count, tokens
-
-
-@functools.lru_cache(2)
-def shuffled(n, seed, epoch):
-    """An order of n dialogues; the toy world's are as good as shuffled."""
-    return range(n) if n >= 10**8 else np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def draw(n, cfg, step, rank, world) -> list:
-    """Indices of this rank's share of the batch: a pure function of (seed, step). Each epoch takes
-    all n dialogues once, in an order of its own."""
-    mine = range(step * cfg.batch + rank, (step + 1) * cfg.batch, world)
-    return [int(shuffled(n, cfg.seed, j // n)[j % n]) for j in mine]
-
-
-def ask_first(d, cfg, step):
-    """An idea beyond the paper: in a share of the dialogues the first question stands before the
-    code, as an instruction does in stage 2, and its answer is the first thing asked of the code."""
-    if random.Random(f"{cfg.seed}/{step}/{d.id}").random() >= cfg.question_first:
-        return d
-    (question, answer), *rest = d.turns
-    item = Item(f"{d.item.text} {question}", d.item.images)
-    return d._replace(item=item, turns=(("", answer), *rest))
 
 
 def main(cfg):
     """Stage 1, from flags to a saved folder."""
     # 1. The model, and what of it is trained.
-    device = model.setup()
-    rank, world = model.rank(), model.world()
+    device = ranks.setup()
+    rank, world = ranks.rank(), ranks.world()
     if cfg.batch < world:
         raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
     if cfg.objective == "kl" and cfg.max_length:
         raise InputError("--objective kl: model and teacher need the same answers; --max-length 0")
     torch.manual_seed(cfg.seed)
-    embedder = model.load_for(cfg, device)
+    embedder = load_for(cfg, device)
+    # Before anything is trained: the teacher is the model as it comes.
     plain, reference = teacher(embedder) if cfg.objective == "kl" else (None, None)
-    model.choose_trained(embedder, cfg)
-    optimizers = model.make_optimizers(embedder, cfg)
+    choose_trained(embedder, cfg)
+    optimizers = optim.make_optimizers(embedder, cfg)
 
     # 2. The data: dialogues, made into model inputs in the loader's workers.
     root = cfg.image_root or None
     dialogues = read_dialogues(cfg.data, root, cfg.seed, cfg.turns, cfg.caption, cfg.texts)
-    cfg.data_digest = ready([dialogues])
+    cfg.data_digest = digest_of([dialogues])  # a run is not resumed with other data
 
-    if cfg.explain:
-        explain = importlib.import_module("explain")
-        return explain.stage1(embedder, dialogues[0], cfg.compress)
-
-    def rows_of(step):
-        rows = []
-        for i in draw(len(dialogues), cfg, step, rank, world):
+    def local_batch(step):
+        examples = []
+        for i in epoch_batch(len(dialogues), cfg, step, rank, world):
             d = ask_first(dialogues[i], cfg, step)
-            rows.append(dict(row=embedder.collate.row(d.item, d.turns), id=d.id))
-            if plain:
-                rows[-1]["plain"] = plain.row(d.item, d.turns)
-        return rows
+            row = embedder.collate.row(d.item, d.turns)
+            plain_row = plain.row(d.item, d.turns) if plain else None
+            examples.append(Example(row, plain_row, d.id))
+        return examples
 
     # 3. Train.
-    start = model.start_or_resume(embedder, optimizers, cfg)
-    model.say(f"{len(dialogues):,} dialogues, {cfg.batch} a step over {world} rank(s)")
-    log = model.Log(cfg, start)
+    start = checkpoint.start_or_resume(embedder, optimizers, cfg)
+    ranks.say(f"{len(dialogues):,} dialogues, {cfg.batch} a step over {world} rank(s)")
+    log = Log(cfg, start)
     embedder.train()
-    batches = model.prefetch(rows_of, range(start, cfg.steps), cfg.workers)
-    for step, rows in log.steps(batches):
+    batches = prefetch(local_batch, range(start, cfg.steps), cfg.workers)
+    for step, examples in log.steps(batches):
         # ------------------------------------------------------------------------------------------
-        lr = model.begin_step(optimizers, step, cfg)
-        loss, right, tokens = accumulate(embedder, rows, cfg, reference)
-        model.sum_gradients(embedder.parameters())
-        norm = model.end_step(embedder, optimizers, cfg, step, loss, [r["id"] for r in rows])
+        lr = optim.begin_step(optimizers, step, cfg)
+        loss, right, tokens = accumulate(embedder, examples, cfg, reference)
+        ranks.sum_gradients(embedder.parameters())
+        ids = [x.id for x in examples]
+        norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)
         # ------------------------------------------------------------------------------------------
-        numbers = dict(loss=loss, exact=right, norm=norm, lr=lr)
-        log(step, (tokens, "answer tokens"), **numbers, cut=sum(r["row"]["cut"] for r in rows))
-        model.maybe_checkpoint(embedder, optimizers, cfg, step)
+        cut = sum(x.row.cut for x in examples)  # tokens that --max-length cost
+        numbers = {"loss": loss, "exact": right, "norm": norm, "lr": lr, "cut": cut}
+        log(step, (tokens, "answer tokens"), numbers)
+        checkpoint.maybe_checkpoint(embedder, optimizers, cfg, step)
 
     # 4. Save. With K = 0 it is a plain instruction-tuned MLLM, and no embedder.
-    model.finish(embedder, cfg, embedding=embedder.K > 0)
+    save(embedder, cfg.out, embedding=embedder.K > 0)
+    checkpoint.remove_checkpoints(cfg.out)
 
 
 if __name__ == "__main__":
-    model.run(main, Config)
+    ranks.run(main, Config)

@@ -29,16 +29,7 @@ import evaluate  # noqa: E402
 import model  # noqa: E402
 import pretrain  # noqa: E402
 
-try:
-    from shapes import Shapes
-
-    from data import Item
-
-    OLD = True
-except ImportError:
-    from data import Item, ToyWorld
-
-    OLD = False
+from data import Item, read_dialogues  # noqa: E402
 
 STAGES = {"pretrain": pretrain, "contrastive": contrastive, "evaluate": evaluate}
 LORA = dict(lora_rank=4, lora_dropout=0.1)
@@ -124,7 +115,7 @@ def examples() -> list:
     """Twenty (Item, turns)."""
     found = []
     for i in range(8):
-        d = Shapes().dialogue(i) if OLD else ToyWorld().dialogue(i)
+        d = read_dialogues()[i]
         found.append((Item("<image>", (picture(i),)), d.turns))
     for i in range(3):
         found.append((Item("<image> Find a caption.", (picture(i),)), ()))
@@ -144,10 +135,8 @@ def examples() -> list:
 
 def row_digest(row) -> str:
     """Of a row's token ids, roles and other token columns, and the shapes of its pictures."""
-    tokens = row["tokens"] if isinstance(row, dict) else row.tokens
-    images = row["images"] if isinstance(row, dict) else row.images
-    content = {key: value.tolist() for key, value in tokens.items()}
-    shapes = {key: tuple(value.shape) for key, value in images.items()}
+    content = {key: value.tolist() for key, value in row.tokens.items()}
+    shapes = {key: tuple(value.shape) for key, value in row.images.items()}
     return digest(sorted(content.items()), sorted(shapes.items()))
 
 

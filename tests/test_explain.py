@@ -1,14 +1,28 @@
-"""The walks through one example print what the functions compute."""
+"""tools.explain prints what the functions that train compute, and leaves nothing behind."""
 
 import re
 
+import pytest
+import torch
+from checks import close, toy
+
 import contrastive
-import pretrain
+from data import read_pairs
+from plumbing.errors import InputError
+from tools import explain
 
 
-def test_stage_1_is_walked_through(capsys):
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to run in, that stays empty."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    assert not list(tmp_path.iterdir()), "a walk writes no file"
+
+
+def test_stage_1_is_walked_through(capsys, place):
     """Roles, labels, the mask (drawn as the function makes it), one line of loss a token."""
-    pretrain.main(pretrain.Config(explain=True, workers=0))
+    explain.main(["pretrain"])
     said = capsys.readouterr().out
     drawn = re.findall(r"^  ([hxCQA]) ([#.]+)$", said, re.MULTILINE)
     letters = "".join(letter for letter, _ in drawn)
@@ -21,11 +35,59 @@ def test_stage_1_is_walked_through(capsys):
     assert "with the mask off" in said and re.search(r"logits +\(\d+, \d+\)", said)
 
 
-def test_stage_2_is_walked_through(capsys):
+def test_stage_1_without_the_mask(capsys, place):
+    """--no-compress draws a triangle, and compares with nothing; pretrain is the default stage."""
+    explain.main(["--no-compress"])
+    said = capsys.readouterr().out
+    drawn = re.findall(r"^  [hxCQA] ([#.]+)$", said, re.MULTILINE)
+    assert drawn == ["#" * (i + 1) + "." * (len(drawn) - 1 - i) for i in range(len(drawn))]
+    assert "with the mask off" not in said
+
+
+def test_stage_2_is_walked_through(capsys, place):
     """Several chunks, and a gradient that is the whole batch's."""
-    contrastive.main(contrastive.Config(model="toy-random", explain=True, workers=0))
+    explain.main(["contrastive", "--model", "toy-random"])
     said = capsys.readouterr().out
     assert said.count("gradient so far") >= 3, said
     assert len(re.findall(r"-?\d\.\d\d\*", said)) == 6, "each query has its own target"
     assert float(re.search(r"differ by (\S+) of it", said)[1]) < 1e-5
     assert "\n  0.0 MiB kept for the backward pass" in said, "pass 1 keeps nothing"
+    titles = re.findall(r"^(\d)\. ", said, re.MULTILINE)
+    assert titles == list("123456"), "each step once, and in its order"
+
+
+def test_stage_2_runs_the_function_that_trains(capsys, monkeypatch):
+    """A mistake in two_passes shows: the check against the whole batch has its own route."""
+    two_passes = contrastive.two_passes
+
+    def half_of_it(embed, chunks, loss_of):
+        return two_passes(embed, chunks, lambda z: loss_of(z) / 2)
+
+    monkeypatch.setattr(contrastive, "two_passes", half_of_it)
+    explain.main(["contrastive", "--model", "toy-random"])
+    said = capsys.readouterr().out
+    assert float(re.search(r"differ by (\S+) of it", said)[1]) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_gradient_that_is_printed_is_the_gradient(capsys):
+    """The last `gradient so far`, and the norms of the cached gradient, by another route."""
+    embedder = toy()
+    cfg = contrastive.Config(batch=6, block=3)
+    batch = contrastive.local_batch(read_pairs(), embedder.collate, cfg, 0, 0, 1)
+    explain.walk_batch(embedder, batch, 0.03, 150)
+    said = capsys.readouterr().out
+    embedder.zero_grad(set_to_none=True)
+    z = embedder(embedder.collate.pad_rows(batch.rows))
+    z.retain_grad()
+    loss, _ = contrastive.info_nce(z[:6], z[6:], 0.03, batch.labels, batch.keys)
+    loss.backward()
+    norm = torch.cat([grad.flatten() for grad in explain.gradients(embedder)]).norm()
+    close(float(re.findall(r"gradient so far (\S+)", said)[-1]), norm, "all chunks", 1e-4)
+    printed = said.split("its norms:\n")[1].splitlines()[0].split()
+    close([float(x) for x in printed], z.grad.norm(dim=1), "d loss / d z, row by row", 1e-2)
+
+
+def test_another_stage_is_an_error():
+    """The two that there are stand in the message."""
+    with pytest.raises(InputError, match="evaluate: the stage is pretrain or contrastive"):
+        explain.main(["evaluate"])

@@ -1,4 +1,4 @@
-"""Figures: each is drawn, light and not blank; the numbers behind them have their own oracles."""
+"""tools.figures: each is drawn, light and not blank; the numbers behind them have oracles."""
 
 import json
 import math
@@ -14,10 +14,13 @@ from checks import close, equal, expect, toy
 from PIL import Image
 
 import evaluate
-import figures
 import model
-from data import IMAGE, InputError, Item, read_tasks
-from shapes import Shapes
+from data import Item, read_tasks
+from plumbing.errors import InputError
+from plumbing.formats import IMAGE
+from tools import drawings, figures, records
+from tools import figure_numbers as numbers
+from toy.world import Shapes
 
 NAMES = ["mask", "curves", "arms", "k", "pca", "tokens", "looks", "code", "gallery"]
 
@@ -26,17 +29,17 @@ NAMES = ["mask", "curves", "arms", "k", "pca", "tokens", "looks", "code", "galle
 def few(monkeypatch):
     """Figures of a few pictures, pairs, questions and queries."""
     for name, n in dict(PICTURES=4, PAIRS=8, QUESTIONS=3, QUERIES=1).items():
-        monkeypatch.setattr(figures, name, n)
+        monkeypatch.setattr(drawings, name, n)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders as the stages leave them, of random models, and records as of reproduce.py."""
+    """Folders as the stages leave them, of random models, and records as of bench/reproduce.py."""
     top = tmp_path_factory.mktemp("runs")
     logs = dict(pretrain=dict(loss=1.0, exact=0.5), contrastive=dict(loss=2.0, top1=0.3, chance=4))
-    for name, numbers in logs.items():
+    for name, logged in logs.items():
         model.save(toy(), top / name)
-        lines = [dict(config={}), *(dict(step=i + 1, **numbers) for i in range(12))]
+        lines = [dict(config={}), *(dict(step=i + 1, **logged) for i in range(12))]
         (top / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     score, first = random.Random(0).random, dict(none=None, coma="", plain="--no-compress")
     studies = {name: {arm: (first[arm], f"{n}") for arm in first}
@@ -51,30 +54,31 @@ def runs(tmp_path_factory):
 
 def test_every_figure_is_drawn_light_and_not_blank(runs, few, tmp_path, monkeypatch):
     """Nine files of at most 900 pixels and 120 KB, with ink on them; a second time the same."""
-    made = figures.draw(tmp_path, runs / "contrastive", records=runs / "records.json")
-    equal([p.stem for p in made], NAMES, "figures.FIGURES; was one left out?")
-    for path in made:
+    files = figures.draw(tmp_path, runs / "contrastive", records_file=runs / "records.json")
+    equal([p.stem for p in files], NAMES, "drawings.FIGURES; was one left out?")
+    for path in files:
         pixels = np.asarray(Image.open(path).convert("L"))
         expect(pixels.shape[1] <= 900, pixels.shape, "<= 900 wide", path.name)
         expect(path.stat().st_size < 120_000, path.stat().st_size, "< 120 KB", path.name)
         ink = (pixels < 200).mean()
         expect(0.01 < ink < 0.9, f"{ink:.3f} dark", "0.01 to 0.9", path.name)
     twice = ("pca", "looks")
-    monkeypatch.setattr(figures, "FIGURES", {k: figures.FIGURES[k] for k in twice})
-    before = [p.read_bytes() for p in made if p.stem in twice]
-    again = figures.draw(tmp_path, runs / "contrastive", records=runs / "records.json")
+    monkeypatch.setattr(drawings, "FIGURES", {k: drawings.FIGURES[k] for k in twice})
+    before = [p.read_bytes() for p in files if p.stem in twice]
+    again = figures.draw(tmp_path, runs / "contrastive", records_file=runs / "records.json")
     equal([p.read_bytes() for p in again], before, "no dates, no unseeded draws")
 
 
 def test_a_missing_model_or_record_costs_its_figures_and_is_named(runs, few, tmp_path, capsys):
     """Without stage 1 and records: what needs neither is drawn, and a line says how to make it."""
     shutil.copytree(runs / "contrastive", tmp_path / "contrastive")
-    made = figures.draw(tmp_path / "f", tmp_path / "contrastive", records=tmp_path / "none.json")
-    equal([p.stem for p in made], ["mask", "gallery"], "what needs no stage 1")
+    nowhere = tmp_path / "none.json"
+    files = figures.draw(tmp_path / "f", tmp_path / "contrastive", records_file=nowhere)
+    equal([p.stem for p in files], ["mask", "gallery"], "what needs no stage 1")
     said = capsys.readouterr().out
     for name in set(NAMES) - {"mask", "gallery"}:
         expect(f"left out {tmp_path / 'f' / name}.png: " in said, said, name, "one line each")
-    for hint in (f"`python pretrain.py --out {tmp_path / 'pretrain'}`", "tests/reproduce.py"):
+    for hint in (f"`python pretrain.py --out {tmp_path / 'pretrain'}`", "tests/bench/reproduce.py"):
         expect(hint in said, said, hint, "the command that makes it")
 
 
@@ -82,34 +86,35 @@ def test_damaged_records_name_record_and_field(tmp_path):
     """A record without its curve is no figure."""
     (tmp_path / "r.json").write_text('{"studies": {}, "runs": [{"first": "", "second": ""}]}')
     with pytest.raises(InputError, match=r"r.json: run 0 lacks K, curve"):
-        figures.read_records(tmp_path / "r.json")
+        records.read_records(tmp_path / "r.json")
 
 
 def test_one_compression_token_has_no_cosines(runs, tmp_path):
     """K = 1 is an embedder, but two tokens are needed to compare."""
     model.save(model.load("toy-random", 1, device="cpu"), tmp_path / "contrastive")
-    models = figures.Models(tmp_path / "contrastive", 0, "cpu")
+    sources = figures.Sources(tmp_path / "contrastive", 0, "cpu")
     with pytest.raises(InputError, match="K = 1"):
-        models.coded("contrastive")
+        sources.coded("contrastive")
 
 
-def test_without_matplotlib_the_flag_says_what_to_install(monkeypatch):
-    """One clear line, before anything is loaded."""
+def test_without_matplotlib_the_command_says_what_to_install(monkeypatch, tmp_path):
+    """One clear line, before anything is loaded or written."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match="--figures needs matplotlib: pip install matplotlib"):
-        evaluate.main(evaluate.Config(figures="nowhere"))
+    with pytest.raises(InputError, match="tools.figures needs matplotlib: pip install matplotlib"):
+        figures.main([str(tmp_path / "nowhere")])
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_pca_is_the_covariance_matrix_s_eigenvectors():
     """Coordinates, shares of the variance, and rows that stay where they were."""
     x = np.random.default_rng(0).normal(size=(40, 6)) * [5, 3, 1, 1, 0.5, 0.1]
-    flat, share = figures.pca(x)
+    flat, share = numbers.pca(x)
     values, axes = np.linalg.eigh(np.cov(x.T))  # ascending
     want = (x - x.mean(0)) @ axes[:, [5, 4]]
     close(np.abs(flat), np.abs(want), "up to each axis' sign", 1e-9)
     close(share, values[[5, 4]] / values.sum(), "shares of all variance", 1e-9)
     order = np.random.default_rng(1).permutation(40)
-    close(figures.pca(x[order])[0], flat[order], "row i of the result is row i of x", 1e-9)
+    close(numbers.pca(x[order])[0], flat[order], "row i of the result is row i of x", 1e-9)
 
 
 def test_pair_cosines_compare_within_a_task_only():
@@ -120,7 +125,7 @@ def test_pair_cosines_compare_within_a_task_only():
     t[4], t[0] = q[0], 0.9 * q[0]  # t[4] is nearer, but of the other task
     t[1] = q[1]
     pairs = [(i, j) for i in range(6) for j in range(6) if tasks[i] == tasks[j]]
-    own, others, nearest = figures.pair_cosines(q, t, tasks)
+    own, others, nearest = numbers.pair_cosines(q, t, tasks)
     close(own, np.mean([q[i] @ t[i] for i in range(6)]), "own targets", 1e-9)
     close(others, np.mean([q[i] @ t[j] for i, j in pairs if i != j]), "others of the task", 1e-9)
     best = [max((q[i] @ t[j], j) for a, j in pairs if a == i)[1] for i in range(6)]
@@ -129,8 +134,9 @@ def test_pair_cosines_compare_within_a_task_only():
 
 def test_attention_is_that_of_the_embedding(shared):
     """Rows sum to 1, nothing looks ahead, eager and sdpa embed alike, and sdpa is back after."""
-    scenes = [Shapes("test").dialogue(i).item.images[0] for i in range(3)]
-    h, attention, image = figures.look(shared, scenes)
+    scenes = figures.Sources("nowhere").scenes(3)
+    equal(scenes[1], Shapes("test").dialogue(1)[0][1][0], "test scenes")
+    h, attention, image = numbers.look(shared, scenes)
     equal(shared.mllm.config._attn_implementation, "sdpa", "the kernel is put back")
     layers, L = shared.mllm.config.text_config.num_hidden_layers, len(image)
     equal(tuple(attention.shape), (layers, 3, 4, L), "(layers, n, K, L)")
@@ -148,7 +154,7 @@ def test_image_token_i_is_patch_i_in_reading_order(shared):
     for row, column in ((0, 0), (0, 3), (2, 1), (3, 3)):
         picture = black.copy()
         picture.paste("white", (16 * column, 16 * row, 16 * column + 16, 16 * row + 16))
-        rows = [shared.collate.row(Item(IMAGE, (x,)))["images"] for x in (black, picture)]
+        rows = [shared.collate.row(Item(IMAGE, (x,))).images for x in (black, picture)]
         differ = (rows[0]["pixel_values"] != rows[1]["pixel_values"]).any(1)  # 4 patches a token
         equal(differ.reshape(16, 4).any(1).nonzero().flatten().tolist(), [4 * row + column],
               "looks() draws token i at divmod(i, 4)")  # fmt: skip
@@ -157,7 +163,7 @@ def test_image_token_i_is_patch_i_in_reading_order(shared):
 def test_token_cosines_are_means_over_pictures():
     """Against loops; 1 on the diagonal."""
     h = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    got = figures.token_cosines(h)
+    got = numbers.token_cosines(h)
     for i, j in product(range(4), repeat=2):
         want = np.mean([torch.cosine_similarity(x[i], x[j], dim=0) for x in h])
         close(got[i, j], want, f"C{i + 1}, C{j + 1}", 1e-5)
@@ -167,50 +173,50 @@ def written(embedder, scene, question):
     """What greedy decoding writes, a token at a time, up to the end of the turn."""
     tokenizer, ids = embedder.processor.tokenizer, []
     row = embedder.collate.row(Item(IMAGE, (scene,)), ((question, ""),))
-    row["tokens"] = {k: v[:-1] for k, v in row["tokens"].items()}  # without the end of the turn
-    while len(ids) < 60 and ids[-1:] != embedder.collate.end:
-        inputs = embedder.collate.pad_rows([row])
+    columns = {k: v[:-1] for k, v in row.tokens.items()}  # without the end of the turn
+    while len(ids) < 60 and ids[-1:] != embedder.collate.template.end_ids:
+        inputs = embedder.collate.pad_rows([row._replace(tokens=columns)])
         with torch.no_grad():
             ids.append(int(embedder.logits(embedder.hidden(inputs)[0, -1]).argmax()))
-        for k, v in row["tokens"].items():
-            more = dict(input_ids=ids[-1], roles=int(v[-1])).get(k, 0)
-            row["tokens"][k] = torch.cat([v, v.new_tensor([more])])
+        for k, v in columns.items():
+            last = dict(input_ids=ids[-1], roles=int(v[-1])).get(k, 0)
+            columns[k] = torch.cat([v, v.new_tensor([last])])
     return tokenizer.decode(ids[:-1])
 
 
 def test_answered_agrees_with_decoding_token_by_token():
     """Questions of each type, some with an answer that is not the picture's."""
     embedder = model.load("toy", 0, "last", device="cpu").eval()
-    asked = [x for found in figures.questions(2).values() for x in found]
+    asked = [x for rows in numbers.questions(2).values() for x in rows]
     asked += [(s, q, "two") for s, q, _ in asked[:4]]
     hits = [written(embedder, s, q) == a for s, q, a in asked]
     expect(0 < sum(hits) < len(hits), sum(hits), "some right, some wrong", "the toy's weights")
-    close(figures.answered(embedder, asked), np.mean(hits), "exact_answers, batched", 1e-9)
+    close(numbers.answered(embedder, asked), np.mean(hits), "exact_answers, batched", 1e-9)
 
 
 def test_from_an_untrained_code_less_is_answered():
     """Negative control: were the mask off, the base model's untrained C would cost it little."""
     base = model.load("toy", 0, "last", device="cpu").eval()
     coded = model.load("toy", 4, device="cpu").eval()
-    asked = figures.questions(30)["color"]
-    right = [figures.answered(e, asked) for e in (base, coded)]
+    asked = numbers.questions(30)["color"]
+    right = [numbers.answered(e, asked) for e in (base, coded)]
     expect(right[0] > 0.9 and right[1] < 0.5, right, "> 0.9, < 0.5", "C knows nothing yet")
 
 
 def test_questions_are_of_their_type_and_the_constant_answer_is_the_mode():
     """n of each type, the same ones each time; a constant answer is right for its share."""
-    found = figures.questions(20)
-    equal([len(x) for x in found.values()], [20] * 8, "n of each")
-    equal(found, figures.questions(20), "seeded")
-    expect({a for *_, a in found["size"]} == {"small", "large"}, found["size"], "sizes", "kinds")
-    counts = [sum(a == b for *_, b in found["size"]) for a in ("small", "large")]
-    equal(figures.most_frequent(found["size"]), max(counts) / 20, "the mode's share")
+    asked = numbers.questions(20)
+    equal([len(x) for x in asked.values()], [20] * 8, "n of each")
+    equal(asked, numbers.questions(20), "seeded")
+    expect({a for *_, a in asked["size"]} == {"small", "large"}, asked["size"], "sizes", "kinds")
+    counts = [sum(a == b for *_, b in asked["size"]) for a in ("small", "large")]
+    equal(numbers.most_frequent(asked["size"]), max(counts) / 20, "the mode's share")
 
 
 def test_the_gallery_s_hits_are_the_table_s():
     """ranked() and evaluate.score: the same queries, the same Precision@1."""
     embedder = model.load("toy", 4, device="cpu")
-    hits = [hit for *_, hit in figures.ranked(embedder, "classify", 6)]
+    hits = [row.hit for row in numbers.ranked(embedder, "classify", 6)]
     (task,) = read_tasks(limit=6, subsets="classify")
     want = evaluate.score(embedder, task, evaluate.Config(workers=0))["p_at_1"]
     close(np.mean(hits), want, "candidate 0 is right, ties are no hits", 1e-9)
@@ -218,8 +224,8 @@ def test_the_gallery_s_hits_are_the_table_s():
 
 def test_means_errors_and_smoothing_have_known_values():
     """1, 2, 3: mean 2, standard error 1 / sqrt 3; one seed has no error; a constant stays."""
-    close(figures.mean_error((1, 2, 3)), (2, 1 / math.sqrt(3)), "ddof = 1", 1e-12)
-    mean, error = figures.mean_error([0.5])
+    close(records.mean_error((1, 2, 3)), (2, 1 / math.sqrt(3)), "ddof = 1", 1e-12)
+    mean, error = records.mean_error([0.5])
     expect(mean == 0.5 and math.isnan(error), (mean, error), "0.5, NaN", "no error of one seed")
-    close(figures.smooth(np.full(20, 3.0)), np.full(20, 3.0), "fewer steps at the ends", 1e-12)
-    close(figures.smooth(np.arange(30.0))[4:-4], np.arange(4, 26), "centred", 1e-12)
+    close(numbers.smooth(np.full(20, 3.0)), np.full(20, 3.0), "fewer steps at the ends", 1e-12)
+    close(numbers.smooth(np.arange(30.0))[4:-4], np.arange(4, 26), "centred", 1e-12)

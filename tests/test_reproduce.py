@@ -3,13 +3,15 @@
 import argparse
 import json
 
-import reproduce
+from bench import reproduce
 from checks import equal, expect
 
 import contrastive
-import figures
 import pretrain
 from data import read_pairs
+from plumbing.config import refuse_impossible
+from tools.drawings import ARMS
+from tools.records import RECORDS, percent, read_records
 
 
 def test_every_arm_is_made_of_flags_that_exist():
@@ -20,14 +22,14 @@ def test_every_arm_is_made_of_flags_that_exist():
                 pretrain.Config.parse(f"{reproduce.STAGE1} {first}".split())
             words = f"{reproduce.STAGE2} {second}".split()
             cfg = contrastive.Config.parse([w for w in words if w != "bare"])
-            contrastive.check_flags(cfg, 1)
+            refuse_impossible(cfg, 1)
             pairs = sum(map(len, read_pairs(subsets=cfg.subsets).values()))
             assert seeds > 0 and pairs >= 200, (study, pairs)
 
 
 def test_the_records_are_of_these_studies():
-    """assets/reproduce.json was made with the arms that the script has now."""
-    kept = json.loads((reproduce.ROOT / "assets" / "reproduce.json").read_text())
+    """docs/reproduce.json was made with the arms that the script has now."""
+    kept = json.loads(RECORDS.read_text())
     for study, (_, arms) in reproduce.STUDIES.items():
         equal(
             kept["studies"][study], {a: list(f) for a, f in arms.items()}, "run it: it writes them"
@@ -36,17 +38,17 @@ def test_the_records_are_of_these_studies():
     equal(len(set(runs)), len(runs), "no run twice")
 
 
-def test_the_readme_says_what_the_records_say():
-    """Its two tables of arms and its table of the other studies, number by number."""
-    text = (reproduce.ROOT / "README.md").read_text().replace("**", "")
-    section = text.split("## Does compression help?")[1].split("\n## ")[0]
-    runs = figures.read_records(reproduce.ROOT / "assets" / "reproduce.json")
+def test_the_pages_say_what_the_records_say():
+    """Two tables of arms and the table of the other studies, number by number."""
+    pages = [reproduce.ROOT / "README.md", *reproduce.ROOT.glob("docs/*.md")]
+    section = "\n".join(page.read_text().replace("**", "") for page in pages)
+    runs = read_records()
 
     def cell(rows, key):
-        return figures.percent([r["meta_tasks"].get(key, r.get(key)) for r in rows])
+        return percent([r["meta_tasks"].get(key, r.get(key)) for r in rows])
 
     keys = ("overall", "ind", "ood", "Classification", "VQA", "Retrieval", "Grounding")
-    for arm, name in figures.ARMS.items():
+    for arm, name in ARMS.items():
         row = " | ".join(cell(runs["arms"][arm], key) for key in keys)
         expect(f"| {name} | {row} |" in section, "another row", row, f"of {name}")
     amounts = {
@@ -56,7 +58,7 @@ def test_the_readme_says_what_the_records_say():
         "arms": "unlimited",
     }
     for study, pairs in amounts.items():
-        row = " | ".join(cell(runs[study][arm], "overall") for arm in figures.ARMS)
+        row = " | ".join(cell(runs[study][arm], "overall") for arm in ARMS)
         expect(f"| {pairs} | {row} |" in section, "another row", row, f"of {pairs} pairs")
     for study in set(runs) - set(amounts):
         (line,) = [x for x in section.splitlines() if x.startswith("| ") and f"(`{study}`" in x]

@@ -9,11 +9,12 @@ import torch
 from checks import toy
 from PIL import Image
 
-import evaluate
 import model
-import search
-from data import IMAGE, InputError, Item
-from shapes import Shapes
+from data import Item
+from plumbing.errors import InputError
+from plumbing.formats import IMAGE
+from tools import search
+from toy.world import Shapes
 
 
 @pytest.fixture
@@ -23,14 +24,15 @@ def folder(tmp_path):
     (top / "unter ordner").mkdir(parents=True)
     for i in range(12):
         name = f"unter ordner/{i} \u732b.png" if i > 9 else f"{i}.PNG"
-        Shapes().dialogue(i).item.images[0].render().save(top / name, format="png")
+        (_, (scene,)), *_ = Shapes().dialogue(i)
+        scene.render().save(top / name, format="png")
     return top
 
 
 def run(folder, embedder, capsys, **flags):
     """A search with an embedder. -> what it printed."""
     out = str(folder.parent / "found.png")
-    cfg = evaluate.Config(images=str(folder), search_out=out, **flags)
+    cfg = search.Config(images=str(folder), out=out, **flags)
     search.search(embedder, cfg)
     return capsys.readouterr().out
 
@@ -43,9 +45,11 @@ def test_the_nearest_pictures_come_first_and_are_drawn(folder, shared, capsys):
     """A picture finds itself, with cosine 1; the order is that of the cosines; a sheet is drawn."""
     said = run(folder, shared, capsys, query_image=str(folder / "3.PNG"), top=5)
     assert "12 pictures" in said and "12 of them new" in said
-    found = [line.split(maxsplit=1) for line in said.splitlines() if line.strip()[:1] in "01-"]
-    found = [(float(score), name) for score, name in found if "pictures" not in score]
-    rows = [(s, n) for s, n in found if n.startswith(str(folder))]
+    rows = []
+    for line in said.splitlines():
+        score, _, name = line.strip().partition("  ")
+        if name.startswith(str(folder)):
+            rows.append((float(score), name))
     assert len(rows) == 5 and rows == sorted(rows, key=lambda r: -r[0])
     assert rows[0] == (1.0, str(folder / "3.PNG"))
     z = shared.encode([Item(IMAGE, (folder / "3.PNG",)), Item(IMAGE, (rows[1][1],))])
@@ -63,15 +67,15 @@ def test_only_new_and_changed_files_are_embedded_again(folder, shared, capsys, m
         "encode",
         lambda self, items, *a: embedded.append(len(items)) or encode(self, items, *a),
     )
-    want = run(folder, shared, capsys, search="a red circle")
-    again = run(folder, shared, capsys, search="a red circle")
+    want = run(folder, shared, capsys, text="a red circle")
+    again = run(folder, shared, capsys, text="a red circle")
     assert embedded == [1, 12, 1], embedded
     assert want.splitlines()[1:] == again.splitlines()[1:]
     Image.new("RGB", (64, 64), "red").save(folder / "0.PNG")
     os.utime(folder / "0.PNG", ns=(1, 1))
     Image.new("RGB", (64, 64), "blue").save(folder / "new.jpg")
     (folder / "1.PNG").unlink()
-    said = run(folder, shared, capsys, search="a red circle", top=20)
+    said = run(folder, shared, capsys, text="a red circle", top=20)
     assert embedded[3:] == [1, 2], embedded
     assert "12 pictures" in said and "2 of them new" in said and "1.PNG" not in said
 
@@ -94,14 +98,14 @@ def test_an_index_of_another_model_is_never_used(folder, shared, capsys):
         "Other", (type(shared.processor.image_processor),), {}
     )
     others = [bit, swapped, resized]
-    for how in settings:
-        others.append(model.load("toy-random", **dict(compress_tokens=4) | how, device="cpu"))
+    for flags in settings:
+        others.append(model.load("toy-random", **dict(compress_tokens=4) | flags, device="cpu"))
     for other in others:
         keys.add(search.fingerprint(other))
     keys.add(search.fingerprint(shared, "<image> Represent the picture."))
     assert len(keys) == 2 + len(others), "two of them have one key"
-    run(folder, shared, capsys, search="a red circle")
-    said = run(folder, bit, capsys, search="a red circle")
+    run(folder, shared, capsys, text="a red circle")
+    said = run(folder, bit, capsys, text="a red circle")
     assert "12 of them new" in said and len(indices(folder)) == 2
 
 
@@ -109,36 +113,48 @@ def test_a_changed_checkpoint_in_the_same_folder_is_noticed(folder, tmp_path, ca
     """Train, search, train again into the same folder, search: nothing of the first is used."""
     place, embedder = tmp_path / "m", toy()
     model.save(embedder, place)
-    run(folder, model.load(place, device="cpu"), capsys, search="two")
-    assert "0 of them new" in run(folder, model.load(place, device="cpu"), capsys, search="two")
+    run(folder, model.load(place, device="cpu"), capsys, text="two")
+    assert "0 of them new" in run(folder, model.load(place, device="cpu"), capsys, text="two")
     embedder.mllm.get_input_embeddings().weight.data[7] += 0.1
     model.save(embedder, place)
-    assert "12 of them new" in run(folder, model.load(place, device="cpu"), capsys, search="two")
+    assert "12 of them new" in run(folder, model.load(place, device="cpu"), capsys, text="two")
 
 
 def test_a_broken_picture_is_named_and_left_out(folder, shared, capsys):
     """The others are found; the next search names it again."""
     (folder / "broken.png").write_bytes(b"nothing")
     for _ in range(2):
-        said = run(folder, shared, capsys, search="two", top=99)
+        said = run(folder, shared, capsys, text="two", top=99)
         assert "left out:" in said and "broken.png (7 bytes): not a readable" in said
         assert sum(str(folder) in s and s[0] in " 01-" for s in said.splitlines()) >= 12
 
 
 def test_a_cut_off_index_is_made_again(folder, shared, capsys):
     """It is written beside and renamed; what is damaged otherwise is not believed."""
-    run(folder, shared, capsys, search="two")
+    run(folder, shared, capsys, text="two")
     (index,) = indices(folder)
     index.write_bytes(index.read_bytes()[:-200])
-    assert "12 of them new" in run(folder, shared, capsys, search="two")
+    assert "12 of them new" in run(folder, shared, capsys, text="two")
 
 
 def test_what_cannot_be_searched_is_said(tmp_path, shared):
     """No folder, no pictures, no query."""
     for images in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(InputError, match="no such folder, or no pictures"):
-            search.search(shared, evaluate.Config(images=str(images), search="x"))
-    with pytest.raises(InputError, match="a search needs --images"):
-        evaluate.main(evaluate.Config(images=str(tmp_path), model="toy-random"))
-    with pytest.raises(InputError, match="a search needs --images"):
-        evaluate.main(evaluate.Config(search="two", model="toy-random"))
+            search.search(shared, search.Config(images=str(images), text="x"))
+    for flags in (dict(images=str(tmp_path)), dict(text="two")):
+        with pytest.raises(InputError, match="a search needs --images"):
+            search.main(search.Config(model="toy-random", **flags))
+
+
+def test_the_command_line_searches(folder, tmp_path, capsys, monkeypatch):
+    """From flags to a sheet; a text and a picture together are one query."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--images", str(folder), "--model", "toy-random", "--workers", "0", "--top", "2"]
+    search.main(search.Config.parse([*words, "--query-image", str(folder / "3.PNG")]))
+    said = capsys.readouterr().out
+    assert "searching with toy-random" in said and f" 1.0000  {folder / '3.PNG'}" in said, said
+    assert "wrote out/search.png" in said and (tmp_path / "out" / "search.png").exists()
+    both = search.Config.parse([*words, "--query-image", "x.png", "--text", "what is it?"])
+    query = search.query_of(both)
+    assert query == Item(f"{IMAGE} what is it?", ("x.png",)), query

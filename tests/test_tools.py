@@ -1,38 +1,69 @@
-"""Preparing data: `data.py generate` against servers that misbehave, `data.py check`, captions."""
+"""The tools: generate against servers that misbehave, check, captions, look, export, merge."""
 
 import base64
 import io
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import families
+import numpy as np
 import pytest
+import torch
+from checks import close
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers.utils import is_torchvision_available
 
 import data
 import model
-import tools
-from data import IMAGE, InputError, Item
-from shapes import Shapes, export
+from data import Item
+from plumbing.config import TrainingFlags
+from plumbing.errors import InputError
+from plumbing.formats import DESCRIBE, IMAGE, digest_of
+from plumbing.ranks import run_command
+from tools import check, explain, export, figures, look, merge, search
+from tools import generate as generator
+from toy.world import META_TASK, NUMBERS, Scene, Shapes
 
+HELP = {  # of each command what reads its command line, and a word of its help
+    "look": (look.main, "--help"),
+    "check": (check.main, "--clean"),
+    "generate": (generator.main, "--server"),
+    "export": (export.main, "DIR"),
+    "merge": (merge.main, "--export"),
+    "search": (search.Config.parse, "--query-image"),
+    "explain": (explain.main, "--no-compress"),
+    "figures": (figures.main, "--model"),
+}
 TORCHVISION = is_torchvision_available()
 QUESTIONS = "how many objects are there?\nwhat is at the top left?\nwhat is at the top right?\n"
 
 
+def scene(i) -> Scene:
+    """The picture of a toy dialogue."""
+    (_, (scene,)), *_ = Shapes().dialogue(i)
+    return scene
+
+
 def pictures(folder, n=6):
-    """A folder of toy pictures, one of them broken if n > 5."""
+    """A folder of toy pictures."""
     folder.mkdir()
     for i in range(n):
-        Shapes().dialogue(i).item.images[0].render().save(folder / f"{i}.png")
+        scene(i).render().save(folder / f"{i}.png")
     return folder
 
 
 def generate(*words):
-    tools.data_commands(["generate", *map(str, words)])
+    generator.main([str(word) for word in words])
+
+
+def checked(*words):
+    """The exit status of `python -m tools.check`."""
+    return check.main([str(word) for word in words])
 
 
 def lines(path):
@@ -55,11 +86,11 @@ def play(talk, *replies):
 
 def test_an_interview_asks_for_questions_then_answers_them_in_one_conversation():
     """Numbered lines in several spellings; every answer sees the turns before it."""
-    talk = tools.interview()
+    talk = generator.interview()
     reply = "Here they are:\n1. What is it?\n 2) Where?\n3: How many?\n"
     asked, turns = play(talk, reply, "a dog", "here", " one ")
     assert turns == [("What is it?", "a dog"), ("Where?", "here"), ("How many?", "one")]
-    assert asked[0] == [("user", tools.ASK_FOR_QUESTIONS)]
+    assert asked[0] == [("user", generator.ASK_FOR_QUESTIONS)]
     chat = [("user", "What is it?"), ("assistant", "a dog"), ("user", "Where?")]
     assert asked[2] == chat, asked[2]
 
@@ -70,13 +101,13 @@ def test_an_interview_asks_for_questions_then_answers_them_in_one_conversation()
 def test_a_reply_of_no_use_is_an_error_and_no_answer(replies):
     """No questions, too few of them, an empty answer."""
     with pytest.raises(InputError):
-        play(tools.interview(), *replies)
+        play(generator.interview(), *replies)
 
 
 def test_a_reply_cannot_smuggle_in_a_picture():
     """`<image>` in a question or an answer would ask for a picture that is not there."""
     replies = f"1. a {IMAGE}?\n2. b?\n3. c?", f"x {IMAGE}", "y", "z"
-    _, turns = play(tools.interview(), *replies)
+    _, turns = play(generator.interview(), *replies)
     assert IMAGE not in str(turns), turns
 
 
@@ -96,12 +127,10 @@ def test_the_toy_mllm_makes_dialogues_that_stage_1_reads(tmp_path, capsys):
     assert len(talks) == 6 and all(len(d.turns) == 3 for d in talks)
     right = 0
     for d in talks:
-        scene = Shapes().dialogue(int(d.id.split(".")[0])).item.images[0]
+        shown = scene(int(d.id.split(".")[0]))
         for question, answer in d.turns:
             places = [p for p in ("top left", "top right") if p in question]
-            want = scene.at(places[0]) if places else dict(enumerate(
-                ("zero", "one", "two", "three", "four")))[len(scene.objects)]  # fmt: skip
-            right += answer == want
+            right += answer == (shown.at(places[0]) if places else NUMBERS[len(shown.objects)])
     assert right >= 14, f"{right} of 18 answers of the toy MLLM are right"
     (failure,) = lines(tmp_path / "d.jsonl.failed.jsonl")
     assert failure["image"] == "broken.png" and "not a readable picture" in failure["error"]
@@ -162,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(0.02)
         with server.lock:
             server.at_once -= 1
-        asked = first[1]["text"] == tools.ASK_FOR_QUESTIONS
+        asked = first[1]["text"] == generator.ASK_FOR_QUESTIONS
         text = "1. What?\n2. Where?\n3. Why?" if asked else f"answer {len(body['messages']) // 2}"
         if what.endswith("500"):
             return self.send_error(500, "planted")
@@ -204,9 +233,9 @@ def test_a_server_that_misbehaves_costs_a_retry_and_what_always_fails_is_listed(
     server.trouble = {30 + i: [what] for i, what in enumerate(planted)} | {41: ["always 500"]}
     flags = ["--images", folder, "--model", "m", "--out", out, "--server", server.url]
     generate(*flags, "--timeout", 1, "--wait", 0, "--batch", 6)
-    made = {line["id"]: line for line in lines(out)}
-    assert sorted(made) == [f"{w}.png" for w in range(30, 41)], sorted(made)
-    for line in made.values():
+    written = {line["id"]: line for line in lines(out)}
+    assert sorted(written) == [f"{w}.png" for w in range(30, 41)], sorted(written)
+    for line in written.values():
         talk = [t["value"] for t in line["conversations"]]
         want = [f"{IMAGE}\nWhat?", "answer 0", "Where?", "answer 1", "Why?", "answer 2"]
         assert talk == want, talk
@@ -237,7 +266,7 @@ def test_a_dead_server_ends_the_run_soon(tmp_path, monkeypatch):
 
 def test_check_names_what_is_bad_and_clean_leaves_it_out(tmp_path, capsys):
     """A JSONL with a broken line, a lost picture, a truncated one; the copy reads through."""
-    export(str(tmp_path), n=4)
+    export.export(str(tmp_path), n=4)
     talks = tmp_path / "dialogues.jsonl"
     good = talks.read_text().splitlines()
     first = json.loads(good[0])["image"]
@@ -245,43 +274,43 @@ def test_check_names_what_is_bad_and_clean_leaves_it_out(tmp_path, capsys):
     talks.write_text(
         "\n".join([*good, "{broken", json.dumps(dict(json.loads(good[1]), image="no.png"))])
     )
-    assert tools.data_commands(["check", str(talks)]) == 1
+    assert checked(talks) == 1
     said = capsys.readouterr().out
     assert "examples  6, 3 of them bad" in said, said
     assert f"{talks}, line 5: " in said and "no.png: no such picture" in said
     assert f"example 1: {tmp_path}" in said and "(0 bytes): not a readable picture" in said
     assert "pictures  3: 64 x 64 to 64 x 64 pixels" in said and "words, median" in said
     clean = tmp_path / "clean" / "d.jsonl"
-    assert tools.data_commands(["check", str(talks), "--clean", str(clean)]) == 0
+    assert checked(talks, "--clean", clean) == 0
     assert clean.read_text().splitlines() == good[1:]
-    assert tools.data_commands(["check", str(clean), "--image-root", str(tmp_path)]) == 0
+    assert checked(clean, "--image-root", tmp_path) == 0
     assert len(data.read_dialogues(str(clean), str(tmp_path))) == 3
 
 
 def test_check_reads_folders_in_mmebs_layout(tmp_path, capsys):
     """Every subset's lists; one bad picture costs each row that shows it; a cut-off file is bad."""
-    export(str(tmp_path), n=4)
+    export.export(str(tmp_path), n=4)
     train, evals = tmp_path / "MMEB-train", tmp_path / "MMEB-eval"
-    assert tools.data_commands(["check", str(train)]) == 0
-    assert tools.data_commands(["check", str(evals)]) == 0
+    assert checked(train) == 0
+    assert checked(evals) == 0
     assert "20 examples, 0 bad" in capsys.readouterr().out
     lost = data.read_pairs(str(train))["classify"][2].query.images[0]
     open(lost, "wb").close()
     cut = next(train.glob("vqa/*.parquet"))
     cut.write_bytes(cut.read_bytes()[:300])
-    assert tools.data_commands(["check", str(train)]) == 1
+    assert checked(train) == 1
     said = capsys.readouterr().out
     assert "not a readable parquet file" in said and "example 3: " in said, said
-    tools.data_commands(["check", str(train), "--clean", str(tmp_path / "clean")])
+    checked(train, "--clean", tmp_path / "clean")
     read = data.read_pairs(str(tmp_path / "clean"), str(train))
     assert sorted(read) == ["classify", "ground", "i2t", "t2i"] and len(read["classify"]) == 3
 
 
 def test_check_of_nothing_is_an_error(tmp_path):
     with pytest.raises(InputError, match="nothing to check"):
-        tools.data_commands(["check", str(tmp_path)])
+        checked(tmp_path)
     with pytest.raises(InputError, match="no such file or folder"):
-        tools.data_commands(["check", str(tmp_path / "x.jsonl")])
+        checked(tmp_path / "x.jsonl")
 
 
 # --------------------------------------------------------------------- pictures with captions
@@ -305,7 +334,7 @@ def test_a_folder_of_pictures_with_captions_trains_both_stages(tmp_path, ending,
         text = "".join(json.dumps(dict(file_name=f, text=t)) + "\n" for f, t in rows)
     (folder / f"metadata.{ending}").write_text(text, encoding="utf-8")
     talks = data.read_dialogues(str(folder))
-    assert [d.turns for d in talks] == [((data.DESCRIBE, t),) for _, t in rows]
+    assert [d.turns for d in talks] == [((DESCRIBE, t),) for _, t in rows]
     pairs = data.read_pairs(str(folder))
     assert {k: len(v) for k, v in pairs.items()} == {"birds_i2t": 3, "birds_t2i": 4}
     assert [t.text for t in pairs["birds_i2t"][0].targets] == [rows[0][1], rows[2][1]]
@@ -313,8 +342,8 @@ def test_a_folder_of_pictures_with_captions_trains_both_stages(tmp_path, ending,
     assert last.query.text.endswith("x") and str(last.targets[0].images[0]).endswith("2.png")
     (folder / "1.png").unlink()
     with pytest.raises(InputError, match=r"1.png: no such picture\. "):  # one, and counted once
-        data.ready(data.read_pairs(str(folder)).values())
-    assert tools.data_commands(["check", str(folder), "--clean", str(tmp_path / "c")]) == 0
+        digest_of(data.read_pairs(str(folder)).values())
+    assert checked(folder, "--clean", tmp_path / "c") == 0
     assert "4, 1 of them bad" in capsys.readouterr().out
     assert [d.turns[0][1] for d in data.read_dialogues(str(tmp_path / "c"), str(folder))] == [
         t for f, t in rows if f != "1.png"
@@ -323,15 +352,6 @@ def test_a_folder_of_pictures_with_captions_trains_both_stages(tmp_path, ending,
     (folder / f"metadata.{ending}").write_text(bad, encoding="utf-8")
     with pytest.raises(InputError, match=rf'metadata.{ending}, line \d: needs "file_name"'):
         data.read_pairs(str(folder))
-
-
-def test_generate_and_check_explain_themselves(capsys):
-    """--help names every flag; an unknown one is an error."""
-    with pytest.raises(SystemExit):
-        tools.data_commands(["generate", "--help"])
-    assert "--server" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        tools.data_commands(["check"])
 
 
 def test_a_damaged_csv_is_an_error_and_no_other_caption(tmp_path):
@@ -344,11 +364,10 @@ def test_a_damaged_csv_is_an_error_and_no_other_caption(tmp_path):
 
 def test_check_cleans_a_list_of_which_nothing_is_good(tmp_path):
     """An empty copy, of a parquet file too."""
-    export(tmp_path / "toy", 2)
+    export.export(tmp_path / "toy", 2)
     for picture in (tmp_path / "toy").rglob("*.png"):
         picture.unlink()
-    words = ["check", str(tmp_path / "toy" / "MMEB-train"), "--clean", str(tmp_path / "c")]
-    assert tools.data_commands(words) == 0
+    assert checked(tmp_path / "toy" / "MMEB-train", "--clean", tmp_path / "c") == 0
     assert sum(map(len, data.read_pairs(str(tmp_path / "c")).values())) == 0
 
 
@@ -358,17 +377,17 @@ def test_check_cleans_a_list_of_which_nothing_is_good(tmp_path):
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("family", families.FAMILIES if TORCHVISION else ["llava_next", "gemma3"])
 def test_sentence_transformers_makes_the_same_vectors(tmp_path, family, pooling):
-    """`model.py merge IN OUT --export sentence-transformers`: texts, pictures, both. In that
+    """`merge IN OUT --export sentence-transformers`: texts, pictures, both. In that
     library the other families load only where torchvision is installed."""
     made = model.load(families.build(family, tmp_path / "f"), 4, pooling, "coma", device="cpu")
     families.redraw(made)
     model.save(made, tmp_path / "in")
-    words = [tmp_path / "in", tmp_path / "out", "--export", "sentence-transformers"]
-    tools.model_commands(["merge", *map(str, words)])
+    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--export", "sentence-transformers"]
+    merge.main(words)
     other = SentenceTransformer(
         str(tmp_path / "out"), device="cpu", trust_remote_code=pooling == "mean"
     )
-    picture = Shapes().dialogue(0).item.images[0].render()
+    picture = scene(0).render()
     texts = ["a red circle.", "What is\nit? "]
     ours = [*texts, picture, Item(f"{IMAGE} what is it?", (picture,))]
     theirs = [*texts, picture, {"image": picture, "text": " what is it?"}]
@@ -377,3 +396,65 @@ def test_sentence_transformers_makes_the_same_vectors(tmp_path, family, pooling)
     assert cosines.min() > 0.9999, cosines
     assert (other.encode(texts) * want[:2]).sum(1).min() > 0.9999, "texts alone"
     assert (want[0] * want[1]).sum() < 0.999, "the check tells vectors apart"
+
+
+def test_merge_leaves_a_plain_folder_of_the_same_embeddings(tmp_path, capsys, monkeypatch):
+    """Of a LoRA run: no adapter, the same vectors; what is no model is one clear line."""
+    embedder = model.load("toy-random", 4, device="cpu")
+    cfg = TrainingFlags(model="toy-random", lora_rank=2)
+    model.choose_trained(embedder, cfg)
+    for name, p in embedder.named_parameters():
+        if "lora_B" in name:  # it starts as zero, and would change nothing
+            torch.nn.init.normal_(p, std=0.1)
+    model.save(embedder.eval(), tmp_path / "in")
+    merge.main([str(tmp_path / "in"), str(tmp_path / "out")])
+    assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
+    assert (tmp_path / "in" / "adapter_config.json").exists()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    texts = ["a red circle.", "what is it?"]
+    merged = model.load(tmp_path / "out", device="cpu").encode(texts)
+    close(merged, embedder.encode(texts), "merged and unmerged", 1e-4)
+    plain = model.load("toy-random", 4, device="cpu").encode(texts)
+    assert abs(merged - plain).max() > 1e-3, "negative control: the adapter does something"
+    monkeypatch.setattr(sys, "argv", ["merge.py", str(tmp_path / "nothing"), "x"])
+    with pytest.raises(SystemExit, match="^merge: --model .*no such folder"):
+        run_command(merge.main)
+
+
+# --------------------------------------------------------------------------- the commands as such
+
+
+def test_look_prints_and_draws_examples(tmp_path, monkeypatch, capsys):
+    """Six dialogues and a query of each task; a sheet that is not blank."""
+    monkeypatch.chdir(tmp_path)
+    look.main([])
+    said = capsys.readouterr().out
+    for task, meta_task in META_TASK.items():
+        assert f"{task} ({meta_task}): " in said, said
+    _, turns, _ = Shapes().dialogue(0)
+    assert all(f"{question}  ->  {answer}" in said for question, answer in turns), said
+    sheet = np.asarray(Image.open("out/shapes.png").convert("L"))
+    assert sheet.shape == (11 * 140, 1500) and 0.01 < (sheet < 200).mean() < 0.9
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_each_command_explains_itself_on_one_page(name, capsys):
+    """--help says how it is run, with an example, and names its flags; an unknown one ends it."""
+    read, word = HELP[name]
+    with pytest.raises(SystemExit) as end:
+        read(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and f"    python -m tools.{name}" in said and word in said, said
+    assert len(said.splitlines()) <= 66, "one page"
+    with pytest.raises(SystemExit) as end:
+        read(["--unknown"])
+    assert end.value.code == 2
+
+
+def test_every_command_is_here():
+    """A file in tools/ with a command line has its help tested above, and no other has."""
+    files = {path.stem for path in Path(look.__file__).parent.glob("*.py")}
+    commands = {
+        name for name in files if "__main__" in Path(look.__file__).with_stem(name).read_text()
+    }
+    assert commands == set(HELP), commands ^ set(HELP)

@@ -1,0 +1,1 @@
+"""The class: the papers' ideas, written by students and graded by this repository's own tests."""

@@ -1,0 +1,43 @@
+"""Makes a student's copy of the class.
+
+    python -m exercises.hand_out DIR
+
+DIR gets the code, the tests, the toy model, and my_exercises.py, the stub, at its root, which
+`python -m pytest -m ex1 exercises` grades there without further ado."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from exercises import ladder
+
+LEFT_OUT = (".*", "__pycache__", "out", "venv*", ladder.OWN.name, "submissions", "TEACHING.md")
+
+
+def hand_out(folder):
+    """Writes the copy. Raises FileExistsError where there is something already."""
+    folder = Path(folder).resolve()
+    if folder.is_relative_to(ladder.ROOT):
+        raise FileExistsError(f"{folder} lies inside of {ladder.ROOT}; choose a place beside it")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; a student's work may be in it")
+    # Nothing else is taken out: a class reads the code, and the tests are how it reads.
+    left_out = shutil.ignore_patterns(*LEFT_OUT)
+    shutil.copytree(ladder.ROOT, folder, ignore=left_out, dirs_exist_ok=True)
+    shutil.copy(ladder.STUB, folder / ladder.OWN.name)
+    return folder
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit("python -m exercises.hand_out DIR")
+    try:
+        folder = hand_out(sys.argv[1])
+    except FileExistsError as e:
+        sys.exit(str(e))
+    print(f"{folder}: solve {folder / ladder.OWN.name}, read exercises/README.md, then")
+    print(f"cd {folder} && python -m pytest -q -x --tb=short -m ex1 exercises")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The exercises, and whose functions their tests grade: a student's file, or the reference.
+
+The reference is this repository's own functions: no second copy of a solution exists anywhere."""
+
+import ast
+import functools
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+TESTS = ROOT / "tests"
+STUB = HERE / "stub.py"
+OWN = ROOT / "my_exercises.py"  # the student's file; hand_out.py puts it there
+CLOSED = {  # where the solutions stand: what a student's file may not import
+    "model": "model.py",
+    "pretrain": "pretrain.py",
+    "contrastive": "contrastive.py",
+    "evaluate": "evaluate.py",
+    "plumbing": "plumbing/",
+}
+
+# pytest has tests/ on its path (pyproject.toml); `python -m exercises.bugs` starts before pytest.
+if str(TESTS) not in sys.path:
+    sys.path.append(str(TESTS))
+
+
+class Exercise(NamedTuple):
+    title: str
+    points: int
+
+
+EXERCISES = {  # 100 points in all
+    "ex0": Exercise("one bit", 4),
+    "ex1": Exercise("InfoNCE", 9),
+    "ex2": Exercise("compression mask", 9),
+    "ex3": Exercise("answer labels", 9),
+    "ex4": Exercise("pooling", 9),
+    "ex5": Exercise("GradCache", 9),
+    "ex6": Exercise("two ranks", 9),
+    "ex7": Exercise("Precision@1", 9),
+    "ex8": Exercise("predict, then run", 9),
+    "ex9": Exercise("bug hunt", 9),
+    "ex10": Exercise("ablation", 9),
+    "ex11": Exercise("the layout", 6),
+}
+
+
+def tests_of(exercise):
+    """The file with an exercise's tests."""
+    return next(HERE.glob(f"test_{exercise}_*.py"))
+
+
+def chosen():
+    """The student's file: $EXERCISES, else my_exercises.py at the root.
+    None: the reference is graded."""
+    path = os.environ.get("EXERCISES")
+    if path:
+        return Path(path).resolve()
+    return OWN if OWN.exists() else None
+
+
+def refuse(path):
+    """Raises SyntaxError where a student's file is no Python, ImportError where it imports a
+    solution."""
+    for node in ast.walk(ast.parse(Path(path).read_bytes(), str(path))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            place = CLOSED.get(name.split(".")[0])
+            if place:
+                why = f"line {node.lineno} imports {place}, where the solution stands"
+                raise ImportError(f"{Path(path).name}, {why}; torch, numpy, math and data are open")
+
+
+def load(path):
+    """A student's file as a module, whatever it is called and wherever it lies."""
+    refuse(path)
+    module = ModuleType("student_file")
+    module.__file__ = str(path)
+    exec(compile(Path(path).read_bytes(), str(path), "exec"), vars(module))
+    return module
+
+
+class Reference:
+    """What a student's file holds, filled with this repository's functions; for exercises 8 and 9
+    with what running them says."""
+
+    FLIP = (37, 2)  # read off `python -m tools.explain pretrain`, as students do
+
+    def flip_one_bit(self, mask, row, column):
+        flipped = mask.clone()
+        flipped[0, 0, row, column] = ~mask[0, 0, row, column]
+        return flipped
+
+    @functools.cached_property
+    def PREDICTIONS(self):
+        from exercises import questions
+
+        return {name: q.compute() for name, q in questions.QUESTIONS.items()}
+
+    @functools.cached_property
+    def BUGS(self):
+        from exercises import bugs
+
+        return {name: bugs.hunt(name) for name in bugs.BUGS}
+
+    @functools.cached_property
+    def ABLATION(self):
+        """Made-up numbers, to try the checker on; nobody measured them."""
+        a = {"command": "made up: a", "scores": {0: 10.0, 1: 12.0, 2: 14.0}}
+        b = {"command": "made up: b", "scores": {0: 20.0, 1: 21.0, 2: 22.0}}
+        return {
+            "question": "Does the checker work?",
+            "arms": {
+                "a": {**a, "mean": 12.0, "se": 2 / 3**0.5},
+                "b": {**b, "mean": 21.0, "se": 1 / 3**0.5},
+            },
+            "difference": 9.0,
+            "difference_se": (5 / 3) ** 0.5,
+            "conclusion": "higher",
+        }
+
+    def layout(self, template, content, code, turns):
+        from exercises import layouts
+
+        return layouts.layout(template, content, code, turns)
+
+    def __getattr__(self, name):
+        import contrastive
+        import evaluate
+        import model
+        import pretrain
+        from plumbing import ranks
+
+        for module in (contrastive, pretrain, evaluate, model, ranks):
+            if hasattr(module, name) and not name.startswith("_"):
+                return getattr(module, name)
+        raise AttributeError(name)
+
+
+@functools.cache
+def load_once(path):
+    """-> (the student's file, or the reference; the error that loading it raised)."""
+    try:
+        return (load(path) if path else Reference()), None
+    except BaseException as e:  # an endless loop or an exit while loading, too: tried only once
+        return None, e
+
+
+def subject(path):
+    """The student's file, loaded once; the reference for None. Raises what loading raised."""
+    loaded, error = load_once(path)
+    if error is not None:
+        raise error
+    return loaded

@@ -1,0 +1,218 @@
+"""The grader is graded: every stub fails, the reference passes, each planted mistake is found."""
+
+import csv
+import inspect
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from checks import equal, expect
+
+from exercises import (
+    bugs,
+    grade,
+    hand_out,
+    ladder,
+    mistakes,
+    test_ex0_one_bit,
+    test_ex1_infonce,
+    test_ex2_mask,
+    test_ex3_labels,
+    test_ex4_pooling,
+    test_ex5_gradcache,
+    test_ex6_ranks,
+    test_ex7_precision,
+    test_ex8_predict,
+    test_ex9_bugs,
+    test_ex10_ablation,
+    test_ex11_layout,
+)
+
+pytestmark = pytest.mark.grader
+MODULES = (
+    test_ex0_one_bit, test_ex1_infonce, test_ex2_mask, test_ex3_labels, test_ex4_pooling,
+    test_ex5_gradcache, test_ex6_ranks, test_ex7_precision, test_ex8_predict, test_ex9_bugs,
+    test_ex10_ablation, test_ex11_layout,
+)  # fmt: skip
+
+
+def parameters_of(test):
+    """The arguments that a test is parametrized with, one dict a case."""
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            name, values = mark.args
+            return [{name: value} for value in values]
+    return [{}]
+
+
+def cases_of(exercise):
+    """(name, function, its parametrized arguments) of every test of an exercise."""
+    for module in MODULES:
+        if module.pytestmark.name != exercise:
+            continue
+        for name, test in vars(module).items():
+            if name.startswith("test_") and inspect.isfunction(test):
+                for case in parameters_of(test):
+                    yield f"{name}{list(case.values()) or ''}", test, case
+
+
+def failures(exercise, student, shared):
+    """-> ({failing test: its error}, how many tests there are). The very tests that `-m exN`
+    runs."""
+    failed, total = {}, 0
+    for name, test, case in cases_of(exercise):
+        arguments = {**case, "student": student}
+        if "shared" in inspect.signature(test).parameters:
+            arguments["shared"] = shared
+        total += 1
+        try:
+            test(**arguments)
+        except Exception as e:
+            failed[name] = e
+    return failed, total
+
+
+def test_every_exercise_has_tests_and_two_to_five_mistakes():
+    """Twelve exercises, 100 points; of exercise 8 two or three wrong answers to each question."""
+    equal(list(mistakes.ALL), list(ladder.EXERCISES), "an exercise without mistakes, or a name")
+    names = [module.pytestmark.name for module in MODULES]
+    equal(names, list(ladder.EXERCISES), "a file for each")
+    equal(sum(e.points for e in ladder.EXERCISES.values()), 100, "the points")
+    for name in ladder.EXERCISES:
+        count = len(mistakes.mistakes(name))
+        expect(2 <= count <= 5 or name == "ex8", count, "2 to 5", name)
+
+
+def test_the_students_page_has_every_exercise_and_nothing_of_the_grader():
+    """exercises/README.md: a row, its points and a command for each; the teacher's page apart."""
+    page = (ladder.HERE / "README.md").read_text()
+    for name, exercise in ladder.EXERCISES.items():
+        row = rf"\| {name[2:]} \| .* \| {exercise.points} \|"
+        expect(
+            re.search(row, page), name, f"a row that ends with {exercise.points} points", "table"
+        )
+    for word in ("solution", "mistakes.py", "reference", "test_grader", "sandbox"):
+        expect(word not in page, word, "nothing of it", "TEACHING.md is for that")
+
+
+def test_explain_shows_exercise_0_the_positions_that_it_grades(shared):
+    """`python -m tools.explain pretrain`: the roles in the mask that it draws."""
+    done = run("-m", "tools.explain", "pretrain")
+    drawn = re.findall(r"^  ([hxCQA]) [#.]+$", done.stdout, re.MULTILINE)
+    roles = test_ex0_one_bit.roles_of_explain(shared)[0].tolist()
+    want = [test_ex11_layout.LETTERS[role] for role in roles]
+    equal("".join(drawn), "".join(want), f"letters of the mask; {done.stderr[-500:]}")
+
+
+@pytest.mark.parametrize("exercise", ladder.EXERCISES)
+def test_the_stub_fails_every_test(exercise, shared):
+    """Not one point for an untouched file."""
+    failed, total = failures(exercise, ladder.load(ladder.STUB), shared)
+    equal(len(failed), total, f"{exercise}: a stub passes; failed: {[*failed]}")
+
+
+@pytest.mark.parametrize("exercise", ladder.EXERCISES)
+def test_the_reference_passes(exercise, shared):
+    """All points for our own code, also while a student's file is being graded."""
+    equal(failures(exercise, mistakes.OURS, shared)[0], {}, exercise)
+
+
+@pytest.mark.parametrize("exercise", ladder.EXERCISES)
+def test_every_planted_mistake_fails(exercise, shared):
+    """At least one test each, by a check that says what is wrong; a crash alone is no finding."""
+    for name, wrong in mistakes.mistakes(exercise).items():
+        failed, _ = failures(exercise, wrong, shared)
+        noticed = any(isinstance(e, AssertionError) for e in failed.values())
+        expect(noticed, f"{exercise}, {name}: {failed}", "a failed check", "a blind grader")
+
+
+def test_the_stub_names_its_exercise_and_holds_no_solution():
+    """Each function's body is a docstring and a NotImplementedError that says how it is graded."""
+    for name, function in inspect.getmembers(ladder.load(ladder.STUB), inspect.isfunction):
+        code = inspect.getsource(function).split('"""')
+        body = code[2].strip()
+        expect(body.startswith("raise NotImplementedError(") and body.count("\n") == 0, body,
+               "one raise", name)  # fmt: skip
+        with pytest.raises(
+            NotImplementedError, match=r"Exercise \d+: .*grade with pytest -m ex\d+"
+        ):
+            function(*[None] * len(inspect.signature(function).parameters))
+        expect("oughly" in code[1], code[1], "roughly N lines", name)
+
+
+@pytest.mark.parametrize("line", ["import contrastive", "from model import compression_pool"])
+def test_a_file_that_imports_a_solution_is_refused(tmp_path, line):
+    """The message names line and file."""
+    (tmp_path / "a.py").write_text(f"import torch\n{line}\n")
+    with pytest.raises(ImportError, match="a.py, line 2 imports"):
+        ladder.load(tmp_path / "a.py")
+
+
+def run(*words, cwd=ladder.ROOT, **variables):
+    """python WORDS ..., with these environment variables, and none of another grading."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("EXERCISES")}
+    env.update(variables)
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=cwd)
+
+
+def test_a_class_is_graded_and_no_submission_harms_another(tmp_path):
+    """An endless loop, an exit in the middle of garbage, and a good one after them; the whole
+    grading's files stay."""
+    (tmp_path / "a_loop.py").write_text("while True:\n    pass\n")
+    garbage = "import os\nprint('{\"' * 9999)\nseen = []\ndef __getattr__(name):\n"
+    garbage += "    return 'no table' if not seen.append(name) and len(seen) < 2 else os._exit(0)\n"
+    (tmp_path / "b_exit.py").write_text(garbage)
+    (tmp_path / "scores.csv").write_text("a whole grading's")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "good.py").write_text(f"ABLATION = {mistakes.OURS.ABLATION!r}\n")
+    done = run("-m", "exercises.grade", tmp_path, "--only", "ex10", EXERCISES_SECONDS="1")
+    equal(done.returncode, 0, done.stderr[-2000:])
+    equal((tmp_path / "scores.csv").read_text(), "a whole grading's", "--only ex10 leaves it")
+    with open(tmp_path / "scores-ex10.csv") as file:
+        rows = {r["submission"]: r for r in csv.DictReader(file)}
+    equal({k: float(r["ex10"]) for k, r in rows.items()},
+          {"a_loop.py": 0.0, "b_exit.py": 0.0, "c/good.py": 9.0}, done.stdout)  # fmt: skip
+    loop, gone, good = (
+        (tmp_path / "reports-ex10" / f"{n}.txt").read_text()
+        for n in ("a_loop.py", "b_exit.py", "c-good.py")
+    )
+    expect("no end after 1 seconds" in loop, loop[-2000:], "the test's time limit", "conftest.py")
+    equal(loop.count("\nnot run: the exercise timed out before"), 2, "one wait an exercise")
+    remark = "ended early (exit code 0) in test_ex10_ablation.py::test_means_and_standard_errors"
+    equal(rows["b_exit.py"]["remark"], remark, "the test that was running")
+    expect("got:  no table" in gone and remark in gone, gone[-2000:], "what was done", "grade.py")
+    expect("3 of 3 tests" in good, good[-2000:], "a score line", "conftest.py")
+
+
+def test_a_submission_that_cannot_be_interrupted_is_killed(tmp_path):
+    """After --seconds, with no points."""
+    loop = "while True:\n    try:\n        while True:\n            pass\n"
+    (tmp_path / "a.py").write_text(loop + "    except BaseException:\n        pass\n")
+    points, remark = grade.grade(tmp_path / "a.py", seconds=1, only="ex10")
+    equal((points, remark), ({"ex10": 0}, "stopped after 1 s"), "the process' time limit")
+
+
+def test_a_test_may_be_named_as_pytest_prints_it_and_a_file_that_is_not_there_is_one_line():
+    """Exercise 9: folder and [parameters] are no part of the name. EXERCISES=nofile.py."""
+    line = "tests/test_gradcache.py::test_the_gradient_is_added_to_grad[False]"
+    equal(bugs.problem(bugs.plain(line)), "", "bugs.plain")
+    done = run("-m", "pytest", "-q", ladder.HERE, EXERCISES="nofile.py")
+    expect("nofile.py: no such file" in done.stderr and done.stderr.count("\n") <= 2, done.stderr,
+           "one line", "conftest.py")  # fmt: skip
+
+
+def test_a_students_copy_is_graded_where_it_is(tmp_path):
+    """hand_out, then the command that it prints: the stub at the root is graded, and fails; a
+    second hand_out does not overwrite it."""
+    copy = hand_out.hand_out(tmp_path / "copy")
+    words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "ex10"]
+    done = run(*words, "exercises/test_ex10_ablation.py", cwd=copy)
+    score = f"my_exercises.py: {'ex10 ablation':<24} 0 of 3 tests (stopped after 1)"
+    expect(score in done.stdout, done.stdout[-2000:], score, "conftest.py")
+    with pytest.raises(FileExistsError, match="not empty"):
+        hand_out.hand_out(copy)
+    with pytest.raises(FileExistsError, match="inside"):
+        hand_out.hand_out(ladder.ROOT / "copy")

@@ -1,0 +1,1 @@
+"""What every training script needs and no paper describes. Imports nothing but itself."""

@@ -1,0 +1,119 @@
+"""What differs between families of MLLMs: how a picture is written, position ids, the form of an
+attention mask, where the vision tower is.
+
+Read on Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA-NeXT, Idefics3 / SmolVLM, Gemma 3 and InternVL 3."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers.masking_utils import create_masks_for_generate
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from plumbing.errors import InputError
+
+# LoRA's targets: the attention of the language model, and not that of the vision tower.
+LANGUAGE_ATTENTION = r".*(language_model|text_model)\..*\.(q|k|v|o)_proj"
+# Adapters from before transformers 4.52 (VLM2Vec's) have other names for the layers.
+RENAMED = {
+    r"^model\.(layers|embed_tokens)\.": r"model.language_model.\1.",
+    r"^language_model\.model\.": "model.language_model.",
+}
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+class EncodedPicture(NamedTuple):
+    """A picture as the processor writes it: token columns {input_ids, ...: (L,)}, and the image
+    tensors {pixel_values, ...: (n, ...)}."""
+
+    columns: dict
+    images: dict
+
+
+def encode_picture(processor, marker, image) -> EncodedPicture:
+    """marker: the template's text around and for one picture."""
+    encoded = processor(
+        text=[marker], images=[image], add_special_tokens=False, return_tensors="pt"
+    )
+    encoded.pop("attention_mask", None)
+    columns, images = {}, {}
+    for key, value in encoded.items():
+        if key == "input_ids" or "type_ids" in key:
+            columns[key] = value[0]
+        else:
+            images[key] = value
+    return EncodedPicture(columns, images)
+
+
+def images_only(base):
+    """A transformers processor class without its video part. Trap: that part needs torchvision, and
+    AutoProcessor fails where it is missing, for pictures too."""
+    keep = [name for name in base.get_attributes() if name != "video_processor"]
+    return type(base.__name__, (base,), {"get_attributes": classmethod(lambda cls: keep)})
+
+
+def load_processor(path, config, min_pixels=0, max_pixels=0):
+    """The processor (tokenizer, image processor, chat template) of a checkpoint."""
+    processor = images_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(path)
+    if min_pixels or max_pixels:
+        size = dict(processor.image_processor.size)
+        # The Qwen family's "edges" are areas, in pixels.
+        areas = hasattr(processor.image_processor, "merge_size") and "longest_edge" in size
+        if not areas or (max_pixels and min_pixels > max_pixels):
+            raise InputError("--min-pixels, --max-pixels: a range, for models of any picture size")
+        low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        size = {"shortest_edge": min(low, high), "longest_edge": high}
+        processor.image_processor.size = size
+    return processor
+
+
+def vision_tower(mllm):
+    """The part of the model that sees pictures."""
+    return mllm.get_encoder(modality="image")
+
+
+# ---------------------------------------------------------------------------- positions and masks
+
+
+def position_ids(mllm, inputs, sequential):
+    """Position ids, always given. Trap: a Qwen-VL model remembers the last batch's, and Qwen2.5-VL
+    silently falls back to 1-D ones. sequential: as VLM2Vec's checkpoints need them.
+
+    -> (B, L), or (3, B, L) for the families with M-RoPE."""
+    mask = inputs["attention_mask"]
+    rope = getattr(mllm.model, "get_rope_index", None)
+    if rope is None or sequential:
+        return (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
+    positions, _ = rope(
+        input_ids=inputs.get("input_ids"),
+        mm_token_type_ids=inputs.get("mm_token_type_ids"),
+        image_grid_thw=inputs.get("image_grid_thw"),
+        attention_mask=mask,
+    )
+    return positions  # (3, B, L)
+
+
+def attention_mask(mllm, inputs, mask):
+    """The mask in the form that the family needs. mask: bool (B, 1, L, L) or None (plain causal).
+
+    In Gemma 3 a picture's tokens see each other both ways and some layers see a window: there
+    `mask` decides about earlier tokens only."""
+    if mask is None:
+        return inputs["attention_mask"]
+    if mllm.config._attn_implementation != "sdpa":  # Trap: eager would *add* the booleans
+        raise InputError("the compression mask needs --attn sdpa")
+    if "token_type_ids" not in inputs:
+        return mask
+    is_image = inputs["token_type_ids"] == 1  # (B, L)
+    starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
+    picture = torch.where(is_image, starts.cumsum(1) - 1, -1)  # (B, L) which picture, from 0
+    return create_masks_for_generate(
+        config=mllm.config,
+        past_key_values=None,
+        attention_mask=inputs["attention_mask"],
+        inputs_embeds=mllm.get_input_embeddings()(inputs["input_ids"]),
+        and_mask_function=lambda b, head, i, j: mask[b, 0, i, j] | (j > i),
+        block_sequence_ids=picture,
+    )

@@ -1,0 +1,58 @@
+"""Downloads from the hub, by huggingface_hub: only the files that are needed, each once."""
+
+import os
+from contextlib import suppress
+from fnmatch import fnmatch
+from functools import partial
+
+from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub.utils import enable_progress_bars
+
+from plumbing.errors import InputError
+
+
+def fetch(name, kind, wanted, need) -> str:
+    """The folder of a hub id, with its files that fit the patterns `wanted` and `need`; of `need`
+    each must find some. Says their size first, fetches no whole file twice, and goes by the cache
+    where there is no network. kind: "dataset", or "model": without subfolders."""
+    flag, choices, path = "--model", "toy", ""
+    if kind == "dataset":
+        flag, choices, path = "--data", "shapes, a .jsonl", "datasets/"
+    if name.count("/") != 1 or name[0] in "./":
+        raise InputError(f"{flag} {name}: no such folder; choose {choices}, a folder, or a hub id")
+    page = f"{constants.ENDPOINT}/{path}{name}"
+    download = partial(
+        snapshot_download,
+        name,
+        repo_type=kind,
+        allow_patterns=[*need, *wanted],
+        ignore_patterns="*/*" if kind == "model" else None,
+    )
+    try:
+        with suppress(errors.DryRunError):  # no network, or no such id: download() tells them apart
+            announce(name, kind, download(dry_run=True), need)
+        return download()
+    except errors.GatedRepoError:
+        reason = f"gated: accept its terms at {page}, then `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = f"no such folder, and not at {page}; if it is private, `hf auth login`"
+    except (OSError, ValueError, RuntimeError, errors.HTTPError) as e:
+        if type(e) is errors.LocalEntryNotFoundError:  # its cause says more
+            e = e.__cause__ or e
+        reason = f"no folder, and not fetched from {page}: {' '.join(str(e).split()):.500}"
+    raise InputError(f"{flag} {name}: {reason}")
+
+
+def announce(name, kind, files, need):
+    """Prints how much there is to download; ValueError where a pattern of `need` finds no file."""
+    for pattern in need:
+        if not any(fnmatch(f.filename, pattern) for f in files):
+            file = pattern.split("/")[-1]
+            there = HfApi().list_repo_files(name, repo_type=kind)
+            folders = sorted({f.split("/")[0] for f in there if fnmatch(f, f"*/{file}")})
+            raise ValueError(f"no {pattern} in it; it has {','.join(folders) or 'none'}")
+    size = sum(f.file_size or 0 for f in files if f.will_download)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name}: {size / 1e9:.2f} GB to download" if size else f"{name}: all here")
+        if size:  # Trap: weights.py switches these bars off, with those of transformers
+            enable_progress_bars()

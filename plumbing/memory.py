@@ -1,0 +1,152 @@
+"""What fits into memory: chunks of rows, out of memory, a frozen tower's remembered output."""
+
+import itertools
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from plumbing.config import CHUNK_TOKENS, KEEP_GRAPHS, by_device
+from plumbing.errors import InputError
+from plumbing.families import vision_tower
+from plumbing.ranks import all_sum, say
+
+
+class Budget(NamedTuple):
+    """What a contrastive step may keep: chunk_tokens, padded tokens that go through the model at a
+    time; keep_graphs, chunks whose graph of pass 1 is kept, so that they run once; vision_cache,
+    where a frozen tower's output waits for pass 2: "device", "host" or "off"."""
+
+    chunk_tokens: int
+    keep_graphs: int = 1
+    vision_cache: str = "off"
+
+    @staticmethod
+    def of(cfg, device) -> "Budget":
+        """What the flags ask for, or where they say nothing this kind of device's default."""
+        chunk_tokens = by_device(cfg.chunk_tokens, CHUNK_TOKENS, device)
+        keep_graphs = by_device(cfg.keep_graphs, KEEP_GRAPHS, device)
+        return Budget(chunk_tokens, keep_graphs, cfg.vision_cache)
+
+
+def token_chunks(lengths, budget) -> list:
+    """Indices of rows, from the shortest to the longest, in chunks of at most `budget` padded
+    tokens (a longer row stands alone); the last chunk is a full one. lengths: tokens of each."""
+    chunks, longest = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if chunks and (len(chunks[-1]) + 1) * longest <= budget:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+            longest = lengths[i]
+    return chunks[::-1]
+
+
+# ---------------------------------------------------------------------------------- out of memory
+
+
+class DoesNotFit(Exception):
+    """Some rank ran out of memory, and all ranks know."""
+
+
+def all_fit(fits=True):
+    """Where all ranks learn whether one of them ran out of memory: DoesNotFit on all alike. A rank
+    that did calls it with False, from wherever it was; the others at their next meeting."""
+    if all_sum(int(not fits)):
+        raise DoesNotFit
+
+
+def fits_into_memory(attempt, chunk_tokens) -> bool:
+    """Runs attempt(chunk_tokens). Its graphs are gone when this returns False."""
+    try:
+        try:
+            attempt(chunk_tokens)
+        except torch.OutOfMemoryError:
+            fits = False
+        else:
+            fits = True
+        all_fit(fits)
+    except DoesNotFit:
+        return False
+    return True
+
+
+def until_it_fits(attempt, chunk_tokens, longest, start_over) -> int:
+    """Runs attempt(chunk_tokens), with half of it each time that some rank runs out of memory;
+    between two attempts start_over(). longest: tokens of the longest row, which no budget can cut.
+    -> the chunk_tokens that fitted."""
+    while not fits_into_memory(attempt, chunk_tokens):
+        if chunk_tokens < longest:
+            raise InputError(
+                f"out of memory at --chunk-tokens {chunk_tokens}: try half of it, "
+                "--checkpointing, or less --max-pixels"
+            )
+        start_over()
+        say(f"out of memory: --chunk-tokens {chunk_tokens} is halved from here on")
+        chunk_tokens //= 2
+    return chunk_tokens
+
+
+def meeting(loss_of):
+    """GradCache's `loss_of`, where all ranks learn first whether pass 1 fitted on all of them."""
+
+    def loss_together(z):
+        all_fit()
+        try:
+            return loss_of(z)
+        except torch.OutOfMemoryError as e:  # the ranks are in the loss together: no way back
+            raise InputError(
+                f"out of memory in the loss; smaller chunks do not help: {e}"
+            ) from None
+
+    return loss_together
+
+
+# ---------------------------------------------------------------------------------- a frozen tower
+
+
+def remember_tower(embed, mllm, where):
+    """GradCache's `embed`, with a frozen vision tower that answers the second call for a chunk with
+    what it said to the first. where: its output waits on the "device" or the "host"; "off", or a
+    tower that is trained: `embed` as it is."""
+    tower = vision_tower(mllm)
+    if where == "off" or any(p.requires_grad for p in tower.parameters()):
+        return embed
+    outputs = {}  # (chunk's first row, number of the call in it) -> output
+
+    def embed_once(chunk):
+        with answering(tower, outputs, chunk[0], where):
+            return embed(chunk)
+
+    return embed_once
+
+
+@contextmanager
+def answering(tower, outputs, name, where):
+    """Inside, the tower's output is remembered (pass 1, without a graph) or recalled (pass 2). To
+    wrap the tower itself takes along all that a family makes of it, Qwen3-VL's deepstack too."""
+    forward, calls, home = tower.forward, itertools.count(), next(tower.parameters()).device
+    away = torch.device("cpu") if where == "host" else home
+    second_pass = torch.is_grad_enabled()
+
+    def answer(*args, **kwargs):
+        key = (name, next(calls))
+        if not second_pass:
+            output = forward(*args, **kwargs)
+            outputs[key] = move(output, away)
+            return output
+        if key in outputs:
+            return move(outputs.pop(key), home)
+        return forward(*args, **kwargs)  # a chunk whose graph is kept comes only once
+
+    tower.forward = answer
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
+def move(output, device):
+    """Trap: makes a new container, for the Qwens overwrite fields of theirs."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), output)

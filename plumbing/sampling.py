@@ -1,0 +1,33 @@
+"""Which examples a step takes: pure functions of (seed, step), so that resuming needs no replay."""
+
+import random
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+
+
+@lru_cache(2)
+def shuffled(n, seed, epoch):
+    """An order of n examples; the toy world's are as good as shuffled."""
+    if n >= 10**8:
+        return range(n)
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def epoch_batch(n, cfg, step, rank, world) -> list:
+    """Indices of this rank's share of the batch. Each epoch takes all n examples once, in an order
+    of its own."""
+    mine = range(step * cfg.batch + rank, (step + 1) * cfg.batch, world)
+    return [int(shuffled(n, cfg.seed, j // n)[j % n]) for j in mine]
+
+
+def ask_first(dialogue, cfg, step):
+    """An idea beyond the paper: in a share of the dialogues (--question-first) the first question
+    stands before the code, as an instruction does in stage 2, and its answer is the first thing
+    asked of the code."""
+    if random.Random(f"{cfg.seed}/{step}/{dialogue.id}").random() >= cfg.question_first:
+        return dialogue
+    (question, answer), *others = dialogue.turns
+    item = replace(dialogue.item, text=f"{dialogue.item.text} {question}")
+    return dialogue._replace(item=item, turns=(("", answer), *others))

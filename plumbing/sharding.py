@@ -1,0 +1,72 @@
+"""Beyond one GPU's memory: PyTorch's FSDP2, parameters, gradients and optimiser states divided over
+the ranks."""
+
+import torch
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from plumbing.families import vision_tower
+from plumbing.ranks import gather_objects, world
+
+
+def shard(embedder):
+    """Each decoder layer is a unit of its own; all else is one more, gathered by every forward, so
+    that a rank whose chunk holds no picture calls for the same weights as the others."""
+    units = [*embedder.mllm.get_decoder().layers, embedder]
+    for unit in units:
+        if embedder.device.type == "cuda":
+            fully_shard(unit, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        else:
+            fully_shard(unit, mesh=init_device_mesh("cpu", (world(),)))
+
+
+def sharded(embedder) -> bool:
+    """Whether `shard` was called on it."""
+    return isinstance(embedder, FSDPModule)
+
+
+def touch_tower(embedder, z, inputs):
+    """z, unchanged. Trap: FSDP reduces what has a gradient; ranks whose chunk has no picture would
+    send less than the others, so that they give the tower a gradient of zero."""
+    if not sharded(embedder) or "pixel_values" in inputs:
+        return z
+    return z + 0 * sum(p.flatten()[0] for p in vision_tower(embedder.mllm).parameters())
+
+
+def whole_weights(embedder):
+    """The MLLM's weights {name: tensor}, gathered from all ranks; None where they are not sharded.
+    Every rank must call it; rank 0 holds the result."""
+    if not sharded(embedder):
+        return None
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp.get_model_state_dict(embedder.mllm, options=options)
+    names = [name for name, _ in embedder.mllm.named_parameters()]  # a tied weight once
+    return {name: weights[name] for name in names if name in weights}
+
+
+def in_step(embedder, embed, chunks) -> tuple:
+    """GradCache's `embed` and `chunks`, for a model that may be sharded. -> (embed, chunks).
+
+    Sharded ranks meet inside every forward: who has fewer chunks begins with empty ones, which run
+    the first chunk and keep none of its rows, with gradient zero. Gradients are reduced once, in
+    the backward pass of the last chunk to come, which is the first."""
+    if not sharded(embedder):
+        return embed, chunks
+    idle = max(gather_objects(len(chunks))) - len(chunks)
+    chunks = [[] for _ in range(idle)] + chunks
+    first = chunks[idle]
+
+    def embed_together(chunk):
+        part = embed(chunk or first)[: len(chunk)]  # (len(chunk), D)
+        is_last = chunk is chunks[0]
+
+        def before_backward(grad):
+            embedder.set_requires_gradient_sync(is_last)
+            return grad * world()  # FSDP takes the mean over ranks, where we sum
+
+        if part.requires_grad:
+            part.register_hook(before_backward)
+        return part
+
+    return embed_together, chunks

@@ -1,0 +1,50 @@
+"""The evaluation's table on the screen, and its JSON."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from plumbing.log import versions
+
+
+def head(note) -> str:
+    """The line above the rows."""
+    return f"\n{'Precision@1 x 100' + note:<34} {'score':>6}   {'chance':>6}   queries"
+
+
+def line(name, row, note="") -> str:
+    """One row, in percent; row: {"p_at_1", "chance"}, or None where there is nothing to average."""
+    shown = "-"
+    if row is not None:
+        shown = f"{100 * row['p_at_1']:6.1f}   {100 * row['chance']:6.1f}"
+    return f"{name:<34} {shown:>15} {note}".rstrip()
+
+
+def partial_note(cfg) -> str:
+    """What of the evaluation was left out, " (partial: --limit 20)"; "" where nothing was."""
+    cuts = []
+    if cfg.limit:
+        cuts.append(f"--limit {cfg.limit}")
+    if cfg.subsets:
+        cuts.append("--subsets")
+    return f" (partial: {', '.join(cuts)})" if cuts else ""
+
+
+def write_json(cfg, embedder, sets, means):
+    """All scores, with the model and the flags that they belong to, into the file --json."""
+    scores = {"sets": sets, "meta_tasks": {}}
+    for name, row in means["meta_tasks"].items():
+        scores["meta_tasks"][name] = row["p_at_1"]
+    for key in ("ind", "ood", "overall"):
+        scores[key] = means[key]["p_at_1"] if means[key] else None
+    scores.update(
+        model=cfg.model,
+        prompt=embedder.style,
+        pooling=embedder.pooling,
+        K=embedder.K,
+        partial=partial_note(cfg) != "",
+        config=asdict(cfg),
+        versions=versions(),
+    )
+    Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
+    Path(cfg.json).write_text(json.dumps(scores, indent=1) + "\n")

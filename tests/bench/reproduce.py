@@ -1,0 +1,268 @@
+"""The claim at toy scale: does compression pre-training help contrastive learning?
+
+    python tests/bench/reproduce.py                     all studies (hours: see the README)
+    python tests/bench/reproduce.py --study arms,K      some of them
+    python tests/bench/reproduce.py --show              only the table of what has been run
+
+Matched arms start from the same toy MLLM: `none` (contrastive only), `coma` (compression, then
+contrastive), `plain` (the control that the papers leave out: the same steps on the same dialogues
+in the same layout with the mask off, then contrastive), `both` (an idea beyond the paper: some
+questions stand before the code, some texts are compressed). Contrastive data, steps, batch and
+learning rates are the same in every arm. An arm is the flags of its two stages; each run is a
+record in --json, and no run is ever repeated: studies share their arms, and the command goes on
+where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+TASKS = ("classify", "vqa", "i2t", "t2i", "ground")
+QUERIES = 60  # of each set, at the end of a run
+CURVE = 4  # times in a run that the in-distribution sets are scored, on at most 25 queries each
+STAGE1 = "--steps 400 --batch 64 --save-every 0 --workers 0"  # an arm's own flags come after these
+STAGE2 = "--steps 200 --batch 64 --save-every 0 --workers 0"
+
+
+def caps(pairs):
+    """So many distinct pairs in all, the same number of each task."""
+    return "--subsets " + ",".join(f"{t}:{pairs // len(TASKS)}" for t in TASKS)
+
+
+def faster(x):
+    """Both learning rates of stage 2 times x."""
+    return "" if x == 1 else f"--lr {3e-3 * x:g} --muon-lr {0.02 * x:g}"
+
+
+NONE, COMA, PLAIN, BOTH = None, "", "--no-compress", "--question-first 0.5 --texts 0.3"
+PAPER = dict(none=NONE, coma=COMA, plain=PLAIN)
+ARMS = dict(**PAPER, both=BOTH)
+STUDIES = {
+    # name: (seeds, {arm: (flags of stage 1, flags of stage 2)}); NONE: there is no stage 1
+    "arms": (5, {arm: (first, "") for arm, first in ARMS.items()}),
+    **{
+        f"pairs-{n}": (5, {arm: (first, caps(n)) for arm, first in ARMS.items()})
+        for n in (200, 1000, 5000)
+    },
+    "lr": (1, {
+        f"{arm} x{x}": (first, faster(x)) for arm, first in PAPER.items() for x in (0.5, 1, 2)
+    }),
+    "length": (1, {
+        f"{arm} {steps}": (f"{first} --steps {steps}".strip() if steps != 400 else first, "")
+        for steps in (100, 400, 1200) for arm, first in (("coma", COMA), ("plain", PLAIN))
+    }),
+    "beyond": (1, {
+        "coma": (COMA, ""),
+        "question first": ("--question-first 0.5", ""),
+        "texts too": ("--texts 0.3", ""),
+        "both": (BOTH, ""),
+    }),
+    "K": (1, {
+        f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
+    }),
+    "dialogues": (2, {
+        "multi-turn": (COMA, ""), "single-turn": ("--turns 1", ""), "caption": ("--caption", ""),
+    }),
+    "objective": (1, {"ce": (COMA, ""), "kl": ("--objective kl", "")}),
+    "pooling": (2, {
+        "coma, mean": (COMA, ""),
+        "coma, last": ("--pooling last", ""),
+        "none, mean": (NONE, ""),
+        "none, last": (NONE, "--pooling last --compress-tokens 0"),  # that is VLM2Vec
+    }),
+    "temperature": (2, {
+        f"{arm} {t}": (first, f"--temperature {t}" if t != 0.03 else "")
+        for arm, first in PAPER.items() for t in (0.01, 0.03, 0.1)
+    }),
+    "batch": (1, {
+        f"N={n}": (COMA, f"--batch {n} --block {min(n, 32)} --steps 100")
+        for n in (16, 64, 256, 1024)
+    }),
+    "false-negatives": (2, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
+    "instructions": (2, {"with": (COMA, ""), "without": (COMA, "bare")}),
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- one run, one process
+
+
+def without_instructions():
+    """The toy world's pairs and queries, with the words that say what is asked taken away."""
+    from toy.world import INSTRUCT
+
+    INSTRUCT.update({task: ("{}", "{}", "{}") for task in ("vqa", "t2i", "ground")})
+    INSTRUCT.update({task: ("", "", "") for task in ("classify", "i2t")})
+
+
+def score(embedder, limit, subsets=""):
+    """Precision@1 of the toy world: evaluate.summary's means."""
+    import evaluate
+    from data import read_tasks
+
+    tasks, cfg = read_tasks(limit=limit, subsets=subsets), evaluate.Config()
+    return evaluate.summary({t.name: evaluate.score(embedder, t, cfg) for t in tasks})
+
+
+def run_contrastive(job):
+    """Stage 2 and its scores, in this process. -> the record."""
+    import torch
+
+    import contrastive
+    import model
+    from plumbing import checkpoint
+
+    torch.set_num_threads(1)
+    words = f"{STAGE2} {job['second']}".split()
+    if "bare" in words:
+        without_instructions()
+        words.remove("bare")
+    steps, curve = [], []
+
+    def look(embedder, optimizers, cfg, step):
+        if (step + 1) % (cfg.steps // CURVE) == 0 and step + 1 < cfg.steps:
+            embedder.eval()
+            with torch.random.fork_rng([]):
+                curve.append(
+                    score(embedder, min(25, job["queries"]), ",".join(TASKS))["ind"]["p_at_1"]
+                )
+            embedder.train()
+            steps.append(step + 1)
+
+    checkpoint.maybe_checkpoint = look  # the "once in a while" place of the loop
+    with tempfile.TemporaryDirectory() as out:
+        words += ["--model", job["init"], "--seed", str(job["seed"]), "--out", out]
+        cfg = contrastive.Config.parse(words)
+        contrastive.main(cfg)
+        embedder = model.load(out, device="cpu")
+        log = [json.loads(x) for x in Path(out, "log.jsonl").read_text().splitlines()[1:]]
+    means = score(embedder, job["queries"])
+    return dict(
+        first=job["first"], second=job["second"], seed=job["seed"], K=embedder.K, batch=cfg.batch,
+        pairs=sum(int(x.partition(":")[2] or 0) for x in cfg.subsets.split(",")),
+        steps=[*steps, cfg.steps], curve=[*curve, means["ind"]["p_at_1"]],
+        loss=[round(x["loss"], 4) for x in log[:: max(1, cfg.steps // 20)]],
+        ind=means["ind"]["p_at_1"], ood=means["ood"]["p_at_1"],
+        overall=means["overall"]["p_at_1"], chance=means["overall"]["chance"],
+        meta_tasks={m: r["p_at_1"] for m, r in means["meta_tasks"].items()},
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- all the runs
+
+
+def call(*words):
+    """A script of ours, on one thread, in a process of its own. -> (its output, CPU seconds)."""
+    env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **os.environ}
+    words = [sys.executable, *map(str, words)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=out, stderr=err)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, err):
+            file.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(words)}\n{err.read()[-2000:]}")
+        return out.read(), round(used.ru_utime + used.ru_stime)
+
+
+def compress(first, seed, top):
+    """Stage 1, where it has not been run yet. -> (its folder, the CPU seconds that it took)."""
+    out = top / "-".join([*(first or "coma").replace("--", "").split(), str(seed)])
+    if not (out / "cpu_seconds").exists():
+        _, seconds = call(
+            "pretrain.py", "--seed", seed, "--out", out, *STAGE1.split(), *first.split()
+        )
+        (out / "cpu_seconds").write_text(str(seconds))
+        print(f"stage 1 {out.name}: {seconds} CPU seconds", flush=True)
+    return str(out), float((out / "cpu_seconds").read_text())
+
+
+def keep(records, path):
+    """Writes the runs, and which arms make each study."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(r) for r in records)
+    studies = json.dumps({study: arms for study, (_, arms) in STUDIES.items()})
+    path.write_text(f'{{"studies": {studies},\n"runs": [\n{lines}\n]}}\n')
+
+
+def run_arm(first, seed, seconds, args, records, lock):
+    """One arm's stage 1 and all the stages 2 that start from it; each record is kept at once."""
+    init, seconds1 = ("toy", 0) if first is None else compress(first, seed, args.out)
+    for second in seconds:
+        job = dict(first=first, second=second, seed=seed, queries=QUERIES, init=init)
+        said, seconds2 = call(__file__, "--run", json.dumps(job))
+        with lock:
+            records.append(json.loads(said.splitlines()[-1]))
+            records[-1] |= dict(seconds1=seconds1, seconds2=seconds2)
+            keep(records, args.json)
+            print(f"{job}: {records[-1]['overall']:.3f}", flush=True)
+
+
+def main(args):
+    """Runs what is missing, a seed at a time, and prints the table."""
+    records = json.loads(args.json.read_text())["runs"] if args.json.exists() else []
+    done = {(r["first"], r["second"], r["seed"]) for r in records}
+    keep(records, args.json)
+    arms = defaultdict(dict)  # (seed, flags of stage 1) -> the flags of its stages 2, each once
+    for study in args.study.split(","):
+        for first, second in STUDIES[study][1].values():
+            for seed in range(args.seeds or STUDIES[study][0]):
+                if (first, second, seed) not in done:
+                    arms[seed, first][second] = None
+    lock = threading.Lock()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = [
+            pool.submit(run_arm, first, seed, seconds, args, records, lock)
+            for (seed, first), seconds in sorted(arms.items(), key=lambda arm: arm[0][0])
+        ]
+        for arm in waiting:
+            arm.result()
+    show(args)
+
+
+def show(args):
+    """Mean and standard error over seeds of each arm, x 100; `gain`: of overall against the study's
+    first arm, paired by seed."""
+    from tools.records import percent, read_records
+
+    runs = json.loads(args.json.read_text())["runs"]
+    metas = list(runs[0]["meta_tasks"]) if runs else []
+    print(f"{'study':<16}{'arm':<16}{'seeds':>5}" + "".join(
+        f"{h[:9]:>13}" for h in ["overall", "gain", "IND", "OOD", *metas]))  # fmt: skip
+    for study, arms in read_records(args.json).items():
+        base = next(iter(arms.values()))
+        for arm, rows in arms.items():
+            cells = [[r[k] for r in rows] for k in ("overall", "ind", "ood")]
+            cells.insert(1, [r["overall"] - b["overall"] for r, b in zip(rows, base, strict=True)])
+            cells += [[r["meta_tasks"][m] for r in rows] for m in metas]
+            words = "".join(f"{percent(cell):>13}" for cell in cells)
+            print(f"{study:<16}{arm:<16}{len(rows):>5}{words}")
+    stages = {(r["first"], r["seed"]): r["seconds1"] for r in runs if r["first"] is not None}
+    hours = (sum(stages.values()) + sum(r["seconds2"] for r in runs)) / 3600
+    print(f"{len(runs)} runs after {len(stages)} stages 1: {hours:.1f} CPU hours")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--study", default=",".join(STUDIES), help=f"one or more of {', '.join(STUDIES)}")
+    add("--seeds", type=int, help="runs of each arm (default: a number for each study)")
+    add("--jobs", type=int, default=2, help="runs at the same time, each on one thread")
+    add("--out", type=Path, default=ROOT / "out" / "reproduce", help="stage 1's folders")
+    add("--json", type=Path, default=ROOT / "docs" / "reproduce.json", help="the records")
+    add("--show", action="store_true", help="only print the table")
+    add("--run", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        print(json.dumps(run_contrastive(json.loads(args.run))))
+    else:
+        show(args) if args.show else main(args)

@@ -1,0 +1,305 @@
+"""One training example, step by step, in numbers. Nothing is trained, no file is written, and every
+number comes from the functions that train.
+
+    python -m tools.explain pretrain                        a dialogue: tokens, roles, mask, loss
+    python -m tools.explain pretrain --model out/pretrain
+    python -m tools.explain contrastive                     six pairs through GradCache's two passes
+    python -m tools.explain contrastive --data pairs.jsonl --image-root pictures
+
+The stage comes first (default: pretrain). --no-compress shows stage 1 without the mask.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+import contrastive
+import model
+import pretrain
+from data import ANSWER, COMPRESS, CONTENT, HEAD, QUESTION, read_dialogues, read_pairs
+from plumbing.config import Flags, TrainingFlags, flag
+from plumbing.errors import InputError
+from plumbing.formats import digest_of
+from plumbing.memory import token_chunks
+from plumbing.ranks import run_command, say, setup
+from plumbing.weights import newest
+
+LETTER = {HEAD: "h", CONTENT: "x", COMPRESS: "C", QUESTION: "Q", ANSWER: "A"}
+
+
+@dataclass
+class Config(Flags):
+    """Flags of both walks."""
+
+    model: str = flag("", "empty: toy; for contrastive out/pretrain, where there is one")
+    chunk_tokens: int = flag(150, "contrastive: padded tokens of a chunk; few, to have several")
+    compress: bool = flag(True, "pretrain: the compression mask; off: plain causal attention")
+    caption: bool = flag(False, "pretrain: a full description in place of the dialogue (toy world)")
+    temperature: float = flag(0.03, "contrastive: tau; cosines are divided by it")
+    subsets: str = flag("", "contrastive: data sets, A,B,C; empty: all")
+
+
+def heading(text):
+    """The title of a step."""
+    print(f"\n{text}\n{'-' * len(text)}")
+
+
+def shape(name, x, note=""):
+    """One tensor: its name, shape and type."""
+    print(f"  {name:<24} {str(tuple(x.shape)):<20} {str(x.dtype)[6:]:<10} {note}".rstrip())
+
+
+class Saved:
+    """Counts what autograd keeps for the backward pass while it is open, each storage once."""
+
+    def __init__(self):
+        self.sizes = {}  # where a storage begins -> its bytes
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.note, lambda x: x)
+        self.hooks.__enter__()
+        return self
+
+    def note(self, x):
+        if not isinstance(x, torch.nn.Parameter):  # weights are there anyway
+            self.sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    def __str__(self):
+        return f"{sum(self.sizes.values()) / 2**20:.1f} MiB kept for the backward pass"
+
+
+# ------------------------------------------------------------------------------------------ stage 1
+
+
+def explain_pretrain(cfg, device):
+    """The first dialogue, from words to the loss of each answer token."""
+    cfg.model = cfg.model or "toy"
+    embedder = model.load_for(cfg, device)
+    model.choose_trained(embedder, TrainingFlags())  # says what training would train
+    dialogues = read_dialogues(cfg.data, cfg.image_root or None, cfg.seed, caption=cfg.caption)
+    digest_of([dialogues])  # refuses lost pictures
+    walk_dialogue(embedder, dialogues[0], cfg.compress)
+
+
+def walk_dialogue(embedder, dialogue, compress):
+    """A dialogue as tokens with their roles and labels, the mask, the loss token by token."""
+    embedder.eval()
+    dialogue = dialogue._replace(turns=dialogue.turns[:2])  # two show it all
+    heading("1. The dialogue (its first two turns)")
+    for picture in dialogue.item.images:
+        print("  picture:", picture.describe() if hasattr(picture, "describe") else picture)
+    for question, answer in dialogue.turns:
+        print(f"  Q: {question}   A: {answer}")
+    row = embedder.collate.row(dialogue.item, dialogue.turns)
+    inputs = embedder.collate.pad_rows([row], embedder.device)
+    heading("2. Tokens: position, role (head, conteXt, Code, Question, Answer), what they predict")
+    print_tokens(embedder.processor.tokenizer, inputs)
+    heading("3. The mask: row attends to column where there is a #")
+    print_mask(inputs["roles"], compress)
+    heading("4. Through the model: L tokens, D width, n answer tokens, V vocabulary")
+    for name, x in inputs.items():
+        shape(name, x)
+    with Saved() as saved:
+        logits, labels = pretrain.answer_logits(embedder, inputs, compress)  # (n, V), (n,)
+        loss = pretrain.answer_loss(logits, labels)
+    L, V = inputs["roles"].shape[1], logits.shape[1]
+    shape("logits", logits, f"not {(1, L, V)}: answers only")
+    print(f"  {saved}")
+    heading("5. The loss: nats of each answer token, given the ones before it")
+    print_loss(embedder.processor.tokenizer, logits, labels, loss)
+    if compress:
+        logits, labels = pretrain.answer_logits(embedder, inputs, False)
+        other = pretrain.answer_loss(logits, labels).item() / len(labels)
+        print(f"  with the mask off, the picture in view: {other:.4f}")
+
+
+def print_tokens(tokenizer, inputs):
+    """One line a token; of a picture's tokens, which are all alike, the first stands for them."""
+    ids, roles = inputs["input_ids"], inputs["roles"]  # (1, L)
+    labels = pretrain.answer_labels(ids, roles)  # (1, L)
+    last = None
+    columns = torch.stack([ids[0], roles[0], labels[0]], dim=1)  # (L, 3)
+    for i, (token_id, role, label) in enumerate(columns.tolist()):
+        token = repr(tokenizer.decode([token_id]))
+        target = f"-> {tokenizer.decode([label])!r}" if label >= 0 else ""
+        if (token, role) != last:
+            print(f"  {i:>3} {LETTER[role]} {token:<24}{target}")
+        last = (token, role)
+
+
+def print_mask(roles, compress):
+    """The mask as the function makes it, a line a row."""
+    L = roles.shape[1]
+    if compress:
+        may = pretrain.compression_mask(roles)[0, 0]  # (L, L)
+    else:
+        may = torch.ones(L, L).tril().bool()
+    letters = [LETTER[role] for role in roles[0].tolist()]
+    print("    " + "".join(letters))
+    for letter, row in zip(letters, may, strict=True):
+        print(f"  {letter} " + "".join("#" if x else "." for x in row))
+
+
+def print_loss(tokenizer, logits, labels, loss):
+    """Nats and probability of each answer token, and their mean."""
+    nats = -logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0]  # (n,)
+    for label, x in zip(labels.tolist(), nats.tolist(), strict=True):
+        print(f"  {tokenizer.decode([label])!r:<24} {x:6.3f}  p = {math.exp(-x):.3f}")
+    print(f"  mean of {len(nats)}: {loss.item() / len(nats):.4f}")
+
+
+# ------------------------------------------------------------------------------------------ stage 2
+
+
+def explain_contrastive(cfg, device):
+    """Six pairs of two data sets, through the two passes."""
+    if not cfg.model:
+        cfg.model = newest("out/pretrain")
+        hint = (
+            "" if cfg.model != "toy" else ": there is no out/pretrain; python pretrain.py makes it"
+        )
+        say(f"starting from {cfg.model}{hint}")
+    embedder = model.merge(model.load_for(cfg, device))
+    model.choose_trained(embedder, TrainingFlags())  # says what training would train
+    pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed)
+    digest_of(pairs.values())  # refuses lost pictures
+    for name, examples in pairs.items():
+        say(f"  {name:<20} {len(examples):>13,} pairs")
+    small = contrastive.Config(seed=cfg.seed, batch=6, block=3)
+    batch = contrastive.local_batch(pairs, embedder.collate, small, 0, 0, 1)
+    walk_batch(embedder, batch, cfg.temperature, cfg.chunk_tokens)
+
+
+def walk_batch(embedder, batch, temperature, chunk_tokens):
+    """A small batch through GradCache: chunks, scores, cached gradients, and the check that the
+    gradient is that of the whole batch."""
+    embedder.eval()  # without dropout here; tests/test_gradcache.py has it
+    lengths, B = [row.length for row in batch.rows], len(batch.labels)
+    heading(f"1. The batch: {B} queries, then {len(lengths) - B} targets")
+    print("  pairs:", ", ".join(batch.ids))
+    print("  tokens of each row:", *lengths)
+    chunks = token_chunks(lengths, chunk_tokens)
+    heading(f"2. Chunks: sorted by length, at most {chunk_tokens} padded tokens each")
+    for i, chunk in enumerate(chunks):
+        real = [lengths[j] for j in chunk]
+        places = len(chunk) * max(real)  # shorter rows are padded
+        print(f"  chunk {i}: rows {chunk}: {sum(real)} tokens in {places} places")
+
+    heading("3. Pass 1: every embedding, without a graph")
+    embedder.zero_grad(set_to_none=True)
+    aloud = Aloud(embedder, batch, temperature, chunks)
+    contrastive.two_passes(aloud.embed, chunks, aloud.loss_of)
+    aloud.say_gradient()  # of the last chunk
+    ours = [grad.clone() for grad in gradients(embedder)]
+
+    heading("6. The check: the whole batch at once")
+    embedder.zero_grad(set_to_none=True)
+    with Saved() as saved:
+        loss, _ = aloud.info_nce(aloud.forward(range(len(lengths))))
+    loss.backward()
+    want = gradients(embedder)
+    gap = norm([a - b for a, b in zip(ours, want, strict=True)])
+    size = norm(want)
+    print(f"  {saved}")
+    print(f"  gradient {size:.4f}; the two differ by {gap / size:.1e} of it")
+
+
+class Aloud:
+    """What `contrastive.two_passes` calls, `embed` and `loss_of`, saying what happens as it
+    happens."""
+
+    def __init__(self, embedder, batch, temperature, chunks):
+        self.embedder, self.batch, self.temperature = embedder, batch, temperature
+        self.chunks = chunks
+        self.first_pass = Saved()
+        self.pending = None  # pass 2's last chunk: what it kept, until its backward pass is over
+
+    def forward(self, chunk):
+        """The embeddings of some rows: (chunk, D)."""
+        rows = [self.batch.rows[i] for i in chunk]
+        return self.embedder(self.embedder.collate.pad_rows(rows, self.embedder.device))
+
+    def info_nce(self, z):
+        """The loss of all embeddings: queries first, then targets. -> (loss, hits)."""
+        B, device = len(self.batch.labels), z.device
+        labels, keys = self.batch.labels.to(device), self.batch.keys.to(device)
+        return contrastive.info_nce(z[:B], z[B:], self.temperature, labels, keys)
+
+    def embed(self, chunk):
+        """Pass 1 comes without a graph, pass 2 with one."""
+        if not torch.is_grad_enabled():
+            with self.first_pass:
+                return self.forward(chunk)
+        if self.pending is None:
+            heading("5. Pass 2: the chunks again, with a graph, one at a time")
+        self.say_gradient()  # of the chunk before, whose graph is gone by now
+        with Saved() as saved:
+            z = self.forward(chunk)
+        self.pending = f"  chunk {self.chunks.index(chunk)}: {saved}"
+        return z
+
+    def loss_of(self, z):
+        """Between the passes: the loss, and what it says to each embedding."""
+        shape("z", z, "unit length")
+        print(f"  {self.first_pass}")
+        heading("4. The loss, and its gradient with respect to the embeddings")
+        self.print_cosines(z.detach())
+        with Saved() as saved:
+            loss, hits = self.info_nce(z)
+        M = len(self.batch.keys)
+        chance = f"ln {M} = {math.log(M):.4f} by chance"
+        print(f"  loss {loss.item():.4f} nats ({chance}), hits {hits.item():.2f}; {saved}")
+        z.register_hook(self.print_cached)  # called with d loss / d z, when it is there
+        return loss
+
+    def print_cosines(self, z):
+        """Every query against every target."""
+        print("  cosines: row = query, column = target, * = its own")
+        B = len(self.batch.labels)
+        cosines = (z[:B] @ z[B:].T).tolist()
+        for row, own in zip(cosines, self.batch.labels.tolist(), strict=True):
+            cells = [f"{x:6.2f}{'*' if j in own else ' '}" for j, x in enumerate(row)]
+            print("  " + " ".join(cells))
+
+    def print_cached(self, dz):
+        """The gradient that GradCache keeps: (rows, D)."""
+        shape("dz", dz, "the cached gradient; its norms:")
+        print("  " + " ".join(f"{x:.2f}" for x in dz.norm(dim=1).tolist()))
+
+    def say_gradient(self):
+        """The chunk that has just been through its backward pass, and the gradient so far."""
+        if self.pending:
+            print(f"{self.pending}; gradient so far {norm(gradients(self.embedder)):.4f}")
+
+
+def gradients(embedder) -> list:
+    """Of all that is trained."""
+    return [p.grad for p in embedder.parameters() if p.grad is not None]
+
+
+def norm(tensors) -> float:
+    """Of all of them together."""
+    return math.sqrt(sum(x.norm() ** 2 for x in tensors))
+
+
+def main(argv):
+    """The command line: a stage, then flags."""
+    stage, flags = "pretrain", argv
+    if argv and not argv[0].startswith("-"):
+        stage, *flags = argv
+    walks = {"pretrain": explain_pretrain, "contrastive": explain_contrastive}
+    if stage not in walks:
+        raise InputError(f"{stage}: the stage is pretrain or contrastive")
+    cfg = Config.parse(flags)
+    device = setup()
+    torch.manual_seed(cfg.seed)
+    walks[stage](cfg, device)
+
+
+if __name__ == "__main__":
+    run_command(main)

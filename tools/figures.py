@@ -1,0 +1,120 @@
+"""Draws the figures of the README: what the models of the toy world see, keep, and get wrong.
+
+    python -m tools.figures docs/figures                     of out/pretrain, out/contrastive
+    python -m tools.figures DIR --model RUN/contrastive      of it, and of RUN/pretrain beside it
+
+Needs matplotlib; half a minute on one core. Reads three models - base (`toy`), compressed (stage
+1), contrastive (stage 2) - their log.jsonl, and docs/reproduce.json where there is one; writes
+DIR/*.png, each below 120 KB. A figure whose model or record is missing is left out, and a line says
+how to make that. The same models give the same figures, bit for bit.
+
+The numbers come from figure_numbers.py and records.py, the drawings from drawings.py.
+"""
+
+import io
+import json
+from pathlib import Path
+
+from PIL import Image
+
+import model
+from plumbing.errors import InputError, needs
+from plumbing.ranks import run_command, setup
+from tools.command_line import make_parser
+from tools.records import RECORDS, read_records
+from toy.world import Shapes
+
+
+class Sources:
+    """What the figures are drawn from: the models base, compressed and contrastive, each loaded
+    when a figure first asks for it, their logs, test scenes, and the records of many runs."""
+
+    def __init__(self, contrastive, seed=0, device=None, records_file=RECORDS):
+        self.contrastive, self.seed, self.device = Path(contrastive), seed, device
+        self.records_file = records_file
+        self.loaded = {}
+
+    def model(self, name):
+        """An Embedder."""
+        if name not in self.loaded:
+            if name == "base":
+                embedder = model.load("toy", 0, "last", device=self.device)
+            else:
+                embedder = model.load(self.folder(name), device=self.device)
+            self.loaded[name] = embedder.eval()
+        return self.loaded[name]
+
+    def folder(self, name) -> Path:
+        """The folder of a trained model; InputError with the command that makes it."""
+        pretrain = self.contrastive.parent / "pretrain"
+        if name == "compressed":
+            folder, command = pretrain, "python pretrain.py"
+        else:
+            folder, command = self.contrastive, f"python contrastive.py --model {pretrain}"
+        if not (folder / "nanocoma.json").exists():
+            raise InputError(f"no {name} model: `{command} --out {folder}` makes it")
+        return folder
+
+    def coded(self, name, least=2):
+        """A trained model, if it has enough compression tokens for the figure."""
+        embedder = self.model(name)
+        if embedder.K < least:
+            folder = self.folder(name)
+            raise InputError(f"{folder} has K = {embedder.K} compression tokens, not {least}")
+        return embedder
+
+    def log(self, name) -> list:
+        """The steps of log.jsonl; its first record, which holds the flags, is left out."""
+        path = self.folder(name) / "log.jsonl"
+        if not path.exists():
+            raise InputError(f"{path} is missing: training writes it")
+        return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+    def scenes(self, n) -> list:
+        """n test scenes."""
+        shapes = Shapes("test", self.seed)
+        contents = [shapes.dialogue(i)[0] for i in range(n)]
+        return [images[0] for _, images in contents]
+
+    def records(self) -> dict:
+        """See tools/records.py."""
+        return read_records(self.records_file)
+
+
+def draw(folder, contrastive="", seed=0, device=None, records_file=RECORDS) -> list:
+    """Draws all figures that can be drawn into a folder, and says why a figure is left out.
+    contrastive: the stage-2 folder; stage 1's is `pretrain` beside it. -> the files."""
+    with needs("matplotlib", "tools.figures"):
+        from matplotlib import rc_context
+
+        from tools.drawings import FIGURES, STYLE
+    sources = Sources(contrastive or "out/contrastive", seed, device, records_file)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, figure in FIGURES.items():
+        path, raw = Path(folder, f"{name}.png"), io.BytesIO()
+        try:
+            with rc_context(STYLE):
+                figure(sources).savefig(raw, format="png")
+        except InputError as e:
+            print(f"left out {path}: {e}")
+            continue
+        picture = Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        picture.save(path, optimize=True)  # 256 colours are enough, and light
+        files.append(path)
+        print(f"wrote {path}")
+    return files
+
+
+def main(argv):
+    """The command line."""
+    parser = make_parser("figures", __doc__)
+    parser.add_argument("folder", metavar="DIR", help="where the figures go")
+    parser.add_argument("--model", default="out/contrastive", help="stage 2's folder")
+    parser.add_argument("--seed", type=int, default=0, help="of the test scenes and queries")
+    args = parser.parse_args(argv)
+    draw(args.folder, args.model, args.seed, setup())
+
+
+if __name__ == "__main__":
+    run_command(main)

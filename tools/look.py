@@ -1,0 +1,63 @@
+"""Examples of the toy world: printed, and drawn on one sheet.
+
+    python -m tools.look
+
+Six pictures with their dialogues, then of each task a query with its right candidate and two of
+the wrong ones. Writes out/shapes.png.
+"""
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from plumbing.ranks import run_command
+from tools.command_line import make_parser
+from toy.world import META_TASK, Shapes
+
+HEIGHT = 140  # pixels of an example on the sheet
+
+
+def examples() -> list:
+    """[(scenes, lines of text)]."""
+    shapes, rows = Shapes(), []
+    for i in range(6):
+        (_, scenes), turns, _ = shapes.dialogue(i)
+        rows.append((scenes, [f"{question}  ->  {answer}" for question, answer in turns]))
+    for task, meta_task in META_TASK.items():
+        (text, scenes), candidates = shapes.query(task, 0)
+        lines = [f"{task} ({meta_task}): {text}"]
+        (right, right_scenes), *wrong = candidates
+        if not right_scenes:  # candidates that are pictures say nothing in words
+            lines.append(f"right: {right}")
+            lines += [f"wrong: {text}" for text, _ in wrong[:2]]
+        rows.append((scenes + right_scenes, lines))
+    return rows
+
+
+def look(path="out/shapes.png"):
+    """Prints the examples, and saves the sheet."""
+    rows = examples()
+    sheet = Image.new("RGB", (1500, HEIGHT * len(rows)), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for i, (scenes, lines) in enumerate(rows):
+        y = HEIGHT * i
+        for j, scene in enumerate(scenes):
+            # Every pixel becomes a square of four: nothing is smoothed away.
+            picture = scene.render().resize((128, 128), Image.Resampling.NEAREST)
+            sheet.paste(picture, (6 + 134 * j, y + 6))
+        words = "\n".join(line[:190] for line in lines)
+        canvas.text((280, y + 10), words, "black", font_size=15)
+        print(words, end="\n\n")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    print(f"wrote {path}")
+
+
+def main(argv):
+    """The command line."""
+    make_parser("look", __doc__).parse_args(argv)
+    look()
+
+
+if __name__ == "__main__":
+    run_command(main)

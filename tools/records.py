@@ -1,0 +1,67 @@
+"""The runs that tests/bench/reproduce.py has kept, and means over their seeds: for its tables, for
+the figures."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.errors import InputError
+
+RECORDS = Path(__file__).parent.parent / "docs" / "reproduce.json"
+FIELDS = {"first", "second", "seed", "pairs", "K", "steps", "curve", "ind", "ood", "overall"}
+
+
+def read_records(path=RECORDS) -> dict:
+    """{study: {arm: [run, by seed]}}; a run: seed, pairs, K, steps, curve, ind, ood, overall, ...
+    Of a study only the seeds that all of its arms have run (but those with no run at all): every
+    comparison is between the same seeds."""
+    if not Path(path).exists():
+        raise InputError(f"{path} is missing: `python tests/bench/reproduce.py` writes it")
+    kept = json.loads(Path(path).read_text())
+    for i, run in enumerate(kept["runs"]):
+        if missing := sorted(FIELDS - set(run)):
+            raise InputError(f"{path}: run {i} lacks {', '.join(missing)}")
+    records = {}
+    for study, arms in kept["studies"].items():
+        runs_of = {}  # arm -> {seed: run}
+        for arm, flags in arms.items():
+            runs = runs_with(kept["runs"], flags)
+            if runs:
+                runs_of[arm] = runs
+        seeds = common_seeds(runs_of.values())
+        if seeds:
+            records[study] = {arm: in_order(runs, seeds) for arm, runs in runs_of.items()}
+    return records
+
+
+def runs_with(runs, flags) -> dict:
+    """{seed: run} of an arm. It is known by the flags of its two stages: studies share runs."""
+    return {run["seed"]: run for run in runs if [run["first"], run["second"]] == flags}
+
+
+def common_seeds(arms) -> list:
+    """The seeds that every arm has run, sorted."""
+    seeds = [set(runs) for runs in arms]
+    return sorted(set.intersection(*seeds)) if seeds else []
+
+
+def in_order(runs, seeds) -> list:
+    """An arm's runs, a seed after the other."""
+    return [runs[seed] for seed in seeds]
+
+
+def mean_error(scores) -> tuple:
+    """Mean over seeds, and its standard error (NaN, which is not drawn, for a single seed)."""
+    n = len(scores)
+    error = np.std(scores, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return np.mean(scores), error
+
+
+def percent(scores) -> str:
+    """Mean and standard error of shares, in percent, as tables say it: "70.4 ± 3.1"."""
+    mean, error = mean_error(scores)
+    if len(scores) == 1:
+        return f"{100 * mean:.1f}"
+    return f"{100 * mean:.1f} ± {100 * error:.1f}"

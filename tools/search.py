@@ -1,0 +1,212 @@
+"""Searches a folder of pictures, by a text, a picture, or both.
+
+    python -m tools.search --images DIR --text "a red circle above a blue square"
+    python -m tools.search --images DIR --query-image FILE
+    torchrun --nproc-per-node 8 -m tools.search --images DIR --text "a dog" --model out/contrastive
+
+The pictures are embedded once; their embeddings are kept beside the folder, under a key of all that
+they depend on. Prints the best matches with their cosines, and draws them as one picture.
+"""
+
+import hashlib
+import os
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import model
+from data import Item
+from evaluate import encode_sharded
+from plumbing import ranks
+from plumbing.config import ModelFlags, flag
+from plumbing.errors import InputError
+from plumbing.formats import IMAGE
+from plumbing.images import open_image
+from plumbing.log import versions
+from plumbing.weights import newest
+from tools.pictures import find_pictures
+
+WINDOW = 1024  # pictures that are embedded between two looks at the clock
+SIDE, HEAD, CAPTION = 240, 30, 20  # pixels of the sheet: a cell, above all, below each picture
+
+
+@dataclass
+class Config(ModelFlags):
+    """Flags of a search."""
+
+    model: str = flag("", "empty: out/contrastive, else out/pretrain, else toy")
+    images: str = flag("", "the folder to search; its index is kept beside it")
+    text: str = flag("", "rank its pictures by this text")
+    query_image: str = flag("", "or by this picture, or by both together")
+    image_text: str = flag(IMAGE, "the instruction that the pictures are embedded with")
+    top: int = flag(8, "results")
+    out: str = flag("out/search.png", "the picture of the results")
+
+
+# ---------------------------------------------------------------------------------------- the index
+
+
+def fingerprint(embedder, image_text=None) -> str:
+    """Changes with any bit of the weights, and with all else that an embedding depends on: prompt,
+    K, pooling, pixels, library versions. What was indexed under another one is never used."""
+    collate, template = embedder.collate, embedder.collate.template
+    image_processor = embedder.processor.image_processor
+    settings = [
+        embedder.K,
+        embedder.pooling,
+        embedder.style,
+        collate.max_length,
+        template.picture,
+        (template.head_ids, template.before_text),
+        (template.after_text, template.answer_ids),
+        image_processor.to_json_string(),
+        type(image_processor).__name__,  # with torchvision it resizes otherwise
+    ]
+    instruction = () if image_text is None else (image_text,)
+    digest = hashlib.blake2b(repr((settings, instruction, versions())).encode(), digest_size=8)
+    for name, p in embedder.named_parameters():
+        total = weight_sum(p)
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {total}".encode())
+    return digest.hexdigest()
+
+
+def weight_sum(p) -> int:
+    """The bits of a parameter as numbers, each times an odd one: no single change leaves the sum.
+    Where the weights are, and without a copy of them all: a hash would have to read them byte by
+    byte."""
+    total = 0
+    for i, bits in enumerate(p.detach().flatten().view(torch.int16).split(2**22)):
+        odd = torch.arange(len(bits), device=bits.device) * 2 + 1
+        total = (total * 31 + int((bits.long() * odd).sum()) + i) % 2**64
+    return total
+
+
+def read_index(store) -> dict:
+    """{file|size|time: embedding (D,)} of an index; {} where there is none, or a damaged one."""
+    try:
+        with np.load(store, allow_pickle=False) as old:
+            return dict(zip(old["files"].tolist(), old["z"], strict=True))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return {}
+
+
+def write_index(store, known):
+    """Written beside and renamed: a cut-off index is never seen."""
+    try:
+        with open(f"{store}.part", "wb") as file:
+            np.savez(file, files=np.array(list(known)), z=np.array(list(known.values())))
+        os.replace(f"{store}.part", store)
+    except OSError as e:
+        ranks.say(f"the index is not kept: {e}")
+
+
+def list_files(folder) -> dict:
+    """{file|size|time: path below the folder}: a file is the same while its size and time are."""
+    paths = {}
+    for path in find_pictures(folder):
+        stat = (folder / path).stat()
+        paths[f"{path}|{stat.st_size}|{stat.st_mtime_ns}"] = path
+    return paths
+
+
+def index_pictures(embedder, cfg) -> tuple:
+    """-> (paths below --images, embeddings (n, D)). Only new and changed files are embedded; what
+    is done is kept, every 1,024 pictures, but in no more than a twentieth of the time. A file that
+    is no readable picture is named."""
+    folder, key = Path(cfg.images), fingerprint(embedder, cfg.image_text)
+    store = folder.parent / f"{folder.resolve().name}.index-{key}.npz"
+    paths, old, errors = list_files(folder), read_index(store), []
+    known = {f: old[f] for f in paths if f in old}
+    new = [f for f in paths if f not in known]
+    ranks.say(f"{len(paths):,} pictures in {folder}, {len(new):,} of them new or changed")
+    written, cost = 0.0, 0.0  # when the index was last written, and the seconds that it took
+    for i in range(0, len(new), WINDOW):
+        part = new[i : i + WINDOW]
+        items = [Item(cfg.image_text, (str(folder / paths[f]),)) for f in part]
+        progress = f"embedding {i:,} of {len(new):,}"
+        z = encode_sharded(embedder, items, cfg, progress, errors)
+        for f, v in zip(part, z, strict=True):
+            if np.isfinite(v).all():  # NaN stands for what could not be read
+                known[f] = v
+        due = time.time() - written > 20 * cost or i + WINDOW >= len(new)
+        if ranks.rank() == 0 and due:
+            began = time.time()
+            write_index(store, known)
+            written, cost = time.time(), time.time() - began
+    for error in errors:
+        ranks.say(f"left out: {error}")
+    if not known:
+        raise InputError(f"--images {folder}: no readable picture in it")
+    return [paths[f] for f in known], np.array(list(known.values()))
+
+
+# --------------------------------------------------------------------------------------- the search
+
+
+def query_of(cfg) -> Item:
+    """What is searched for: text, picture, or "<image> text"."""
+    words = []
+    if cfg.query_image:
+        words.append(IMAGE)
+    if cfg.text:
+        words.append(cfg.text)
+    return Item(" ".join(words), (cfg.query_image,) if cfg.query_image else ())
+
+
+def draw_sheet(title, pictures, captions) -> Image.Image:
+    """The pictures that were found, four in a row, with a line under each."""
+    columns = min(4, len(pictures))
+    rows = -(-len(pictures) // columns)  # rounded up
+    height = HEAD + rows * (SIDE + CAPTION)
+    sheet = Image.new("RGB", (columns * SIDE, height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    canvas.text((6, 6), title, "black", font_size=15)
+    for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        row, column = divmod(n, columns)
+        x, y = column * SIDE, HEAD + row * (SIDE + CAPTION)
+        scale = (SIDE - 10) / max(picture.size)
+        size = [max(1, round(scale * side)) for side in picture.size]
+        # Small ones grow pixel by pixel: smoothed, a toy picture would be a blur.
+        method = Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST
+        sheet.paste(picture.resize(size, method), (x + 5, y))
+        canvas.text((x + 5, y + SIDE - 8), caption, "black", font_size=12)
+    return sheet
+
+
+def search(embedder, cfg):
+    """Ranks the pictures of a folder by their cosine with a text, a picture, or both."""
+    query = query_of(cfg)
+    q = embedder.encode([query], cfg.chunk_tokens)[0]  # (D,)
+    paths, z = index_pictures(embedder, cfg)
+    scores = z @ q
+    best = np.argsort(-scores, kind="stable")[: cfg.top]
+    for i in best:
+        ranks.say(f"{scores[i]:7.4f}  {Path(cfg.images, paths[i])}")
+    if ranks.rank() > 0:
+        return
+    pictures = [open_image(Path(cfg.images, paths[i])) for i in best]
+    captions = [f"{scores[i]:.3f} {paths[i][-30:]}" for i in best]
+    sheet = draw_sheet(query.text.replace(IMAGE, cfg.query_image), pictures, captions)
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(cfg.out)
+    ranks.say(f"wrote {cfg.out}")
+
+
+def main(cfg):
+    """A search, from flags to the drawn results."""
+    device = ranks.setup()
+    if not cfg.images or not (cfg.text or cfg.query_image):
+        raise InputError("a search needs --images DIR, and --text TEXT or --query-image FILE")
+    cfg.model = cfg.model or newest("out/contrastive", "out/pretrain")
+    embedder = model.load_for(cfg, device)
+    ranks.say(f"searching with {cfg.model}")
+    search(embedder, cfg)
+
+
+if __name__ == "__main__":
+    ranks.run(main, Config)
