@@ -12,7 +12,7 @@ at once. GradCache (Gao et al., arXiv 2101.06983) makes that exact: embed everyt
 graph, take the loss' gradient with respect to the *embeddings*, embed again, in chunks, with a
 graph.
 
-Reads pairs; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpoint.
+Reads pairs; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpoints.
 """
 
 import math

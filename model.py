@@ -212,7 +212,7 @@ def save(embedder, path, embedding=True):
 def merge(embedder):
     """Folds the adapter into the weights: the same embeddings from a plain model."""
     if embedder.adapter:
-        embedder.mllm = embedder.adapter.merge_and_unload()
+        embedder.mllm = embedder.adapter.merge_and_unload().requires_grad_()  # peft froze it
         embedder.wear(None)
     return embedder
 

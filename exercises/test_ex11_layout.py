@@ -5,12 +5,12 @@ import copy
 import pytest
 from checks import equal, expect
 
-from data import ANSWER, COMPRESS, CONTENT, HEAD, QUESTION, Collator, Dialogue
+from data import CONTENT, Collator, Dialogue
 from plumbing.template import Template
+from tools.explain import LETTER
 from toy.world import Shapes
 
 pytestmark = pytest.mark.ex11
-LETTERS = {HEAD: "h", CONTENT: "x", COMPRESS: "C", QUESTION: "Q", ANSWER: "A"}  # explain's
 
 # Words in place of token ids, so that a failure can be read.
 WORDS = Template(
@@ -41,8 +41,8 @@ def tokens_of(parts):
     expect(isinstance(parts, list | tuple), type(parts), "a list of (role, ids)", "your file")
     tokens = []
     for role, ids in parts:
-        expect(role in LETTERS, role, "HEAD ... ANSWER", "roles of data.py")
-        tokens += [(LETTERS[role], token) for token in ids]
+        expect(role in LETTER, role, "HEAD ... ANSWER", "roles of data.py")
+        tokens += [(LETTER[role], token) for token in ids]
     return tokens
 
 
@@ -95,7 +95,7 @@ def test_the_toy_models_rows(student, shared, K):
         turns = [tuple(tokenizer(list(turn)).input_ids) for turn in dialogue.turns]
         turns[0] = (tokenizer(first + dialogue.turns[0][0]).input_ids, turns[0][1])
         got = tokens_of(student.layout(template, content, collate.compress_ids, turns))
-        want = [(LETTERS[role], token) for role, token in want]
+        want = [(LETTER[role], token) for role, token in want]
         equal(text_of(got), text_of(want), f"dialogue {i}, K = {K}, ids as data.py writes them")
 
 

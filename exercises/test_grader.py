@@ -29,6 +29,7 @@ from exercises import (
     test_ex10_ablation,
     test_ex11_layout,
 )
+from tools import explain
 
 pytestmark = pytest.mark.grader
 MODULES = (
@@ -97,13 +98,13 @@ def test_the_students_page_has_every_exercise_and_nothing_of_the_grader():
         expect(word not in page, word, "nothing of it", "TEACHING.md is for that")
 
 
-def test_explain_shows_exercise_0_the_positions_that_it_grades(shared):
+def test_explain_shows_exercise_0_the_positions_that_it_grades(shared, capsys):
     """`python -m tools.explain pretrain`: the roles in the mask that it draws."""
-    done = run("-m", "tools.explain", "pretrain")
-    drawn = re.findall(r"^  ([hxCQA]) [#.]+$", done.stdout, re.MULTILINE)
+    explain.main(["pretrain"])
+    drawn = re.findall(r"^  ([hxCQA]) [#.]+$", capsys.readouterr().out, re.MULTILINE)
     roles = test_ex0_one_bit.roles_of_explain(shared)[0].tolist()
-    want = [test_ex11_layout.LETTERS[role] for role in roles]
-    equal("".join(drawn), "".join(want), f"letters of the mask; {done.stderr[-500:]}")
+    want = [explain.LETTER[role] for role in roles]
+    equal("".join(drawn), "".join(want), "the mask's letters; roles_of_explain")
 
 
 @pytest.mark.parametrize("exercise", ladder.EXERCISES)

@@ -1,25 +1,31 @@
-"""What the code before the house was rebuilt computed and said: golden.json, and how it was recorded.
+"""What the code computed and said before the house was rebuilt, in golden_files/; test_golden.py
+compares. Form may change, this may not.
 
-    python tests/golden.py golden.json      records what today's code gives (only when that may change)
+    python tests/golden.py golden.json      what the code gives now, in the same form
 
-test_golden.py compares. Training: log.jsonl and the weights' digest of 6 steps of each stage. Rows:
-token ids and roles of each tiny family in each prompt style. Answers: what a bad input is told.
-"""
+Training: log.jsonl and the weights' digest of 6 steps of each stage, on one rank and on two, LoRA,
+frozen tower. Scores: a table with --limit 20. Rows: token ids and roles of each tiny family in each
+prompt style. Answers: what bad input is told. Beside golden.json: an unfinished run's checkpoint
+and a saved folder of the old code."""
 
 import contextlib
 import hashlib
 import io
 import json
 import os
-import platform
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
+FILES = HERE / "golden_files"
+CPU = Path("/proc/cpuinfo")
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import families  # noqa: E402
@@ -28,8 +34,8 @@ import contrastive  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
 import pretrain  # noqa: E402
-
 from data import Item, read_dialogues  # noqa: E402
+from toy.world import Shapes  # noqa: E402
 
 STAGES = {"pretrain": pretrain, "contrastive": contrastive, "evaluate": evaluate}
 LORA = dict(lora_rank=4, lora_dropout=0.1)
@@ -63,7 +69,11 @@ def digest(*parts) -> str:
 def machine() -> str:
     """What the last bits of a sum depend on."""
     kernel = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} {kernel} torch {torch.__version__}"
+    cpu = [
+        line for line in CPU.read_text().splitlines() if line.startswith(("model name", "cache"))
+    ]
+    names = " ".join(line.partition(": ")[2] for line in cpu[:2])
+    return f"{names} {kernel} torch {torch.__version__} transformers {transformers.__version__}"
 
 
 def flags_of(cfg) -> list:
@@ -87,18 +97,30 @@ def trained(out) -> dict:
 
 
 def train(name) -> dict:
-    """Runs one of `RUNS` in this process, in the working folder."""
+    """Runs one of `RUNS` in this process, in the working folder, after the run it starts from."""
     stage, flags = RUNS[name]
+    if flags["model"] in RUNS and not Path(flags["model"]).exists():
+        train(flags["model"])
     module = STAGES[stage]
     module.main(module.Config(**flags, out=name))
     return trained(name)
 
 
-def scores(name, limit=20) -> dict:
+def scores(name, subsets="") -> dict:
     """The table's numbers of a run's model, 20 queries a set."""
-    evaluate.main(evaluate.Config(model=name, limit=limit, json=f"{name}.json"))
+    cfg = evaluate.Config(model=name, limit=20, subsets=subsets, json=f"{name}.json")
+    evaluate.main(cfg)
     found = json.loads(Path(f"{name}.json").read_text())
     return {k: row["p_at_1"] for k, row in found["sets"].items()}
+
+
+def saved() -> list:
+    """The first numbers of embeddings by the old code's saved folder, a LoRA adapter."""
+    toy = Shapes()
+    query, _ = toy.query("vqa", 3)
+    items = [Item("a red circle"), read_dialogues()[0].item, Item(*query)]
+    z = model.load(str(FILES / "saved"), device="cpu").encode(items)
+    return z[:, :8].tolist()
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -159,21 +181,32 @@ def all_rows(folder_of) -> dict:
 
 # ---------------------------------------------------------------------------------------- answers
 
+
+def pair(**query) -> str:
+    """A line of pairs."""
+    return json.dumps({"query": query, "target": {"text": "b"}}) + "\n"
+
+
+def talk(*speakers) -> str:
+    """A line of dialogues."""
+    turns = [{"from": speaker, "value": "<image>\nq"} for speaker in speakers]
+    return json.dumps({"id": "1", "image": "p.png", "conversations": turns}) + "\n"
+
+
 BAD_FILES = {
     "empty.jsonl": "",
-    "notjson.jsonl": '{"query": {"text": "a"}, "target": {"text": "b"}}\n{"query": oops}\n',
+    "notjson.jsonl": pair(text="a") + '{"query": oops}\n',
     "array.jsonl": "[1, 2]\n",
     "noquery.jsonl": '{"target": {"text": "b"}}\n',
-    "emptyitem.jsonl": '{"query": {"text": ""}, "target": {"text": "b"}}\n',
-    "textnumber.jsonl": '{"query": {"text": 5}, "target": {"text": "b"}}\n',
-    "twomarks.jsonl": '{"query": {"text": "<image> <image>", "image": "p.png"}, "target": {"text": "b"}}\n',
-    "lostpicture.jsonl": '{"query": {"text": "<image> a", "image": "lost.png"}, "target": {"text": "b"}}\n',
-    "outside.jsonl": '{"query": {"text": "<image> a", "image": "../p.png"}, "target": {"text": "b"}}\n',
-    "badpicture.jsonl": '{"query": {"text": "<image> a", "image": "bad.png"}, "target": {"text": "b"}}\n'
-    * 16,
-    "surrogate.jsonl": '{"query": {"text": "\\ud800"}, "target": {"text": "b"}}\n',
-    "oneturn.jsonl": '{"id": "1", "image": "p.png", "conversations": [{"from": "human", "value": "<image>\\nq"}]}\n',
-    "wrongfrom.jsonl": '{"id": "1", "image": "p.png", "conversations": [{"from": "gpt", "value": "<image>\\nq"}, {"from": "human", "value": "a"}]}\n',
+    "emptyitem.jsonl": pair(text=""),
+    "textnumber.jsonl": pair(text=5),
+    "twomarks.jsonl": pair(text="<image> <image>", image="p.png"),
+    "lostpicture.jsonl": pair(text="<image> a", image="lost.png"),
+    "outside.jsonl": pair(text="<image> a", image="../p.png"),
+    "badpicture.jsonl": pair(text="<image> a", image="bad.png") * 16,
+    "surrogate.jsonl": pair(text="\ud800"),
+    "oneturn.jsonl": talk("human"),
+    "wrongfrom.jsonl": talk("gpt", "human"),
     "notalk.jsonl": '{"id": "1", "image": "p.png"}\n',
     "bad.png": "no picture",
     "captions/metadata.jsonl": '{"file_name": "a.png"}\n',
@@ -261,26 +294,30 @@ def answer(stage, words) -> str:
     return "accepted"
 
 
-def record(file):
-    """All of it, in a new folder; the two-rank runs by torchrun."""
-    import subprocess
-    import tempfile
+def two_ranks(name) -> dict:
+    """Runs one of `TWO_RANKS` by torchrun, in the working folder."""
+    stage, flags = TWO_RANKS[name]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [str(HERE.parent / f"{stage}.py"), *flags_of(flags | dict(out=name))]
+    command = [*launch, "--nproc-per-node", "2", *words]
+    subprocess.run(command, check=True, timeout=240, capture_output=True)
+    return trained(name)
 
+
+def record(file):
+    """All of it, in a new folder."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     file = Path(file).resolve()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        golden = dict(machine=machine(), runs={}, scores={}, rows={}, answers={})
+        golden = dict(machine=machine(), runs={}, answers={})
         for name in RUNS:
             golden["runs"][name] = train(name)
-        for name, (stage, flags) in TWO_RANKS.items():
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            script = str(HERE.parent / f"{stage}.py")
-            words = flags_of(flags | dict(out=name))
-            subprocess.run([*launch, "--nproc-per-node", "2", script, *words], check=True)
-            golden["runs"][name] = trained(name)
+        for name in TWO_RANKS:
+            golden["runs"][name] = two_ranks(name)
         golden["scores"] = scores("contrastive")
+        golden["saved"] = saved()
         golden["rows"] = all_rows(lambda name: families.build(name, Path(folder, "fam", name)))
         prepare_answers()
         for stage, words in ANSWERS:

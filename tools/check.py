@@ -46,6 +46,7 @@ def lists_of(source, image_root):
         yield root, partial(read_lines, str(root), parse_dialogue_or_pair, image_root)
     else:
         images = Images(image_root or root)
+        # Each file is a list of its own, so that a bad one costs no other.
         for path in sorted(root.glob("*/*.parquet")):
             rows = eval_rows if path.name.startswith("test") else train_rows
             yield path, partial(rows, [path], path.parent.name, images)
@@ -109,6 +110,7 @@ class Survey:
 
     def measure(self, picture):
         """Notes the size of a picture; an InputError, each time, where it cannot be read."""
+        # Threads may meet here: the worst is a picture that is opened twice.
         if picture not in self.sizes:
             try:
                 self.sizes[picture] = open_image(picture).size
@@ -138,13 +140,14 @@ class Survey:
 def copy_rows(raw, chosen, out):
     """Writes some of the lines, or of the rows of a table, that a Lazy was read from."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(raw, list):
+    if isinstance(raw, list):  # [(number, line)]: byte for byte as they were
         lines = [raw[i][1].rstrip(b"\r\n") + b"\n" for i in chosen]
         out.write_bytes(b"".join(lines))
     else:
         import pyarrow
         import pyarrow.parquet as pq
 
+        # An empty list of numbers needs its type said.
         pq.write_table(raw.take(pyarrow.array(chosen, "int64")), out)
 
 
@@ -165,7 +168,7 @@ def check_list(file, read, source, clean) -> Count:
     """One list of examples: its report, and its copy without the bad ones."""
     try:
         rows = read()
-    except InputError as e:
+    except InputError as e:  # the file itself: it counts as one bad example
         print(f"{file}\n  bad: {e}")
         return Count(0, 1)
     survey = Survey(file, rows)

@@ -164,7 +164,7 @@ def explain_contrastive(cfg, device):
             "" if cfg.model != "toy" else ": there is no out/pretrain; python pretrain.py makes it"
         )
         say(f"starting from {cfg.model}{hint}")
-    embedder = model.merge(model.load_for(cfg, device))
+    embedder = model.merge(model.load_for(cfg, device))  # as stage 2 does with stage 1's adapter
     model.choose_trained(embedder, TrainingFlags())  # says what training would train
     pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed)
     digest_of(pairs.values())  # refuses lost pictures
@@ -195,7 +195,7 @@ def walk_batch(embedder, batch, temperature, chunk_tokens):
     aloud = Aloud(embedder, batch, temperature, chunks)
     contrastive.two_passes(aloud.embed, chunks, aloud.loss_of)
     aloud.say_gradient()  # of the last chunk
-    ours = [grad.clone() for grad in gradients(embedder)]
+    ours = [grad.clone() for grad in gradients(embedder)]  # before zero_grad takes them away
 
     heading("6. The check: the whole batch at once")
     embedder.zero_grad(set_to_none=True)

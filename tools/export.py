@@ -26,6 +26,7 @@ def write_item(item, root) -> tuple:
     text = item.text.replace(IMAGE, "<|image_1|>")
     if not item.images:
         return text, ""
+    # Equal pictures with equal texts share a file: the name is the key of their content.
     name = f"shapes/{item.key:016x}.png"
     path = Path(root, "images", name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ def write_table(rows, columns, path):
         import pyarrow
         import pyarrow.parquet as pq
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = map(list, zip(*rows, strict=True))
+    values = map(list, zip(*rows, strict=True))  # rows become columns
     table = pyarrow.table(dict(zip(columns, values, strict=True)))
     pq.write_table(table, path)
 
@@ -71,6 +72,7 @@ def export_tasks(out, n):
     for task in read_tasks(limit=n):
         rows = []
         for query, candidates in task.queries:
+            # The right one comes first, as in MMEB.
             targets = [write_item(x, out) for x in candidates]
             texts, pictures = [text for text, _ in targets], [name for _, name in targets]
             rows.append((*write_item(query, out), texts, pictures))

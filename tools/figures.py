@@ -37,7 +37,7 @@ class Sources:
     def model(self, name):
         """An Embedder."""
         if name not in self.loaded:
-            if name == "base":
+            if name == "base":  # the plain MLLM: no code, the last token's embedding
                 embedder = model.load("toy", 0, "last", device=self.device)
             else:
                 embedder = model.load(self.folder(name), device=self.device)

@@ -59,6 +59,7 @@ def interview(questions=()):
     answer) turns. InputError where a reply is of no use."""
     if not questions:
         reply = yield [("user", ASK_FOR_QUESTIONS)]
+        # "1. ...", " 2) ..." or "3: ..."; what a model says around its list is left out.
         numbered = re.findall(r"(?m)^\s*\d+\s*[.):]\s*(.*\S)", reply)
         questions = list(dict.fromkeys(numbered))[:5]
         if len(questions) < 3:
@@ -115,7 +116,7 @@ def ask_model(args):
     if has_adapter:  # which may have taught the rows of new tokens
         add_compression_tokens(mllm, processor.tokenizer, 0)
         load_adapter(mllm, path)
-    ends = mllm.generation_config.eos_token_id
+    ends = mllm.generation_config.eos_token_id  # one or several
     ends = set(ends) if isinstance(ends, list) else {ends}
     ends.add(processor.tokenizer.eos_token_id)
     mllm = mllm.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,7 +136,7 @@ def ask_model(args):
             text=[prompt(chat) for _, chat in asked],
             images=[[picture] for picture, _ in asked],
             padding=True,
-            padding_side="left",
+            padding_side="left",  # every reply begins in the same column
             return_tensors="pt",
         ).to(mllm.device)
         ids = mllm.generate(**inputs, max_new_tokens=args.max_tokens, **sampling)
@@ -192,7 +193,7 @@ def interviews_about(names, questions, args) -> dict:
     """{picture file: interview}; each picture draws 3-5 of the questions, if there are any."""
     talks = {}
     for name in names:
-        rng = random.Random(f"{args.seed}/{name}")
+        rng = random.Random(f"{args.seed}/{name}")  # the same ones when a run goes on
         some = rng.sample(questions, min(len(questions), rng.randint(3, 5)))
         talks[str(Path(args.images, name))] = interview(some)
     return talks
@@ -257,15 +258,20 @@ def generate(args):
     """Dialogues about the pictures of a folder, each written when it is there."""
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    # 1. What an earlier run has done.
     old = out.read_bytes() if out.exists() else b""
     old = old[: old.rfind(b"\n") + 1]  # a line that was cut off is made again
     done = set()
     for number, line in enumerate(old.splitlines(), 1):
         done.add(located(f"{out}, line {number}", lambda x: json.loads(x)["image"], line))
+
+    # 2. What is left to do, and who is asked.
     questions = read_questions(args.questions)
     names = [name for name in find_pictures(args.images) if name not in done]
     print(f"{len(names):,} pictures to ask about, {len(done):,} are done")
     replies = ask_server(args) if args.server else ask_model(args)
+
+    # 3. Ask, and write down what failed.
     out.write_bytes(old)
     total = len(names) + len(done)
     with tqdm(total=total, initial=len(done), unit="img", desc="dialogues") as bar:

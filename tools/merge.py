@@ -22,6 +22,7 @@ def main(argv):
     parser.add_argument("target", metavar="OUT", help="the new folder")
     parser.add_argument("--export", choices=["sentence-transformers"], help="and this library too")
     args = parser.parse_args(argv)
+    # On the CPU: a merge is a sum of matrices, and need not fit onto a GPU.
     embedder = model.merge(model.load(args.source, device="cpu"))
     if args.export:
         save_sentence_transformers(embedder, args.target)

@@ -53,9 +53,10 @@ def save_sentence_transformers(embedder, path):
         "1_Pooling": pooling,
         "2_Normalize": "sentence_transformers.models.Normalize",
     }
-    modules = []
+    modules = []  # the library runs them in this order
     for i, (folder, kind) in enumerate(kinds.items()):
         modules.append({"idx": i, "name": str(i), "path": folder, "type": kind})
+    # Texts, pictures and both go through one forward: the template above has put them together.
     call = {"method": "forward", "method_output_name": "last_hidden_state"}
     ways = {"text": call, "image": call, "message": call | {"format": "structured"}}
     transformer = {"modality_config": ways, "module_output_name": "token_embeddings"}
