@@ -7,10 +7,10 @@
     python -m tools.explain contrastive                            one small batch, in numbers
 
 A query and its target become unit vectors z; InfoNCE makes the target the nearest of all targets in
-the batch. The more of them the better, so the batch is far larger than what fits through the model
-at once. GradCache (Gao et al., arXiv 2101.06983) makes that exact: embed everything without a
-graph, take the loss' gradient with respect to the *embeddings*, embed again, in chunks, with a
-graph.
+the batch, the more of them the better. One embedding's gradient needs all the others, but only one
+chunk's graph fits into memory. GradCache (Gao et al., arXiv 2101.06983) is exact all the same:
+embed everything without a graph, take the loss' gradient with respect to the *embeddings*, embed
+again, a chunk at a time, with a graph.
 
 Reads pairs; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpoints.
 """
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint as recompute  # in the backward pass
 
 from data import read_pairs
 from model import choose_trained, load_for, merge, save
@@ -36,7 +36,7 @@ from plumbing.log import Log
 from plumbing.memory import Budget, meeting, remember_tower, token_chunks, until_it_fits
 from plumbing.ranks import say
 from plumbing.replay import replay, rng_state
-from plumbing.weights import newest
+from plumbing.weights import first_model
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Config(TrainingFlags):
     mask_false_negatives: bool = flag(True, "equal targets are no negatives of each other")
     keep_graphs: int | None = flag(None, f"chunks that run once; default: {KEEP_GRAPHS}")
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
-    merge: bool = flag(True, "fold stage 1's adapter into the weights first, as the paper does")
+    merge: bool = flag(True, "fold stage 1's adapter into the weights first")
     fsdp: bool = flag(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")
 
 
@@ -63,7 +63,8 @@ class Config(TrainingFlags):
 
 def paper_info_nce(q, t, temperature):
     """VLM2Vec's Eq. (1), as the paper writes it: query i's own target is column i, all others are
-    negatives. q, t (N, D) -> mean nats, ln N where the embeddings carry no information."""
+    negatives. q, t (N, D) -> mean nats, ln N where all cosines are equal. (Training runs the
+    general form below; a test proves the two equal.)"""
     scores = q @ t.T / temperature  # (N, N) cosines over tau
     labels = torch.arange(len(q), device=q.device)
     return F.cross_entropy(scores, labels)
@@ -71,7 +72,7 @@ def paper_info_nce(q, t, temperature):
 
 def info_nce(q, t, temperature, labels=None, keys=None, block=256):
     """Eq. (1) for any columns: several positives a query, hard negatives, equal targets that are no
-    negatives of each other; ln M where the embeddings carry no information.
+    negatives of each other. At most ln M where all cosines are equal.
 
     q (B, D) local queries, t (M, D) *all* targets, labels (B,) or (B, P) columns of the positives
     (default: i for query i), keys (M,): columns of equal key are no negatives of each other
@@ -94,21 +95,21 @@ def info_nce(q, t, temperature, labels=None, keys=None, block=256):
 
 
 def info_nce_rows(q, t, labels, keys, temperature):
-    """Eq. (1) for b queries: -log e^(q.t+ / tau) / (e^(q.t+ / tau) + sum of e^(q.t- / tau)).
+    """Eq. (1) for b queries: -log( e^(q.t+ / tau) / (e^(q.t+ / tau) + sum of e^(q.t- / tau)) ).
 
     q (b, D), t (M, D), labels (b, P) columns of the positives, -1 where a query has fewer than P,
     keys (M,): a column with the key of one of my positives is not my negative.
     -> (nats (b,), mean over positives; hit (b,), whether a positive beats all negatives)."""
-    with torch.autocast(q.device.type, enabled=False):  # float32, or 64: bfloat16 has 3 digits
+    with torch.autocast(q.device.type, enabled=False):  # never bfloat16: it has 3 digits
         scores = q @ t.T / temperature  # (b, M)
     valid = labels >= 0  # (b, P)
-    no_negative = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
+    is_no_negative = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
     for p in range(labels.shape[1]):
-        same = keys[None] == keys[labels[:, p]][:, None]  # (b, M)
-        no_negative |= same & valid[:, p, None]
+        same = keys[None] == keys[labels[:, p]][:, None]  # (b, M); -1 picks any key
+        is_no_negative |= same & valid[:, p, None]
     positive = scores.gather(1, labels.clamp(min=0))  # (b, P)
     # The lowest number, not -inf: a query without negatives has loss 0 and gradient 0.
-    negatives = scores.masked_fill(no_negative, torch.finfo(scores.dtype).min)
+    negatives = scores.masked_fill(is_no_negative, torch.finfo(scores.dtype).min)
     negative = negatives.logsumexp(1, keepdim=True)  # (b, 1)
     nats = -F.logsigmoid(positive - negative) * valid  # -log(e^p / (e^p + e^n))
     best = positive.masked_fill(~valid, -math.inf).amax(1)
@@ -124,36 +125,36 @@ def two_passes(embed, chunks, loss_of, keep=0):
     to `.grad` what `loss_of(all rows at once).backward()` would, one chunk's graph at a time.
 
     embed(chunk) -> (len(chunk), D); chunks: lists of row numbers, each row in one; loss_of(z (rows,
-    D), in the order of rows) -> a scalar. keep: so many chunks, the last, keep the graph of pass 1
+    D), in the order of rows) -> a scalar. keep: the last `keep` chunks keep their graph of pass 1,
     and run once. -> the loss, without a graph."""
-    states, parts = [], []
+    rng_states, parts = [], []
     for i, chunk in enumerate(chunks):  # pass 1: every embedding
-        states.append(rng_state())
+        rng_states.append(rng_state())
         with torch.set_grad_enabled(i >= len(chunks) - keep):
             parts.append(embed(chunk))  # (len(chunk), D)
 
     # Between the passes: the loss, and in z.grad what it says to each embedding.
     order = torch.tensor([row for chunk in chunks for row in chunk])
     z = torch.cat([part.detach() for part in parts])  # (rows, D), in the chunks' order
-    z = z[order.argsort()].requires_grad_()
+    z = z[order.argsort()].requires_grad_()  # argsort undoes the order: row i is the batch's row i
     loss = loss_of(z)
     loss.backward()
 
-    for i in reversed(range(len(chunks))):  # pass 2: the chain rule's other half
+    for i in reversed(range(len(chunks))):  # pass 2, kept graphs first: their memory is freed
         part = parts.pop()
         if not part.requires_grad:
-            with replay(states[i]):  # the same dropout as in pass 1
+            with replay(rng_states[i]):  # the same dropout as in pass 1
                 part = embed(chunks[i])
-        part.backward(z.grad[chunks[i]])
+        part.backward(z.grad[chunks[i]])  # the chain rule's other half
     return loss.detach()
 
 
 class Batch(NamedTuple):
     """One rank's share of a batch. Ranks may differ in all of it."""
 
-    rows: list  # of B queries, then of all their targets and hard negatives
-    labels: torch.Tensor  # (B, P) where among the latter the positives are, -1 padded
-    keys: torch.Tensor  # of the latter; equal content has equal keys
+    rows: list  # B queries, then the columns: all their targets and hard negatives
+    labels: torch.Tensor  # (B, P) the columns of each query's targets, -1 padded
+    keys: torch.Tensor  # (columns,) equal for equal content
     ids: list = ()  # names of the pairs
 
 
@@ -167,55 +168,55 @@ class Step(NamedTuple):
 
 
 def loss_over_ranks(z, batch, temperature):
-    """InfoNCE of this rank's B queries against *all ranks'* targets; z (rows, D), see Batch.
+    """InfoNCE of this rank's B queries against *all ranks'* columns; z (rows, D), see Batch.
 
-    -> (this rank's part of the mean over all N queries; that mean, share of hits, M targets)."""
+    -> (this rank's share of the mean over all N queries; that mean, share of hits, M columns)."""
     B = len(batch.labels)
     N = ranks.all_sum(B)
     keys_of_ranks = ranks.gather_objects(batch.keys.tolist())
-    counts = [len(keys) for keys in keys_of_ranks]  # targets of each rank
+    counts = [len(keys) for keys in keys_of_ranks]  # columns of each rank
     keys = torch.tensor(sum(keys_of_ranks, []), device=z.device)  # (M,)
-    # My targets come behind those of the ranks before me.
+    # My columns come behind those of the ranks before me.
     labels = batch.labels + sum(counts[: ranks.rank()])
     labels = labels.where(batch.labels >= 0, -1).to(z.device)
     q = z[:B]  # (B, D)
     t = ranks.gather_rows(z[B:], counts)  # (M, D) with a gradient: that of all ranks' losses
     loss, hits = info_nce(q, t, temperature, labels, keys)
-    # Trap: a mean over all N queries is the *sum* over ranks of these, and so is its gradient.
     mean = ranks.all_sum(loss.item() * B) / N
     top1 = ranks.all_sum(hits.item() * B) / N
+    # Trap: *summed* over ranks these shares are the mean over N queries; so are their gradients.
     return loss * B / N, (mean, top1, len(keys))
 
 
 def gradcache_step(embedder, batch, temperature, budget) -> Step:
     """Leaves in `.grad` the gradient of the InfoNCE loss of *all ranks'* batch, exactly as if it
     had gone through the model at once. budget: plumbing.memory.Budget. A chunk that does not fit
-    into memory makes all ranks begin again with half the chunk_tokens."""
+    into memory makes all ranks (but sharded ones) begin again with half the chunk_tokens."""
     lengths = [row.length for row in batch.rows]
-    totals = []
+    seen = []  # filled by loss_of: loss, top1, columns
 
     def embed(chunk):
         inputs = embedder.collate.pad_rows([batch.rows[i] for i in chunk], embedder.device)
         return embedder(inputs)  # (len(chunk), D)
 
     def loss_of(z):
-        part, totals[:] = loss_over_ranks(z, batch, temperature)
-        return part
+        share, seen[:] = loss_over_ranks(z, batch, temperature)
+        return share
 
     def attempt(chunk_tokens):
         chunks = token_chunks(lengths, chunk_tokens)
-        run = remember_tower(embed, embedder.mllm, budget.vision_cache)
-        run, chunks = sharding.in_step(embedder, run, chunks)
-        two_passes(run, chunks, meeting(loss_of), budget.keep_graphs)
+        embed_chunk = remember_tower(embed, embedder.mllm, budget.vision_cache)
+        embed_chunk, chunks = sharding.in_lockstep(embedder, embed_chunk, chunks)
+        two_passes(embed_chunk, chunks, meeting(loss_of), budget.keep_graphs)
 
     chunk_tokens = budget.chunk_tokens
-    if sharding.sharded(embedder):  # FSDP sums; and no rank can leave the others' forward
+    if sharding.sharded(embedder):  # FSDP reduces by itself; no rank can leave the others' forward
         attempt(chunk_tokens)
     else:
         start_over = partial(embedder.zero_grad, set_to_none=True)
         chunk_tokens = until_it_fits(attempt, chunk_tokens, max(lengths), start_over)
-        ranks.sum_gradients(embedder.parameters())
-    return Step(*totals, chunk_tokens)
+        ranks.sum_gradients(embedder.parameters())  # each rank's came through its own rows only
+    return Step(*seen, chunk_tokens)
 
 
 # ------------------------------------------------------------------------------------- the batches
@@ -247,7 +248,7 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
         positives.append(torch.arange(len(pair.targets)) + len(columns))
         columns += [*pair.targets, *pair.negatives]
     labels = pad_sequence(positives, True, -1)  # (B, P)
-    # Without false negatives masked no two columns have one key, on all ranks together.
+    # Where false negatives stay: keys that all differ, over all ranks.
     keys = [rank * 2**40 + i for i in range(len(columns))]
     if cfg.mask_false_negatives:
         keys = [item.key for item in columns]
@@ -264,7 +265,7 @@ def main(cfg):
     refuse_impossible(cfg, world)
     torch.manual_seed(cfg.seed)
     if not cfg.model:
-        cfg.model = newest("out/pretrain")
+        cfg.model = first_model("out/pretrain")
         missing = ": there is no out/pretrain; python pretrain.py makes it"
         say(f"starting from {cfg.model}{missing if cfg.model == 'toy' else ''}")
     embedder = load_for(cfg, device)
@@ -286,7 +287,7 @@ def main(cfg):
     # 3. Train.
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
     N = cfg.batch
-    chance = math.log(N)  # nats, when the embeddings carry no information
+    chance = math.log(N)  # nats, where all cosines are equal
     say(f"loss sees N = {world} x {N // world} = {N} pairs (chance loss ln N = {chance:.2f})")
     budget = Budget.of(cfg, device)
     log = Log(cfg, start)
@@ -299,9 +300,8 @@ def main(cfg):
         norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
         # ------------------------------------------------------------------------------------------
         budget = budget._replace(chunk_tokens=out.chunk_tokens)
-        cut = sum(row.cut for row in batch.rows)
-        chance = math.log(out.columns)
-        numbers = {"loss": out.loss, "chance": chance, "top1": out.top1}
+        cut = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
+        numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
         numbers.update(norm=norm, lr=lr, cut=cut)
         log(step, (N, "pairs"), numbers)
         checkpoint.maybe_checkpoint(embedder, optimizers, cfg, step)

@@ -22,9 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import formats, mmeb
 from plumbing.errors import InputError
-from plumbing.families import encode_picture
 from plumbing.formats import IMAGE, Lazy
-from plumbing.images import join_images, open_image
+from plumbing.images import encode_picture, join_images, open_image
 from plumbing.template import STYLES, Part, read_template, shorten, spell
 from toy.world import META_TASK, Shapes, evaluation_sets
 
@@ -49,10 +48,10 @@ class Item:
 
     @cached_property
     def key(self) -> int:
-        """63 bits that are equal for Items of equal content, on every rank and machine."""
+        """63 bits, equal for equal texts and equally named pictures, on every rank and machine."""
         pictures = []
         for x in self.images:
-            is_image = isinstance(x, Image.Image)  # what has a name counts by its name
+            is_image = isinstance(x, Image.Image)  # without a name: its pixels count
             pictures.append((x.mode, x.size, x.tobytes()) if is_image else repr(x))
         digest = hashlib.blake2b(repr((self.text, pictures)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1  # torch's integers have a sign
@@ -63,7 +62,7 @@ class Dialogue(NamedTuple):
 
     item: Item
     turns: tuple  # of (question, answer)
-    id: str = ""  # named where something goes wrong
+    id: str = ""  # for error messages
 
     @staticmethod
     def of(plain) -> "Dialogue":
@@ -77,7 +76,7 @@ class Pair(NamedTuple):
 
     query: Item
     targets: tuple  # of Items; none of them is a negative of another
-    negatives: tuple = ()  # of Items, columns of every query's loss
+    negatives: tuple = ()  # of Items, wrong for every query of the batch
 
     @staticmethod
     def of(plain) -> "Pair":
@@ -133,7 +132,7 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
     "diverse_instruction"."""
     if source == "shapes":
         plain = {}
-        for task, cap in mmeb.choose(subsets, META_TASK).items():
+        for task, cap in formats.choose(subsets, META_TASK).items():
             plain[task] = Lazy(cap or 10**9, partial(Shapes(seed=seed).pair, task))
     elif source.endswith(".jsonl") or formats.captions_file(source):
         if subsets:
@@ -148,11 +147,11 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
 def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) -> list:
     """Evaluation sets: a list of Tasks. source: "shapes" (5 tasks, each in distribution, with
     combinations and with wordings never trained on), a folder or hub id in MMEB-eval's layout.
-    limit > 0: so many queries of each."""
+    limit > 0: so many queries of each (0: all; of a set of the toy world 100)."""
     tasks = []
     if source == "shapes":
         toy_sets = evaluation_sets(seed)
-        for name, cap in mmeb.choose(subsets, toy_sets).items():
+        for name, cap in formats.choose(subsets, toy_sets).items():
             task, ood, world = toy_sets[name]
             queries = Lazy(cap or 10**9, partial(world.query, task))
             queries = queries.first(limit or 100)
@@ -208,7 +207,7 @@ class Collator:
         self.compress_ids, self.style, self.max_length = list(compress_ids), style, max_length
         self.template = read_template(processor, style)  # what stands around the user's words
         self.pad = self.tokenizer.pad_token_id or 0  # any id will do: it is masked
-        # Which columns the rows of this family have shows in any picture.
+        # Families differ in their token columns: one encoded picture shows them.
         columns = self.picture(Image.new("RGB", (64, 64))).columns
         self.token_keys = ["input_ids", "roles", *(k for k in columns if k != "input_ids")]
 
@@ -221,34 +220,36 @@ class Collator:
     def row(self, item: Item, turns=()) -> Row:
         """One example: head, content, C, then Q_1 A_1 Q_2 A_2 ... (CoMa, section 3.1)."""
         template = self.template
-        pictures = [self.picture(open_image(x)) for x in item.images]
         # With K = 0 a dialogue's content has no turn of its own: Q_1 follows it.
         own_turn = bool(self.compress_ids) or not turns
-        parts = [Part(template.head_ids, HEAD), *self.content(item, pictures, own_turn)]
-        lead, before = [], "\n"  # what stands before a question: ids, and text
+        content, images = self.content(item, own_turn)
+        parts = [Part(template.head_ids, HEAD), *content]
+        turn_ids, before = [], "\n"  # what stands before a question: ids, and text
         if own_turn:
             parts.append(Part(template.answer_ids, CONTENT))  # the assistant begins
             parts.append(Part(self.compress_ids, COMPRESS))
-            lead, before = template.turn_ids, template.before_question
+            turn_ids, before = template.turn_ids, template.before_question
         for question, answer in turns:
             pieces = spell(self.tokenizer, question, before, template.after_text)
-            asked = lead + pieces.before + pieces.text + pieces.after + template.answer_ids
-            parts.append(Part(asked, QUESTION))
+            question_ids = turn_ids + pieces.before + pieces.text + pieces.after
+            parts.append(Part(question_ids + template.answer_ids, QUESTION))
             parts.append(Part(spell(self.tokenizer, answer).text + template.end_ids, ANSWER))
             # The answer ends with the token that the template's next turn would begin with.
-            lead, before = template.turn_ids[len(template.end_ids) :], template.before_question
+            turn_ids = template.turn_ids[len(template.end_ids) :]
+            before = template.before_question
         cut = shorten(parts, len(turns), self.max_length)
-        tokens = self.columns(parts)
+        tokens = self.join_parts(parts)
         if not len(tokens["input_ids"]):
             raise InputError(f"nothing to embed in {item}: text and picture are empty")
-        return Row(tokens, join_images([p.images for p in pictures]), cut)
+        return Row(tokens, images, cut)
 
-    def content(self, item, pictures, own_turn) -> list:
-        """The parts of an Item: text, picture, text, ..., text."""
+    def content(self, item, own_turn) -> tuple:
+        """-> (the parts of an Item: text, picture, text, ..., text; its image tensors)."""
         texts = item.text.split(IMAGE)
-        if len(texts) - 1 != len(pictures):
-            count = f"{len(texts) - 1} {IMAGE} for {len(pictures)} pictures"
+        if len(texts) - 1 != len(item.images):
+            count = f"{len(texts) - 1} {IMAGE} for {len(item.images)} pictures"
             raise InputError(f"{count} in {item!s:.200}: one where each goes")
+        pictures = [self.picture(open_image(x)) for x in item.images]  # opened here, and no earlier
         parts = []
         for i, text in enumerate(texts):
             before = self.template.before_text if i == 0 else ""
@@ -258,22 +259,22 @@ class Collator:
                 after = STYLES[self.style] + self.template.after_text
             pieces = spell(self.tokenizer, text, before, after)
             parts.append(Part(pieces.before, HEAD))
-            parts.append(Part(pieces.text, CONTENT, own=True))  # may be shortened
+            parts.append(Part(pieces.text, CONTENT, may_shrink=True))
             parts.append(Part(pieces.after, CONTENT))
             if not is_last:
                 columns = pictures[i].columns
                 parts.append(Part(columns["input_ids"], CONTENT, columns))
-        return parts
+        return parts, join_images([picture.images for picture in pictures])
 
-    def columns(self, parts) -> dict:
+    def join_parts(self, parts) -> dict:
         """Parts -> token columns {input_ids, roles, ...: (L,)}; zero where a part has none."""
         columns = {key: [] for key in self.token_keys}
         for part in parts:
             ids = torch.as_tensor(part.ids, dtype=torch.long)
             roles = torch.full_like(ids, part.role)
-            own = {**part.columns, "input_ids": ids, "roles": roles}
+            values = {**part.columns, "input_ids": ids, "roles": roles}
             for key, pieces in columns.items():
-                pieces.append(own.get(key, torch.zeros_like(ids)))  # 0: as text has it
+                pieces.append(values.get(key, torch.zeros_like(ids)))  # 0: as text has it
         return {key: torch.cat(pieces) for key, pieces in columns.items()}
 
     def pad_rows(self, rows, device=None) -> dict:
@@ -281,10 +282,11 @@ class Collator:
         L), and the image tensors of all rows end to end."""
         inputs = {}
         for key in self.token_keys:
-            pad = self.pad if key == "input_ids" else PAD
-            inputs[key] = pad_sequence([row.tokens[key] for row in rows], True, pad)  # (B, L)
+            pad = self.pad if key == "input_ids" else 0
+            column = [row.tokens[key] for row in rows]
+            inputs[key] = pad_sequence(column, batch_first=True, padding_value=pad)  # (B, L)
         inputs["attention_mask"] = (inputs["roles"] != PAD).long()  # (B, L)
-        inputs.update(join_images([row.images for row in rows]))  # not one row per image
+        inputs.update(join_images([row.images for row in rows]))  # (n, ...), see Row
         if device is None:
             return inputs
         return {key: x.to(device, non_blocking=True) for key, x in inputs.items()}
@@ -292,7 +294,7 @@ class Collator:
     def __call__(self, items, turns=None) -> dict:
         """Items (and the turns of each) -> padded model inputs."""
         pairs = zip(items, turns or [()] * len(items), strict=True)
-        return self.pad_rows([self.row(item, asked) for item, asked in pairs])
+        return self.pad_rows([self.row(item, its_turns) for item, its_turns in pairs])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from model import load_for
 from plumbing import ranks, table
 from plumbing.config import Flags, flag
 from plumbing.ranks import say
-from plumbing.weights import newest
+from plumbing.weights import first_model
 
 
 @dataclass
@@ -40,8 +40,7 @@ def precision_at_1(q, c, candidates, tie=1e-6) -> float:
     q (n, D) and c (m, D) unit-length, candidates[i]: rows of c, the right one first. A tie with the
     right one is not a hit: with `argmax`, a collapsed model (all embeddings equal) would score 100
     %, for the right one stands at index 0. NaN is never a hit. Several candidates that *are* the
-    right one (the same row of c) count as one. 1 / len(candidates) on average when the embeddings
-    carry no information."""
+    right one (the same row of c) count as one. By chance 1 / (a query's distinct candidates)."""
     hits = 0
     for i, rows in enumerate(candidates):
         scores = c[rows] @ q[i]  # (len(rows),) cosines
@@ -69,8 +68,8 @@ def summary(sets) -> dict:
         meta_tasks[name] = mean([row for row in rows if row["meta_task"] == name])
     return {
         "meta_tasks": meta_tasks,
-        "ind": mean([row for row in rows if not row["ood"]]),  # the 20 trained sets
-        "ood": mean([row for row in rows if row["ood"]]),  # the 16 others
+        "ind": mean([row for row in rows if not row["ood"]]),  # MMEB: 20 sets
+        "ood": mean([row for row in rows if row["ood"]]),  # MMEB: 16
         "overall": mean(rows),
     }
 
@@ -100,7 +99,7 @@ def score(embedder, task, cfg) -> dict:
     """One set: each distinct item is encoded once, then Precision@1."""
     row_of, items = {}, []  # an item's key -> its row of z
 
-    def encoded(item):
+    def row_number(item):
         if item.key not in row_of:
             row_of[item.key] = len(items)
             items.append(item)
@@ -108,8 +107,8 @@ def score(embedder, task, cfg) -> dict:
 
     queries, candidates = [], []  # as rows of z
     for query, choices in task.queries:
-        queries.append(encoded(query))
-        candidates.append([encoded(choice) for choice in choices])
+        queries.append(row_number(query))
+        candidates.append([row_number(choice) for choice in choices])
     z = encode_sharded(embedder, items, cfg, task.name)  # (items, D)
     result = {
         "p_at_1": precision_at_1(z[queries], z, candidates),  # 0 ... 1
@@ -130,7 +129,7 @@ def main(cfg):
     """The table, from flags to the overall mean."""
     # 1. The model and the tasks.
     device = ranks.setup()
-    cfg.model = cfg.model or newest("out/contrastive", "out/pretrain")
+    cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
     embedder = load_for(cfg, device)
     say(f"evaluating {cfg.model}")
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)

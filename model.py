@@ -3,9 +3,9 @@
     from model import load
     z = load("out/contrastive").encode(["a red circle", Image.open("a.png")])  # (2, D), unit length
 
-Legend, for all files: B pairs on this rank - N = world * B pairs the loss sees - L sequence -
-P image tokens - K compression tokens - D width - V vocabulary; q, t query and target - h hidden
-states - z unit-length embeddings.
+Legend, for all files: B pairs on this rank - N = world * B pairs the loss sees - M columns, all
+ranks' targets and hard negatives - P right targets of a query - L sequence - K compression tokens -
+D width - V vocabulary - n answer tokens; q, t query and target - h hidden states - z unit length.
 
 Top to bottom: pooling - Embedder - the K tokens - load and save - what is trained. What differs
 between families of MLLMs is in plumbing/families.py, files and adapters in plumbing/weights.py.
@@ -55,8 +55,7 @@ class Embedder(nn.Module):
     """An MLLM (any `AutoModelForImageTextToText`) that turns an input into one unit-length vector.
 
     settings: K compression tokens; pooling, the "mean" of them or the "last" token; prompt style,
-    see plumbing/template.py. adapter: peft's wrapper around the MLLM where it has LoRA, else
-    None."""
+    see plumbing/template.py. adapter (see set_adapter): peft's wrapper around the MLLM, or None."""
 
     def __init__(self, mllm, processor, settings, max_length=0):
         super().__init__()
@@ -64,9 +63,9 @@ class Embedder(nn.Module):
         self.K, self.pooling, self.style = settings
         ids = processor.tokenizer.convert_tokens_to_ids(compression_tokens(self.K))
         self.collate = Collator(processor, ids, self.style, max_length)  # Items -> inputs
-        self.wear(None)
+        self.set_adapter(None)
 
-    def wear(self, adapter):
+    def set_adapter(self, adapter):
         """Notes the wrapper. Trap: as a submodule, the MLLM's weights would count twice."""
         object.__setattr__(self, "adapter", adapter)
 
@@ -84,7 +83,7 @@ class Embedder(nn.Module):
         sequential = self.style == "vlm2vec"
         arguments["position_ids"] = families.position_ids(self.mllm, inputs, sequential)
         arguments["attention_mask"] = families.attention_mask(self.mllm, inputs, mask)
-        with self.autocast():
+        with self.autocast():  # .model: all of it but the language model's head
             return self.mllm.model(**arguments, **extra, use_cache=False)
 
     def hidden(self, inputs, mask=None):
@@ -105,7 +104,7 @@ class Embedder(nn.Module):
             z = compression_pool(h, inputs["attention_mask"], self.K)  # (B, D)
         else:
             z = last_token_pool(h, inputs["attention_mask"])  # (B, D)
-        z = sharding.touch_tower(self, z, inputs)
+        z = sharding.touch_tower(self, z, inputs)  # as it is: only FSDP needs this
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
 
     @torch.no_grad()
@@ -119,7 +118,7 @@ class Embedder(nn.Module):
         if isinstance(items, str | Path):
             raise InputError(f"encode: takes a list; [{items!r}] for a single one")
         items = [Item.of(x) for x in items]
-        budget = by_device(chunk_tokens, CHUNK_TOKENS, self.device)
+        chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, self.device)
         width = self.mllm.get_input_embeddings().weight.shape[1]  # D
         z = np.full((len(items), width), np.nan, np.float32)  # NaN: not read
 
@@ -135,7 +134,7 @@ class Embedder(nn.Module):
                 if len(readable) < len(rows):  # the others are errors
                     bad.extend(str(row) for row in rows if not isinstance(row, Row))
                 lengths = [rows[i].length for i in readable]
-                for chunk in token_chunks(lengths, budget):
+                for chunk in token_chunks(lengths, chunk_tokens):
                     places = [readable[i] for i in chunk]  # in the window
                     inputs = self.collate.pad_rows([rows[i] for i in places], self.device)
                     z[[start + i for i in places]] = self(inputs).float().cpu().numpy()
@@ -156,8 +155,8 @@ def add_compression_tokens(mllm, tokenizer, K):
     """K new special tokens with embedding rows of their own, where the checkpoint has none yet."""
     old = len(tokenizer)
     new = tokenizer.add_tokens(compression_tokens(K), special_tokens=True)  # how many it lacked
-    spare = mllm.get_input_embeddings().weight.shape[0]  # some models have rows to spare
-    rows = max(spare, len(tokenizer))
+    present = mllm.get_input_embeddings().weight.shape[0]  # some models have rows to spare
+    rows = max(present, len(tokenizer))
     table = mllm.resize_token_embeddings(rows, mean_resizing=False).weight.data  # (rows, D)
     if new:
         known = table[:old].float()
@@ -185,7 +184,7 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
     add_compression_tokens(mllm, processor.tokenizer, settings.K)
     adapter = weights.load_adapter(mllm, path) if has_adapter else None
     embedder = Embedder(mllm, processor, settings, options.max_length)
-    embedder.wear(adapter)
+    embedder.set_adapter(adapter)
     if device.type == "cpu":
         return embedder.float()  # bfloat16 is slow there
     return embedder.to(device)
@@ -213,7 +212,7 @@ def merge(embedder):
     """Folds the adapter into the weights: the same embeddings from a plain model."""
     if embedder.adapter:
         embedder.mllm = embedder.adapter.merge_and_unload().requires_grad_()  # peft froze it
-        embedder.wear(None)
+        embedder.set_adapter(None)
     return embedder
 
 
@@ -225,7 +224,7 @@ def choose_trained(embedder, cfg):
     weights; the vision tower stays as it is with LoRA or --freeze-vision."""
     if cfg.lora_rank and not embedder.adapter:
         adapter = weights.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)
-        embedder.wear(adapter)
+        embedder.set_adapter(adapter)
     if not embedder.adapter and cfg.freeze_vision:
         families.vision_tower(embedder.mllm).requires_grad_(False)
     # What is trained is float32; what is frozen bfloat16 on a GPU.
@@ -235,7 +234,7 @@ def choose_trained(embedder, cfg):
         elif embedder.device.type == "cuda":
             p.data = p.data.to(torch.bfloat16)
     if cfg.checkpointing:
-        embedder.mllm.gradient_checkpointing_enable({"use_reentrant": False})  # the exact kind
+        embedder.mllm.gradient_checkpointing_enable({"use_reentrant": False})  # works with LoRA
     ranks.say(weights.describe(embedder))
 
 

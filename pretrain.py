@@ -10,7 +10,7 @@ A picture, then K learnable compression tokens, then a dialogue about the pictur
 
     [image] C_1 ... C_K  Q_1 A_1 Q_2 A_2 ...
 
-Attention is causal, but what stands after C never sees what stands before C. Trained to answer
+Attention is causal, but what stands after C never sees the content before C. Trained to answer
 questions that it cannot foresee, the model must put all of the picture into the K tokens.
 
 Reads dialogues; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpoints.
@@ -61,9 +61,9 @@ def compression_mask(roles) -> torch.Tensor:
     i = torch.arange(roles.shape[1], device=roles.device)  # (L,)
     causal = i[:, None] >= i[None, :]  # (L, L) row attends to column
     after_code = roles[:, :, None] > COMPRESS  # (B, L, 1) the rows of questions and answers
-    before_code = roles[:, None, :] == CONTENT  # (B, 1, L) the columns of picture and text
-    real = roles[:, None, :] != PAD  # (B, 1, L)
-    mask = causal & real & ~(after_code & before_code)  # (B, L, L)
+    is_content = roles[:, None, :] == CONTENT  # (B, 1, L) picture and text; HEAD stays visible
+    is_real = roles[:, None, :] != PAD  # (B, 1, L)
+    mask = causal & is_real & ~(after_code & is_content)  # (B, L, L)
     # Trap: a padding row that may attend to nothing makes NaN; each token may attend to itself.
     mask = mask | (i[:, None] == i[None, :])
     return mask[:, None]
@@ -138,8 +138,8 @@ def accumulate(embedder, examples, cfg, reference=None):
     mine = sum(int((row.tokens["roles"] == ANSWER).sum()) for row in rows)
     tokens = ranks.all_sum(mine)  # of all ranks: known before the first backward pass
     loss_sum, right, answers = 0.0, 0, 0
-    budget = by_device(cfg.chunk_tokens, CHUNK_TOKENS, embedder.device)
-    for chunk in token_chunks([row.length for row in rows], budget):
+    chunk_tokens = by_device(cfg.chunk_tokens, CHUNK_TOKENS, embedder.device)
+    for chunk in token_chunks([row.length for row in rows], chunk_tokens):
         inputs = embedder.collate.pad_rows([rows[i] for i in chunk], embedder.device)
         logits, labels = answer_logits(embedder, inputs, cfg.compress)
         if reference:
@@ -161,14 +161,14 @@ def teacher(embedder):
     dialogue without C. -> (its collator, function(rows) -> logits (n, V))."""
     frozen = copy.deepcopy(embedder.mllm).eval().requires_grad_(False)
     # K = 0: its rows have no code, and its mask is off.
-    plain = Embedder(frozen, embedder.processor, Settings(0, "last", embedder.style))
+    uncompressed = Embedder(frozen, embedder.processor, Settings(0, "last", embedder.style))
 
     @torch.no_grad()
     def logits(rows):
-        inputs = plain.collate.pad_rows(rows, embedder.device)
-        return answer_logits(plain, inputs, compress=False)[0]
+        inputs = uncompressed.collate.pad_rows(rows, embedder.device)
+        return answer_logits(uncompressed, inputs, compress=False)[0]
 
-    return plain.collate, logits
+    return uncompressed.collate, logits
 
 
 def main(cfg):
@@ -183,7 +183,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     # Before anything is trained: the teacher is the model as it comes.
-    plain, reference = teacher(embedder) if cfg.objective == "kl" else (None, None)
+    plain_collate, reference = teacher(embedder) if cfg.objective == "kl" else (None, None)
     choose_trained(embedder, cfg)
     optimizers = optim.make_optimizers(embedder, cfg)
 
@@ -192,12 +192,12 @@ def main(cfg):
     dialogues = read_dialogues(cfg.data, root, cfg.seed, cfg.turns, cfg.caption, cfg.texts)
     cfg.data_digest = digest_of([dialogues])  # a run is not resumed with other data
 
-    def local_batch(step):
+    def examples_of(step):
         examples = []
         for i in epoch_batch(len(dialogues), cfg, step, rank, world):
             d = ask_first(dialogues[i], cfg, step)
             row = embedder.collate.row(d.item, d.turns)
-            plain_row = plain.row(d.item, d.turns) if plain else None
+            plain_row = plain_collate.row(d.item, d.turns) if plain_collate else None
             examples.append(Example(row, plain_row, d.id))
         return examples
 
@@ -206,17 +206,17 @@ def main(cfg):
     ranks.say(f"{len(dialogues):,} dialogues, {cfg.batch} a step over {world} rank(s)")
     log = Log(cfg, start)
     embedder.train()
-    batches = prefetch(local_batch, range(start, cfg.steps), cfg.workers)
+    batches = prefetch(examples_of, range(start, cfg.steps), cfg.workers)
     for step, examples in log.steps(batches):
         # ------------------------------------------------------------------------------------------
         lr = optim.begin_step(optimizers, step, cfg)
-        loss, right, tokens = accumulate(embedder, examples, cfg, reference)
+        loss, exact, tokens = accumulate(embedder, examples, cfg, reference)
         ranks.sum_gradients(embedder.parameters())
         ids = [x.id for x in examples]
         norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)
         # ------------------------------------------------------------------------------------------
         cut = sum(x.row.cut for x in examples)  # tokens that --max-length cost
-        numbers = {"loss": loss, "exact": right, "norm": norm, "lr": lr, "cut": cut}
+        numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
         log(step, (tokens, "answer tokens"), numbers)
         checkpoint.maybe_checkpoint(embedder, optimizers, cfg, step)
 

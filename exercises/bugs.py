@@ -23,8 +23,7 @@ import evaluate
 import model
 import pretrain
 from data import COMPRESS, PAD
-from exercises import ladder
-from exercises.planting import planted
+from exercises.planting import ROOT, TESTS, planted
 from plumbing import images, ranks
 from plumbing.errors import InputError
 from plumbing.formats import Lazy
@@ -253,10 +252,10 @@ def run(names, bug=None, hunting=False):
     """Runs tests in this process. -> Outcomes."""
     outcomes = Outcomes(hunting)
     options = ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:faulthandler", "-s"]
-    options += [f"--rootdir={ladder.ROOT}", "-c", str(ladder.ROOT / "pyproject.toml")]
+    options += [f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
     if hunting:
         options.append("-x")
-    paths = [str(ladder.TESTS / name) for name in names]
+    paths = [str(TESTS / name) for name in names]
     with plant(bug), contextlib.redirect_stdout(io.StringIO()):
         pytest.main([*options, *paths], plugins=[outcomes])
     return outcomes

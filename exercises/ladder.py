@@ -5,14 +5,13 @@ The reference is this repository's own functions: no second copy of a solution e
 import ast
 import functools
 import os
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from exercises.planting import ROOT
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-TESTS = ROOT / "tests"
 STUB = HERE / "stub.py"
 OWN = ROOT / "my_exercises.py"  # the student's file; hand_out.py puts it there
 CLOSED = {  # where the solutions stand: what a student's file may not import
@@ -22,10 +21,6 @@ CLOSED = {  # where the solutions stand: what a student's file may not import
     "evaluate": "evaluate.py",
     "plumbing": "plumbing/",
 }
-
-# pytest has tests/ on its path (pyproject.toml); `python -m exercises.bugs` starts before pytest.
-if str(TESTS) not in sys.path:
-    sys.path.append(str(TESTS))
 
 
 class Exercise(NamedTuple):

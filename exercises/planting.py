@@ -2,7 +2,14 @@
 
 import sys
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+# pytest has tests/ on its path (pyproject.toml); `python -m exercises.bugs` starts before pytest.
+if str(TESTS) not in sys.path:
+    sys.path.append(str(TESTS))
 
 # Not exercises/: mistakes.py there keeps the functions that it is built on.
 OURS = ("data", "model", "pretrain", "contrastive", "evaluate", "plumbing", "toy")

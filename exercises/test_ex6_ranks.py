@@ -12,7 +12,7 @@ import pytest
 import torch
 from checks import equal, expect
 
-from exercises import ladder
+from exercises import ladder, planting
 from exercises.two_ranks import CHECKS, WRONG
 
 pytestmark = pytest.mark.ex6
@@ -25,7 +25,7 @@ def environment():
     variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     variables["OMP_NUM_THREADS"] = "1"
     variables["CUDA_VISIBLE_DEVICES"] = ""
-    variables["PYTHONPATH"] = os.pathsep.join([str(ladder.ROOT), str(ladder.TESTS)])
+    variables["PYTHONPATH"] = os.pathsep.join([str(planting.ROOT), str(planting.TESTS)])
     return variables
 
 

@@ -1,7 +1,8 @@
 """Flags: a dataclass whose fields become a command line. Each default exists once.
 
-`ModelFlags` are those of everything that loads a model, `Flags` add the data, `TrainingFlags` what
-both training stages share. Each stage adds its own, or other defaults, in its `Config`."""
+`ModelFlags` are those of everything that loads a model, `Flags` those of the three stages,
+`TrainingFlags` what both training stages share. Each stage adds its own, or other defaults, in its
+`Config`."""
 
 import argparse
 import dataclasses
@@ -57,7 +58,6 @@ class ModelFlags:
     """The flags of everything that loads a model."""
 
     model: str = flag("toy", "toy, toy-random, a folder, or a hub id")
-    seed: int = flag(0, "of data, dropout and LoRA's start")
     compress_tokens: int | None = flag(None, "K; default: the checkpoint's, else 4 (the paper: 32)")
     pooling: str | None = flag(None, "of the K tokens, or the last one", ["mean", "last"])
     prompt: str | None = flag(None, "prompt style", list(STYLES))
@@ -66,7 +66,6 @@ class ModelFlags:
     max_pixels: int = flag(0, "largest picture (Qwen family), pixels; the paper: 1024 x 28 x 28")
     max_length: int = flag(0, "most tokens of a row; longer ones lose text in the middle; 0: any")
     chunk_tokens: int | None = flag(None, f"padded tokens at a time; default: {CHUNK_TOKENS}")
-    workers: int = flag(1, "loader processes of a rank")
 
     @classmethod
     def parse(cls, argv=None):
@@ -94,6 +93,8 @@ class Flags(ModelFlags):
 
     data: str = flag("shapes", "shapes (the toy world), a .jsonl, a folder or hub id like MMEB")
     image_root: str = flag("", "where the pictures are; empty: beside the data")
+    seed: int = flag(0, "of data, dropout and LoRA's start")
+    workers: int = flag(1, "loader processes of a rank")
 
 
 @dataclasses.dataclass

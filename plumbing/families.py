@@ -1,9 +1,7 @@
-"""What differs between families of MLLMs: how a picture is written, position ids, the form of an
-attention mask, where the vision tower is.
+"""What differs between families of MLLMs: processors, position ids, the form of an attention mask,
+where the vision tower is.
 
 Read on Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA-NeXT, Idefics3 / SmolVLM, Gemma 3 and InternVL 3."""
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +19,7 @@ RENAMED = {
 }
 
 
-# --------------------------------------------------------------------------------------- pictures
-
-
-class EncodedPicture(NamedTuple):
-    """A picture as the processor writes it: token columns {input_ids, ...: (L,)}, and the image
-    tensors {pixel_values, ...: (n, ...)}."""
-
-    columns: dict
-    images: dict
-
-
-def encode_picture(processor, marker, image) -> EncodedPicture:
-    """marker: the template's text around and for one picture."""
-    encoded = processor(
-        text=[marker], images=[image], add_special_tokens=False, return_tensors="pt"
-    )
-    encoded.pop("attention_mask", None)
-    columns, images = {}, {}
-    for key, value in encoded.items():
-        if key == "input_ids" or "type_ids" in key:
-            columns[key] = value[0]
-        else:
-            images[key] = value
-    return EncodedPicture(columns, images)
+# ------------------------------------------------------------------------------------ its processor
 
 
 def images_only(base):

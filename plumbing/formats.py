@@ -67,6 +67,20 @@ def digest_of(sets) -> int:
     return sum(len(x) + x.source.digest for x in sets) % 2**32
 
 
+def choose(subsets, names) -> dict:
+    """ "A:1000,B" -> {"A": 1000, "B": None}; "" -> all there are. InputError for other names."""
+    if not subsets:
+        return {name: None for name in names}
+    chosen = {}
+    for word in subsets.split(","):
+        name, _, rows = word.partition(":")
+        if name not in names or (rows and not (rows.isdigit() and int(rows))):
+            choices = ",".join(names)
+            raise InputError(f"--subsets {name}:{rows}: choose name or name:rows of {choices}")
+        chosen[name] = int(rows) if rows else None
+    return chosen
+
+
 # -------------------------------------------------------------------------------------- one record
 
 

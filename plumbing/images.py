@@ -103,6 +103,32 @@ def zip_names(path):
         raise InputError(f"{path}: {e}; download the zip file again") from e
 
 
+# ------------------------------------------------------------------------------- as model inputs
+
+
+class EncodedPicture(NamedTuple):
+    """A picture as the processor writes it: token columns {input_ids, ...: (L,)}, and the image
+    tensors {pixel_values, ...: (n, ...)}."""
+
+    columns: dict
+    images: dict
+
+
+def encode_picture(processor, marker, image) -> EncodedPicture:
+    """marker: the template's text around and for one picture."""
+    encoded = processor(
+        text=[marker], images=[image], add_special_tokens=False, return_tensors="pt"
+    )
+    encoded.pop("attention_mask", None)
+    columns, images = {}, {}
+    for key, value in encoded.items():
+        if key == "input_ids" or "type_ids" in key:
+            columns[key] = value[0]
+        else:
+            images[key] = value
+    return EncodedPicture(columns, images)
+
+
 def join_images(rows) -> dict:
     """The image tensors {key: (n, ...)} of several rows, end to end; a row may have none."""
     keys = dict.fromkeys(key for images in rows for key in images)

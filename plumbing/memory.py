@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 from plumbing.config import CHUNK_TOKENS, KEEP_GRAPHS, by_device
 from plumbing.errors import InputError
 from plumbing.families import vision_tower
-from plumbing.ranks import all_sum, say
+from plumbing.ranks import all_sum, gather_objects, say
 
 
 class Budget(NamedTuple):
@@ -59,13 +59,12 @@ def all_fit(fits=True):
 
 def fits_into_memory(attempt, chunk_tokens) -> bool:
     """Runs attempt(chunk_tokens). Its graphs are gone when this returns False."""
+    fits = True
     try:
         try:
             attempt(chunk_tokens)
         except torch.OutOfMemoryError:
-            fits = False
-        else:
-            fits = True
+            fits = False  # and no more in here: the traceback keeps the graphs
         all_fit(fits)
     except DoesNotFit:
         return False
@@ -74,10 +73,10 @@ def fits_into_memory(attempt, chunk_tokens) -> bool:
 
 def until_it_fits(attempt, chunk_tokens, longest, start_over) -> int:
     """Runs attempt(chunk_tokens), with half of it each time that some rank runs out of memory;
-    between two attempts start_over(). longest: tokens of the longest row, which no budget can cut.
-    -> the chunk_tokens that fitted."""
+    between two attempts start_over(). longest: tokens of this rank's longest row, which no budget
+    can cut. -> the chunk_tokens that fitted."""
     while not fits_into_memory(attempt, chunk_tokens):
-        if chunk_tokens < longest:
+        if chunk_tokens < min(gather_objects(longest)):  # every row of every rank stands alone
             raise InputError(
                 f"out of memory at --chunk-tokens {chunk_tokens}: try half of it, "
                 "--checkpointing, or less --max-pixels"
@@ -89,18 +88,34 @@ def until_it_fits(attempt, chunk_tokens, longest, start_over) -> int:
 
 
 def meeting(loss_of):
-    """GradCache's `loss_of`, where all ranks learn first whether pass 1 fitted on all of them."""
+    """GradCache's `loss_of`, where all ranks learn first whether pass 1 fitted on all of them. From
+    there the ranks are in the loss together, its backward pass too, and there is no way back."""
 
     def loss_together(z):
         all_fit()
         try:
-            return loss_of(z)
-        except torch.OutOfMemoryError as e:  # the ranks are in the loss together: no way back
-            raise InputError(
-                f"out of memory in the loss; smaller chunks do not help: {e}"
-            ) from None
+            loss = loss_of(z)
+            (gradient,) = torch.autograd.grad(loss, z)
+        except torch.OutOfMemoryError as e:
+            text = f"out of memory in the loss, where smaller chunks do not help: {e!s:.120}"
+            raise InputError(f"{text}; take a smaller --batch") from None
+        return KnownGradient.apply(z, loss.detach(), gradient)
 
     return loss_together
+
+
+class KnownGradient(torch.autograd.Function):
+    """A loss whose gradient with respect to z has been computed already."""
+
+    @staticmethod
+    def forward(ctx, z, loss, gradient):
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient, None, None
 
 
 # ---------------------------------------------------------------------------------- a frozen tower

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing.errors import InputError, needs
-from plumbing.formats import Lazy, Source, located, parse_content
+from plumbing.formats import Lazy, Source, choose, located, parse_content
 from plumbing.hub import fetch
 from plumbing.images import Images
 
@@ -174,17 +174,3 @@ def find_subsets(source, subsets, pattern) -> tuple:
         raise InputError(f"--data {source}: no <subset>/{pattern} in it, as MMEB has")
     chosen = choose(subsets, files_of)
     return root, {name: (rows, files_of[name]) for name, rows in chosen.items()}
-
-
-def choose(subsets, names) -> dict:
-    """ "A:1000,B" -> {"A": 1000, "B": None}; "" -> all there are. InputError for other names."""
-    if not subsets:
-        return {name: None for name in names}
-    chosen = {}
-    for word in subsets.split(","):
-        name, _, rows = word.partition(":")
-        if name not in names or (rows and not (rows.isdigit() and int(rows))):
-            choices = ",".join(names)
-            raise InputError(f"--subsets {name}:{rows}: choose name or name:rows of {choices}")
-        chosen[name] = int(rows) if rows else None
-    return chosen

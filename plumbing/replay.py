@@ -6,7 +6,8 @@ import torch
 
 
 def rng_state() -> tuple:
-    """The state of every random number generator that dropout may draw from."""
+    """The state of the random number generators that dropout may draw from: the CPU's and the
+    current GPU's."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return torch.get_rng_state(), cuda
 

@@ -1,4 +1,5 @@
-"""Which examples a step takes: pure functions of (seed, step), so that resuming needs no replay."""
+"""Which dialogues a step of stage 1 takes: pure functions of (seed, step), so that resuming needs
+no replay. (Stage 2's batch is part of its idea: contrastive.py.)"""
 
 import random
 from dataclasses import replace

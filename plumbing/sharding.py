@@ -45,7 +45,7 @@ def whole_weights(embedder):
     return {name: weights[name] for name in names if name in weights}
 
 
-def in_step(embedder, embed, chunks) -> tuple:
+def in_lockstep(embedder, embed, chunks) -> tuple:
     """GradCache's `embed` and `chunks`, for a model that may be sharded. -> (embed, chunks).
 
     Sharded ranks meet inside every forward: who has fewer chunks begins with empty ones, which run
@@ -55,10 +55,10 @@ def in_step(embedder, embed, chunks) -> tuple:
         return embed, chunks
     idle = max(gather_objects(len(chunks))) - len(chunks)
     chunks = [[] for _ in range(idle)] + chunks
-    first = chunks[idle]
+    real = chunks[idle]  # the first one that is not empty
 
     def embed_together(chunk):
-        part = embed(chunk or first)[: len(chunk)]  # (len(chunk), D)
+        part = embed(chunk or real)[: len(chunk)]  # (len(chunk), D)
         is_last = chunk is chunks[0]
 
         def before_backward(grad):

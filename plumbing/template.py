@@ -1,4 +1,5 @@
-"""Chat templates: what a model's own template writes around a user's words, found by rendering it.
+"""Chat templates: what a model's own template writes around a user's words, found by rendering it;
+the parts of a row, and how one that is too long is shortened.
 
 A row is tokenized as other programs would: template text and user text in one piece, for "." and a
 newline may be one token; but a special token that a user spells out stays text."""
@@ -137,12 +138,12 @@ def before_first_special(tokenizer, text) -> tuple:
 
 class Part(NamedTuple):
     """A stretch of a row with one role. `columns`: what else a picture's tokens carry, as
-    mm_token_type_ids. `own`: text of the user's, which may be shortened."""
+    mm_token_type_ids. `may_shrink`: text of the user's."""
 
     ids: Sequence
     role: int
     columns: dict = {}
-    own: bool = False
+    may_shrink: bool = False
 
 
 def shorten(parts, turns, max_length) -> int:
@@ -155,8 +156,8 @@ def shorten(parts, turns, max_length) -> int:
             del parts[-2:]
             turns -= 1
         else:
-            own = [i for i, part in enumerate(parts) if part.own]
-            longest = max(own, key=lambda i: len(parts[i].ids))
+            texts = [i for i, part in enumerate(parts) if part.may_shrink]
+            longest = max(texts, key=lambda i: len(parts[i].ids))
             ids, over = parts[longest].ids, length - max_length
             if not ids:
                 over = f"{over} tokens too many without any text"

@@ -1,5 +1,5 @@
 """A folder or hub id -> model and processor, and back: safetensors only, no code from elsewhere;
-LoRA adapters in peft's format."""
+LoRA adapters in peft's format; K, pooling and prompt as flags and checkpoint say together."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def agreed(key, asked, stored, name):
     return asked
 
 
-def newest(*folders) -> str:
+def first_model(*folders) -> str:
     """The first of these folders that holds a model, else "toy"."""
     for folder in folders:
         if Path(folder, "config.json").exists():

@@ -1,6 +1,8 @@
 """Fixtures that the tests share. Everything runs on the CPU, on one thread, without a network."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -28,3 +30,26 @@ def embedder():
 def shared():
     """One toy-random embedder for all tests that only read it."""
     return toy()
+
+
+@pytest.fixture(scope="session")
+def once(request, tmp_path_factory):
+    """once(name, fill) -> a folder that fill(folder) has filled, once for all of `pytest -n`'s
+    processes: whoever asks second waits for the first."""
+    top = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # one of several: the folder of them all
+        top = top.parent
+
+    def folder_of(name, fill):
+        import fcntl  # not at the top: Windows has none, and most tests need none
+
+        folder = top / name
+        with open(top / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                part = Path(tempfile.mkdtemp(dir=top))
+                fill(part)
+                part.rename(folder)
+        return folder
+
+    return folder_of

@@ -3,13 +3,16 @@
     torchrun --nproc-per-node 2 tests/ranks.py REFERENCES.pt RESULT.json
 
 REFERENCES.pt holds what one process computed on the whole batch, the plain way; rank 0 writes how
-far each setting's gradient is from it, on the rank where it is farthest."""
+far each rank's gradient is from it in each setting."""
 
+import functools
 import itertools
 import json
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -20,12 +23,18 @@ from checks import distance, toy  # noqa: E402
 import contrastive  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
+import plumbing.ranks  # noqa: E402
 import pretrain  # noqa: E402
-from data import IMAGE, Item, Lazy, Pair  # noqa: E402
-from shapes import COLORS, SHAPES, Scene, Shapes  # noqa: E402
+from data import IMAGE, Item, Pair, read_dialogues  # noqa: E402
+from plumbing import sharding  # noqa: E402
+from plumbing.formats import Lazy  # noqa: E402
+from plumbing.memory import Budget, token_chunks  # noqa: E402
+from plumbing.ranks import gather_objects, rank, sum_gradients, world  # noqa: E402
+from toy.world import COLORS, SHAPES, Scene  # noqa: E402
 
 TEMPERATURE = 0.1
-LORA = dict(lora_rank=4, lora_alpha=8, lora_dropout=0.0)
+SOME = Budget(chunk_tokens=200)  # several rows a chunk, several chunks; one graph kept
+MOST = 10**6  # a budget, and a number of graphs, that takes everything
 
 
 # ------------------------------------------------------------------------------------------ a batch
@@ -34,12 +43,12 @@ LORA = dict(lora_rank=4, lora_alpha=8, lora_dropout=0.0)
 def picture_pair(i):
     """A picture -> one or two captions, with 0-2 hard negatives, one of them a picture; 1 and 4
     have the same caption."""
-    scene = Shapes(seed=1).dialogue(1 if i == 4 else i).item.images[0]
+    scene = read_dialogues(seed=1)[1 if i == 4 else i].item.images[0]
     targets = [Item(scene.describe()), Item("a picture of " + scene.describe())]
     crop = Scene(scene.objects[:1], view=scene.objects[0].place)
-    negatives = [Item(f"a small {c} cross") for c in list(COLORS)[: i % 3]]
+    negatives = [Item(f"a small {color} cross") for color in list(COLORS)[: i % 3]]
     negatives = [Item(IMAGE, (crop,))] if i == 5 else negatives
-    query = Item(IMAGE + " which text?" * (i % 2), (scene,))
+    query = Item(f"{IMAGE} which text?" if i % 2 else IMAGE, (scene,))
     return Pair(query, tuple(targets[: 1 + (i % 3 == 0)]), tuple(negatives))
 
 
@@ -53,6 +62,7 @@ def word_pair(i):
 PAIRS = {"pictures": Lazy(6, picture_pair), "words": Lazy(6, word_pair)}
 
 
+@functools.cache
 def batch_config():
     """16 pairs: two blocks of 4 with pictures, then two of text alone: the last rank sees no
     picture."""
@@ -63,17 +73,33 @@ def batch_config():
             return cfg
 
 
-def batch_of(embedder, rank=0, world=1):
+def batch_of(embedder, rank=0, world=1) -> contrastive.Batch:
     return contrastive.local_batch(PAIRS, embedder.collate, batch_config(), 0, rank, world)
 
 
-# ------------------------------------------------------------------------------------- the settings
+# ------------------------------------------------------------------------------------ what is run
 
 
-def build(trained="all", dtype=torch.float64, lora_dropout=0.0, **more):
+class Result(NamedTuple):
+    """What a step computed."""
+
+    loss: float
+    top1: float
+    grad: torch.Tensor  # all of it, flat
+    columns: int = 0
+    chunk_tokens: int = 0
+
+
+FLAGS = {
+    "all": {},
+    "frozen": {"freeze_vision": True},
+    "lora": {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0},
+}
+
+
+def build(trained="all", dtype=torch.float64, **more):
     """An embedder of which everything, all but the vision tower, or a LoRA adapter is trained."""
-    flags = {"all": {}, "frozen": dict(freeze_vision=True), "lora": LORA}[trained]
-    flags = flags | dict(lora_dropout=lora_dropout) | more
+    flags = {**FLAGS[trained], **more}
     embedder = toy().to(dtype)
     model.choose_trained(embedder, contrastive.Config(model="toy-random", **flags))
     torch.manual_seed(2)
@@ -89,81 +115,114 @@ def gradient(embedder):
     for p in embedder.parameters():
         if p.requires_grad:
             grad = torch.zeros_like(p) if p.grad is None else p.grad
-            parts.append((grad.full_tensor() if hasattr(grad, "full_tensor") else grad).flatten())
-    return torch.cat(parts).clone()
+            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad  # sharded
+            parts.append(grad.flatten())
+    return torch.cat(parts)
 
 
-def plain_loss(z, labels, keys, temperature=TEMPERATURE):
+def plain_loss(z, batch):
     """InfoNCE the dense way, from the embeddings of B queries and then all targets. -> (loss,
     top1)."""
+    labels, keys = batch.labels, batch.keys
     B = len(labels)
-    scores = z[:B] @ z[B:].T / temperature
+    scores = z[:B] @ z[B:].T / TEMPERATURE
     nats, hits = [], 0
     for i in range(B):
         mine = labels[i][labels[i] >= 0]
         negative = scores[i][~torch.isin(keys, keys[mine])]
-        each = [
-            torch.cat([scores[i, p : p + 1], negative]).logsumexp(0) - scores[i, p] for p in mine
-        ]
+        each = []
+        for p in mine:
+            all_of_it = torch.cat([scores[i, p : p + 1], negative])
+            each.append(all_of_it.logsumexp(0) - scores[i, p])
         nats.append(torch.stack(each).mean())
         hits += int((scores[i, mine].max() > negative).all())
     return torch.stack(nats).mean(), hits / B
 
 
-def whole_batch(embedder):
-    """One forward pass of all rows, one loss, one backward pass. -> dict(loss, top1, grad)."""
-    batch = batch_of(embedder)
-    z = embedder(embedder.collate.pad_rows(batch["rows"]))
-    loss, top1 = plain_loss(z, batch["labels"], batch["keys"])
+def from_embeddings(embedder, z, batch) -> Result:
+    """One loss and one backward pass from z, which has the graph of all rows."""
+    loss, top1 = plain_loss(z, batch)
     embedder.zero_grad(set_to_none=True)
     loss.backward()
-    return dict(loss=loss.item(), top1=top1, grad=gradient(embedder))
+    return Result(loss.item(), top1, gradient(embedder), columns=len(batch.keys))
 
 
-def step(embedder, batch, chunk_tokens=200, **how):
-    """contrastive.gradcache_step on one rank's batch. -> dict(loss, top1, columns, grad)."""
+def whole_batch(embedder) -> Result:
+    """One forward pass of all rows, one loss, one backward pass."""
+    batch = batch_of(embedder)
+    return from_embeddings(embedder, embedder(embedder.collate.pad_rows(batch.rows)), batch)
+
+
+def step(embedder, batch, budget=SOME) -> Result:
+    """contrastive.gradcache_step on one rank's batch."""
     embedder.zero_grad(set_to_none=True)
-    out = contrastive.gradcache_step(
-        embedder, batch["rows"], batch["labels"], batch["keys"], TEMPERATURE, chunk_tokens, **how
-    )
-    return out | dict(grad=gradient(embedder))
+    out = contrastive.gradcache_step(embedder, batch, TEMPERATURE, budget)
+    return Result(out.loss, out.top1, gradient(embedder), out.columns, out.chunk_tokens)
 
 
-def answer_rows(embedder):
-    """Eight dialogues of 1 to 5 questions."""
-    dialogues = [Shapes().dialogue(i) for i in range(8)]
-    turns = [d.turns[: 1 + 2 * (i % 3)] for i, d in enumerate(dialogues)]
-    return [
-        dict(row=embedder.collate.row(d.item, t)) for d, t in zip(dialogues, turns, strict=True)
-    ]
+def forwards(batch, budget) -> int:
+    """How many chunks a batch has."""
+    return len(token_chunks([row.length for row in batch.rows], budget.chunk_tokens))
 
 
-def answers(embedder, rank=0, world=1, sum_gradients=model.sum_gradients):
-    """pretrain.accumulate, as a training step does it. -> dict(loss, top1, grad)."""
+def out_of_memory(embedder, number):
+    """Inside, forward pass number `number` (from 0) finds no memory; the others do."""
+    forward, counted = embedder.forward, itertools.count()
+
+    def short_of_memory(inputs):
+        if next(counted) == number:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(inputs)
+
+    return mock.patch.object(embedder, "forward", short_of_memory)
+
+
+def answers(embedder, rank=0, world=1, sum_gradients=sum_gradients) -> Result:
+    """pretrain.accumulate, as a training step does it, on eight dialogues of 1 to 5 questions."""
     embedder.zero_grad(set_to_none=True)
-    rows = answer_rows(embedder)[rank::world]
-    loss, right, _ = pretrain.accumulate(embedder, rows, pretrain.Config(chunk_tokens=250))
+    examples = []
+    for i in range(rank, 8, world):
+        d = read_dialogues()[i]
+        examples.append(pretrain.Example(embedder.collate.row(d.item, d.turns[: 1 + 2 * (i % 3)])))
+    loss, right, _ = pretrain.accumulate(embedder, examples, pretrain.Config(chunk_tokens=250))
     sum_gradients(embedder.parameters())
-    return dict(loss=loss, top1=right, grad=gradient(embedder))
+    return Result(loss, right, gradient(embedder))
 
 
-def encodings(embedder):
-    """evaluate.encode_sharded of a few items, as "grad"."""
-    items = [x for i in range(3) for x in (picture_pair(i).query, *picture_pair(i).targets)]
+def encodings(embedder) -> Result:
+    """evaluate.encode_sharded of a few items, in the place of a gradient."""
+    items = []
+    for i in range(3):
+        pair = picture_pair(i)
+        items += [pair.query, *pair.targets]
     z = evaluate.encode_sharded(embedder, items, evaluate.Config(), "")
-    return dict(loss=0.0, top1=0.0, grad=torch.from_numpy(z))
+    return Result(0.0, 0.0, torch.from_numpy(z))
 
 
-def references():
-    """What one process gets, the plain way; for each setting of `SETTINGS` the one it must meet."""
-    narrow, wide = build(dtype=torch.float32), build()
-    return dict(
-        all=whole_batch(wide), all32=whole_batch(narrow), frozen=whole_batch(build("frozen")),
-        lora=whole_batch(build("lora")), answers=answers(narrow), encode=encodings(narrow),
-    )  # fmt: skip
+# ------------------------------------------------------------------------------------- the settings
 
 
-# ----------------------------------------------------------------------------- the script of a rank
+def contrast(embedder, budget=SOME) -> Result:
+    """A step on this rank's share."""
+    return step(embedder, batch_of(embedder, rank(), world()), budget)
+
+
+def contrast_sharded(embedder) -> Result:
+    sharding.shard(embedder)
+    return contrast(embedder)
+
+
+def contrast_short_of_memory(embedder, in_pass) -> Result:
+    """Rank 1 alone finds no memory for the second chunk of a pass; no rank keeps a graph."""
+    budget = SOME._replace(keep_graphs=0)
+    batch = batch_of(embedder, rank(), world())
+    number = 1 if in_pass == 1 else forwards(batch, budget) + 1
+    with out_of_memory(embedder, number if rank() == 1 else -1):
+        return step(embedder, batch, budget)
+
+
+def answers_of_rank(embedder, sum_gradients=sum_gradients) -> Result:
+    return answers(embedder, rank(), world(), sum_gradients)
 
 
 def wrong_mean(parameters):
@@ -172,84 +231,100 @@ def wrong_mean(parameters):
     sum_gradients(parameters)
     for p in parameters:
         if p.requires_grad:
-            p.grad /= model.world()
+            p.grad /= world()
 
 
 def wrong_local(grad, counts):
     """The typical mistake: the gradient that other ranks have for my targets never comes home."""
-    return grad.split(counts)[model.rank()]
+    return grad.split(counts)[rank()]
 
 
-def with_mistake(module, name, wrong, run, embedder):
-    right = getattr(module, name)
-    setattr(module, name, wrong)
-    try:
-        return run(embedder)
-    finally:
-        setattr(module, name, right)
+def with_mistake(embedder, name, wrong) -> Result:
+    with mock.patch.object(plumbing.ranks, name, wrong):
+        return contrast(embedder)
 
 
-def contrast(embedder, **how):
-    return step(embedder, batch_of(embedder, model.rank(), model.world()), **how)
+class Setting(NamedTuple):
+    reference: str  # what one process must have got
+    run: Callable  # embedder -> Result
 
 
-def sharded(embedder):
-    model.shard(embedder)
-    return contrast(embedder)
-
-
-sum_gradients = model.sum_gradients
-SETTINGS = {  # name -> (reference, what is built, what is run)
-    "one chunk at a time": ("all", {}, partial(contrast, chunk_tokens=1, keep=0)),
-    "chunks, one graph kept": ("all", {}, contrast),
-    "everything in one chunk": ("all", {}, partial(contrast, chunk_tokens=10**6)),
-    "float32": ("all32", dict(dtype=torch.float32), contrast),
-    "frozen vision, cached": (
-        "frozen",
-        dict(trained="frozen"),
-        partial(contrast, vision_cache="device"),
+SETTINGS = {
+    "one chunk at a time": Setting("all", lambda e: contrast(e, Budget(1, 0))),
+    "chunks, one graph kept": Setting("all", contrast),
+    "everything in one chunk": Setting("all", lambda e: contrast(e, Budget(MOST))),
+    "float32": Setting("all, float32", contrast),
+    "frozen vision, cached": Setting("frozen", lambda e: contrast(e, Budget(200, 1, "device"))),
+    "LoRA": Setting("lora", lambda e: contrast(e, Budget(200, 0, "host"))),
+    "out of memory in pass 1": Setting("all", lambda e: contrast_short_of_memory(e, 1)),
+    "out of memory in pass 2": Setting("all", lambda e: contrast_short_of_memory(e, 2)),
+    "stage 1": Setting("answers", answers_of_rank),
+    "encode": Setting("encode", encodings),
+    "wrong: mean over ranks": Setting(
+        "all", lambda e: with_mistake(e, "sum_gradients", wrong_mean)
     ),
-    "LoRA": ("lora", dict(trained="lora"), partial(contrast, vision_cache="host", keep=0)),
-    "stage 1": (
-        "answers",
-        dict(dtype=torch.float32),
-        lambda e: answers(e, model.rank(), model.world()),
+    "wrong: targets' gradient stays": Setting(
+        "all", lambda e: with_mistake(e, "scatter_sum", wrong_local)
     ),
-    "encode": ("encode", dict(dtype=torch.float32), encodings),
-    "wrong: mean over ranks": (
-        "all", {}, partial(with_mistake, model, "sum_gradients", wrong_mean, contrast),
-    ),
-    "wrong: targets' gradient stays": (
-        "all", {}, partial(with_mistake, contrastive, "scatter_sum", wrong_local, contrast),
-    ),
-    "wrong: stage 1, mean over ranks": (
-        "answers", dict(dtype=torch.float32),
-        lambda e: answers(e, model.rank(), model.world(), wrong_mean),
-    ),
-    "sharded": ("all", {}, sharded),  # last: where ranks differ in their calls it ends the run
-}  # fmt: skip
+    "wrong: stage 1, mean over ranks": Setting("answers", lambda e: answers_of_rank(e, wrong_mean)),
+    # Last: it changes the embedder, and where ranks differ in their calls it ends the run.
+    "sharded": Setting("all", contrast_sharded),
+}
+
+
+build_once = functools.cache(build)
+
+
+def built(reference):
+    """The embedder that a setting runs on; a step leaves it as it was."""
+    if reference in FLAGS:
+        return build_once(reference)
+    return build_once(dtype=torch.float32)
+
+
+def references() -> dict:
+    """What one process gets, the plain way: {a setting's `reference`: Result}."""
+    results = {name: whole_batch(built(name)) for name in (*FLAGS, "all, float32")}
+    results["answers"] = answers(built("answers"))
+    results["encode"] = encodings(built("encode"))
+    return results
+
+
+# ----------------------------------------------------------------------------- the script of a rank
+
+
+def unlike_shares() -> dict:
+    """In what ranks must differ, or the settings would be too easy."""
+    batch = batch_of(built("all"), rank(), world())
+    pictures = sum(bool(row.images) for row in batch.rows)
+    return {"columns": len(batch.keys), "chunks": forwards(batch, SOME), "pictures": pictures}
+
+
+def gaps(got, want) -> dict:
+    """How far this rank's result is from that of one process."""
+    return {
+        "loss": abs(got.loss - want.loss),
+        "top1": abs(got.top1 - want.top1),
+        "gap": distance(got.grad, want.grad),
+        "chunk_tokens": got.chunk_tokens,
+    }
 
 
 def main(references_file, result_file):
     torch.set_num_threads(1)
-    model.setup()
-    model.say = lambda *text: None
-    wanted, result = torch.load(references_file), {}
+    plumbing.ranks.setup()
+    wanted = {name: Result(*x) for name, x in torch.load(references_file).items()}
+    result = {}  # name -> one dict for each rank
 
-    def note(name, mine, merge):
-        everyone = model.gather_objects(mine)
-        result[name] = {k: merge([x[k] for x in everyone]) for k in mine}
-        if model.rank() == 0:
+    def note(name, mine):
+        result[name] = gather_objects(mine)
+        if rank() == 0:  # at once: what is done stays where a later setting ends the run
             Path(result_file).write_text(json.dumps(result, indent=1))
 
-    batch = batch_of(build(), model.rank(), model.world())
-    chunks = model.token_chunks([len(r["tokens"]["input_ids"]) for r in batch["rows"]], 200)
-    pictures = sum(bool(r["images"]) for r in batch["rows"])
-    note("ranks", dict(columns=len(batch["keys"]), chunks=len(chunks), pictures=pictures), list)
-    for name, (reference, what, run) in SETTINGS.items():
-        got, want = run(build(**what)), wanted[reference]
-        mine = {k: abs(got[k] - want[k]) for k in ("loss", "top1")}
-        note(name, mine | dict(gap=distance(got["grad"], want["grad"])), max)
+    note("ranks", unlike_shares())
+    for name, setting in SETTINGS.items():
+        got = setting.run(built(setting.reference))
+        note(name, gaps(got, wanted[setting.reference]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

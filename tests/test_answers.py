@@ -9,12 +9,13 @@ from checks import close, equal, expect
 
 import model
 import pretrain
-from data import ANSWER, COMPRESS, CONTENT, IMAGE, QUESTION, Item
-from shapes import Object, Scene, Shapes
+from data import ANSWER, COMPRESS, CONTENT, IMAGE, QUESTION, Item, read_dialogues
+from plumbing.memory import token_chunks
+from plumbing.sampling import ask_first, epoch_batch
+from toy.world import Object, Scene
 
 SCENE = Scene((Object("large", "red", "square", "top left", 0),))
 TURNS = (("what is at the top left?", "a large red square"), ("count the objects.", "one"))
-END = "<|im_end|>"
 
 # ------------------------------------------------------------------------------------------ labels
 
@@ -145,39 +146,40 @@ def test_the_teacher_answers_the_same_tokens_with_the_picture_in_view(embedder):
     """teacher: one row of logits for each answer token of the rows with C, in their order, from the
     model as it was, with the picture visible; it does not follow the training."""
     plain, reference = pretrain.teacher(embedder)
-    rows = [plain_row(embedder, plain, i) for i in range(2)]
-    inputs = embedder.collate.pad_rows([r["row"] for r in rows])
+    examples = [example(embedder, i, plain=plain) for i in range(2)]
+    inputs = embedder.collate.pad_rows([x.row for x in examples])
     labels = pretrain.answer_logits(embedder, inputs)[1]
-    got = reference([r["plain"] for r in rows])
+    got = reference([x.plain for x in examples])
     equal(len(got), len(labels), "the same answer tokens on both sides")
     want, plain_labels = [], []
-    for r in rows:  # each alone, by the model itself, which sees everything
-        one = embedder.collate.pad_rows([r["plain"]])
+    for x in examples:  # each alone, by the model itself, which sees everything
         with torch.no_grad():
-            x, y = pretrain.answer_logits(embedder, one, compress=False)
-        want, plain_labels = [*want, x], [*plain_labels, y]
+            one = embedder.collate.pad_rows([x.plain])
+            logits, labels_of_one = pretrain.answer_logits(embedder, one, compress=False)
+        want.append(logits)
+        plain_labels.append(labels_of_one)
     close(got, torch.cat(want), "the teacher is the model before training, picture in view")
     equal(torch.cat(plain_labels), labels, "the same answers")
     expect(not got.requires_grad, "a gradient", "none", "the teacher is frozen")
     for p in embedder.parameters():
         p.data.mul_(1.1)
-    close(reference([r["plain"] for r in rows]), got, "it must be a copy")
+    close(reference([x.plain for x in examples]), got, "it must be a copy")
 
 
 # ---------------------------------------------------------------------------------------- gradient
 
 
-def plain_row(embedder, plain, i, turns=None):
-    """What pretrain.accumulate takes: row i of the toy world; `plain`: the teacher's collator."""
-    d = Shapes().dialogue(i)
-    turns = d.turns[:turns]
-    row = dict(row=embedder.collate.row(d.item, turns))
-    return row | dict(plain=plain.row(d.item, turns)) if plain else row
+def example(embedder, i, turns=None, plain=None):
+    """Dialogue i of the toy world, so many turns of it. plain: the teacher's collator."""
+    d = read_dialogues()[i]
+    row = embedder.collate.row(d.item, d.turns[:turns])
+    plain_row = plain.row(d.item, d.turns[:turns]) if plain else None
+    return pretrain.Example(row, plain_row)
 
 
-def unequal_rows(embedder, plain=None):
+def unequal(embedder, plain=None):
     """Dialogues with 1, 5, 2, ... questions: few and many answer tokens."""
-    return [plain_row(embedder, plain, i, t) for i, t in enumerate((1, 5, 2, 1, 4))]
+    return [example(embedder, i, turns, plain) for i, turns in enumerate((1, 5, 2, 1, 4))]
 
 
 def gradient(embedder):
@@ -185,11 +187,11 @@ def gradient(embedder):
     return torch.cat([g.flatten() for g in grads])
 
 
-def whole_batch(embedder, rows):
+def whole_batch(embedder, examples):
     """Plain autograd, one row at a time: total nats of all answers / all answer tokens."""
     nats, tokens = 0.0, 0
-    for r in rows:
-        inputs = embedder.collate.pad_rows([r["row"]])
+    for x in examples:
+        inputs = embedder.collate.pad_rows([x.row])
         h = embedder.hidden(inputs, pretrain.compression_mask(inputs["roles"]))
         ids, is_answer = inputs["input_ids"][0], inputs["roles"][0] == ANSWER
         for i in is_answer.nonzero().flatten().tolist():
@@ -200,24 +202,23 @@ def whole_batch(embedder, rows):
     return (nats / tokens).item(), tokens, gradient(embedder)
 
 
-def check_accumulate(accumulate, embedder, rows, want):
-    loss, tokens, grad = want
+def check_accumulate(accumulate, embedder, examples):
+    loss, tokens, grad = whole_batch(embedder, examples)
     for budget in (1, 150, 320, 10**6):
         embedder.zero_grad(set_to_none=True)
-        cfg = pretrain.Config(chunk_tokens=budget)
-        got = accumulate(embedder, rows, cfg)
+        got = accumulate(embedder, examples, pretrain.Config(chunk_tokens=budget))
         hint = f"chunk_tokens={budget}"
         close(got[0], loss, hint + ": mean nats of an answer token")
         equal(int(got[2]), tokens, hint + ": answer tokens")
         close(gradient(embedder), grad, hint + ": sum over chunks, one division at the end", 1e-4)
 
 
-def mean_of_means(embedder, rows, cfg):
-    lengths = [len(r["row"]["tokens"]["input_ids"]) for r in rows]
-    chunks = model.token_chunks(lengths, cfg.chunk_tokens)
+def mean_of_means(embedder, examples, cfg):
+    rows = [x.row for x in examples]
+    chunks = token_chunks([row.length for row in rows], cfg.chunk_tokens)
     total, tokens = 0.0, 0
     for chunk in chunks:
-        inputs = embedder.collate.pad_rows([rows[i]["row"] for i in chunk])
+        inputs = embedder.collate.pad_rows([rows[i] for i in chunk])
         logits, labels = pretrain.answer_logits(embedder, inputs)
         loss = pretrain.answer_loss(logits, labels) / len(labels) / len(chunks)
         loss.backward()
@@ -228,31 +229,30 @@ def mean_of_means(embedder, rows, cfg):
 def test_the_gradient_is_that_of_the_whole_batch_for_any_chunks(shared):
     """accumulate: in chunks of one row, some rows, all rows, the gradient of (all answers' nats /
     all answer tokens), however unequal the answers are."""
-    rows = unequal_rows(shared)
-    check_accumulate(pretrain.accumulate, shared, rows, whole_batch(shared, rows))
+    check_accumulate(pretrain.accumulate, shared, unequal(shared))
 
 
 def test_the_gradient_check_fails_for_a_mean_of_chunk_means(shared):
     """Negative control: with unequal answers the mean of means is another loss."""
-    rows = unequal_rows(shared)
     with pytest.raises(AssertionError):
-        check_accumulate(mean_of_means, shared, rows, whole_batch(shared, rows))
+        check_accumulate(mean_of_means, shared, unequal(shared))
 
 
 def test_the_distilled_gradient_is_that_of_the_whole_batch_for_any_chunks(embedder):
     """accumulate with a teacher: the same for every chunk budget; 0 where teacher and model
     agree."""
     plain, reference = pretrain.teacher(embedder)
-    rows = unequal_rows(embedder, plain)
+    examples = unequal(embedder, plain)
     results = []
     for budget in (1, 10**6):
         embedder.zero_grad(set_to_none=True)
         cfg = pretrain.Config(chunk_tokens=budget, objective="kl")
-        loss = pretrain.accumulate(embedder, rows, cfg, reference)[0]
+        loss, _, _ = pretrain.accumulate(embedder, examples, cfg, reference)
         results.append((loss, gradient(embedder)))
-    expect(results[0][0] > 1e-2, results[0][0], "> 0.01", "the code hides the picture: KL > 0")
-    close(results[0][0], results[1][0], "loss of one chunk and of many")
-    close(results[0][1], results[1][1], "gradient of one chunk and of many", 1e-4)
+    (one_by_one, grad), (at_once, grad_at_once) = results
+    expect(one_by_one > 1e-2, one_by_one, "> 0.01", "the code hides the picture: KL > 0")
+    close(one_by_one, at_once, "loss of one chunk and of many")
+    close(grad, grad_at_once, "gradient of one chunk and of many", 1e-4)
 
 
 # ----------------------------------------------------------------------------------- exact answers
@@ -261,17 +261,17 @@ def test_the_distilled_gradient_is_that_of_the_whole_batch_for_any_chunks(embedd
 def greedy_row(embedder, scene, n):
     """A single-turn row whose answer is what greedy decoding writes, n tokens of it."""
     row = embedder.collate.row(Item(IMAGE, (scene,)), (("what is it?", "x"),))
-    is_answer = row["tokens"]["roles"] == ANSWER
-    prompt = {k: v[~is_answer] for k, v in row["tokens"].items()}
-    inputs = embedder.collate.pad_rows([dict(row, tokens=prompt)])
+    is_answer = row.tokens["roles"] == ANSWER
+    prompt = {key: x[~is_answer] for key, x in row.tokens.items()}
+    inputs = embedder.collate.pad_rows([row._replace(tokens=prompt)])
     roles = inputs.pop("roles")
     out = embedder.mllm.generate(
         **inputs, do_sample=False, max_new_tokens=n, min_new_tokens=n, pad_token_id=0
     )
-    answer = out[0, roles.shape[1] :]
-    tokens = {k: torch.cat([v, v.new_zeros(n)]) for k, v in prompt.items()}
-    tokens["input_ids"][-n:], tokens["roles"][-n:] = answer, ANSWER
-    return dict(row, tokens=tokens)
+    tokens = {key: torch.cat([x, x.new_zeros(n)]) for key, x in prompt.items()}
+    tokens["input_ids"][-n:] = out[0, roles.shape[1] :]
+    tokens["roles"][-n:] = ANSWER
+    return row._replace(tokens=tokens)
 
 
 def exact(embedder, rows):
@@ -287,15 +287,15 @@ def test_an_exact_answer_is_one_that_greedy_decoding_writes():
     torch.manual_seed(0)
     for p in embedder.parameters():
         p.data += 0.1 * torch.randn_like(p)  # so that it does not repeat one word
-    world = Shapes()
-    rows = [greedy_row(embedder, world.dialogue(i).item.images[0], n) for i, n in enumerate((3, 6))]
-    written = [r["tokens"]["input_ids"][r["tokens"]["roles"] == ANSWER].tolist() for r in rows]
-    expect(len(set(written[1])) > 2, written, "several words", "the test would be too easy")
-    equal(exact(embedder, rows), (2, 2), "what greedy decoding writes is right")
+    scenes = [read_dialogues()[i].item.images[0] for i in range(2)]
+    short, long = (greedy_row(embedder, scenes[0], 3), greedy_row(embedder, scenes[1], 6))
+    written = long.tokens["input_ids"][long.tokens["roles"] == ANSWER].tolist()
+    expect(len(set(written)) > 2, written, "several words", "the test would be too easy")
+    equal(exact(embedder, [short, long]), (2, 2), "what greedy decoding writes is right")
     for at in (-6, -4, -1):
-        changed = {k: v.clone() for k, v in rows[1]["tokens"].items()}
-        changed["input_ids"][at] = (changed["input_ids"][at] + 1) % 400
-        got = exact(embedder, [rows[0], dict(rows[1], tokens=changed)])
+        tokens = {key: x.clone() for key, x in long.tokens.items()}
+        tokens["input_ids"][at] = (tokens["input_ids"][at] + 1) % 400
+        got = exact(embedder, [short, long._replace(tokens=tokens)])
         equal(got, (1, 2), f"token {at} of an answer is not what greedy decoding writes")
 
 
@@ -317,7 +317,7 @@ def check_exact(exact_answers):
                     runs[-1].append(next(wrong))
                 before = role
             right, total = right + sum(not any(r) for r in runs), total + len(runs)
-        equal(exact_answers(logits, labels, dict(roles=roles)), (right, total), "answers, not rows")
+        equal(exact_answers(logits, labels, {"roles": roles}), (right, total), "answers, not rows")
 
 
 def test_answers_are_counted_one_by_one():
@@ -364,8 +364,8 @@ def check_draw(draw):
 
 
 def test_an_epoch_visits_each_dialogue_once_for_any_number_of_ranks():
-    """draw: a pure function of (seed, step); the same global batches in world 1, 2 and 4."""
-    check_draw(pretrain.draw)
+    """epoch_batch: a pure function of (seed, step); the same global batches in world 1, 2 and 4."""
+    check_draw(epoch_batch)
 
 
 def test_the_order_check_fails_for_wrong_draws():
@@ -381,7 +381,7 @@ def test_the_order_check_fails_for_wrong_draws():
         return [order[j % n] for j in mine]
 
     def same_rank(n, cfg, step, rank, world):
-        return pretrain.draw(n, cfg, step, 0, world)
+        return epoch_batch(n, cfg, step, 0, world)
 
     for wrong in (replaced, one_order, same_rank):
         with pytest.raises(AssertionError):
@@ -390,7 +390,7 @@ def test_the_order_check_fails_for_wrong_draws():
 
 def test_the_toy_world_is_drawn_without_an_order_in_memory():
     """10^9 dialogues: the order is the identity, nothing of that size is made."""
-    equal(pretrain.draw(10**9, pretrain.Config(batch=2), 5, 0, 1), [10, 11], "range, not a table")
+    equal(epoch_batch(10**9, pretrain.Config(batch=2), 5, 0, 1), [10, 11], "range, not a table")
 
 
 # ------------------------------------------------------------------------ beyond the paper: stage 1
@@ -399,30 +399,32 @@ def test_the_toy_world_is_drawn_without_an_order_in_memory():
 def test_a_question_may_stand_before_the_code(shared):
     """In the share of dialogues that is asked for: Q_1 among the content, hidden from its answer;
     the answers and the other turns stay; the choice is a function of (seed, step, dialogue)."""
-    dialogues = [Shapes().dialogue(i) for i in range(200)]
+    dialogues = [read_dialogues()[i] for i in range(200)]
     cfg = pretrain.Config(question_first=0.5)
-    asked = [pretrain.ask_first(d, cfg, step=3) for d in dialogues]
-    again = [pretrain.ask_first(d, cfg, step=3) for d in dialogues]
+    asked = [ask_first(d, cfg, step=3) for d in dialogues]
+    again = [ask_first(d, cfg, step=3) for d in dialogues]
     expect(asked == again, "differs", "the same", "no state")
     moved = [(d, x) for d, x in zip(dialogues, asked, strict=True) if d != x]
     expect(70 < len(moved) < 130, len(moved), "about half of 200", "the share")
     d, x = moved[0]
     (question, answer), *rest = d.turns
     equal(x.turns, (("", answer), *rest), "only the question moves")
-    row = shared.collate.row(x.item, x.turns)["tokens"]
-    content = row["input_ids"][row["roles"] == CONTENT]
-    expect(question in shared.processor.tokenizer.decode(content), content, question, "before C")
-    questions = row["input_ids"][row["roles"] == QUESTION]
-    expect(question not in shared.processor.tokenizer.decode(questions), questions, "", "after C")
+    tokens, decode = shared.collate.row(x.item, x.turns).tokens, shared.processor.tokenizer.decode
+    content = decode(tokens["input_ids"][tokens["roles"] == CONTENT])
+    expect(question in content, content, question, "before C")
+    questions = decode(tokens["input_ids"][tokens["roles"] == QUESTION])
+    expect(question not in questions, questions, f"no {question}", "after C")
 
 
 def test_a_text_may_stand_in_place_of_the_picture():
     """Of the toy world's dialogues a share is about the description, with the same turns."""
-    whole, mixed = Shapes(), [Shapes().dialogue(i, texts=0.3) for i in range(300)]
-    texts = [(i, d) for i, d in enumerate(mixed) if not d.item.images]
-    expect(60 < len(texts) < 120, len(texts), "about 90 of 300", "the share")
-    for i, d in enumerate(mixed):
-        plain = whole.dialogue(i)
-        equal(d.turns, plain.turns, "the same questions")
+    whole, mixed = read_dialogues(), read_dialogues(texts=0.3)
+    texts = 0
+    for i in range(300):
+        d, with_picture = mixed[i], whole[i]
+        equal(d.turns, with_picture.turns, "the same questions")
         if not d.item.images:
-            equal(d.item.text, plain.item.images[0].describe(), "what would be seen")
+            texts += 1
+            scene = with_picture.item.images[0]
+            equal(d.item.text, scene.describe(), "what would be seen")
+    expect(60 < texts < 120, texts, "about 90 of 300", "the share")

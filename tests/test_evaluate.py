@@ -26,7 +26,9 @@ def random_case(n=200, m=50, k=10, D=16, seed=0, signal=0.0):
 def loop(q, c, candidates, tie=1e-6):
     hits = 0
     for i, rows in enumerate(candidates):
-        scores = [sum(float(a) * float(b) for a, b in zip(c[r], q[i], strict=True)) for r in rows]
+        scores = []
+        for r in rows:
+            scores.append(sum(float(a) * float(b) for a, b in zip(c[r], q[i], strict=True)))
         others = [s for s, r in zip(scores, rows, strict=True) if r != rows[0]]
         hits += all(scores[0] > s + tie for s in others)
     return hits / len(candidates)
@@ -34,7 +36,8 @@ def loop(q, c, candidates, tie=1e-6):
 
 def collapsed(n=20, k=5):
     z = unit(np.ones((n, 8)))
-    return z, z, [[(i + j) % n for j in range(k)] for i in range(n)]
+    candidates = [list(np.arange(i, i + k) % n) for i in range(n)]
+    return z, z, candidates
 
 
 def check_precision(precision):
@@ -128,14 +131,15 @@ def test_the_summary_is_a_plain_mean_over_sets():
     """By meta-task, in and out of distribution, overall: each set counts once, however large it
     is."""
 
-    def result(p, meta, ood, queries):
-        return dict(p_at_1=p, chance=p / 2, meta_task=meta, ood=ood, queries=queries)
+    def result(p_at_1, meta_task, ood, queries):
+        numbers = {"p_at_1": p_at_1, "chance": p_at_1 / 2, "queries": queries}
+        return {**numbers, "meta_task": meta_task, "ood": ood}
 
-    sets = dict(
-        a=result(1.0, "VQA", False, 1000),
-        b=result(0.4, "VQA", True, 10),
-        c=result(0.1, "Retrieval", False, 10),
-    )
+    sets = {
+        "a": result(1.0, "VQA", False, 1000),
+        "b": result(0.4, "VQA", True, 10),
+        "c": result(0.1, "Retrieval", False, 10),
+    }
     got = evaluate.summary(sets)
     close(got["meta_tasks"]["VQA"]["p_at_1"], 0.7, "not weighted by queries", 1e-12)
     close(got["meta_tasks"]["Retrieval"]["p_at_1"], 0.1, "one set", 1e-12)
@@ -151,14 +155,17 @@ def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monk
     """score: equal items are one row; the result holds the score, chance and number of queries; a
     model whose embeddings are all alike scores 0 and is called collapsed."""
     words = ["red", "green", "blue"]
-    queries = [(Item(w), [Item(w), *(Item(x) for x in words if x != w), Item(w)]) for w in words]
+    queries = []
+    for word in words:
+        others = [Item(x) for x in words if x != word]
+        queries.append((Item(word), [Item(word), *others, Item(word)]))
     task = Task("words", "Classification", False, queries)
     seen = []
     encode = evaluate.encode_sharded
 
-    def counting(embedder, items, cfg, what):
+    def counting(embedder, items, cfg, progress):
         seen.extend(items)
-        return encode(embedder, items, cfg, what)
+        return encode(embedder, items, cfg, progress)
 
     monkeypatch.setattr(evaluate, "encode_sharded", counting)
     cfg = evaluate.Config(workers=0)
@@ -166,13 +173,9 @@ def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monk
     equal(len(seen), 3, "queries and candidates are the same three items")
     equal((got["p_at_1"], got["queries"], got["ood"]), (1.0, 3, False), "a text beside itself")
     close(got["chance"], 1 / 3, "three distinct candidates", 1e-9)
-    monkeypatch.setattr(
-        evaluate, "encode_sharded", lambda e, items, *a: unit(np.ones((len(items), 4)))
-    )
-    got = evaluate.score(shared, task, cfg)
-    equal(got["p_at_1"], 0.0, "all embeddings equal")
-    expect("collapsed" in got.get("warning", ""), got, "a warning", "the reader must see it")
-    monkeypatch.setattr(
-        evaluate, "encode_sharded", lambda e, items, *a: np.full((len(items), 4), np.nan)
-    )
-    expect("NaN" in evaluate.score(shared, task, cfg).get("warning", ""), got, "a warning", "NaN")
+    alike, nan = unit(np.ones((3, 4))), np.full((3, 4), np.nan)
+    for z, warning in ((alike, "collapsed"), (nan, "NaN")):
+        monkeypatch.setattr(evaluate, "encode_sharded", lambda *_, z=z: z)
+        got = evaluate.score(shared, task, cfg)
+        equal(got["p_at_1"], 0.0, warning)
+        expect(warning in got.get("warning", ""), got, warning, "the reader must see it")

@@ -6,21 +6,24 @@ Gemma 3, InternVL. Tiny random models with the interface of the released ones (t
 """
 
 import copy
-import functools
 import math
 
 import families
 import pytest
 import torch
 from PIL import Image
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from transformers import AutoProcessor
 from transformers.utils import is_torchvision_available
 
 import contrastive
 import model
 import pretrain
-from data import COMPRESS, CONTENT, PAD, QUESTION, STYLES, Item
+from data import COMPRESS, CONTENT, PAD, QUESTION, Item
+from plumbing.config import TrainingFlags
+from plumbing.memory import Budget
+from plumbing.template import STYLES
+from plumbing.weights import Settings
 
 K = 3
 TAU = 0.05
@@ -67,20 +70,19 @@ def distance(a, b) -> float:
     return float((a - b).detach().abs().max())
 
 
-def dialogues(embedder, n=4) -> list:
+def examples(embedder, n=4) -> list:
     """n stage-1 rows about different pictures, with answers that tell them apart."""
     turns = [TURNS[:1], TURNS, (("Which colour?", "green and blue"),), TURNS[::-1]]
-    return [
-        dict(row=embedder.collate.row(Item("<image>", (photo(i),)), turns[i % 4])) for i in range(n)
-    ]
+    rows = [embedder.collate.row(Item("<image>", (photo(i),)), turns[i % 4]) for i in range(n)]
+    return [pretrain.Example(row) for row in rows]
 
 
-def pairs(embedder, n=6) -> dict:
-    """A stage-2 batch, n pictures and as many texts, as `gradcache_step` wants it."""
+def pairs(embedder, n=6) -> contrastive.Batch:
+    """A stage-2 batch, n pictures and as many texts."""
     texts = ["one", "a circle", "two red squares", "the photo of a green triangle", "yes", "no one"]
     items = [Item("<image> find the caption", (photo(i, (56 + 4 * i, 60)),)) for i in range(n)]
     rows = [embedder.collate.row(x) for x in items + [Item(t) for t in texts[:n]]]
-    return dict(rows=rows, labels=torch.arange(n)[:, None], keys=torch.arange(n))
+    return contrastive.Batch(rows, torch.arange(n)[:, None], torch.arange(n))
 
 
 def steps(embedder, gradient, n=6, lr=3e-3) -> list:
@@ -112,22 +114,14 @@ def test_a_batch_gives_what_one_by_one_gives(loaded):
 def test_the_tokens_are_those_of_the_whole_text(loaded):
     """The row is tokenized as other programs tokenize the same prompt: in one piece, so that what
     stands next to the user's text may share a token with it."""
-    collate, tokenizer = loaded.collate, loaded.processor.tokenizer
-    (ids, before), (after, mid) = collate.head, collate.mid
-    end = STYLES[loaded.style] + after + tokenizer.decode(mid + collate.compress_ids)
+    collate, tokenizer, template = loaded.collate, loaded.collate.tokenizer, loaded.collate.template
+    begin = tokenizer.decode(template.head_ids) + template.before_text
+    code = tokenizer.decode(template.answer_ids + collate.compress_ids)
+    end = STYLES[loaded.style] + template.after_text + code
     for text in ("a red circle.", "What is it? ", " two\n", "caf\u00e9 \u732b!"):
-        whole = tokenizer.decode(ids) + before + text + end
-        want = tokenizer(whole, add_special_tokens=False).input_ids
-        assert collate.row(Item(text))["tokens"]["input_ids"].tolist() == want, repr(whole)
-
-
-def test_encode_keeps_the_order_whatever_the_chunks(loaded):
-    """`encode` sorts and batches inside; any token budget gives one by one's vectors, in order."""
-    with torch.no_grad():
-        alone = torch.cat([loaded(loaded.collate([x])) for x in ITEMS])
-    for budget in (1, 100, 8192):
-        z = torch.from_numpy(loaded.encode(ITEMS[::-1], chunk_tokens=budget)).flip(0)
-        assert distance(z, alone) < 1e-5, f"chunk_tokens={budget}: off by {distance(z, alone):.1e}"
+        want = tokenizer(begin + text + end, add_special_tokens=False).input_ids
+        got = collate.row(Item(text)).tokens["input_ids"].tolist()
+        assert got == want, repr(begin + text + end)
 
 
 # ------------------------------------------------------------------------------- compression mask
@@ -138,7 +132,8 @@ def two_pictures(embedder):
 
     Trap: Gemma 3's first layer sees 16 tokens back, and there are two layers here; a long prompt
     between picture and C would hide the picture from C's first layer, and so from the questions."""
-    short = model.Embedder(embedder.mllm, embedder.processor, K, "mean", "chat").collate
+    settings = Settings(K, "mean", "chat")
+    short = model.Embedder(embedder.mllm, embedder.processor, settings).collate
     a, b = (short([Item("<image>", (photo(s),)), ITEMS[0]], [TURNS, TURNS[:1]]) for s in (1, 2))
     assert torch.equal(a["input_ids"], b["input_ids"])
     return a, b
@@ -200,8 +195,8 @@ def test_both_stages_see_the_same_code(loaded):
 
 def test_stage_1_learns(fresh):
     """A few steps on four dialogues: the answers' loss falls, from near ln V."""
-    rows, cfg = dialogues(fresh), pretrain.Config(chunk_tokens=200)
-    losses = steps(fresh, lambda: pretrain.accumulate(fresh, rows, cfg)[0])
+    batch, cfg = examples(fresh), pretrain.Config(chunk_tokens=200)
+    losses = steps(fresh, lambda: pretrain.accumulate(fresh, batch, cfg)[0])
     chance = math.log(fresh.mllm.get_input_embeddings().weight.shape[0])
     assert losses[0] > 0.5 * chance, f"first loss {losses[0]:.2f}, chance {chance:.2f}"
     assert losses[-1] < 0.8 * losses[0], f"no fall: {[round(x, 2) for x in losses]}"
@@ -209,37 +204,33 @@ def test_stage_1_learns(fresh):
 
 def test_stage_2_learns(fresh):
     """A few steps on six pairs: InfoNCE falls from about ln 6 or more."""
-    batch = pairs(fresh)
-
-    def gradient():
-        return contrastive.gradcache_step(fresh, **batch, temperature=0.3, chunk_tokens=150)["loss"]
-
-    losses = steps(fresh, gradient)
+    batch, budget = pairs(fresh), Budget(150)
+    losses = steps(fresh, lambda: contrastive.gradcache_step(fresh, batch, 0.3, budget).loss)
     assert losses[0] > 0.7 * math.log(6), f"first loss {losses[0]:.2f}, ln 6 = {math.log(6):.2f}"
     assert losses[-1] < 0.8 * losses[0], f"no fall: {[round(x, 2) for x in losses]}"
 
 
+def gradient(embedder) -> torch.Tensor:
+    """All of it in one vector; zero where there is none."""
+    parts = []
+    for p in embedder.parameters():
+        if p.requires_grad:
+            parts.append((torch.zeros_like(p) if p.grad is None else p.grad).flatten())
+    return torch.cat(parts).clone()
+
+
 def test_checkpointing_changes_no_gradient(fresh):
     """Layers that run again in the backward pass see the same mask: stage 1's gradient stays."""
-    rows, cfg = dialogues(fresh, 2), pretrain.Config(chunk_tokens=8192)
-    found = []
+    batch, cfg = examples(fresh, 2), pretrain.Config(chunk_tokens=8192)
+    grads = []
     for checkpointing in (False, True):
         if checkpointing:
             fresh.train().mllm.gradient_checkpointing_enable(dict(use_reentrant=False))
         fresh.zero_grad()
-        pretrain.accumulate(fresh, rows, cfg)
-        grads = [p.grad for p in fresh.parameters() if p.grad is not None]
-        found.append(torch.cat([g.flatten() for g in grads]).clone())
-    gap = distance(*found) / float(found[0].abs().max())
+        pretrain.accumulate(fresh, batch, cfg)
+        grads.append(gradient(fresh))
+    gap = distance(*grads) / float(grads[0].abs().max())
     assert gap < 1e-5, f"got {gap:.1e}, want < 1e-5"
-
-
-def gradients(embedder, batch, **how) -> dict:
-    """{name: gradient} of `gradcache_step`, and the loss."""
-    embedder.zero_grad()
-    out = contrastive.gradcache_step(embedder, **batch, temperature=TAU, chunk_tokens=120, **how)
-    found = {n: p.grad.clone() for n, p in embedder.named_parameters() if p.requires_grad}
-    return found | {"loss": torch.tensor(out["loss"])}
 
 
 def test_gradcache_with_remembered_pictures_is_exact(fresh):
@@ -248,24 +239,22 @@ def test_gradcache_with_remembered_pictures_is_exact(fresh):
     norms compute in float32 whatever the weights are: 1e-6 there, between one graph and chunks.)"""
     fresh.double().train()
     tower = fresh.mllm.get_encoder(modality="image").requires_grad_(False)
-    batch = tree_map(lambda x: x.double() if _is_float(x) else x, pairs(fresh))
+    batch = pairs(fresh)  # its ids stay whole numbers
+    rows = [r._replace(images=tree_map_only(torch.Tensor, to_double, r.images)) for r in batch.rows]
+    batch = batch._replace(rows=rows)
     runs = []
     first = next(m for m in tower.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d))
     first.register_forward_pre_hook(lambda *_: runs.append(1))
 
     fresh.zero_grad()
-    z = fresh(fresh.collate.pad_rows(batch["rows"]))
+    z = fresh(fresh.collate.pad_rows(batch.rows))
     contrastive.info_nce(z[:6], z[6:], TAU)[0].backward()
-    whole = {
-        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for n, p in fresh.named_parameters()
-        if p.requires_grad
-    }
-    scale = max(float(g.abs().max()) for g in whole.values())
-    found, counts = {"one graph": whole}, {}
+    grads, counts = {"one graph": gradient(fresh)}, {}
     for where in ("off", "device", "host"):
         runs.clear()
-        found[where] = gradients(fresh, batch, vision_cache=where, keep=0)
+        fresh.zero_grad()
+        contrastive.gradcache_step(fresh, batch, TAU, Budget(120, 0, where))
+        grads[where] = gradient(fresh)
         counts[where] = len(runs)
     loose = fresh.mllm.config.model_type == "gemma3"
     for got, want, limit in (
@@ -273,13 +262,13 @@ def test_gradcache_with_remembered_pictures_is_exact(fresh):
         ("device", "off", 1e-10),
         ("host", "off", 1e-10),
     ):
-        gap = max(distance(found[got][n], found[want][n]) for n in whole) / scale
+        gap = distance(grads[got], grads[want]) / float(grads["one graph"].abs().max())
         assert gap < limit, f"cache {got} against {want}: {gap:.1e} apart, want < {limit}"
     assert counts["off"] == 2 * counts["device"] == 2 * counts["host"] > 0, counts
 
 
-def _is_float(x):
-    return isinstance(x, torch.Tensor) and x.is_floating_point()
+def to_double(x):
+    return x.double() if x.is_floating_point() else x
 
 
 # ------------------------------------------------------------------------------------ save and load
@@ -291,15 +280,6 @@ def embed_all(embedder) -> torch.Tensor:
         return embedder.eval()(embedder.collate(ITEMS))
 
 
-def test_a_saved_model_gives_the_same_embeddings(loaded, tmp_path):
-    """save -> load, without saying K, pooling and prompt again."""
-    model.save(loaded, tmp_path / "saved")
-    again = model.load(tmp_path / "saved", device="cpu")
-    assert (again.K, again.pooling, again.style) == (K, "mean", "coma")
-    gap = distance(embed_all(again), embed_all(loaded))
-    assert gap < 1e-6, f"got {gap:.1e}, want < 1e-6"
-
-
 @pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision")
 def test_with_torchvision_the_fast_processor_is_used_and_auto_processor_agrees(loaded, tmp_path):
     """The picture goes through torchvision; a saved folder loads with AutoProcessor, video part and
@@ -308,17 +288,18 @@ def test_with_torchvision_the_fast_processor_is_used_and_auto_processor_agrees(l
     assert any("Torchvision" in name or name.endswith("Fast") for name in kinds), kinds
     model.save(loaded, tmp_path)
     auto, picture = AutoProcessor.from_pretrained(tmp_path), photo(1, (100, 60))
-    theirs = auto(text=[loaded.collate.picture], images=[picture], return_tensors="pt")
+    theirs = auto(text=[loaded.collate.template.picture], images=[picture], return_tensors="pt")
     ours = loaded.collate.row(Item("<image>", (picture,)))
-    for key, x in ours["images"].items():
+    for key, x in ours.images.items():
         assert x.shape == theirs[key].shape and (x - theirs[key]).abs().max() == 0, key
 
 
 def test_lora_trains_its_own_weights_and_merges_without_a_trace(folder, fresh, tmp_path):
     """LoRA with DoRA on the language model: nothing else is trained but the K token rows; after
-    some steps the adapter loaded from disk, and the model it is merged into, embed alike."""
+    some steps the adapter loaded from disk, and the model it is merged into, saved and loaded,
+    embed alike, with the K, pooling and prompt that were saved."""
     base, batch = embed_all(fresh), pairs(fresh)
-    cfg = contrastive.Config(model=str(folder), lora_rank=4, dora=True, lora_dropout=0.0)
+    cfg = TrainingFlags(model=str(folder), lora_rank=4, dora=True, lora_dropout=0.0)
     model.choose_trained(fresh, cfg)
     trained = {n: p for n, p in fresh.named_parameters() if p.requires_grad}
     rows = {n: p for n, p in trained.items() if "trainable_tokens" in n}
@@ -329,10 +310,8 @@ def test_lora_trains_its_own_weights_and_merges_without_a_trace(folder, fresh, t
     assert wrapped == {"q_proj", "k_proj", "v_proj", "o_proj"}, wrapped
     assert len({n.split(".lora_")[0] for n in trained if ".lora_" in n}) == 4 * families.LAYERS
 
-    step = functools.partial(
-        contrastive.gradcache_step, fresh, **batch, temperature=TAU, chunk_tokens=150
-    )
-    steps(fresh, lambda: step()["loss"], n=3, lr=0.03)
+    budget = Budget(150)
+    steps(fresh, lambda: contrastive.gradcache_step(fresh, batch, TAU, budget).loss, n=3, lr=0.03)
     after = embed_all(fresh)
     assert (after * base).sum(1).min() < 0.999, "training moved nothing: the test would be empty"
 
@@ -340,7 +319,9 @@ def test_lora_trains_its_own_weights_and_merges_without_a_trace(folder, fresh, t
     again = embed_all(model.load(tmp_path / "adapter", device="cpu"))
     merged = embed_all(model.merge(fresh))
     model.save(fresh, tmp_path / "merged")
-    plain = embed_all(model.load(tmp_path / "merged", device="cpu"))
+    loaded = model.load(tmp_path / "merged", device="cpu")
+    assert (loaded.K, loaded.pooling, loaded.style) == (K, "mean", "coma")
+    plain = embed_all(loaded)
     for name, z in (("loaded adapter", again), ("merged", merged), ("merged, loaded", plain)):
         cosine = float((z * after).sum(1).min())
         assert cosine > 0.99999, f"{name}: cosine {cosine:.6f} to the trained model"

@@ -16,8 +16,12 @@ from hypothesis import strategies as st
 
 import data
 import model
-from data import IMAGE, InputError, Item
-from shapes import Shapes, export
+from data import Item
+from plumbing.errors import InputError
+from plumbing.formats import IMAGE
+from plumbing.images import Images, open_image, zip_names
+from tools.export import export
+from toy.world import Shapes
 
 many = int(os.environ.get("FUZZ", 0))
 fuzz = settings(
@@ -64,17 +68,23 @@ def lines(whole):
     return st.binary(max_size=60) | JSON.map(lambda x: json.dumps(x).encode()) | damaged(good)
 
 
+def picture():
+    """A good picture."""
+    _, (scene,) = Shapes().dialogue(0)[0]
+    return scene.render()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with one good picture in it."""
     folder = tmp_path_factory.mktemp("fuzz")
-    Shapes().dialogue(0).item.images[0].render().save(folder / "a.png")
+    picture().save(folder / "a.png")
     return folder
 
 
 @pytest.fixture(scope="module")
-def collate():
-    return model.load("toy-random", compress_tokens=2, device="cpu").collate
+def collate(shared):
+    return shared.collate
 
 
 def walk(examples, collate):
@@ -121,10 +131,9 @@ def test_lines_of_text(place, collate, kind):
 
 def pictures():
     """One small good picture in each format that users have."""
-    image = Shapes().dialogue(0).item.images[0].render()
     for kind in ("png", "jpeg", "gif", "tiff", "webp", "bmp"):
         buffer = io.BytesIO()
-        image.save(buffer, kind)
+        picture().save(buffer, kind)
         yield kind, buffer.getvalue()
 
 
@@ -142,14 +151,14 @@ def test_pictures(place, kind, whole):
     def check(content):
         (place / f"x.{kind}").write_bytes(content)
         try:
-            assert data.open_image(str(place / f"x.{kind}")).mode == "RGB"
+            assert open_image(str(place / f"x.{kind}")).mode == "RGB"
         except InputError as e:
             assert f"x.{kind}" in str(e)
 
     check()
 
 
-def test_zip_files(place, collate):
+def test_zip_files(place):
     """A hub's zip file, damaged."""
     (place / "z" / "images_zip").mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -161,9 +170,9 @@ def test_zip_files(place, collate):
     def check(content):
         file = place / "z" / "images_zip" / "s.zip"
         file.write_bytes(content)
-        data._zip_names.cache_clear()
+        zip_names.cache_clear()
         try:
-            data.open_image(data.Images(place / "z").find("s/a.png", "s"))
+            open_image(Images(place / "z").find("s/a.png", "s"))
         except InputError as e:
             assert str(e)
 
@@ -199,7 +208,7 @@ def test_texts(collate):
     @given(st.text(st.characters(), max_size=80))
     def check(text):
         try:
-            row = collate.row(Item(text.replace(IMAGE, "")))["tokens"]
+            row = collate.row(Item(text.replace(IMAGE, ""))).tokens
         except InputError:
             assert any(0xD800 <= ord(c) < 0xE000 for c in text)
             return
@@ -214,10 +223,11 @@ def test_nanocoma_json(place):
     folder = place / "m"
     model.save(model.load("toy-random", compress_tokens=2, device="cpu"), folder)
     keys = st.sampled_from(["compress_tokens", "pooling", "prompt", "torch"])
-    about = st.dictionaries(keys, LEAVES | st.sampled_from(["mean", "last", "chat"]), max_size=4)
+    values = LEAVES | st.sampled_from(["mean", "last", "chat"])
+    settings_of = st.dictionaries(keys, values, max_size=4)
 
     @settings(fuzz, max_examples=many // 20 or 25)
-    @given(about.map(lambda x: json.dumps(x).encode()) | st.binary(max_size=30))
+    @given(settings_of.map(lambda x: json.dumps(x).encode()) | st.binary(max_size=30))
     def check(content):
         (folder / "nanocoma.json").write_bytes(content)
         try:

@@ -20,19 +20,20 @@ import torch
 from checks import close, equal, expect
 from PIL import Image
 
-import contrastive
 import model
+from plumbing.config import TrainingFlags
 
 SHA = "0123456789" * 4
 CHILD = """import contextlib, io, json, sys
 import data, model
+from plumbing import errors, hub
 for line in sys.stdin:
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
-            found = eval(line)
-        except data.InputError as e:
-            found = f"InputError: {e}"
-    print(json.dumps([found, said.getvalue()]), flush=True)
+            value = eval(line)
+        except errors.InputError as e:
+            value = f"InputError: {e}"
+    print(json.dumps([value, said.getvalue()]), flush=True)
 """
 
 
@@ -41,7 +42,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self):
         at = re.match("(?:/api)?/(.*)/(revision|tree|resolve)/[^/?]*/?([^?]*)", self.path)
-        repo, what, path = at.groups() if at else ("", "", "")
+        repo, asked, path = at.groups() if at else ("", "", "")
         files = self.server.repos.get(repo if repo.count("/") == 2 else f"models/{repo}")
         trouble = self.server.trouble.items()
         wrong = next((v for k, v in trouble if k in f"{self.command} {self.path}"), None)
@@ -50,7 +51,7 @@ class Answer(BaseHTTPRequestHandler):
             return
         if files is None or isinstance(wrong, tuple):
             status, head["X-Error-Code"] = wrong or (404, "RepoNotFound")
-        elif what == "resolve":
+        elif asked == "resolve":
             body, start, cut = files[path], self.headers["Range"], wrong
             head["ETag"] = f'"{repo}-{path}"'.replace("/", "-")
             if start:
@@ -60,10 +61,11 @@ class Answer(BaseHTTPRequestHandler):
                 self.server.sent.append((path, start, len(body[:cut])))
         else:
             tree = [dict(type="file", path=f, size=len(b), oid=SHA) for f, b in files.items()]
-            about = dict(id=repo, sha=SHA, siblings=[dict(rfilename=f) for f in files])
-            body = json.dumps(tree if what == "tree" else about).encode()
+            state = dict(id=repo, sha=SHA, siblings=[dict(rfilename=f) for f in files])
+            body = json.dumps(tree if asked == "tree" else state).encode()
         self.send_response(status)
-        for k, v in (head | {"Content-Length": len(body)}).items():
+        head["Content-Length"] = len(body)
+        for k, v in head.items():
             self.send_header(k, v)
         self.end_headers()
         if cut:
@@ -88,11 +90,18 @@ class Hub(ThreadingHTTPServer):
         self.repos, self.trouble, self.sent, self.log = {}, {}, [], home / "stderr"
         self.url = f"http://127.0.0.1:{self.server_port}"
         env = {k: v for k, v in os.environ.items() if not re.match("(?i)hf_|hugg|rank$|.*proxy", k)}
-        env |= dict(HF_ENDPOINT=self.url, HF_HOME=str(home), HF_HUB_DISABLE_XET="1")
-        env |= dict(HF_HUB_DISABLE_TELEMETRY="1", TQDM_POSITION="-1")  # bars without a terminal
-        how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"))
-        how |= dict(env=env, cwd=Path(model.__file__).parent, text=True)
-        self.child = subprocess.Popen([sys.executable, "-c", CHILD], **how)
+        env["HF_ENDPOINT"], env["HF_HOME"] = self.url, str(home)
+        env["HF_HUB_DISABLE_XET"] = env["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        env["TQDM_POSITION"] = "-1"  # bars without a terminal
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            env=env,
+            cwd=Path(model.__file__).parent,
+            text=True,
+        )
 
     def ask(self, expression):
         """-> [its value in the child, or "InputError: ..."; what was printed]."""
@@ -143,7 +152,7 @@ def test_of_a_data_set_what_is_asked_for_is_fetched_and_nothing_twice(hub):
     """The lists and pictures of a subset, with a bar; the second time no file is asked for."""
     equal(hub.ask(PAIRS.format("set", "A:1")), [READ, "team/set: 0.01 GB to download\n"], "size")
     equal(hub.files(), [LIST, ZIP], "wanted")
-    expect("Fetching 2 files: 100%" in hub.log.read_text(), "no bar", "one", "model.py: none")
+    expect("Fetching 2 files: 100%" in hub.log.read_text(), "no bar", "one", "hub.announce")
     equal(hub.ask(PAIRS.format("set", "A")), [READ, "team/set: all here\n"], "the cache")
     equal(hub.files(), [], "nothing twice")
     equal(hub.ask("list(data.read_pairs('team/set'))")[0], ["A", "B"], "no subsets: all there are")
@@ -157,20 +166,20 @@ def test_a_cut_connection_goes_on_where_it_was(hub):
     """The library asks for what is missing: at once, or (its older versions) the next time."""
     hub.trouble, sent = {f"GET /datasets/team/cut/resolve/{SHA}/{ZIP}": 11 * 2**20}, []
     for _ in range(2):
-        found, _ = hub.ask(PAIRS.format("cut", "A"))
+        got, _ = hub.ask(PAIRS.format("cut", "A"))
         sent += [x for x in hub.sent if x[0] == ZIP]
-        if found == READ:
+        if got == READ:
             break
     kept, size = 10 * 2**20, len(hub.repos["datasets/team/cut"][ZIP])  # kept: whole chunks
     want = [(ZIP, None, 11 * 2**20), (ZIP, f"bytes={kept}-", size - kept)]
-    equal([found, sent], [READ, want], "(file, Range, bytes sent)")
+    equal([got, sent], [READ, want], "(file, Range, bytes sent)")
 
 
 def test_a_failure_costs_no_whole_file(hub):
     """Of two files one fails, after the size was said; then it alone is fetched again."""
     hub.trouble = {f"GET /datasets/team/half/resolve/{SHA}/{ZIP}": (500, "")}
-    found, said = hub.ask(PAIRS.format("half", "A"))
-    expect("500 Internal Server Error" in str(found), found, "the server's words", "fetch")
+    got, said = hub.ask(PAIRS.format("half", "A"))
+    expect("500 Internal Server Error" in str(got), got, "the server's words", "fetch")
     equal([said, hub.files()], ["team/half: 0.01 GB to download\n", [LIST]], "before, the rest")
     hub.trouble = {}
     equal(hub.ask(PAIRS.format("half", "A"))[0], READ, "the same command again")
@@ -180,13 +189,13 @@ def test_a_failure_costs_no_whole_file(hub):
 def test_without_a_network_the_cache_does(hub):
     """What was fetched is read, though a dry run fails; what was not is an error that says why."""
     hub.ask(PAIRS.format("here", "A"))
-    hub.ask("setattr(data.constants, 'ENDPOINT', 'http://127.0.0.1:9')")
+    hub.ask("setattr(hub.constants, 'ENDPOINT', 'http://127.0.0.1:9')")
     asked = [hub.ask(PAIRS.format(*x)) for x in (("here", "A"), ("here", "A,B"), ("new", "A"))]
-    hub.ask(f"setattr(data.constants, 'ENDPOINT', '{hub.url}')")
+    hub.ask(f"setattr(hub.constants, 'ENDPOINT', '{hub.url}')")
     equal(asked[0], [READ, ""], "the cache")
-    for found, _ in asked[1:]:  # older versions of the library take half a snapshot for a whole
-        ok = re.match("InputError: --(data team/(here|new): .*refused|subsets B)", str(found))
-        expect(ok, found, "one InputError that says why", "fetch")
+    for got, _ in asked[1:]:  # older versions of the library take half a snapshot for a whole
+        ok = re.match("InputError: --(data team/(here|new): .*refused|subsets B)", str(got))
+        expect(ok, got, "one InputError that says why", "fetch")
 
 
 @pytest.mark.parametrize("data", [True, False])
@@ -203,18 +212,18 @@ def test_what_cannot_be_had_is_one_line_with_the_way_out(hub, data):
         ("mute", {"": "mute"}, "not fetched from {}: Server disconnected"),
     ):
         hub.trouble = trouble
-        found, said = hub.ask(f"{'data.read_pairs' if data else 'model.load'}('team/{name}')")
-        hub.trouble, page = {}, f"{hub.url}/{'datasets/' * data}team/{name}"
+        got, said = hub.ask(f"{'data.read_pairs' if data else 'model.load'}('team/{name}')")
+        hub.trouble, page = {}, f"{hub.url}/{'datasets/' if data else ''}team/{name}"
         says = f"InputError: --{'data' if data else 'model'} team/{name}: .*{says.format(page)}"
-        expect(re.match(says, str(found)) and "\n" not in found, found, says, "fetch")
+        expect(re.match(says, str(got)) and "\n" not in got, got, says, "fetch")
         equal([said, hub.files()], ["", []], "nothing but the error")
 
 
 def test_an_unknown_subset_is_an_error_before_anything_is_fetched(hub):
     """Beside one that is there; with the names to choose from."""
-    found, said = hub.ask(PAIRS.format("typo", "A,C:9"))
+    got, said = hub.ask(PAIRS.format("typo", "A,C:9"))
     says = "no C/original-*.parquet in it; it has A,B"
-    expect(str(found).endswith(says), found, says, "need")
+    expect(str(got).endswith(says), got, says, "need")
     equal([said, hub.files()], ["", []], "nothing is fetched")
 
 
@@ -222,10 +231,11 @@ def test_of_a_model_what_it_needs_is_fetched_and_an_adapter_brings_its_base_alon
     """Weights, configs, the tokenizer: no pickles, no code, no subfolders; nothing twice."""
     base, want = families.build("qwen2_vl", tmp_path / "base"), []
     embedder = model.load(base, 4, device="cpu").eval()
-    model.choose_trained(embedder, contrastive.Config(model=str(base), lora_rank=4, dora=True))
+    model.choose_trained(embedder, TrainingFlags(model=str(base), lora_rank=4, dora=True))
     with torch.no_grad():
         for n, p in embedder.named_parameters():
-            p += 0.1 * ("lora_B" in n)
+            if "lora_B" in n:
+                p += 0.1
     model.save(embedder, tmp_path / "adapter")
     junk = "pytorch_model.bin evil.py training_args.pt README.md onnx/model.safetensors".split()
     for folder in (base, tmp_path / "adapter"):
@@ -236,7 +246,7 @@ def test_of_a_model_what_it_needs_is_fetched_and_an_adapter_brings_its_base_alon
         hub.repos[f"models/team/{folder.name}"] = files | dict.fromkeys(junk, b"#")
     texts = ["a red circle", "two"]
     for said, sent in (("0.00 GB to download", want), ("all here", [])):
-        found, printed = hub.ask(f"model.load('team/adapter').eval().encode({texts}).tolist()")
-        close(found, embedder.encode(texts), "from the hub")
+        got, printed = hub.ask(f"model.load('team/adapter').eval().encode({texts}).tolist()")
+        close(got, embedder.encode(texts), "from the hub")
         equal(printed, f"team/adapter: {said}\nteam/base: {said}\n", "both")
         equal(sorted(hub.sent), sorted(sent), "(file, Range, bytes sent)")

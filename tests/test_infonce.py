@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from checks import close, equal, expect
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrastive import info_nce
+from contrastive import info_nce, paper_info_nce
 
 
 def oracle(q, t, temperature, labels=None, keys=None):
@@ -75,11 +75,10 @@ def forgets_the_temperature(q, t, temperature, labels=None, keys=None):
 
 
 def wrong_offset(q, t, temperature, labels=None, keys=None):
+    """Each positive one column too far to the right."""
     labels = torch.arange(len(q)) if labels is None else labels
-    shifted = torch.where(
-        labels >= 0, (labels + len(q)) % len(t) if len(t) > len(q) else labels, -1
-    )
-    return info_nce(q, t, temperature, torch.where(labels >= 0, (shifted + 1) % len(t), -1), keys)
+    shifted = ((labels + 1) % len(t)).where(labels >= 0, -1)
+    return info_nce(q, t, temperature, shifted, keys)
 
 
 def drops_hard_negatives(q, t, temperature, labels=None, keys=None):
@@ -153,8 +152,8 @@ def test_the_block_size_changes_neither_value_nor_gradient():
         want = run(q, t, 0.05, labels, keys, block=256)
         for block in (1, 2, 4):
             got = run(q, t, 0.05, labels, keys, block=block)
-            for x, y, what in zip(got, want, ("loss", "hits", "gradient"), strict=True):
-                close(x, y, f"{name}, block {block}: {what}", rel=1e-12)
+            for x, y, part in zip(got, want, ("loss", "hits", "gradient"), strict=True):
+                close(x, y, f"{name}, block {block}: {part}", rel=1e-12)
 
 
 def test_the_gradient_equals_that_of_the_plain_loss():
@@ -163,6 +162,41 @@ def test_the_gradient_equals_that_of_the_plain_loss():
     F.cross_entropy(q @ t.T / 0.1, torch.arange(7)).backward()
     want = torch.cat([q.grad, t.grad])
     close(run(q.detach(), t.detach(), 0.1, block=3)[2], want, "d loss / d (q, t)", rel=1e-10)
+
+
+def check_paper(loss_of):
+    """Value and gradient of `info_nce` where query i's own column is i, and it has no other."""
+    for n, temperature in ((1, 0.05), (6, 1.0), (300, 0.05)):  # of more than one row block, too
+        general = embeddings(n, n, seed=n)
+        papers = [x.clone().requires_grad_() for x in general]
+        want, _, grad = run(*general, temperature)
+        loss = loss_of(*papers, temperature)
+        loss.backward()
+        hint = f"N = {n}, temperature {temperature}: the general form, one column each"
+        close(loss, want, f"{hint}, loss", rel=1e-10)
+        close(torch.cat([x.grad for x in papers]), grad, f"{hint}, gradient", rel=1e-10)
+
+
+def test_the_papers_three_lines_are_the_general_form_where_each_query_has_its_own_column():
+    """paper_info_nce (Eq. 1 as it is written) and info_nce: the same loss, the same gradient."""
+    check_paper(paper_info_nce)
+
+
+def both_directions(q, t, temperature):
+    """CLIP's loss: targets look for their queries, too."""
+    return (paper_info_nce(q, t, temperature) + paper_info_nce(t, q, temperature)) / 2
+
+
+def only_the_queries_learn(q, t, temperature):
+    """The right loss; the targets get no gradient."""
+    return paper_info_nce(q, t.detach() + 0 * t, temperature)
+
+
+def test_the_check_against_the_general_form_fails_for_another_loss():
+    """Negative control: another value, and the same value with another gradient."""
+    for wrong, part in ((both_directions, ", loss"), (only_the_queries_learn, ", gradient")):
+        with pytest.raises(AssertionError, match=part):
+            check_paper(wrong)
 
 
 def test_the_order_of_pairs_and_of_columns_does_not_matter():

@@ -8,8 +8,8 @@ from checks import close, equal, expect
 
 import model
 import pretrain
-from data import ANSWER, COMPRESS, CONTENT, HEAD, IMAGE, PAD, QUESTION, Dialogue, InputError, Item
-from shapes import Shapes
+from data import ANSWER, COMPRESS, CONTENT, HEAD, IMAGE, PAD, QUESTION, Item, read_dialogues
+from plumbing.errors import InputError
 
 ROLES = ("PAD", "HEAD", "CONTENT", "COMPRESS", "QUESTION", "ANSWER")  # names, for the messages
 
@@ -47,7 +47,7 @@ def layouts():
         L = max(map(len, rows))
         yield "right padding", torch.tensor([r + [PAD] * (L - len(r)) for r in rows])
         yield "left padding", torch.tensor([[PAD] * (L - len(r)) + r for r in rows])
-        yield "any order", torch.tensor([[rng.randrange(6) for _ in range(9)] for _ in range(3)])
+        yield "any order", torch.tensor([rng.choices(range(6), k=9) for _ in range(3)])
     yield "only padding", torch.zeros(2, 5, dtype=torch.long)
 
 
@@ -129,18 +129,20 @@ def test_the_loop_check_fails_for_a_wrong_mask(wrong):
 # ------------------------------------------------------------------- by influence in a real model
 
 
+def talks():
+    """[(item, turns)]: two dialogues of unequal length, with instruction text between the picture
+    and C."""
+    dialogues = [read_dialogues()[i] for i in (0, 3)]
+    return [(Item(IMAGE + " look at the red circle", d.item.images), d.turns) for d in dialogues]
+
+
 def inputs_of(embedder):
-    """Two dialogues of unequal length, with instruction text between the picture and C."""
-    world = Shapes()
-    talks = [world.dialogue(i) for i in (0, 3)]
-    talks = [
-        Dialogue(Item(IMAGE + " look at the red circle", d.item.images), d.turns) for d in talks
-    ]
-    return embedder.collate([d.item for d in talks], [d.turns for d in talks])
+    items, turns = zip(*talks(), strict=True)
+    return embedder.collate(items, turns)
 
 
 def other_pixels(embedder, inputs):
-    return dict(inputs, pixel_values=inputs["pixel_values"].flip(0))
+    return {**inputs, "pixel_values": inputs["pixel_values"].flip(0)}
 
 
 def other_text(embedder, inputs):
@@ -148,7 +150,7 @@ def other_text(embedder, inputs):
     special, ids = embedder.processor.tokenizer.added_tokens_decoder, inputs["input_ids"]
     text = (inputs["roles"] == CONTENT) & ~torch.isin(ids, torch.tensor(sorted(special)))
     expect(text.any(), "no text token before C", "some", "inputs_of writes an instruction")
-    return dict(inputs, input_ids=torch.where(text, (ids + 7 - 8) % 200 + 8, ids))
+    return {**inputs, "input_ids": torch.where(text, (ids + 7 - 8) % 200 + 8, ids)}
 
 
 def moved(embedder, inputs, change, hide):
@@ -250,7 +252,7 @@ def test_the_flow_check_fails_for_a_mask_in_the_first_layer_only(embedder):
     now = {}
 
     def hook(layer, args, kwargs):
-        return args, dict(kwargs, attention_mask=now["causal"])
+        return args, {**kwargs, "attention_mask": now["causal"]}
 
     for layer in embedder.mllm.model.language_model.layers[1:]:
         layer.register_forward_pre_hook(hook, with_kwargs=True)
@@ -297,8 +299,7 @@ def test_a_row_does_not_depend_on_the_padding_beside_it(shared):
     inputs = inputs_of(shared)
     with torch.no_grad():
         h = shared.hidden(inputs, pretrain.compression_mask(inputs["roles"]))
-        for b, d in enumerate([Shapes().dialogue(i) for i in (0, 3)]):
-            item = Item(IMAGE + " look at the red circle", d.item.images)
-            one = shared.collate([item], [d.turns])
+        for b, (item, turns) in enumerate(talks()):
+            one = shared.collate([item], [turns])
             alone = shared.hidden(one, pretrain.compression_mask(one["roles"]))
             close(h[b, : alone.shape[1]], alone[0], f"row {b}: padding leaks")

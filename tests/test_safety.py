@@ -1,19 +1,19 @@
-"""Folders from elsewhere: nothing in them is executed or unpickled, and what is missing is said."""
+"""Folders from elsewhere: nothing in them is executed or unpickled, and what is missing is said.
+(Checkpoints from elsewhere: test_checkpoint.py. Other damage, at random: test_fuzz.py.)"""
 
 import json
 import os
 import pickle
 import shutil
 
-import families
 import pytest
 import torch
 from checks import close, toy
 from safetensors.torch import load_file, save_file
 
-import contrastive
 import model
-from data import InputError
+from plumbing.config import TrainingFlags
+from plumbing.errors import InputError
 
 MARK = "MODEL_FOLDER_RAN_CODE"
 
@@ -115,7 +115,8 @@ def test_damaged_weights_are_an_error(folder, way):
 
 
 def test_missing_weights_are_an_error_and_not_random_numbers(folder):
-    """transformers would draw them anew, and only warn."""
+    """transformers would draw them anew, and only warn. (That no family's tied weights are called
+    missing: test_families.py loads them all.)"""
     weights = load_file(folder / "model.safetensors")
     del weights[next(k for k in weights if k.endswith("layers.0.mlp.up_proj.weight"))]
     save_file(weights, folder / "model.safetensors", dict(format="pt"))
@@ -124,11 +125,12 @@ def test_missing_weights_are_an_error_and_not_random_numbers(folder):
 
 
 @pytest.mark.parametrize(
-    "about", ["[]", "{", '{"compress_tokens": "4"}', '{"compress_tokens": 1000000000}',
+    "wrong", ["[]", '{"compress_tokens": "4"}', '{"compress_tokens": 1000000000}',
               '{"compress_tokens": -1}', '{"pooling": "max"}', '{"prompt": ["chat"]}'],
 )  # fmt: skip
-def test_a_wrong_nanocoma_json_is_an_error(folder, about):
-    (folder / "nanocoma.json").write_text(about)
+def test_a_wrong_nanocoma_json_is_an_error(folder, wrong):
+    """Good JSON of the wrong kind, a K that is none or would fill the memory, unknown names."""
+    (folder / "nanocoma.json").write_text(wrong)
     with pytest.raises(InputError):
         model.load(folder, device="cpu")
 
@@ -140,12 +142,14 @@ def test_a_wrong_nanocoma_json_is_an_error(folder, about):
 def adapter(good, tmp_path_factory):
     """A LoRA embedder on `good`, moved away from it, and its folder."""
     embedder = model.load(good, device="cpu").eval()
-    cfg = contrastive.Config(model=str(good), lora_rank=4, lora_dropout=0.0, dora=True)
+    cfg = TrainingFlags(model=str(good), lora_rank=4, lora_dropout=0.0, dora=True)
     model.choose_trained(embedder, cfg)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for n, p in embedder.named_parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator) * ("lora_B" in n)
+            noise = torch.randn(p.shape, generator=generator)
+            if "lora_B" in n:  # it starts as zero, and would change nothing
+                p += 0.1 * noise
     folder = tmp_path_factory.mktemp("adapter")
     model.save(embedder, folder)
     return embedder, folder
@@ -187,44 +191,3 @@ def test_an_adapter_of_another_model_is_an_error(adapter, tmp_path):
               other / "adapter_model.safetensors")  # fmt: skip
     with pytest.raises(InputError, match="not an adapter of this model"):
         model.load(other, device="cpu")
-
-
-# -------------------------------------------------------------------------------------- checkpoints
-
-
-def test_a_hostile_or_damaged_checkpoint_is_not_resumed_from(tmp_path, monkeypatch):
-    """A pickle in the optimiser's place, weights of another model, a cut-off file: an error with
-    the way out, and the older checkpoint stays."""
-    cfg = dict(model="toy-random", steps=3, batch=4, block=4, workers=0, save_every=1)
-    cfg = contrastive.Config(**cfg, muon_lr=0.0, out=str(tmp_path))
-    finish = model.finish
-    monkeypatch.setattr(model, "finish", lambda *_: None)  # its checkpoints stay
-    contrastive.main(cfg)
-    checkpoint = sorted((tmp_path / "checkpoints").iterdir())[-1]
-    kept = shutil.copytree(checkpoint, tmp_path / "kept")
-    cfg.resume = True
-    weights = load_file(kept / "weights.safetensors")
-    few = {k: v for k, v in weights.items() if "layers.0" not in k}
-
-    def plant(name, write):
-        shutil.copytree(kept, checkpoint, dirs_exist_ok=True)
-        write(checkpoint / name)
-        with pytest.raises(InputError, match="step-00000002"):
-            contrastive.main(cfg)
-
-    plant("optimizer.pt", lambda f: torch.save(dict(state=Bomb()), f))
-    plant("optimizer.pt", lambda f: f.write_bytes(f.read_bytes()[:999]))
-    plant("weights.safetensors", lambda f: save_file(few, f))
-    plant("weights.safetensors", lambda f: f.write_bytes(b""))
-    plant("state.json", lambda f: f.write_text("[1"))
-    assert not exploded()
-    shutil.rmtree(checkpoint)
-    monkeypatch.setattr(model, "finish", finish)
-    contrastive.main(cfg)  # from the one before
-    assert (tmp_path / "model.safetensors").exists()
-
-
-def test_every_family_loads_with_its_weights_complete(tmp_path):
-    """The check for missing weights calls none of the tied or unused ones missing."""
-    for family in families.FAMILIES:
-        model.load(families.build(family, tmp_path / family), 2, device="cpu")

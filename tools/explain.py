@@ -18,21 +18,24 @@ import contrastive
 import model
 import pretrain
 from data import ANSWER, COMPRESS, CONTENT, HEAD, QUESTION, read_dialogues, read_pairs
-from plumbing.config import Flags, TrainingFlags, flag
+from plumbing.config import ModelFlags, TrainingFlags, flag
 from plumbing.errors import InputError
 from plumbing.formats import digest_of
 from plumbing.memory import token_chunks
 from plumbing.ranks import run_command, say, setup
-from plumbing.weights import newest
+from plumbing.weights import first_model
 
 LETTER = {HEAD: "h", CONTENT: "x", COMPRESS: "C", QUESTION: "Q", ANSWER: "A"}
 
 
 @dataclass
-class Config(Flags):
+class Config(ModelFlags):
     """Flags of both walks."""
 
     model: str = flag("", "empty: toy; for contrastive out/pretrain, where there is one")
+    data: str = flag("shapes", "shapes (the toy world), a .jsonl, a folder or hub id like MMEB")
+    image_root: str = flag("", "where the pictures are; empty: beside the data")
+    seed: int = flag(0, "of the data")
     chunk_tokens: int = flag(150, "contrastive: padded tokens of a chunk; few, to have several")
     compress: bool = flag(True, "pretrain: the compression mask; off: plain causal attention")
     caption: bool = flag(False, "pretrain: a full description in place of the dialogue (toy world)")
@@ -159,7 +162,7 @@ def print_loss(tokenizer, logits, labels, loss):
 def explain_contrastive(cfg, device):
     """Six pairs of two data sets, through the two passes."""
     if not cfg.model:
-        cfg.model = newest("out/pretrain")
+        cfg.model = first_model("out/pretrain")
         hint = (
             "" if cfg.model != "toy" else ": there is no out/pretrain; python pretrain.py makes it"
         )

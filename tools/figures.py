@@ -8,7 +8,8 @@ Needs matplotlib; half a minute on one core. Reads three models - base (`toy`), 
 DIR/*.png, each below 120 KB. A figure whose model or record is missing is left out, and a line says
 how to make that. The same models give the same figures, bit for bit.
 
-The numbers come from figure_numbers.py and records.py, the drawings from drawings.py.
+The numbers come from figure_numbers.py and records.py, the drawings from drawings.py; overview.py
+draws the README's diagram and example, which need no model.
 """
 
 import io
@@ -114,6 +115,9 @@ def main(argv):
     parser.add_argument("--seed", type=int, default=0, help="of the test scenes and queries")
     args = parser.parse_args(argv)
     draw(args.folder, args.model, args.seed, setup())
+    from tools import overview  # matplotlib is there: draw has asked for it
+
+    overview.draw(args.folder)
 
 
 if __name__ == "__main__":

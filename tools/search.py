@@ -28,7 +28,7 @@ from plumbing.errors import InputError
 from plumbing.formats import IMAGE
 from plumbing.images import open_image
 from plumbing.log import versions
-from plumbing.weights import newest
+from plumbing.weights import first_model
 from tools.pictures import find_pictures
 
 WINDOW = 1024  # pictures that are embedded between two looks at the clock
@@ -43,6 +43,7 @@ class Config(ModelFlags):
     images: str = flag("", "the folder to search; its index is kept beside it")
     text: str = flag("", "rank its pictures by this text")
     query_image: str = flag("", "or by this picture, or by both together")
+    workers: int = flag(1, "loader processes of a rank")
     image_text: str = flag(IMAGE, "the instruction that the pictures are embedded with")
     top: int = flag(8, "results")
     out: str = flag("out/search.png", "the picture of the results")
@@ -202,7 +203,7 @@ def main(cfg):
     device = ranks.setup()
     if not cfg.images or not (cfg.text or cfg.query_image):
         raise InputError("a search needs --images DIR, and --text TEXT or --query-image FILE")
-    cfg.model = cfg.model or newest("out/contrastive", "out/pretrain")
+    cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
     embedder = model.load_for(cfg, device)
     ranks.say(f"searching with {cfg.model}")
     search(embedder, cfg)

@@ -1,9 +1,9 @@
 """What `Embedder.encode` saves: 512 mixed items against one by one, and against batches of 32.
 
-    OMP_NUM_THREADS=1 python tests/bench_encode.py [--rounds 3]
+    OMP_NUM_THREADS=1 python tests/bench/encode.py [--rounds 3]
 
 A third text of 3-120 words, a third pictures of 4-36 tokens, a third both; the random Qwen2-VL of
-3.5 M parameters of bench_step.py. User CPU seconds of one thread, from items to vectors (opening,
+3.5 M parameters of step.py. User CPU seconds of one thread, from items to vectors (opening,
 resizing and tokenizing included); rounds interleaved, of each row the fastest.
 
 Predicted before measuring: batches of 32 in input order are 50 % padding (the lengths run from 10
@@ -16,14 +16,16 @@ Measured (two idle cores, torch 2.13, best of three rounds): one by one 5.33 s (
 """
 
 import argparse
+import os
 import random
 import time
+from functools import partial
 
 import torch
-from bench_step import WORDS, build, user_seconds
 from PIL import Image
+from step import WORDS, build  # which also puts the repository's root on the path
 
-from data import Item
+from data import IMAGE, Item
 
 
 def mixed(n) -> list:
@@ -33,9 +35,8 @@ def mixed(n) -> list:
         w, h = (16 * rng.randint(2, 6) for _ in range(2))
         picture = Image.frombytes("RGB", (w, h), rng.randbytes(3 * w * h))
         words = " ".join(rng.choices(WORDS.split(), k=rng.randint(3, 120)))
-        items.append(
-            (Item(words), Item("<image>", (picture,)), Item(words + "<image>", (picture,)))[i % 3]
-        )
+        kinds = (Item(words), Item(IMAGE, (picture,)), Item(words + IMAGE, (picture,)))
+        items.append(kinds[i % 3])
     rng.shuffle(items)
     return items
 
@@ -43,27 +44,36 @@ def mixed(n) -> list:
 @torch.no_grad()
 def fixed(embedder, items, size) -> torch.Tensor:
     """Batches of `size` items in input order."""
-    return torch.cat(
-        [embedder(embedder.collate(items[i : i + size])) for i in range(0, len(items), size)]
-    )
+    z = []
+    for i in range(0, len(items), size):
+        z.append(embedder(embedder.collate(items[i : i + size])))
+    return torch.cat(z)
+
+
+def ways_to_encode(embedder, items) -> dict:
+    """{name: a function that embeds all of them}; the last one only collates."""
+
+    def ours(budget):
+        return torch.from_numpy(embedder.encode(items, chunk_tokens=budget))
+
+    ways = {"one by one": partial(fixed, embedder, items, 1)}
+    ways["batches of 32, input order"] = partial(fixed, embedder, items, 32)
+    for budget in (1024, 2048, 8192):
+        ways[f"encode, chunk_tokens={budget}"] = partial(ours, budget)
+    ways["(collating alone)"] = lambda: [embedder.collate.row(x) for x in items]
+    return ways
 
 
 def main(n, rounds):
     torch.set_num_threads(1)
     embedder, items = build(frozen=False).eval(), mixed(n)
-    ways = {"one by one": lambda: fixed(embedder, items, 1)}
-    ways["batches of 32, input order"] = lambda: fixed(embedder, items, 32)
-    for budget in (1024, 2048, 8192):
-        ways[f"encode, chunk_tokens={budget}"] = lambda budget=budget: torch.from_numpy(
-            embedder.encode(items, chunk_tokens=budget)
-        )
-    ways["(collating alone)"] = lambda: [embedder.collate.row(x) for x in items]
+    ways = ways_to_encode(embedder, items)
     want, seconds = fixed(embedder, items, 1), {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            start, wall = user_seconds(), time.time()
+            user, wall = os.times().user, time.time()
             z = way()
-            seconds[name].append((user_seconds() - start, time.time() - wall))
+            seconds[name].append((os.times().user - user, time.time() - wall))
             if isinstance(z, torch.Tensor) and (z - want).abs().max() > 1e-5:
                 raise SystemExit(f"{name}: other vectors than one by one")
     base = min(seconds["batches of 32, input order"])[0]

@@ -1,6 +1,6 @@
 """What a contrastive step costs: ours against a plain full batch, and against other GradCaches.
 
-    OMP_NUM_THREADS=1 python tests/bench_step.py [--rounds 3]     about 15 minutes
+    OMP_NUM_THREADS=1 python tests/bench/step.py [--rounds 3]     about 15 minutes
 
 256 pairs: a query is a picture of 4-36 tokens and 8-60 words, a target is 3-120 words; a random
 Qwen2-VL of 3.5 M parameters, its vision tower and language model in the proportions of Qwen2-VL-2B.
@@ -34,22 +34,24 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import contrastive  # noqa: E402
 import model  # noqa: E402
 from data import Item  # noqa: E402
+from plumbing.memory import Budget  # noqa: E402
+from plumbing.weights import Settings  # noqa: E402
 
 TAU, CHUNK, PAIRS = 0.05, 32, 256
 WORDS = "red blue circle square small large top left right what where is the at and of object count"
@@ -68,8 +70,8 @@ def build(frozen) -> model.Embedder:
     vision.hidden_size, vision.embed_dim, vision.depth = 192, 128, 5
     torch.manual_seed(0)
     mllm = transformers.AutoModelForImageTextToText.from_config(config)
-    toy.processor.image_processor.size = dict(shortest_edge=32**2, longest_edge=96**2)
-    embedder = model.Embedder(mllm, toy.processor, 4, "mean", "chat").train()
+    toy.processor.image_processor.size = {"shortest_edge": 32**2, "longest_edge": 96**2}
+    embedder = model.Embedder(mllm, toy.processor, Settings(4, "mean", "chat")).train()
     if frozen:
         mllm.get_encoder(modality="image").requires_grad_(False)
     return embedder
@@ -88,7 +90,8 @@ def workload(embedder, pairs) -> tuple:
 
     queries = [Item("<image> " + words(8, 60), (picture(),)) for _ in range(pairs)]
     targets = [Item(words(3, 120)) for _ in range(pairs)]
-    return tuple([embedder.collate.row(x) for x in items] for items in (queries, targets))
+    row = embedder.collate.row
+    return [row(x) for x in queries], [row(x) for x in targets]
 
 
 # --------------------------------------------------------------------------------- the contestants
@@ -100,49 +103,52 @@ def plain(embedder, queries, targets):
     contrastive.info_nce(q, t, TAU)[0].backward()
 
 
-def two_passes(embedder, inputs_of, sides):
-    """GradCache as in the paper: embed without a graph, d loss / d z, embed again, chain rule.
-
-    sides: the chunks of the queries, those of the targets; inputs_of: a chunk's model inputs."""
-    z, states = [[], []], [[], []]
-    with torch.no_grad():
-        for side, chunks in enumerate(sides):
-            for chunk in chunks:
-                states[side].append(torch.get_rng_state())
-                z[side].append(embedder(inputs_of(chunk)))
-    q, t = (torch.cat(x).requires_grad_() for x in z)
-    contrastive.info_nce(q, t, TAU)[0].backward()
-    for side, chunks in enumerate(sides):
-        grads = (q, t)[side].grad.split([len(x) for x in z[side]])
-        for chunk, grad, state in zip(chunks, grads, states[side], strict=True):
-            with torch.random.fork_rng([]):
-                torch.set_rng_state(state)
-                embedder(inputs_of(chunk)).backward(grad)
+def grad_cache(embed, n, size):
+    """`contrastive.two_passes` without tricks: chunks of `size` rows in input order, the n queries,
+    then their n targets; no graph is kept."""
+    chunks = []
+    for start in (*range(0, n, size), *range(n, 2 * n, size)):
+        end = n if start < n else 2 * n
+        chunks.append(list(range(start, min(start + size, end))))
+    contrastive.two_passes(embed, chunks, lambda z: contrastive.info_nce(z[:n], z[n:], TAU)[0])
 
 
 def naive(embedder, queries, targets, size=CHUNK):
-    """GradCache without tricks: `size` rows in input order, padded to their own longest."""
-    sides = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in (queries, targets)]
-    two_passes(embedder, partial(embedder.collate.pad_rows, device=embedder.device), sides)
+    """GradCache as in the paper: `size` rows at a time, padded to their own longest."""
+    rows = queries + targets
+
+    def embed(chunk):
+        return embedder(embedder.collate.pad_rows([rows[i] for i in chunk], embedder.device))
+
+    grad_cache(embed, len(queries), size)
 
 
 def luyug(embedder, queries, targets, size=CHUNK):
     """As luyug/GradCache does it: the batch is padded once, then cut into chunks of `size` rows."""
-    sides = [cut(embedder.collate.pad_rows(rows), size) for rows in (queries, targets)]
-    two_passes(embedder, lambda chunk: chunk, sides)
+    n = len(queries)
+    cut_queries, cut_targets = (
+        cut(embedder.collate.pad_rows(rows), size) for rows in (queries, targets)
+    )
+
+    def embed(chunk):
+        first = chunk[0]
+        return embedder(cut_queries[first] if first < n else cut_targets[first - n])
+
+    grad_cache(embed, n, size)
 
 
-def cut(inputs, size) -> list:
-    """A padded batch of at most one picture a row in chunks of `size` rows; nothing is trimmed."""
-    chunks = []
+def cut(inputs, size) -> dict:
+    """A padded batch of at most one picture a row in chunks of `size` rows; nothing is trimmed. ->
+    {a chunk's first row: its model inputs}."""
+    chunks = {}
     for i in range(0, len(inputs["input_ids"]), size):
         rows = slice(i, i + size)
-        part = {k: v[rows] for k, v in inputs.items() if k != "pixel_values"}
+        part = {key: x[rows] for key, x in inputs.items() if key != "pixel_values"}
         if "pixel_values" in inputs:  # flattened patches, see image_grid_thw
             ends = F.pad(inputs["image_grid_thw"].prod(1).cumsum(0), (1, 0))
             last = min(i + size, len(ends) - 1)
             part["pixel_values"] = inputs["pixel_values"][ends[i] : ends[last]]
-        chunks.append(part)
+        chunks[i] = part
     return chunks
 
 
@@ -164,10 +170,14 @@ def sentence_transformers(embedder, queries, targets, size=CHUNK):
     loss(inputs, None).backward()
 
 
-def ours(embedder, queries, targets, chunk_tokens=CHUNK * 128, **how):
-    """`contrastive.gradcache_step`, whose chunks have the padded tokens of 32 longest rows."""
+BUDGET = Budget(CHUNK * 128)  # chunks have the padded tokens of 32 longest rows
+
+
+def ours(embedder, queries, targets, budget=BUDGET):
+    """`contrastive.gradcache_step`."""
     n = torch.arange(len(queries))
-    contrastive.gradcache_step(embedder, queries + targets, n[:, None], n, TAU, chunk_tokens, **how)
+    batch = contrastive.Batch(queries + targets, n[:, None], n)
+    contrastive.gradcache_step(embedder, batch, TAU, budget)
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -175,19 +185,21 @@ def ours(embedder, queries, targets, chunk_tokens=CHUNK * 128, **how):
 
 def contestants(frozen) -> dict:
     """{name: function(embedder, queries, targets)}, peers first."""
-    found = {"plain full batch": plain, "GradCache, chunks of 32": naive}
-    found["luyug/GradCache's way"] = luyug
+    steps = {"plain full batch": plain, "GradCache, chunks of 32": naive}
+    steps["luyug/GradCache's way"] = luyug
     try:
         import sentence_transformers as package
 
-        found[f"sentence-transformers {package.__version__}"] = sentence_transformers
+        steps[f"sentence-transformers {package.__version__}"] = sentence_transformers
     except ImportError:
         print("(sentence-transformers is not installed: its row is left out)")
     for cache in ("off", "device") if frozen else ("off",):
         for tokens, keep in ((4096, 0), (4096, 1), (4096, 3), (1024, 8), (1024, 16), (1024, 24)):
-            name = f"ours, {tokens} tokens, keep {keep}" + ", cache" * (cache != "off")
-            found[name] = partial(ours, chunk_tokens=tokens, keep=keep, vision_cache=cache)
-    return found
+            name = f"ours, {tokens} tokens, keep {keep}"
+            if cache != "off":
+                name += ", cache"
+            steps[name] = partial(ours, budget=Budget(tokens, keep, cache))
+    return steps
 
 
 def gradient(embedder, step, rows) -> torch.Tensor:
@@ -204,10 +216,6 @@ def check(embedder, steps, rows):
         gap = float((gradient(embedder, step, rows) - want).norm() / want.norm())
         if not gap < 1e-4:
             raise SystemExit(f"{name}: its gradient is {gap:.1e} off the plain batch's")
-
-
-def user_seconds() -> float:
-    return os.times().user
 
 
 def race(embedder, steps, rows, rounds) -> dict:
@@ -232,9 +240,9 @@ def timing(frozen, rounds, pairs):
     best = {name: min(s)[0] for name, s in seconds.items()}
     peers = [n for n in best if not n.startswith(("ours", "plain"))]
     peer = min(peers, key=best.get)
-    what = "vision tower frozen" if frozen else "everything trained"
+    trained = "vision tower frozen" if frozen else "everything trained"
     total = sum(p.numel() for p in embedder.parameters()) / 1e6
-    print(f"\n{pairs} pairs, {total:.2f} M parameters, {what}; best peer: {peer}")
+    print(f"\n{pairs} pairs, {total:.2f} M parameters, {trained}; best peer: {peer}")
     print(f"{'':<34}{'s':>7}{'slowest':>9}{'system':>8}{'/ plain':>9}{'/ best peer':>13}")
     for name, s in best.items():
         slow, system = max(seconds[name])[0], min(s for _, s in seconds[name])
@@ -245,79 +253,101 @@ def timing(frozen, rounds, pairs):
 # ------------------------------------------------------------------------------------------ memory
 
 
+class Setting(NamedTuple):
+    """What one fresh process measures: a step on `pairs` pairs, or where `rows` > 0 InfoNCE of so
+    many, alone."""
+
+    step: str = "ours"  # plain, naive or ours
+    pairs: int = PAIRS
+    frozen: bool = False
+    budget: tuple = BUDGET
+    rows: int = 0
+
+
 def peak_memory(setting) -> float:
     """MiB that a step adds to what was there before it, at its peak; in a fresh process, where what
     is freed goes back to the system at once, so that resident memory is live memory."""
     command = [sys.executable, __file__, "--memory", json.dumps(setting)]
-    env = os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0")
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     return float(subprocess.run(command, check=True, capture_output=True, env=env).stdout)
 
 
+def resident(key) -> int:
+    """Bytes of this process that are resident: "VmRSS" now, "VmHWM" at their peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{key}:")[2].split()[0]) * 1024
+
+
 @contextmanager
-def added_memory(found):
+def added_memory(peaks):
     """Appends the MiB by which the block's peak exceeds what was resident when it began."""
-    page = resource.getpagesize()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * page
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
     yield
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found.append((peak - before) / 2**20)
+    peaks.append((resident("VmHWM") - before) / 2**20)
 
 
 def measure_memory(setting):
-    """What `peak_memory` runs: {"pairs": n, "how": ...} is a step, {"rows": N} InfoNCE alone."""
-    found = []
-    if "rows" in setting:
-        q, t = (F.normalize(torch.randn(setting["rows"], 256), dim=1) for _ in range(2))
-        q.requires_grad_(), t.requires_grad_()
+    """What `peak_memory` runs."""
+    peaks = []
+    if setting.rows:
+        q, t = (F.normalize(torch.randn(setting.rows, 256), dim=1) for _ in range(2))
+        for x in (q, t):
+            x.requires_grad_()
         contrastive.info_nce(q[:8], t[:8], TAU)[0].backward()  # starts what starts once
         q.grad, t.grad = torch.zeros_like(q), torch.zeros_like(t)
-        with added_memory(found):
+        with added_memory(peaks):
             contrastive.info_nce(q, t, TAU)[0].backward()
     else:
-        embedder, how = build(setting["frozen"]), setting["how"]
-        rows = workload(embedder, setting["pairs"])
+        embedder = build(setting.frozen)
+        rows = workload(embedder, setting.pairs)
         naive(embedder, *(r[:4] for r in rows))  # makes the gradients, which stay
-        step = globals()[how.pop("step")]
-        with added_memory(found):
-            step(embedder, *rows, **how)
-    print(found[0])
+        steps = {"plain": plain, "naive": naive}
+        steps["ours"] = partial(ours, budget=Budget(*setting.budget))
+        with added_memory(peaks):
+            steps[setting.step](embedder, *rows)
+    print(peaks[0])
 
 
-def memory():
+MEMORY = {
+    "plain full batch": Setting("plain"),
+    "GradCache, chunks of 32": Setting("naive"),
+    "ours, 4096 tokens, keep 1": Setting(budget=Budget(4096, 1)),
+    "ours, 4096 tokens, keep 3": Setting(budget=Budget(4096, 3)),
+    "ours, 1024 tokens, keep 4": Setting(budget=Budget(1024, 4)),
+    "ours, 1024 tokens, keep 8": Setting(budget=Budget(1024, 8)),
+    "ours, 1024 tokens, keep 24": Setting(budget=Budget(1024, 24)),
+    "ours, 1024, keep 4, cache": Setting(frozen=True, budget=Budget(1024, 4, "device")),
+}
+
+
+def memory(pairs):
     """The second table."""
-    print(f"\nPeak of a step, MiB beyond weights and inputs{'N = 256':>12}{'2048':>8}{'ratio':>7}")
-    for name, how, frozen in (
-        ("plain full batch", dict(step="plain"), False),
-        ("GradCache, chunks of 32", dict(step="naive"), False),
-        ("ours, 4096 tokens, keep 1", dict(step="ours", keep=1), False),
-        ("ours, 4096 tokens, keep 3", dict(step="ours", keep=3), False),
-        ("ours, 1024 tokens, keep 4", dict(step="ours", keep=4, chunk_tokens=1024), False),
-        ("ours, 1024 tokens, keep 8", dict(step="ours", keep=8, chunk_tokens=1024), False),
-        ("ours, 1024 tokens, keep 24", dict(step="ours", keep=24, chunk_tokens=1024), False),
-        ("ours, 1024, keep 4, cache", dict(step="ours", keep=4, chunk_tokens=1024), True),
-    ):
-        if frozen:
-            how["vision_cache"] = "device"
-        sizes = (256,) if how["step"] == "plain" else (256, 2048)
-        peaks = [peak_memory(dict(pairs=n, how=how, frozen=frozen)) for n in sizes]
-        more = f"{peaks[1]:>8.0f}{peaks[1] / peaks[0]:>7.2f}" if len(peaks) > 1 else ""
-        print(f"{name:<45}{peaks[0]:>12.0f}{more}", flush=True)
-    print(f"{'InfoNCE, N = 16384, D = 256':<45}{peak_memory(dict(rows=16384)):>12.0f}")
+    many, title = 8 * pairs, "Peak of a step, MiB beyond weights and inputs"
+    print(f"\n{title}{f'N = {pairs}':>12}{many:>8}{'ratio':>7}")
+    for name, setting in MEMORY.items():
+        peak, others = peak_memory(setting._replace(pairs=pairs)), ""
+        if setting.step != "plain":  # whose eightfold would not fit
+            largest = peak_memory(setting._replace(pairs=many))
+            others = f"{largest:>8.0f}{largest / peak:>7.2f}"
+        print(f"{name:<45}{peak:>12.0f}{others}", flush=True)
+    rows = 64 * pairs
+    print(f"{f'InfoNCE, N = {rows}, D = 256':<45}{peak_memory(Setting(rows=rows)):>12.0f}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="of a step")
     parser.add_argument("--only", choices=["trained", "frozen", "memory"], default="")
     parser.add_argument("--memory", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.memory:
-        measure_memory(json.loads(args.memory))
+        measure_memory(Setting(*json.loads(args.memory)))
         sys.exit()
     for frozen in (False, True):
         if args.only in ("", "frozen" if frozen else "trained"):
             timing(frozen, args.rounds, args.pairs)
     if args.only in ("", "memory"):
-        memory()
+        memory(args.pairs)

@@ -1,0 +1,188 @@
+"""Checkpoints: a run that was killed, stopped or resumed ends in the same bytes; what is damaged or
+of another run is refused with the way out. (One rank of two is killed: test_torchrun.py.)"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_safety import Bomb, exploded
+
+import contrastive
+import pretrain
+from plumbing import checkpoint, optim
+from plumbing.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--model toy --batch 16 --block 8 --workers 1".split()
+
+
+def losses(out):
+    """What log.jsonl says of each step."""
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()[1:]]
+
+
+def check_same(a, b, name="model.safetensors"):
+    """The same weights, byte for byte, and the same log."""
+    assert losses(a) == losses(b)
+    got, want = (Path(out, name).read_bytes() for out in (b, a))
+    assert got == want, "the weights differ from the uninterrupted run's"
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", [pretrain, contrastive])
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, stage, lora):
+    """With dropout, accumulation over chunks, loader workers: the weights and the log are equal.
+    Without --resume, or with another flag, the unfinished run is not touched."""
+    cfg = stage.Config(model="toy", steps=4, batch=8, workers=2, chunk_tokens=300, save_every=2)
+    cfg = dataclasses.replace(cfg, lora_rank=lora, muon_lr=0.0 if lora else 0.02, keep=1)
+    if stage is contrastive:
+        cfg.block = 4
+    whole, broken = (dataclasses.replace(cfg, out=str(tmp_path / n)) for n in ("whole", "broken"))
+    stage.main(dataclasses.replace(whole))
+    end_step = optim.end_step
+
+    def crash(embedder, optimizers, cfg, step, *rest):
+        if step == 3:
+            raise Crash
+        return end_step(embedder, optimizers, cfg, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "end_step", crash)
+        with pytest.raises(Crash):
+            stage.main(dataclasses.replace(broken))
+    with pytest.raises(InputError, match="--resume goes on with it"):
+        stage.main(dataclasses.replace(broken))
+    with pytest.raises(InputError, match="lr was 0.003, is 0.1"):
+        stage.main(dataclasses.replace(broken, resume=True, lr=0.1))
+    stage.main(dataclasses.replace(broken, resume=True))
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    check_same(whole.out, broken.out, name)
+
+
+def test_killed_at_random_it_resumes_to_the_same_bytes(tmp_path):
+    """`kill -9` at random moments, while saving too (it does so every step). KILLS=30 by hand."""
+    kills, rng = int(os.environ.get("KILLS", 2)), random.Random(0)
+    flags = [*SMALL, "--steps", "8", "--save-every", "1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    contrastive.main(contrastive.Config.parse([*flags, "--out", str(whole)]))
+    words = [sys.executable, "contrastive.py", *flags, "--out", str(killed), "--resume"]
+    done = while_saving = 0
+    log = killed / "log.jsonl"
+    while done < kills:
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        run = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        started = time.time()
+        while run.poll() is None and (log.stat().st_mtime_ns if log.exists() else 0) == before:
+            time.sleep(0.01)  # until it trains
+        time.sleep(rng.uniform(0, 1))  # of the second or two that the steps take
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            done += 1
+        run.wait()
+        while_saving += (killed / "checkpoints" / "part").exists()
+        if (killed / "model.safetensors").exists() and done < kills:
+            check_same(whole, killed)  # it got through: begin again
+            shutil.rmtree(killed)
+        assert time.time() - started < 120
+    contrastive.main(contrastive.Config.parse([*flags, "--out", str(killed), "--resume"]))
+    check_same(whole, killed)
+    print(f"{done} kills, {while_saving} of them while saving: 0 differing bytes")
+
+
+def test_a_signal_saves_a_checkpoint_and_ends_the_run(tmp_path):
+    """SIGTERM to all its processes, loader workers too, as on a preempted cluster: at most one step
+    later the run has saved and ended."""
+    words = [sys.executable, "contrastive.py", *SMALL, "--steps", "500", "--out", str(tmp_path)]
+    run = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = tmp_path / "log.jsonl"
+    while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 143 and "--resume goes on from there" in said, (run.returncode, said)
+    saved = sorted((tmp_path / "checkpoints").iterdir())
+    assert len(saved) == 1 and len(losses(tmp_path)) == int(saved[0].name[5:])
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path, monkeypatch, capsys):
+    """Saving fails at every step: the run says so and ends with its model."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    cfg = pretrain.Config(model="toy", steps=3, batch=4, workers=0, save_every=1, out=str(tmp_path))
+    pretrain.main(cfg)
+    assert capsys.readouterr().out.count("No space left on device") == 2
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "checkpoints").exists()
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture
+def unfinished(tmp_path, monkeypatch):
+    """The flags of a run on data of one's own whose checkpoints, of steps 1 and 2, are there."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n')
+    cfg = contrastive.Config(model="toy-random", steps=3, batch=4, block=4, workers=0, save_every=1)
+    cfg = dataclasses.replace(cfg, muon_lr=0.0, data=str(pairs), out=str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove_checkpoints", lambda out: None)
+        contrastive.main(cfg)
+    return dataclasses.replace(cfg, resume=True)
+
+
+def test_other_data_are_not_resumed_with(unfinished):
+    """The same name, the same number of lines, another word: not the same run."""
+    pairs = Path(unfinished.data)
+    pairs.write_text(pairs.read_text().replace('"q"', '"r"'))
+    with pytest.raises(InputError, match="not the same run: data_digest was"):
+        contrastive.main(unfinished)
+
+
+def test_a_hostile_or_damaged_checkpoint_is_not_resumed_from(unfinished, tmp_path):
+    """A pickle in the optimiser's place, weights of another model, a cut-off file: an error with
+    the way out, and the older checkpoint stays."""
+    newest = sorted(Path(unfinished.out, "checkpoints").iterdir())[-1]
+    kept = shutil.copytree(newest, tmp_path / "kept")
+    weights = load_file(kept / "weights.safetensors")
+    few = {k: v for k, v in weights.items() if "layers.0" not in k}
+
+    def plant(name, write):
+        shutil.copytree(kept, newest, dirs_exist_ok=True)
+        write(newest / name)
+        with pytest.raises(InputError, match="step-00000002"):
+            contrastive.main(dataclasses.replace(unfinished))
+
+    plant("optimizer.pt", lambda f: torch.save(dict(state=Bomb()), f))
+    plant("optimizer.pt", lambda f: f.write_bytes(f.read_bytes()[:999]))
+    plant("weights.safetensors", lambda f: save_file(few, f))
+    plant("weights.safetensors", lambda f: f.write_bytes(b""))
+    plant("state.json", lambda f: f.write_text("[1"))
+    assert not exploded()
+    shutil.rmtree(newest)
+    contrastive.main(unfinished)  # from the one before
+    assert Path(unfinished.out, "model.safetensors").exists()
