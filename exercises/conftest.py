@@ -92,7 +92,7 @@ def pytest_runtest_logreport(report):
     exercise = dict(report.user_properties).get("exercise")
     if not exercise or not (report.when == "call" or report.failed or report.skipped):
         return
-    scores[exercise][report.nodeid] = report.passed
+    scores.setdefault(exercise, {})[report.nodeid] = report.passed
     note(exercise=exercise, test=report.nodeid, passed=report.passed, said=report.longreprtext)
 
 

@@ -20,7 +20,7 @@ from plumbing import ranks  # noqa: E402
 TOY = ["--model", "toy-random", "--steps", "2", "--batch", "8", "--muon-lr", "0", "--workers", "0"]
 PAIRS = [*TOY, "--block", "4", "--chunk-tokens", "300"]
 # What test_torchrun.py kills a rank of; each step leaves a checkpoint.
-LONGER = "--model toy --steps 6 --batch 16 --block 8 --workers 1 --save-every 1 --resume".split()
+LONGER = "--model toy --steps 8 --batch 16 --block 8 --workers 1 --save-every 1 --resume".split()
 RUNS = [  # (name, stage, flags): each writes FOLDER/name
     ("pretrain", pretrain, TOY),
     ("contrastive", contrastive, PAIRS),

@@ -18,7 +18,7 @@ import model
 from data import Item, read_tasks
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
-from tools import drawings, figures, records
+from tools import drawings, figures, overview, records
 from tools import figure_numbers as numbers
 from toy.world import Shapes
 
@@ -67,6 +67,21 @@ def test_every_figure_is_drawn_light_and_not_blank(runs, few, tmp_path, monkeypa
     before = [p.read_bytes() for p in files if p.stem in twice]
     again = figures.draw(tmp_path, runs / "contrastive", records_file=runs / "records.json")
     equal([p.read_bytes() for p in again], before, "no dates, no unseeded draws")
+
+
+def test_the_drawings_of_the_readme_s_head_are_light_and_have_no_model(tmp_path, monkeypatch):
+    """overview.png and example.png: sharp on a dense screen, light, not blank, twice the same."""
+    monkeypatch.setattr(model, "load", None)
+    files = overview.draw(tmp_path)
+    equal([p.name for p in files], ["overview.png", "example.png"], "what the README shows")
+    before = [p.read_bytes() for p in files]
+    for path in files:
+        pixels = np.asarray(Image.open(path).convert("L"))
+        equal(pixels.shape[1], 1600, f"{path.name}: pixels, twice a page's width")
+        expect(path.stat().st_size < 120_000, path.stat().st_size, "< 120 KB", path.name)
+        ink = (pixels < 200).mean()
+        expect(0.03 < ink < 0.5, f"{ink:.3f} dark", "0.03 to 0.5", path.name)
+    equal([p.read_bytes() for p in overview.draw(tmp_path)], before, "no dates")
 
 
 def test_a_missing_model_or_record_costs_its_figures_and_is_named(runs, few, tmp_path, capsys):
