@@ -5,6 +5,7 @@
 DIR gets the code, the tests, the toy model, and my_exercises.py, the stub, at its root, which
 `python -m pytest -m ex1 exercises` grades there without further ado."""
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -29,10 +30,10 @@ def hand_out(folder):
 
 
 def main():
-    if len(sys.argv) != 2:
-        sys.exit("python -m exercises.hand_out DIR")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("folder", metavar="DIR", help="new or empty, outside of this repository")
     try:
-        folder = hand_out(sys.argv[1])
+        folder = hand_out(parser.parse_args().folder)
     except FileExistsError as e:
         sys.exit(str(e))
     print(f"{folder}: solve {folder / ladder.OWN.name}, read exercises/README.md, then")

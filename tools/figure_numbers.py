@@ -54,9 +54,10 @@ def pair_cosines(q, t, tasks) -> PairCosines:
 
 
 def smooth(x):
-    """Running mean of 9 steps, fewer at the ends."""
-    count = np.convolve(np.ones(len(x)), np.ones(9), "same")
-    return np.convolve(x, np.ones(9), "same") / count
+    """Running mean of 9 steps, fewer at the ends and in a shorter run."""
+    window = np.ones(min(9, len(x)))
+    count = np.convolve(np.ones(len(x)), window, "same")
+    return np.convolve(x, window, "same") / count
 
 
 # --------------------------------------------------------------------------------------- attention
