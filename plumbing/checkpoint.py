@@ -24,7 +24,7 @@ from plumbing.weights import read_json
 
 HARMLESS = ("out", "resume", "workers", "save_every", "keep")  # flags that may change in between
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-stop_asked = []  # signals that asked the run to save and end
+stop_asked = []  # signals that asked the run to save and end; looked at after each step
 # What reading a damaged checkpoint may raise.
 UNREADABLE = (
     OSError,
@@ -41,6 +41,7 @@ UNREADABLE = (
 
 def save_checkpoint(embedder, optimizers, cfg, step):
     """Written beside and renamed: none is ever half. A full disk costs it, not the run."""
+    # A collective where the model is sharded: all ranks are here, rank 0 goes on.
     weights, optimizer = dcp.get_state_dict(embedder, optimizers, options=TRAINED)
     names = {name for name, _ in embedder.named_parameters()}  # a tied weight once
     folder = Path(cfg.out, "checkpoints")
@@ -63,19 +64,21 @@ def save_checkpoint(embedder, optimizers, cfg, step):
         say(f"no checkpoint at step {step}: {e}. Older ones stay and the run goes on; disk full?")
         shutil.rmtree(part, ignore_errors=True)
         return
+    # The new one is safe: only now may older ones go.
     for old in sorted(folder.glob("step-*"))[: -max(1, cfg.keep)]:
         shutil.rmtree(old)
 
 
 def maybe_checkpoint(embedder, optimizers, cfg, step):
     """Every --save-every steps, and when a signal (on any rank) asked the run to end."""
-    done, stop = step + 1, all_sum(len(stop_asked))
+    done = step + 1
+    stop = all_sum(len(stop_asked))  # a signal may have reached one rank only
     due = cfg.save_every and done % cfg.save_every == 0 and done < cfg.steps
     if stop or due:
         save_checkpoint(embedder, optimizers, cfg, done)
     if stop:
         say(f"stopped by a signal after step {done}; --resume goes on from there")
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + signal.SIGTERM)  # what a shell expects of a process that was told to end
 
 
 def remove_checkpoints(out):
@@ -126,6 +129,7 @@ def load_checkpoint(embedder, optimizers, folder):
     try:
         weights = load_file(folder / "weights.safetensors")
         trained = {name for name, p in embedder.named_parameters() if p.requires_grad}
+        # Weights that are not trained are not in it, and must not be.
         if differ := weights.keys() ^ trained:
             raise ValueError(f"{len(differ)} weights too many or too few, {min(differ)} for one")
         path = folder / "optimizer.pt"
@@ -133,6 +137,7 @@ def load_checkpoint(embedder, optimizers, folder):
             embedder,
             optimizers,
             model_state_dict=weights,
+            # No pickle is executed.
             optim_state_dict=torch.load(path, weights_only=True, map_location="cpu"),
             options=dataclasses.replace(TRAINED, strict=False),
         )

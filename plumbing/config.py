@@ -43,8 +43,9 @@ def add_flag(parser, field):
     """One field of a Config as an argument of the parser."""
     name = "--" + field.name.replace("_", "-")
     shown = "" if field.default in (None, "") else f" (default: {field.default})"
-    text = (field.metadata["description"] + shown).replace("%", "%%")
-    kind = getattr(field.type, "__args__", [field.type])[0]  # int | None -> int
+    text = (field.metadata["description"] + shown).replace("%", "%%")  # argparse formats it
+    # argparse calls the type on the word: of `int | None` that is int.
+    kind = getattr(field.type, "__args__", [field.type])[0]
     if kind is bool:
         action = argparse.BooleanOptionalAction
         parser.add_argument(name, default=field.default, help=text, action=action)
@@ -79,10 +80,10 @@ class ModelFlags:
         parser = argparse.ArgumentParser(
             description=sys.modules[cls.__module__].__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            allow_abbrev=False,  # --step would pass for --steps
         )
         for field in dataclasses.fields(cls):
-            if field.init:
+            if field.init:  # else a value that is computed, as data_digest
                 add_flag(parser, field)
         return cls(**vars(parser.parse_args(argv)))
 

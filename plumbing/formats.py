@@ -101,6 +101,7 @@ def parse_content(raw, images, subset="") -> Content:
     strings = isinstance(paths, list) and all(isinstance(p, str) for p in paths)
     if not isinstance(text, str) or not strings:
         raise InputError('"text" must be a string, "image" a path or a list of paths')
+    # MMEB's mark; a picture without a text is the picture alone.
     text = text.replace("<|image_1|>", IMAGE) if text else IMAGE * len(paths)
     if (n := text.count(IMAGE)) != len(paths):
         raise InputError(f"the text has {n} {IMAGE} for {len(paths)} pictures: one where each goes")
@@ -185,10 +186,11 @@ def read_lines(path, parse, image_root) -> Lazy:
         lines = csv_lines(path)
     else:
         with open(path, "rb") as file:
+            # Bytes, parsed when drawn: a million lines of JSON would be gigabytes of objects.
             lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
     if not lines:
         raise InputError(f"--data {path}: holds no lines")
-    digest = 0
+    digest = 0  # of the bytes: another order is other data
     for _, line in lines:
         digest = zlib.crc32(line, digest)
 
@@ -247,7 +249,7 @@ def caption_pairs(file, image_root) -> dict:
     """Pictures with captions as two sets of pairs: picture -> all of its captions ("i2t"), and
     caption -> picture ("t2i")."""
     captions = read_lines(str(file), parse_caption, image_root)
-    texts_of = {}
+    texts_of = {}  # a picture's captions are all right, and no negatives of each other
     for path, text in captions:
         texts_of.setdefault(path, []).append(text)
     paths = list(texts_of)

@@ -18,6 +18,7 @@ def fetch(name, kind, wanted, need) -> str:
     flag, choices, path = "--model", "toy", ""
     if kind == "dataset":
         flag, choices, path = "--data", "shapes, a .jsonl", "datasets/"
+    # A path that is not there must not be asked for at the hub.
     if name.count("/") != 1 or name[0] in "./":
         raise InputError(f"{flag} {name}: no such folder; choose {choices}, a folder, or a hub id")
     page = f"{constants.ENDPOINT}/{path}{name}"

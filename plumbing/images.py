@@ -79,6 +79,7 @@ class Images:
         """-> a path or a ZipImage. What is nowhere is reported when it is opened."""
         for base in (self.root / "images", self.root):
             top, full = os.path.realpath(base), os.path.realpath(base / path)
+            # realpath: a link that leads out is found out, too.
             if not full.startswith(os.path.join(top, "")) and self.root.exists():
                 raise InputError(f"the picture {path!r} lies outside of {base}")
             if os.path.exists(full):
@@ -86,6 +87,7 @@ class Images:
         archive = self.zips.get(subset) or self.zips.get("images")
         if archive:
             names = zip_names(archive)
+            # The hub's zips have the subset's folder on top, or `images`, or neither.
             for member in (path, "images/" + path, path.partition("/")[2]):
                 if member in names:
                     return ZipImage(archive, member)
@@ -142,6 +144,7 @@ def cat_padded(tensors) -> torch.Tensor:
     """Tensors end to end along their first axis; the other axes zero-padded to the largest."""
     sizes = zip(*(t.shape[1:] for t in tensors), strict=True)
     largest = [max(size) for size in sizes]
+    # Tiles of pictures of other shapes: zeros are what the processors pad with.
     joined = tensors[0].new_zeros(sum(map(len, tensors)), *largest)
     start = 0
     for t in tensors:

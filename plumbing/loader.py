@@ -40,7 +40,7 @@ def prefetch(make, indices, workers):
         worker_init_fn=start_worker,
         multiprocessing_context="fork" if ahead else None,  # a closure cannot be spawned
     )
-    for packed in loader:
+    for packed in loader:  # in the order of `indices`, whichever worker was first
         if isinstance(packed, InputError):
             raise packed
         yield tree_map_only(np.ndarray, torch.from_numpy, pickle.loads(packed))
@@ -64,6 +64,7 @@ def start_worker(number):
     """What a worker does first: it leaves signals to its rank, and ends when the rank does."""
     for s in (signal.SIGINT, signal.SIGTERM):  # they may reach all: the rank still needs its batch
         signal.signal(s, signal.SIG_IGN)
+    # A signal would be no help: what kills a rank with -9 sends none.
     threading.Thread(target=outlive_nobody, args=(os.getppid(),), daemon=True).start()
 
 

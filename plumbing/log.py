@@ -25,7 +25,7 @@ class Log:
     def __init__(self, cfg, start):
         self.cfg, self.start = cfg, start
         self.began, self.waited = time.time(), 0.0  # seconds
-        self.every = max(1, min(20, cfg.steps // 10))
+        self.every = max(1, min(20, cfg.steps // 10))  # steps between two lines on the screen
         if rank() == 0:
             self.file = open_log(cfg, start)
         self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() != 0, leave=False)
@@ -41,6 +41,7 @@ class Log:
 
     def __call__(self, step, speed, numbers):
         """numbers: reproducible, so also into log.jsonl; speed: (how many, of what) a step."""
+        # `cut` is worth a column only where something was cut.
         numbers = {name: x for name, x in numbers.items() if x or name != "cut"}
         if rank() > 0:
             return
@@ -77,7 +78,8 @@ def open_log(cfg, start):
     lines = [json.dumps(header) + "\n"]
     if start and path.exists():
         lines = path.read_text().splitlines(True)[: start + 1]
+    # Written beside and renamed: a kill here must not cost the log of the steps before.
     part = Path(f"{path}.part")
     part.write_text("".join(lines))
     os.replace(part, path)
-    return open(path, "a", buffering=1)
+    return open(path, "a", buffering=1)  # each step is in the file when it is over

@@ -34,6 +34,7 @@ def token_chunks(lengths, budget) -> list:
     """Indices of rows, from the shortest to the longest, in chunks of at most `budget` padded
     tokens (a longer row stands alone); the last chunk is a full one. lengths: tokens of each."""
     chunks, longest = [], 0
+    # From the longest: a chunk's first row is its longest, and says how wide the chunk is.
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if chunks and (len(chunks[-1]) + 1) * longest <= budget:
             chunks[-1].append(i)
@@ -53,6 +54,7 @@ class DoesNotFit(Exception):
 def all_fit(fits=True):
     """Where all ranks learn whether one of them ran out of memory: DoesNotFit on all alike. A rank
     that did calls it with False, from wherever it was; the others at their next meeting."""
+    # One collective, the same for who failed and who did not: nobody waits for ever.
     if all_sum(int(not fits)):
         raise DoesNotFit
 
@@ -81,7 +83,7 @@ def until_it_fits(attempt, chunk_tokens, longest, start_over) -> int:
                 f"out of memory at --chunk-tokens {chunk_tokens}: try half of it, "
                 "--checkpointing, or less --max-pixels"
             )
-        start_over()
+        start_over()  # gradients of a half-done pass 2 must not count twice
         say(f"out of memory: --chunk-tokens {chunk_tokens} is halved from here on")
         chunk_tokens //= 2
     return chunk_tokens
@@ -93,7 +95,7 @@ def meeting(loss_of):
 
     def loss_together(z):
         all_fit()
-        try:
+        try:  # the backward pass here, too: in `two_passes` nobody could tell it from pass 2
             loss = loss_of(z)
             (gradient,) = torch.autograd.grad(loss, z)
         except torch.OutOfMemoryError as e:

@@ -93,7 +93,7 @@ def read_parquet(files, columns, parse) -> Lazy:
         names = table.column_names
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: not a readable parquet file: {e}") from None
-    for column in columns:
+    for column in columns:  # neg_* may be missing: CIRR has none
         if column not in names:
             raise InputError(f"{path}: no column {column}; it has {', '.join(names)}")
 

@@ -15,6 +15,7 @@ def make_optimizers(embedder, cfg) -> list:
     for name, p in embedder.named_parameters():
         if not p.requires_grad:
             continue
+        # Muon is for matrices that map features to features; rows of an embedding are no such.
         inner = p.ndim == 2 and "embed" not in name and "lm_head" not in name
         if cfg.muon_lr and inner:
             muon.append(p)
@@ -41,6 +42,7 @@ def rate_at(step, peak, cfg) -> float:
 def begin_step(optimizers, step, cfg) -> float:
     """Seeds dropout and sets the learning rates. Both are functions of (seed, step, rank): nothing
     of them must be saved. -> AdamW's rate."""
+    # Primes keep the seeds of neighbouring (seed, step, rank) apart.
     torch.manual_seed((cfg.seed * 1_000_003 + step) * 4_093 + rank())
     for optimizer in optimizers:
         peak = cfg.muon_lr if isinstance(optimizer, torch.optim.Muon) else cfg.lr
@@ -54,6 +56,7 @@ def end_step(embedder, optimizers, cfg, step, loss, ids) -> float:
     InputError on all ranks alike where the loss or the gradient is not finite."""
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
+    # Sharded, each rank holds a part of it.
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(loss + norm):
         at = f"step {step + 1}, lr {optimizers[0].param_groups[0]['lr']:.2e}"
@@ -63,5 +66,5 @@ def end_step(embedder, optimizers, cfg, step, loss, ids) -> float:
         )
     for optimizer in optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)  # frees the memory until the next backward pass
     return norm

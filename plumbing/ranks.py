@@ -93,6 +93,7 @@ def sum_gradients(parameters, bucket=25_000_000):
     for p in parameters:
         if not p.requires_grad:
             continue
+        # On every rank, so that all have the same buckets.
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         buckets[-1].append(p.grad)
@@ -122,7 +123,7 @@ def setup() -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo")  # torchrun's environment says the rest
     return device
 
 
@@ -136,6 +137,7 @@ def run(main, config):
     except torch.OutOfMemoryError as e:
         leave(f"{e!s:.120}: out of memory; halve --chunk-tokens, or take --checkpointing")
     except RuntimeError as e:
+        # The backends have no exception of their own for a peer that is gone.
         if world() == 1 or not re.search("gloo|nccl|connection", str(e), re.IGNORECASE):
             raise
         cause = re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0])

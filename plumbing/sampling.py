@@ -19,6 +19,7 @@ def shuffled(n, seed, epoch):
 def epoch_batch(n, cfg, step, rank, world) -> list:
     """Indices of this rank's share of the batch. Each epoch takes all n examples once, in an order
     of its own."""
+    # Position j of an endless row of epochs; the ranks take turns.
     mine = range(step * cfg.batch + rank, (step + 1) * cfg.batch, world)
     return [int(shuffled(n, cfg.seed, j // n)[j % n]) for j in mine]
 
@@ -29,6 +30,6 @@ def ask_first(dialogue, cfg, step):
     asked of the code."""
     if random.Random(f"{cfg.seed}/{step}/{dialogue.id}").random() >= cfg.question_first:
         return dialogue
-    (question, answer), *others = dialogue.turns
+    (question, answer), *others = dialogue.turns  # the question goes in front of the code
     item = replace(dialogue.item, text=f"{dialogue.item.text} {question}")
     return dialogue._replace(item=item, turns=(("", answer), *others))

@@ -127,6 +127,7 @@ def refuse_hostile(folder):
 def written_beside(path):
     """Gives a new folder to write into; what it holds at the end goes to `path`, file by file. Of
     an older run in `path` the files go away that `load` would believe."""
+    # On the same disk, so that a rename is all that is left to do.
     path, part = Path(path), Path(f"{path}.part")
     shutil.rmtree(part, ignore_errors=True)
     yield part
@@ -153,6 +154,7 @@ def load_mllm(path, name, options=Options()) -> tuple:  # noqa: B008
         refuse_hostile(folder)
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        # An adapter's folder may bring a tokenizer of its own, with the K tokens.
         own = os.path.exists(os.path.join(path, "tokenizer_config.json"))
         folder = path if own else base
         processor = load_processor(folder, config, options.min_pixels, options.max_pixels)
@@ -167,7 +169,7 @@ def load_mllm(path, name, options=Options()) -> tuple:  # noqa: B008
 
 def draw_weights(config, attn):
     """A model with random weights, always the same ones."""
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # not --seed: runs with other seeds start from the same weights
     return AutoModelForImageTextToText.from_config(
         config, dtype=torch.float32, attn_implementation=attn
     )
@@ -177,7 +179,7 @@ def read_weights(folder, attn):
     """A model with the weights of a folder; ValueError where they are not all there."""
     mllm, loaded = AutoModelForImageTextToText.from_pretrained(
         folder,
-        dtype="auto",
+        dtype="auto",  # as the checkpoint has it; `choose_trained` widens what is trained
         attn_implementation=attn,
         use_safetensors=True,
         trust_remote_code=False,
