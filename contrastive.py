@@ -12,7 +12,8 @@ chunk's graph fits into memory. GradCache (Gao et al., arXiv 2101.06983) is exac
 embed everything without a graph, take the loss' gradient with respect to the *embeddings*, embed
 again, a chunk at a time, with a graph.
 
-Reads pairs; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpoints.
+Reads pairs; writes OUT/ (a transformers folder, or an adapter whose base may be OUT/merged),
+OUT/log.jsonl, and OUT/checkpoints until the run is over.
 """
 
 import math
@@ -51,7 +52,7 @@ class Config(TrainingFlags):
     subsets: str = flag("", "data sets and caps, ImageNet_1K:100000,CIRR, or mmeb20; empty: all")
     split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])
     temperature: float = flag(0.03, "tau; cosines are divided by it")
-    mask_false_negatives: bool = flag(True, "equal targets are no negatives of each other")
+    mask_false_negatives: bool = flag(True, "what equals a query's own target is no negative")
     keep_graphs: int | None = flag(None, f"chunks that run once; default: {KEEP_GRAPHS}")
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
     merge: bool = flag(True, "fold stage 1's adapter into the weights first")
@@ -105,7 +106,7 @@ def info_nce_rows(q, t, labels, keys, temperature):
     valid = labels >= 0  # (b, P)
     is_no_negative = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
     for p in range(labels.shape[1]):
-        same = keys[None] == keys[labels[:, p]][:, None]  # (b, M); -1 picks any key
+        same = keys[None] == keys[labels[:, p]][:, None]  # (b, M); for -1 any: see `valid`
         is_no_negative |= same & valid[:, p, None]
     positive = scores.gather(1, labels.clamp(min=0))  # (b, P)
     # The lowest number, not -inf: a query without negatives has loss 0 and gradient 0.
@@ -122,7 +123,7 @@ def info_nce_rows(q, t, labels, keys, temperature):
 
 def two_passes(embed, chunks, loss_of, keep=0):
     """GradCache (arXiv 2101.06983, section 3): the chain rule, cut in two at the embeddings z. Adds
-    to `.grad` what `loss_of(all rows at once).backward()` would, one chunk's graph at a time.
+    to `.grad` what `loss_of(embed(all rows)).backward()` would, one chunk's graph at a time.
 
     embed(chunk) -> (len(chunk), D); chunks: lists of row numbers, each row in one; loss_of(z (rows,
     D), in the order of rows) -> a scalar. keep: the last `keep` chunks keep their graph of pass 1,
@@ -193,7 +194,7 @@ def gradcache_step(embedder, batch, temperature, budget) -> Step:
     had gone through the model at once. budget: plumbing.memory.Budget. A chunk that does not fit
     into memory makes all ranks (but sharded ones) begin again with half the chunk_tokens."""
     lengths = [row.length for row in batch.rows]
-    seen = []  # filled by loss_of: loss, top1, columns
+    seen = []  # filled by loss_of, in the order of Step: loss, top1, columns
 
     def embed(chunk):
         inputs = embedder.collate.pad_rows([batch.rows[i] for i in chunk], embedder.device)
@@ -287,8 +288,7 @@ def main(cfg):
     # 3. Train.
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
     N = cfg.batch
-    chance = math.log(N)  # nats, where all cosines are equal
-    say(f"loss sees N = {world} x {N // world} = {N} pairs (chance loss ln N = {chance:.2f})")
+    say(f"loss sees N = {world} x {N // world} = {N} pairs (chance loss ln N = {math.log(N):.2f})")
     budget = Budget.of(cfg, device)
     log = Log(cfg, start)
     embedder.train()

@@ -48,7 +48,7 @@ class Item:
 
     @cached_property
     def key(self) -> int:
-        """63 bits, equal for equal texts and equally named pictures, on every rank and machine."""
+        """63 bits, equal for equal texts and equal paths of pictures, on every rank."""
         pictures = []
         for x in self.images:
             is_image = isinstance(x, Image.Image)  # without a name: its pixels count
@@ -76,7 +76,7 @@ class Pair(NamedTuple):
 
     query: Item
     targets: tuple  # of Items; none of them is a negative of another
-    negatives: tuple = ()  # of Items, wrong for every query of the batch
+    negatives: tuple = ()  # of Items, columns for every query of the batch
 
     @staticmethod
     def of(plain) -> "Pair":
@@ -105,7 +105,7 @@ def read_dialogues(
     """Stage 1's data: a sequence of Dialogues.
 
     source: "shapes" (10^9 toy dialogues), a JSONL file in LLaVA's layout, or a folder of pictures
-    with captions (metadata.jsonl or .csv). turns > 0: so many questions of each (1: single-turn).
+    with captions (metadata.jsonl or .csv). turns > 0: so many questions at most (1: single-turn).
     caption, texts (toy world): a description as the answer; the share of dialogues that are about
     a description, in place of the picture. Raises InputError with file, line and field."""
     if source == "shapes":
@@ -147,13 +147,13 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
 def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) -> list:
     """Evaluation sets: a list of Tasks. source: "shapes" (5 tasks, each in distribution, with
     combinations and with wordings never trained on), a folder or hub id in MMEB-eval's layout.
-    limit > 0: so many queries of each (0: all; of a set of the toy world 100)."""
+    limit > 0: so many queries of each at most (0: all; of a set of the toy world 100)."""
     tasks = []
     if source == "shapes":
         toy_sets = evaluation_sets(seed)
         for name, cap in formats.choose(subsets, toy_sets).items():
-            task, ood, world = toy_sets[name]
-            queries = Lazy(cap or 10**9, partial(world.query, task))
+            task, ood, shapes = toy_sets[name]
+            queries = Lazy(cap or 10**9, partial(shapes.query, task))
             queries = queries.first(limit or 100)
             tasks.append(Task(name, META_TASK[task], ood, queries))
     else:
@@ -171,7 +171,7 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
 
 # ------------------------------------------------------- an Item becomes a row, rows become a batch
 
-PAD, HEAD, CONTENT, COMPRESS, QUESTION, ANSWER = range(6)  # the role of a token
+PAD, HEAD, CONTENT, COMPRESS, QUESTION, ANSWER = range(6)  # roles of tokens; their order counts
 
 
 class Row(NamedTuple):
@@ -190,17 +190,17 @@ class Row(NamedTuple):
 class Collator:
     """Items -> padded model inputs, in one layout for all stages; the roles of its tokens:
 
-        HEAD      a user turn opens
+        HEAD      the first user turn opens: the only part that all may see
         CONTENT   text and pictures, the style's instruction; the assistant's turn opens
         COMPRESS  C_1 ... C_K: the assistant's answer is the code         <- an embedding ends here
         QUESTION  a user turn: Q_1; the assistant's turn opens            <- stage 1 goes on
         ANSWER    A_1 and the end-of-turn token; and so on
 
     With K = 0 there is no code: content and Q_1 share one user turn (plain instruction tuning).
-    Style "vlm2vec": the text as it stands, no template, no code.
+    Style "vlm2vec": the text as it stands, no template; no code unless K is asked for.
 
     processor: of transformers (tokenizer, image processor); compress_ids: the K tokens' ids;
-    max_length: longer rows lose text from the content's middle, or their last turns; 0: none do."""
+    max_length: longer rows lose their last turns, then text from the content's middle; 0: none."""
 
     def __init__(self, processor, compress_ids=(), style="chat", max_length=0):
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -224,7 +224,7 @@ class Collator:
         own_turn = bool(self.compress_ids) or not turns
         content, images = self.content(item, own_turn)
         parts = [Part(template.head_ids, HEAD), *content]
-        turn_ids, before = [], "\n"  # what stands before a question: ids, and text
+        turn_ids, before = [], "\n"  # what stands before a question; K = 0: a newline
         if own_turn:
             parts.append(Part(template.answer_ids, CONTENT))  # the assistant begins
             parts.append(Part(self.compress_ids, COMPRESS))
@@ -234,7 +234,7 @@ class Collator:
             question_ids = turn_ids + pieces.before + pieces.text + pieces.after
             parts.append(Part(question_ids + template.answer_ids, QUESTION))
             parts.append(Part(spell(self.tokenizer, answer).text + template.end_ids, ANSWER))
-            # The answer ends with the token that the template's next turn would begin with.
+            # An answer brings its own end_ids; only the turn after C begins with them.
             turn_ids = template.turn_ids[len(template.end_ids) :]
             before = template.before_question
         cut = shorten(parts, len(turns), self.max_length)
@@ -293,8 +293,8 @@ class Collator:
 
     def __call__(self, items, turns=None) -> dict:
         """Items (and the turns of each) -> padded model inputs."""
-        pairs = zip(items, turns or [()] * len(items), strict=True)
-        return self.pad_rows([self.row(item, its_turns) for item, its_turns in pairs])
+        examples = zip(items, turns or [()] * len(items), strict=True)
+        return self.pad_rows([self.row(item, its_turns) for item, its_turns in examples])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Config(Flags):
     """Flags of the evaluation."""
 
     model: str = flag("", "empty: out/contrastive, else out/pretrain, else toy")
-    subsets: str = flag("", "the sets to evaluate, A,B,C; empty: all there are")
+    subsets: str = flag("", "the sets to evaluate, with caps, A,B:100; empty: all")
     limit: int = flag(0, "queries of each set; 0: all (the toy world: 100)")
     json: str = flag("", "also write the scores to this file")
 
@@ -117,7 +117,7 @@ def score(embedder, task, cfg) -> dict:
         "meta_task": task.meta_task,
         "ood": task.ood,
     }
-    # A model that says nothing scores zero, and is called by its name.
+    # Such embeddings get a warning in the table.
     if not np.isfinite(z).all():
         result["warning"] = "NaN in the embeddings"
     elif len(items) > 1 and z.std(0).max() < 1e-3:

@@ -3,9 +3,9 @@
     from model import load
     z = load("out/contrastive").encode(["a red circle", Image.open("a.png")])  # (2, D), unit length
 
-Legend, for all files: B pairs on this rank - N = world * B pairs the loss sees - M columns, all
-ranks' targets and hard negatives - P right targets of a query - L sequence - K compression tokens -
-D width - V vocabulary - n answer tokens; q, t query and target - h hidden states - z unit length.
+Legend, for all files: B rows of a batch, in the loss this rank's queries - N queries of all ranks -
+M columns, all ranks' targets and hard negatives - P right targets of a query - L sequence -
+K compression tokens - D width - V vocabulary; q, t query, target - h hidden states - z unit length.
 
 Top to bottom: pooling - Embedder - the K tokens - load and save - what is trained. What differs
 between families of MLLMs is in plumbing/families.py, files and adapters in plumbing/weights.py.
@@ -111,10 +111,10 @@ class Embedder(nn.Module):
     def encode(self, items, chunk_tokens=None, workers=0, progress="", bad=None) -> np.ndarray:
         """Embeddings, float32 (len(items), D), in the order given.
 
-        items: Items, strings, PIL images, `pathlib.Path`s of pictures, mixed. Batched inside,
-        sorted by length, `chunk_tokens` padded tokens at a time; pictures are opened in `workers`
-        processes. An item that cannot be read is an InputError; with a list `bad` the error goes
-        there, and the item's row is NaN."""
+        items: Items, strings, PIL images, `pathlib.Path`s of pictures, mixed. Sorted by length in
+        windows, `chunk_tokens` padded tokens at a time; pictures are opened in `workers` processes.
+        An item that cannot be read is an InputError; with a list `bad` the error goes there, and
+        the item's row is NaN."""
         if isinstance(items, str | Path):
             raise InputError(f"encode: takes a list; [{items!r}] for a single one")
         items = [Item.of(x) for x in items]
@@ -162,7 +162,7 @@ def add_compression_tokens(mllm, tokenizer, K):
         known = table[:old].float()
         generator = torch.Generator().manual_seed(0)  # alike on every rank
         noise = torch.randn(K, table.shape[1], generator=generator)  # (K, D)
-        # The mean row, with noise so that the K tokens differ: equal ones would stay equal.
+        # The mean row, with noise: the K tokens must differ, equal ones would learn much the same.
         table[old : old + new] = (known.mean(0) + known.std(0) * noise[-new:]).to(table.dtype)
 
 
@@ -220,8 +220,8 @@ def merge(embedder):
 
 
 def choose_trained(embedder, cfg):
-    """LoRA (--lora-rank > 0: on q, k, v, o of the language model, and the K embedding rows), or all
-    weights; the vision tower stays as it is with LoRA or --freeze-vision."""
+    """An adapter that was loaded goes on; else LoRA (--lora-rank > 0: on q, k, v, o of the language
+    model, and the K embedding rows), or all weights, with --freeze-vision all but the tower's."""
     if cfg.lora_rank and not embedder.adapter:
         adapter = weights.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)
         embedder.set_adapter(adapter)

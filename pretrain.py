@@ -13,7 +13,8 @@ A picture, then K learnable compression tokens, then a dialogue about the pictur
 Attention is causal, but what stands after C never sees the content before C. Trained to answer
 questions that it cannot foresee, the model must put all of the picture into the K tokens.
 
-Reads dialogues; writes OUT/ (a transformers folder), OUT/log.jsonl, OUT/checkpoints.
+Reads dialogues; writes OUT/ (a transformers folder, or a LoRA adapter), OUT/log.jsonl, and
+OUT/checkpoints until the run is over.
 """
 
 import copy
@@ -56,8 +57,8 @@ class Config(TrainingFlags):
 def compression_mask(roles) -> torch.Tensor:
     """Who may attend to whom (CoMa, section 3.1): bool (B, 1, L, L), True = may attend.
 
-    roles (B, L), see data.py. Causal, nobody attends to padding, and what follows the compression
-    tokens does not see the content before them: all it knows of the picture went through C."""
+    roles (B, L): PAD < HEAD < CONTENT < COMPRESS < QUESTION < ANSWER, see data.py. Causal, nobody
+    attends to padding, and what follows C does not see the content before it."""
     i = torch.arange(roles.shape[1], device=roles.device)  # (L,)
     causal = i[:, None] >= i[None, :]  # (L, L) row attends to column
     after_code = roles[:, :, None] > COMPRESS  # (B, L, 1) the rows of questions and answers
@@ -110,7 +111,7 @@ def exact_answers(logits, labels, inputs) -> tuple:
     is_answer = inputs["roles"] == ANSWER  # (B, L)
     before = F.pad(is_answer, (1, 0))[:, :-1]  # (B, L) of the token before
     starts = is_answer & ~before
-    answer_of = starts[is_answer].cumsum(0)  # (n,) the answer that a token belongs to
+    answer_of = starts[is_answer].cumsum(0)  # (n,) which answer; logits stand in the same order
     is_wrong = logits.argmax(-1) != labels  # (n,)
     wrong = answer_of[is_wrong].unique()
     total = int(starts.sum())
@@ -132,7 +133,7 @@ def accumulate(embedder, examples, cfg, reference=None):
     """Adds to `.grad` the gradient of the mean loss over *all ranks'* answer tokens, a chunk at a
     time: exact for any chunks and ranks, however long their answers.
 
-    examples: this rank's; reference: the teacher's logits, for the KL objective.
+    examples: this rank's; reference: the teacher, rows -> logits, for the KL objective.
     -> (mean loss in nats, share of answers that are right word for word, answer tokens)."""
     rows = [example.row for example in examples]
     mine = sum(int((row.tokens["roles"] == ANSWER).sum()) for row in rows)
@@ -182,7 +183,7 @@ def main(cfg):
         raise InputError("--objective kl: model and teacher need the same answers; --max-length 0")
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
-    # Before anything is trained: the teacher is the model as it comes.
+    # Before LoRA is added: the teacher is the model as it comes.
     plain_collate, reference = teacher(embedder) if cfg.objective == "kl" else (None, None)
     choose_trained(embedder, cfg)
     optimizers = optim.make_optimizers(embedder, cfg)

@@ -65,7 +65,7 @@ class ModelFlags:
     attn: str = flag("sdpa", "attention kernel", ["sdpa", "flash_attention_2", "flex_attention"])
     min_pixels: int = flag(0, "smallest picture (Qwen family), pixels; 0: the model's default")
     max_pixels: int = flag(0, "largest picture (Qwen family), pixels; the paper: 1024 x 28 x 28")
-    max_length: int = flag(0, "most tokens of a row; longer ones lose text in the middle; 0: any")
+    max_length: int = flag(0, "most tokens of a row; longer ones lose turns, then text; 0: any")
     chunk_tokens: int | None = flag(None, f"padded tokens at a time; default: {CHUNK_TOKENS}")
 
     @classmethod
@@ -118,7 +118,7 @@ class TrainingFlags(Flags):
     freeze_vision: bool = flag(False, "leave the vision tower as it is (with LoRA always)")
     checkpointing: bool = flag(False, "gradient checkpointing: less memory, more time")
     save_every: int = flag(500, "steps between checkpoints; 0: only the model at the end")
-    keep: int = flag(2, "checkpoints that stay")
+    keep: int = flag(2, "newest checkpoints that stay during the run")
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
     data_digest: int = dataclasses.field(default=0, init=False)  # no flag: see formats.digest_of
 

@@ -337,8 +337,8 @@ def test_forgetting_the_token_types_changes_the_embeddings(qwen):
 
 
 def test_the_k_new_rows_differ_from_each_other(shared):
-    """New compression tokens: K rows, none equal to another (equal ones would stay equal), of the
-    size of the other rows; the same for every process."""
+    """New compression tokens: K rows, none equal to another (equal ones would learn much the same),
+    of the size of the other rows; the same for every process."""
     table = model.load("toy-random", compress_tokens=4, device="cpu").mllm.get_input_embeddings()
     rows = table.weight[shared.collate.compress_ids]
     gaps = torch.cdist(rows, rows) + 9 * torch.eye(4)
