@@ -216,6 +216,8 @@ def test_a_saved_adapter_is_the_same_adapter_and_merges(tmp_path, base, dora):
     trained = {n for n, p in again.named_parameters() if p.requires_grad}
     equal(trained, {n for n, p in embedder.named_parameters() if p.requires_grad}, "still trained")
     merged = model.merge(again)
+    frozen = [name for name, p in merged.named_parameters() if not p.requires_grad]
+    equal(frozen, [], "stage 2 may train all of a merged model, as it may of any other")
     cosine = (merged.encode(ITEMS) * want).sum(1)
     expect(cosine.min() > 0.99999, cosine, "> 0.99999", "the K rows and DoRA's magnitudes too")
     model.save(merged, tmp_path / "m")
