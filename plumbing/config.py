@@ -77,7 +77,10 @@ class ModelFlags:
             known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)}
             if name in MOVED and name not in known:
                 raise InputError(f"{name} has moved: {MOVED[name]} --help")
+        # Of `python -m tools.search` argparse would say search.py, which is nowhere.
+        spec = sys.modules["__main__"].__spec__ if cls.__module__ == "__main__" else None
         parser = argparse.ArgumentParser(
+            prog=f"python -m {spec.name}" if spec else None,
             description=sys.modules[cls.__module__].__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,  # --step would pass for --steps
