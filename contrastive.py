@@ -37,7 +37,7 @@ from plumbing.log import Log
 from plumbing.memory import Budget, meeting, remember_tower, token_chunks, until_it_fits
 from plumbing.ranks import say
 from plumbing.replay import replay, rng_state
-from plumbing.weights import first_model
+from plumbing.weights import stage_1_model
 
 
 @dataclass
@@ -265,10 +265,7 @@ def main(cfg):
     rank, world = ranks.rank(), ranks.world()
     refuse_impossible(cfg, world)
     torch.manual_seed(cfg.seed)
-    if not cfg.model:
-        cfg.model = first_model("out/pretrain")
-        missing = ": there is no out/pretrain; python pretrain.py makes it"
-        say(f"starting from {cfg.model}{missing if cfg.model == 'toy' else ''}")
+    cfg.model = cfg.model or stage_1_model()
     embedder = load_for(cfg, device)
     if embedder.adapter and cfg.merge:
         cfg.model = f"{cfg.out}/merged"  # what a new adapter will be an adapter of

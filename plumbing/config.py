@@ -72,9 +72,9 @@ class ModelFlags:
     def parse(cls, argv=None):
         """The command line as a Config. Unknown and abbreviated flags are errors."""
         words = sys.argv[1:] if argv is None else argv
+        known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)}
         for word in words:
             name = word.partition("=")[0]
-            known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)}
             if name in MOVED and name not in known:
                 raise InputError(f"{name} has moved: {MOVED[name]} --help")
         # Of `python -m tools.search` argparse would say search.py, which is nowhere.

@@ -18,7 +18,7 @@ from plumbing.errors import InputError, needs
 from plumbing.families import LANGUAGE_ATTENTION, RENAMED, load_processor
 from plumbing.hub import fetch
 from plumbing.log import versions
-from plumbing.ranks import world
+from plumbing.ranks import say, world
 from plumbing.template import STYLES
 
 transformers.utils.logging.set_verbosity_error()
@@ -108,6 +108,14 @@ def first_model(*folders) -> str:
         if Path(folder, "config.json").exists():
             return folder
     return "toy"
+
+
+def stage_1_model() -> str:
+    """What stage 2 starts from where no --model is given; says which it is."""
+    name = first_model("out/pretrain")
+    hint = ": there is no out/pretrain; python pretrain.py makes it" if name == "toy" else ""
+    say(f"starting from {name}{hint}")
+    return name
 
 
 def refuse_hostile(folder):

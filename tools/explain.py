@@ -23,7 +23,7 @@ from plumbing.errors import InputError
 from plumbing.formats import digest_of
 from plumbing.memory import token_chunks
 from plumbing.ranks import run_command, say, setup
-from plumbing.weights import first_model
+from plumbing.weights import stage_1_model
 
 LETTER = {HEAD: "h", CONTENT: "x", COMPRESS: "C", QUESTION: "Q", ANSWER: "A"}
 
@@ -161,12 +161,7 @@ def print_loss(tokenizer, logits, labels, loss):
 
 def explain_contrastive(cfg, device):
     """Six pairs of two data sets, through the two passes."""
-    if not cfg.model:
-        cfg.model = first_model("out/pretrain")
-        hint = (
-            "" if cfg.model != "toy" else ": there is no out/pretrain; python pretrain.py makes it"
-        )
-        say(f"starting from {cfg.model}{hint}")
+    cfg.model = cfg.model or stage_1_model()
     embedder = model.merge(model.load_for(cfg, device))  # as stage 2 does with stage 1's adapter
     model.choose_trained(embedder, TrainingFlags())  # says what training would train
     pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed)
