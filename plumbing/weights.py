@@ -1,6 +1,7 @@
 """A folder or hub id -> model and processor, and back: safetensors only, no code from elsewhere;
 LoRA adapters in peft's format; K, pooling and prompt as flags and checkpoint say together."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 TOY = Path(__file__).parent.parent / "toy" / "mllm"
 DEFAULT_K = 4  # where nothing says how many: toy pictures have 16 tokens. The paper: 32
+SAMPLE = 4096  # bytes, see digest_of_weights
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -129,6 +131,20 @@ def refuse_hostile(folder):
                 raise InputError(f"{index}: the weights in {file!r} lie outside of the folder")
     if not any(Path(folder).glob("*.safetensors")):
         raise InputError(f"--model {folder}: no *.safetensors in it, and pickles are not opened")
+
+
+def digest_of_weights(folder) -> str:
+    """Sixteen characters that change with the weights in a folder: of each *.safetensors its size,
+    its header and samples all over it. (A whole 13 GB file would take a minute to read.)"""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(0, size, max(size // 256, SAMPLE)):
+                file.seek(place)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 @contextmanager
