@@ -29,9 +29,9 @@ from torch.utils.checkpoint import checkpoint as recompute  # in the backward pa
 
 from data import read_pairs
 from model import choose_trained, load_for, merge, save
-from plumbing import checkpoint, optim, ranks, sharding
+from plumbing import checkpoint, optim, ranks, sampling, sharding
 from plumbing.config import KEEP_GRAPHS, TrainingFlags, flag, refuse_impossible
-from plumbing.formats import digest_of
+from plumbing.formats import Place, digest_of
 from plumbing.loader import prefetch
 from plumbing.log import Log
 from plumbing.memory import Budget, meeting, remember_tower, token_chunks, until_it_fits
@@ -276,7 +276,7 @@ def main(cfg):
     optimizers = optim.make_optimizers(embedder, cfg)
 
     # 2. The data: pairs, made into model inputs in the loader's workers.
-    pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed, cfg.split)
+    pairs = read_pairs(cfg.data, Place.of(cfg), cfg.subsets, cfg.seed, cfg.split)
     cfg.data_digest = digest_of(pairs.values())
     for name, examples in pairs.items():
         say(f"  {name:<20} {len(examples):>13,} pairs")
@@ -300,6 +300,7 @@ def main(cfg):
         cut = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
         numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
         numbers.update(norm=norm, lr=lr, cut=cut)
+        numbers["skipped"] = sampling.skipped_pairs(pairs, draw(pairs, cfg, step))
         log(step, (N, "pairs"), numbers)
         checkpoint.maybe_checkpoint(embedder, optimizers, cfg, step)
 

@@ -104,10 +104,10 @@ def read_dialogues(
 ) -> Sequence:
     """Stage 1's data: a sequence of Dialogues.
 
-    source: "shapes" (10^9 toy dialogues), a JSONL file in LLaVA's layout, or a folder of pictures
-    with captions (metadata.jsonl or .csv). turns > 0: so many questions at most (1: single-turn).
-    caption, texts (toy world): a description as the answer; the share of dialogues that are about
-    a description, in place of the picture. Raises InputError with file, line and field."""
+    source: "shapes" (10^9 toy dialogues), a list in LLaVA's layout, or a folder of pictures with
+    captions (metadata.jsonl or .csv). image_root: a folder, or a formats.Place with --skip-bad's
+    list. turns > 0: so many questions at most. caption, texts (toy world): a description as the
+    answer; the share of dialogues about a description, not the picture. InputError."""
     if source == "shapes":
         toy = partial(Shapes("train", seed).dialogue, caption=caption, texts=texts)
         plain = Lazy(10**9, toy)  # made when drawn: as many as one likes
@@ -126,15 +126,14 @@ def read_dialogues(
 def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="original") -> dict:
     """Stage 2's data: {name: sequence of Pairs}, one entry a data set.
 
-    source: "shapes", a JSONL file of pairs, a folder of pictures with captions (metadata.jsonl or
-    .csv: two sets, picture -> captions and caption -> picture), a folder or hub id in MMEB-train's
-    layout. subsets: names with caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or
-    "diverse_instruction"."""
+    source: "shapes", a list of pairs, a folder of pictures with captions (two sets, either way), a
+    folder or hub id in MMEB-train's layout. image_root: see read_dialogues. subsets: names with
+    caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or "diverse_instruction"."""
     if source == "shapes":
         plain = {}
         for task, cap in formats.choose(subsets, META_TASK).items():
             plain[task] = Lazy(cap or 10**9, partial(Shapes(seed=seed).pair, task))
-    elif source.endswith(".jsonl") or formats.captions_file(source):
+    elif formats.is_list(source):
         if subsets:
             text = f"--subsets {subsets}: chooses sets of MMEB or shapes; {source} is none"
             raise InputError(text)
@@ -157,16 +156,17 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
             queries = queries.first(limit or 100)
             tasks.append(Task(name, META_TASK[task], ood, queries))
     else:
-        for name, queries in mmeb.eval_sets(source, image_root, subsets).items():
-            meta_task, ood = mmeb.meta_task_of(name)
-            tasks.append(Task(name, meta_task, ood, queries.first(limit)))
-    item_of = lru_cache(None)(Item)  # candidates repeat: one Item, whose key is computed once
+        for name, queries in mmeb.eval_sets(source, image_root, subsets, limit).items():
+            tasks.append(Task(name, *mmeb.meta_task_of(name), queries))
+    # Candidates repeat: one Item, whose key is computed once. Of one set at a time: they are many.
+    cache_of = lru_cache(1)(lambda name: lru_cache(None)(Item))
 
-    def items(plain):
+    def items(name, plain):
         query, candidates = plain
+        item_of = cache_of(name)
         return item_of(*query), [item_of(*content) for content in candidates]
 
-    return [task._replace(queries=task.queries.map(items)) for task in tasks]
+    return [task._replace(queries=task.queries.map(partial(items, task.name))) for task in tasks]
 
 
 # ------------------------------------------------------- an Item becomes a row, rows become a batch

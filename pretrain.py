@@ -29,11 +29,11 @@ from model import Embedder, choose_trained, load_for, save
 from plumbing import checkpoint, optim, ranks
 from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag
 from plumbing.errors import InputError
-from plumbing.formats import digest_of
+from plumbing.formats import Place, digest_of
 from plumbing.loader import prefetch
 from plumbing.log import Log
 from plumbing.memory import token_chunks
-from plumbing.sampling import ask_first, epoch_batch
+from plumbing.sampling import ask_first, epoch_batch, skipped_dialogues
 from plumbing.weights import Settings
 
 
@@ -189,8 +189,7 @@ def main(cfg):
     optimizers = optim.make_optimizers(embedder, cfg)
 
     # 2. The data: dialogues, made into model inputs in the loader's workers.
-    root = cfg.image_root or None
-    dialogues = read_dialogues(cfg.data, root, cfg.seed, cfg.turns, cfg.caption, cfg.texts)
+    dialogues = read_dialogues(cfg.data, Place.of(cfg), cfg.seed, cfg.turns, cfg.caption, cfg.texts)
     cfg.data_digest = digest_of([dialogues])  # a run is not resumed with other data
 
     def examples_of(step):
@@ -218,6 +217,7 @@ def main(cfg):
         # ------------------------------------------------------------------------------------------
         cut = sum(x.row.cut for x in examples)  # tokens that --max-length cost
         numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
+        numbers["skipped"] = skipped_dialogues(dialogues, cfg, step)
         log(step, (tokens, "answer tokens"), numbers)
         checkpoint.maybe_checkpoint(embedder, optimizers, cfg, step)
 

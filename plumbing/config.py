@@ -123,6 +123,7 @@ class TrainingFlags(Flags):
     save_every: int = flag(500, "steps between checkpoints; 0: only the model at the end")
     keep: int = flag(2, "newest checkpoints that stay during the run")
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
+    skip_bad: str = flag("", "bad examples to pass over: what tools.check --list-bad FILE wrote")
     data_digest: int = dataclasses.field(default=0, init=False)  # no flag: see formats.digest_of
 
 

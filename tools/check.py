@@ -3,22 +3,30 @@
     python -m tools.check talks.jsonl --image-root pictures
     python -m tools.check DIR                        a folder with captions, or in MMEB's layout
     python -m tools.check talks.jsonl --clean good.jsonl
+    python -m tools.check DIR --list-bad bad.jsonl   what training takes as --skip-bad bad.jsonl
 
 No model is needed. Prints counts, words and sizes, and each bad example with its place. --clean
 writes a copy of the list without the bad ones (of a folder: of its lists; the pictures stay where
-they are). Exit status 1 where something is bad and --clean was not given.
+they are), --list-bad a list of the bad ones, for data that are to stay as they are, and for a run
+that goes on. Exit status 1 where something is bad and neither was asked for.
 """
 
+import dataclasses
+import json
 import os
+import shutil
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
+from plumbing.first_pass import Listed
 from plumbing.formats import (
     IMAGE,
     Content,
