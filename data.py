@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from plumbing import formats, mmeb
+from plumbing import formats, mmeb, retrieval
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE, Lazy
 from plumbing.images import encode_picture, join_images, open_image
@@ -88,12 +88,15 @@ class Pair(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One evaluation set. `queries[i]` is (query, candidates); candidate 0 is the right one."""
+    """One evaluation set. `queries[i]` is (query, candidates); candidate 0 is the right one. Of
+    one's own data the first rights[i] are right; one without others is compared with `pool`."""
 
     name: str
     meta_task: str  # Classification, VQA, Retrieval, Grounding, or Other
     ood: bool  # out of distribution: nothing like it was trained on
     queries: Sequence
+    rights: Sequence = ()
+    pool: Sequence = ()  # all targets, each (text, images)
 
 
 # ------------------------------------------------------------------------------------ what is read
@@ -145,19 +148,20 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
 
 def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) -> list:
     """Evaluation sets: a list of Tasks. source: "shapes" (5 tasks, each in distribution, with
-    combinations and with wordings never trained on), a folder or hub id in MMEB-eval's layout.
-    limit > 0: so many queries of each at most (0: all; of a set of the toy world 100)."""
+    combinations and with wordings never trained on), a folder or hub id in MMEB-eval's layout, a
+    JSONL file of pairs, a folder of pictures with captions. limit > 0: so many queries of each at
+    most (0: all; of a toy set its cap, or 100)."""
     tasks = []
     if source == "shapes":
         toy_sets = evaluation_sets(seed)
         for name, cap in formats.choose(subsets, toy_sets).items():
             task, ood, shapes = toy_sets[name]
             queries = Lazy(cap or 10**9, partial(shapes.query, task))
-            queries = queries.first(limit or 100)
+            queries = queries.first(limit or cap or 100)
             tasks.append(Task(name, META_TASK[task], ood, queries))
     else:
-        for name, queries in mmeb.eval_sets(source, image_root, subsets, limit).items():
-            tasks.append(Task(name, *mmeb.meta_task_of(name), queries))
+        for plain in retrieval.read_tasks(source, image_root, subsets, limit):
+            tasks.append(Task(*plain)._replace(queries=plain.queries.first(limit)))
     # Candidates repeat: one Item, whose key is computed once. Of one set at a time: they are many.
     cache_of = lru_cache(1)(lambda name: lru_cache(None)(Item))
 
