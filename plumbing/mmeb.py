@@ -99,6 +99,7 @@ def last_loaded(table):
 
 def train_rows(files, subset, images) -> Lazy:
     """Parquet files of MMEB-train, as (query, targets, negatives); "" is an absent field."""
+    images.prepare(subset)
     table = Table(files, Layout(TRAIN, maybe=NEGATIVES))
     rows = table.load()
 
@@ -129,6 +130,7 @@ def train_rows(files, subset, images) -> Lazy:
 
 def eval_rows(files, subset, images) -> Lazy:
     """Parquet files of MMEB-eval, as (query, candidates), the positive first."""
+    images.prepare(subset)
     table = Table(files, Layout(EVAL, EVAL_LISTS))
 
     def query(row):
