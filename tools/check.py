@@ -153,7 +153,7 @@ def first_of_each(errors) -> list:
     others = [error for error in errors if NOWHERE not in error]
     lost = [error for error in errors if NOWHERE in error]
     if len(lost) > 1:
-        lost = [f"{lost[0]} ({len(lost) - 1:,} more examples name a picture that is not there)"]
+        lost = [f"{lost[0]} (so it is with {len(lost) - 1:,} more)"]
     return lost + others
 
 
@@ -199,10 +199,12 @@ def check_list(file, read, source, clean) -> Count:
         return Count(0, 1)
     survey = Survey(file, rows)
     survey.report()
-    if clean:
+    if clean and survey.good:
         out = clean_path(source, file, clean)
         write_copy(survey, out, "--clean")
         print(f"  wrote the {len(survey.good):,} good ones to {out}")
+    elif clean:
+        print("  none is good: no copy of it")
     name, digest = name_in(source, file), rows.source.digest
     listed = tuple(Listed(name, digest, i + 1, brief(e)) for i, e in survey.errors.items())
     return Count(len(rows), len(survey.errors), listed)
