@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from plumbing import formats, mmeb
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE, Lazy
-from plumbing.images import encode_picture, join_images, open_image
+from plumbing.images import encode_picture, join_images, open_image, pixels_of
 from plumbing.template import STYLES, Part, read_template, shorten, spell
 from toy.world import META_TASK, Shapes, evaluation_sets
 
@@ -51,8 +51,8 @@ class Item:
         """63 bits, equal for equal texts and equal paths of pictures, on every rank."""
         pictures = []
         for x in self.images:
-            is_image = isinstance(x, Image.Image)  # without a name: its pixels count
-            pictures.append((x.mode, x.size, x.tobytes()) if is_image else repr(x))
+            # A PIL image has no name: what a model sees of it counts.
+            pictures.append(pixels_of(x) if isinstance(x, Image.Image) else repr(x))
         digest = hashlib.blake2b(repr((self.text, pictures)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1  # torch's integers have a sign
 

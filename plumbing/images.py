@@ -1,53 +1,145 @@
-"""Pictures: where they are, a file as upright 8-bit RGB, the image tensors of a batch."""
+"""Pictures: where they are, a file as upright 8-bit RGB, the image tensors of a batch.
 
+Top to bottom: decoding - where they are - as model inputs."""
+
+import io
+import logging
 import os
-import zipfile
-import zlib
+import warnings
+from array import array
+from bisect import bisect_left
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
+from plumbing.files import open_file
+from plumbing.zips import open_zip
 
 MOST_PIXELS, MOST_STRETCHED = 100_000_000, 200  # beyond: a bomb; a line that no model takes
+# Trap: Pillow reads 40 formats, and starts a program (Ghostscript) for one of them, by the content.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+TURNS = {  # EXIF's orientation -> what sets the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow's remarks on odd pictures: what is wrong enough is an error, and the rest nobody asked for.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+# ---------------------------------------------------------------------------------------- decoding
+
+
+@lru_cache(1)
+def decoded_formats() -> tuple:
+    """Those of FORMATS that this Pillow has (AVIF came with 11.3)."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def open_image(ref, name=None) -> Image.Image:
     """The picture as upright 8-bit RGB (an animation's first frame; transparent becomes white), or
-    an InputError. `ref`: path, open file, PIL image, or an object with `.render()`."""
+    an InputError. `ref`: path, open file, PIL image, or an object with `.render()`. Formats are
+    told by the content, and only FORMATS are decoded."""
     if hasattr(ref, "render"):
         return ref.render()
-    is_path = isinstance(ref, str | os.PathLike)
-    name = name or (ref if is_path else "the picture")
+    if isinstance(ref, str | os.PathLike):
+        with open_file(ref, name, "picture", "Is --image-root right?") as file:
+            size = os.fstat(file.fileno()).st_size
+            return decode(file, f"{brief(name or ref)} ({size} bytes)")
+    if not isinstance(ref, Image.Image) and not hasattr(ref, "read"):
+        kind = type(ref).__name__
+        raise InputError(f"{kind} {brief(ref, 60)}: a picture is a path, a PIL image, an open file")
+    return decode(ref, brief(name or "the picture"))
+
+
+def decode(ref, name) -> Image.Image:
+    """An open file or a PIL image as upright RGB; whatever its decoder raises is an InputError."""
     try:
-        image = ref if isinstance(ref, Image.Image) else Image.open(ref)
-        w, h = image.size
-        if w * h > MOST_PIXELS or max(w, h) > MOST_STRETCHED * min(w, h):
-            raise InputError(f"{name}: {w} x {h} pixels; at most 1e8 and 200:1 are read. Crop it")
-        return upright_rgb(image)
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such picture. Is --image-root right?") from None
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-        size = os.path.getsize(ref) if is_path else "?"
-        raise InputError(f"{name} ({size} bytes): not a readable picture: {e}") from None
+        is_image = isinstance(ref, Image.Image)
+        image = ref if is_image else Image.open(ref, formats=decoded_formats())
+        refuse_size(image.size)
+        if image.format == "EPS":  # a PIL image of the user's; loaded, it would run
+            raise ValueError("EPS is a program; save it as PNG")
+        image.load()
+        turn = TURNS.get(orientation(image))
+        image = to_rgb(image)
+        return image.transpose(turn) if turn is not None else image
+    except UnidentifiedImageError:
+        reason = f"its content is none of {', '.join(decoded_formats())}"
+    except Exception as e:  # Trap: damaged bytes lead decoders to errors of every type
+        reason = brief(e) or type(e).__name__
+    raise InputError(f"{name}: not a readable picture: {reason}")
 
 
-def upright_rgb(image) -> Image.Image:
-    """Turned as its camera says, 16 bits scaled to 8, on white where it is transparent."""
-    image = ImageOps.exif_transpose(image)
+def refuse_size(size):
+    """Before anything is decoded."""
+    w, h = size
+    if w * h > MOST_PIXELS or max(w, h) > MOST_STRETCHED * min(w, h) or not w * h:
+        raise ValueError(f"{w} x {h} pixels; at most 1e8 and 200:1 are read. Crop it")
+
+
+def orientation(image) -> int:
+    """EXIF's, 1 to 8; 1 (upright) where the EXIF is missing or damaged. Trap: not `exif_transpose`:
+    it writes the whole EXIF again, and fails at oddities in parts that nobody needs."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # the pixels are loaded and whole: a photograph is not lost to its EXIF
+        return 1
+
+
+def to_rgb(image) -> Image.Image:
+    """8-bit RGB of any mode, on white where it is transparent."""
     if image.mode == "F":  # Trap: convert("RGB") takes 0 to 1 for black
         raise ValueError("its pixels are floats, of no known range; save it with 8 bits")
-    if image.mode.startswith("I"):  # Trap: 16 bits; convert("RGB") would clip it to white
-        image = image.convert("I").point(lambda v: v / 256).convert("L")
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    if image.mode.startswith("I"):
+        return eight_bits(image).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode in ("La", "RGBa"):  # colours times alpha: only these conversions divide by it
+        image = image.convert(image.mode.upper())
+    key = image.info.get("transparency")
+    if (
+        image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255
+    ):  # of 16 bits, as the file's pixels were
+        image = image.copy()
+        image.info["transparency"] = tuple(v // 256 for v in key)
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def eight_bits(image) -> Image.Image:
+    """A grey picture of whole numbers as 8 bits. "I;16" and PNG are of 16 bits, the high byte
+    counts. Trap: mode "I" holds any numbers, so its range decides: below 256 they are 8 bits."""
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"its pixels go from {low} to {high}; save it with 8 or 16 bits")
+    is_16_bits = image.mode != "I" or image.format == "PNG" or high > 255
+    grey = (values // 256 if is_16_bits else values).astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey[values == key] = 255
+    return Image.fromarray(grey)
+
+
+def pixels_of(image) -> tuple:
+    """(mode, size, bytes) of a PIL image as a model will see it: its palette counts."""
+    image = open_image(image)
+    return image.mode, image.size, image.tobytes()
+
+
+# ---------------------------------------------------------------------------------- where they are
 
 
 class ZipImage(NamedTuple):
@@ -58,51 +150,148 @@ class ZipImage(NamedTuple):
 
     def render(self):
         """The picture, or an InputError with the zip's and its own name."""
-        try:
-            with zipfile.ZipFile(self.zip) as archive, archive.open(self.member) as file:
-                return open_image(file, f"{self.zip}:{self.member}")
-        except (zipfile.BadZipFile, KeyError, OSError, RuntimeError, zlib.error) as e:
-            raise InputError(f"{self.zip}:{self.member}: {e}; download the zip file again") from e
+        content = open_zip(self.zip).read(self.member)
+        return open_image(io.BytesIO(content), f"{self.zip}:{self.member}")
+
+
+class Folder(NamedTuple):
+    """What is in a folder, as hashes: a million names are 8 MB, and are looked up in 1 us."""
+
+    path: str  # without links
+    names: array  # sorted
+    links: array  # sorted; those of the names that are symbolic links
+
+
+def list_folder(path):
+    """The Folder at a path without links; None where there is none that can be listed."""
+    names, links = array("q"), array("q")
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                names.append(hash(entry.name))
+                if entry.is_symlink():
+                    links.append(names[-1])
+    except OSError:
+        return None
+    for hashes in (names, links):
+        np.frombuffer(hashes, np.int64).sort()  # in place
+    return Folder(path, names, links)
+
+
+def holds(hashes, name) -> bool:
+    """Is the name's hash in a sorted array?"""
+    i = bisect_left(hashes, hash(name))
+    return i < len(hashes) and hashes[i] == hash(name)
+
+
+def own_places(root) -> list:
+    """The folders, without links, in which the pictures of a data set may lie: its root, the folder
+    `images` in it, and what the links *directly in* a folder named `images` lead to (a subset that
+    the user keeps on another disk); where the root is in the hub's cache, the cache's own `blobs`,
+    to which all of its files are links. No other link may lead out: it came with the data."""
+    real = Path(os.path.realpath(root))
+    places = [str(real)]
+    for folder in (Path(root), Path(root, "images")):
+        if folder.name == "images" and folder.is_dir():
+            places.append(os.path.realpath(folder))
+            with os.scandir(folder) as entries:
+                linked = [e.path for e in entries if e.is_symlink() and e.is_dir()]
+            places += map(os.path.realpath, linked)
+    for folder in (real, *real.parents):
+        if folder.parent.name == "snapshots" and "--" in folder.parent.parent.name:
+            places.append(str(folder.parent.parent / "blobs"))
+    return places
 
 
 class Images:
     """Finds the pictures of a data set below `root`, unpacked or in the hub's zip files; a path
-    that leaves `root` (`..`, absolute, through a symbolic link) is an InputError."""
+    that leaves it (`..`, absolute, through a link: see own_places) is an InputError. Folders are
+    listed once: a look-up asks the disk only for links, and for what is not there."""
 
     def __init__(self, root):
         self.root = Path(root)
+        if not self.root.is_dir():
+            raise InputError(f"--image-root {brief(root)}: no such folder")
         self.lost = []  # pictures that were looked for and are nowhere
         zips = [*self.root.glob("images_zip/*.zip"), *self.root.glob("images.zip")]
         self.zips = {path.stem: str(path) for path in zips}
+        top = os.path.abspath(root)
+        self.tops = [f"{top}/images", top]
+        self.places = own_places(root)
+        self.folder = lru_cache(10_000)(self.read_folder)
+
+    def prepare(self, subset=""):
+        """Indexes a subset's zip file, for all the processes that will be forked."""
+        if archive := self.zips.get(subset) or self.zips.get("images"):
+            open_zip(archive)
 
     def find(self, path: str, subset=""):
         """-> a path or a ZipImage. What is nowhere is reported when it is opened."""
-        for base in (self.root / "images", self.root):
-            top, full = os.path.realpath(base), os.path.realpath(base / path)
-            # realpath: a link that leads out is found out, too.
-            if not full.startswith(os.path.join(top, "")) and self.root.exists():
-                raise InputError(f"the picture {path!r} lies outside of {base}")
-            if os.path.exists(full):
-                return full
-        archive = self.zips.get(subset) or self.zips.get("images")
-        if archive:
-            names = zip_names(archive)
+        inner = self.below_root(path)
+        head, _, name = inner.rpartition("/")
+        for top in self.tops:
+            folder = self.folder(f"{top}/{head}" if head else top)
+            if folder and holds(folder.names, name):
+                full = f"{folder.path}/{name}"
+                if not holds(folder.links, name) or self.is_there(full, path):
+                    return full
+        if archive := self.zips.get(subset) or self.zips.get("images"):
+            members = open_zip(archive)
             # The hub's zips have the subset's folder on top, or `images`, or neither.
-            for member in (path, "images/" + path, path.partition("/")[2]):
-                if member in names:
+            for member in (inner, "images/" + inner, inner.partition("/")[2]):
+                if member in members:
                     return ZipImage(archive, member)
+        for top in self.tops:  # newer than our list of its folder, or spelled in another case
+            if self.is_there(full := os.path.join(top, inner), path):
+                return full
         self.lost.append(str(self.root / path))
         return str(self.root / path)
 
+    def below_root(self, path) -> str:
+        """A path of the data relative to a top; absolute where it lies in another of the places."""
+        inner = os.path.normpath(path)
+        if os.path.isabs(inner):
+            for top in (self.tops[-1], self.places[0]):
+                if inner.startswith(os.path.join(top, "")):
+                    return inner[len(os.path.join(top, "")) :]
+            self.refuse_outside(inner, path)
+        elif inner.split("/", 1)[0] == "..":
+            raise self.outside(path)
+        return inner
 
-@lru_cache(64)
-def zip_names(path):
-    """The names in a zip file, as a set."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return frozenset(archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
-        raise InputError(f"{path}: {e}; download the zip file again") from e
+    def read_folder(self, directory):
+        """The Folder of a directory below a top, or None; an InputError where a link leads out."""
+        if directory in self.tops:
+            return list_folder(os.path.realpath(directory))
+        above, _, name = directory.rpartition("/")
+        parent = self.folder(above) if above else None
+        if parent is None or not holds(parent.names, name):
+            return None
+        real = f"{parent.path}/{name}"
+        if holds(parent.links, name):
+            real = self.refuse_outside(real, directory)
+        return list_folder(real)
+
+    def is_there(self, full, path) -> bool:
+        """Is there something at `full`? An InputError where it lies outside of all places."""
+        if not os.path.lexists(full):
+            return False
+        self.refuse_outside(full, path)
+        return os.path.exists(full)
+
+    def refuse_outside(self, full, path) -> str:
+        """`full` without links, where it lies in one of the places."""
+        real = os.path.realpath(full)
+        if not any(real == x or real.startswith(os.path.join(x, "")) for x in self.places):
+            raise self.outside(path)
+        return real
+
+    def outside(self, path) -> InputError:
+        """The error of a path that leaves the places."""
+        return InputError(
+            f"the picture {brief(path)!r} lies outside of {self.root} (--image-root). A link to "
+            "another disk stands as images/NAME in it"
+        )
 
 
 # ------------------------------------------------------------------------------- as model inputs

@@ -106,6 +106,7 @@ def read_parquet(files, columns, parse) -> Lazy:
 
 def train_rows(files, subset, images) -> Lazy:
     """Parquet files of MMEB-train, as (query, targets, negatives); "" is an absent field."""
+    images.prepare(subset)
 
     def pair(row):
         def side(text, image):
@@ -121,6 +122,7 @@ def train_rows(files, subset, images) -> Lazy:
 
 def eval_rows(files, subset, images) -> Lazy:
     """Parquet files of MMEB-eval, as (query, candidates), the positive first."""
+    images.prepare(subset)
 
     @lru_cache(None)  # candidates repeat from row to row
     def content(text, image):

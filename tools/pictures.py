@@ -4,18 +4,53 @@ import os
 
 from PIL import Image
 
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
+from plumbing.images import decoded_formats
+from plumbing.ranks import say
+
+SHOWN = 5  # files that are left out, by name
 
 
 def find_pictures(folder) -> list:
-    """The pictures below a folder, by their names' endings: relative paths, sorted."""
-    endings = tuple(Image.registered_extensions())
-    pictures = []
-    for top, _, names in os.walk(folder, followlinks=False):
-        below = os.path.relpath(top, folder)
+    """The pictures below a folder, by their names' endings: relative paths, sorted. Left out, and
+    named: what is no ordinary file (a pipe would wait for ever), and what has a name that is not
+    UTF-8, which no list of pictures can hold."""
+    endings = picture_endings()
+    pictures, left_out = [], []
+
+    def unreadable(e):
+        left_out.append(f"{brief(os.path.relpath(e.filename, folder))}: {e.strerror}")
+
+    for top, _, names in os.walk(folder, onerror=unreadable, followlinks=False):
         for name in names:
             if name.lower().endswith(endings):
-                pictures.append(os.path.normpath(f"{below}/{name}"))
+                path = os.path.normpath(os.path.relpath(os.path.join(top, name), folder))
+                if reason := why_not(top, name):
+                    left_out.append(f"{brief(path)}: {reason}")
+                else:
+                    pictures.append(path)
+    for line in left_out[:SHOWN]:
+        say(f"left out: {line}")
+    if len(left_out) > SHOWN:
+        say(f"left out: {len(left_out) - SHOWN:,} more")
     if not pictures:
-        raise InputError(f"--images {folder}: no such folder, or no pictures in it")
+        raise InputError(f"--images {brief(folder)}: no such folder, or no pictures in it")
     return sorted(pictures)
+
+
+def picture_endings() -> tuple:
+    """Of the formats that are decoded, and of no other."""
+    decoded = decoded_formats()
+    return tuple(x for x, name in Image.registered_extensions().items() if name in decoded)
+
+
+def why_not(folder, name) -> str:
+    """Why a file is left out; empty: it is not."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return "no ordinary file"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8; rename it"
+    return ""

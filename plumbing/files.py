@@ -1,0 +1,59 @@
+"""Files whose names come from data: opened only where they are ordinary files."""
+
+import errno
+import os
+import stat
+from typing import BinaryIO
+
+from plumbing.errors import InputError, brief
+
+# Trap: the opening of a pipe without a writer waits for ever, that of a device may do anything.
+SPECIAL = {
+    stat.S_IFDIR: "is a folder",
+    stat.S_IFIFO: "is a pipe",
+    stat.S_IFSOCK: "is a socket",
+    stat.S_IFCHR: "is a device",
+    stat.S_IFBLK: "is a device",
+}
+FAILURES = {
+    errno.ELOOP: "is a symbolic link that leads to itself",
+    errno.ENAMETOOLONG: "is longer than a file's name can be",
+    errno.ENOTDIR: "lies below a file, which is no folder",
+    errno.EACCES: "may not be read by this user (permissions)",
+    errno.EPERM: "may not be read by this user (permissions)",
+}
+
+
+def open_file(path, name=None, kind="file", hint="") -> BinaryIO:
+    """An ordinary file, opened for reading bytes; an InputError says what anything else is: a pipe,
+    a device, a socket, a folder, a link that leads nowhere, a URL. Nothing of these is opened.
+    name: as the message calls it (the path); kind: "picture", "list"; hint: the way out."""
+    name = brief(path if name is None else name)
+    try:
+        kind_of_file = stat.S_IFMT(os.stat(path).st_mode)
+        if kind_of_file == stat.S_IFREG:
+            return open(path, "rb")
+        reason = f"{SPECIAL.get(kind_of_file, 'is no file')}; a {kind} must be an ordinary file"
+    except FileNotFoundError:
+        reason = absence(path, kind)
+    except OSError as e:
+        reason = FAILURES.get(e.errno, brief(e.strerror or e))
+    except ValueError:  # a NUL byte, half a surrogate pair
+        reason = "holds a character that no file's name can have"
+    raise InputError(f"{name}: {reason}. {hint}" if hint else f"{name}: {reason}")
+
+
+def refuse_special(path, name=None, kind="file", hint=""):
+    """`open_file` for readers that open by themselves: an InputError, or nothing."""
+    open_file(path, name, kind, hint).close()
+
+
+def absence(path, kind) -> str:
+    """Why there is nothing at `path`."""
+    text = os.fspath(path)
+    text = text if isinstance(text, str) else ""
+    if "data:" in text[:5] or "://" in text[:8]:
+        return f"is a URL; save it as a file and give its path: a {kind} is never fetched"
+    if os.path.islink(path):
+        return f"is a symbolic link to {brief(os.readlink(path))}, which is not there"
+    return f"no such {kind}"
