@@ -29,9 +29,9 @@ from torch.utils.checkpoint import checkpoint as recompute  # in the backward pa
 
 from data import read_pairs
 from model import choose_trained, load_for, merge, save
-from plumbing import checkpoint, optim, ranks, sharding
-from plumbing.config import KEEP_GRAPHS, TrainingFlags, flag, refuse_impossible
-from plumbing.formats import digest_of
+from plumbing import checkpoint, optim, ranks, sampling, sharding
+from plumbing.config import TrainingFlags, flag, refuse_impossible
+from plumbing.formats import Place, digest_of
 from plumbing.loader import prefetch
 from plumbing.log import Log
 from plumbing.memory import Budget, meeting, remember_tower, token_chunks, until_it_fits
@@ -46,14 +46,14 @@ class Config(TrainingFlags):
 
     model: str = flag("", "toy, a folder, or a hub id; empty: out/pretrain, else toy")
     out: str = flag("out/contrastive", "folder for the model, log.jsonl and checkpoints")
-    steps: int = flag(200, "optimiser steps")
-    batch: int = flag(128, "pairs a step, over all ranks: the loss sees them all")
-    block: int = flag(32, "consecutive pairs of the batch that come from one data set")
+    steps: int = flag(200, "optimiser steps", least=0)
+    batch: int = flag(128, "pairs a step: the loss compares all ranks'", least=2, most=1_000_000)
+    block: int = flag(32, "consecutive pairs of the batch that come from one data set", least=1)
     subsets: str = flag("", "data sets and caps, ImageNet_1K:100000,CIRR, or mmeb20; empty: all")
     split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])
-    temperature: float = flag(0.03, "tau; cosines are divided by it")
+    temperature: float = flag(0.03, "tau; cosines are divided by it", above=0)
     mask_false_negatives: bool = flag(True, "what equals a query's own target is no negative")
-    keep_graphs: int | None = flag(None, f"chunks that run once; default: {KEEP_GRAPHS}")
+    keep_graphs: int | None = flag(None, "chunks run once; default: CPU 24, GPU 1", least=0)
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
     merge: bool = flag(True, "fold stage 1's adapter into the weights first")
     fsdp: bool = flag(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")
@@ -276,7 +276,7 @@ def main(cfg):
     optimizers = optim.make_optimizers(embedder, cfg)
 
     # 2. The data: pairs, made into model inputs in the loader's workers.
-    pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed, cfg.split)
+    pairs = read_pairs(cfg.data, Place.of(cfg), cfg.subsets, cfg.seed, cfg.split)
     cfg.data_digest = digest_of(pairs.values())
     for name, examples in pairs.items():
         say(f"  {name:<20} {len(examples):>13,} pairs")
@@ -300,6 +300,7 @@ def main(cfg):
         cut = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
         numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
         numbers.update(norm=norm, lr=lr, cut=cut)
+        numbers["skipped"] = sampling.skipped_pairs(pairs, draw(pairs, cfg, step))
         log(step, (N, "pairs"), numbers)
         checkpoint.maybe_checkpoint(embedder, optimizers, cfg, step)
 

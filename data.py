@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from plumbing import formats, mmeb
+from plumbing import formats, mmeb, retrieval
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE, Lazy
 from plumbing.images import encode_picture, join_images, open_image, pixels_of
@@ -88,12 +88,15 @@ class Pair(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One evaluation set. `queries[i]` is (query, candidates); candidate 0 is the right one."""
+    """One evaluation set. `queries[i]` is (query, candidates); candidate 0 is the right one. Of
+    one's own data the first rights[i] are right; one without others is compared with `pool`."""
 
     name: str
     meta_task: str  # Classification, VQA, Retrieval, Grounding, or Other
     ood: bool  # out of distribution: nothing like it was trained on
     queries: Sequence
+    rights: Sequence = ()
+    pool: Sequence = ()  # all targets, each (text, images)
 
 
 # ------------------------------------------------------------------------------------ what is read
@@ -104,10 +107,10 @@ def read_dialogues(
 ) -> Sequence:
     """Stage 1's data: a sequence of Dialogues.
 
-    source: "shapes" (10^9 toy dialogues), a JSONL file in LLaVA's layout, or a folder of pictures
-    with captions (metadata.jsonl or .csv). turns > 0: so many questions at most (1: single-turn).
-    caption, texts (toy world): a description as the answer; the share of dialogues that are about
-    a description, in place of the picture. Raises InputError with file, line and field."""
+    source: "shapes" (10^9 toy dialogues), a list in LLaVA's layout, or a folder of pictures with
+    captions (metadata.jsonl or .csv). image_root: a folder, or a formats.Place with --skip-bad's
+    list. turns > 0: so many questions at most. caption, texts (toy world): a description as the
+    answer; the share of dialogues about a description, not the picture. InputError."""
     if source == "shapes":
         toy = partial(Shapes("train", seed).dialogue, caption=caption, texts=texts)
         plain = Lazy(10**9, toy)  # made when drawn: as many as one likes
@@ -126,15 +129,14 @@ def read_dialogues(
 def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="original") -> dict:
     """Stage 2's data: {name: sequence of Pairs}, one entry a data set.
 
-    source: "shapes", a JSONL file of pairs, a folder of pictures with captions (metadata.jsonl or
-    .csv: two sets, picture -> captions and caption -> picture), a folder or hub id in MMEB-train's
-    layout. subsets: names with caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or
-    "diverse_instruction"."""
+    source: "shapes", a list of pairs, a folder of pictures with captions (two sets, either way), a
+    folder or hub id in MMEB-train's layout. image_root: see read_dialogues. subsets: names with
+    caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or "diverse_instruction"."""
     if source == "shapes":
         plain = {}
         for task, cap in formats.choose(subsets, META_TASK).items():
             plain[task] = Lazy(cap or 10**9, partial(Shapes(seed=seed).pair, task))
-    elif source.endswith(".jsonl") or formats.captions_file(source):
+    elif formats.is_list(source):
         if subsets:
             text = f"--subsets {subsets}: chooses sets of MMEB or shapes; {source} is none"
             raise InputError(text)
@@ -146,27 +148,29 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
 
 def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) -> list:
     """Evaluation sets: a list of Tasks. source: "shapes" (5 tasks, each in distribution, with
-    combinations and with wordings never trained on), a folder or hub id in MMEB-eval's layout.
-    limit > 0: so many queries of each at most (0: all; of a set of the toy world 100)."""
+    combinations and with wordings never trained on), a folder or hub id in MMEB-eval's layout, a
+    JSONL file of pairs, a folder of pictures with captions. limit > 0: so many queries of each at
+    most (0: all; of a toy set its cap, or 100)."""
     tasks = []
     if source == "shapes":
         toy_sets = evaluation_sets(seed)
         for name, cap in formats.choose(subsets, toy_sets).items():
             task, ood, shapes = toy_sets[name]
             queries = Lazy(cap or 10**9, partial(shapes.query, task))
-            queries = queries.first(limit or 100)
+            queries = queries.first(limit or cap or 100)
             tasks.append(Task(name, META_TASK[task], ood, queries))
     else:
-        for name, queries in mmeb.eval_sets(source, image_root, subsets).items():
-            meta_task, ood = mmeb.meta_task_of(name)
-            tasks.append(Task(name, meta_task, ood, queries.first(limit)))
-    item_of = lru_cache(None)(Item)  # candidates repeat: one Item, whose key is computed once
+        for plain in retrieval.read_tasks(source, image_root, subsets, limit):
+            tasks.append(Task(*plain)._replace(queries=plain.queries.first(limit)))
+    # Candidates repeat: one Item, whose key is computed once. Of one set at a time: they are many.
+    cache_of = lru_cache(1)(lambda name: lru_cache(None)(Item))
 
-    def items(plain):
+    def items(name, plain):
         query, candidates = plain
+        item_of = cache_of(name)
         return item_of(*query), [item_of(*content) for content in candidates]
 
-    return [task._replace(queries=task.queries.map(items)) for task in tasks]
+    return [task._replace(queries=task.queries.map(partial(items, task.name))) for task in tasks]
 
 
 # ------------------------------------------------------- an Item becomes a row, rows become a batch

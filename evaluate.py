@@ -3,19 +3,21 @@
     python evaluate.py                                       the toy world's 15 sets
         (two cores: 0.4 minutes; after the two stages 72.7 of 100, chance 5.9)
     python evaluate.py --data MMEB-eval                      a folder in MMEB's layout
+    python evaluate.py --data pairs.jsonl                    your own pairs, or DIR with captions
     torchrun --nproc-per-node 8 evaluate.py --data MMEB-eval --json scores.json
 
-Each query is compared with its own candidates; a hit is a query whose right candidate is nearer
-than every other one. Reads a model folder and tasks; prints a table; writes --json.
+Each query is compared with its own candidates (of your own data: its negatives, or all targets); a
+hit is a query whose right candidate is nearer than every other one. Reads a model folder and tasks;
+prints a table; writes --json.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from data import read_tasks
+from data import Item, read_tasks
 from model import load_for
-from plumbing import ranks, table
+from plumbing import ranks, retrieval, table
 from plumbing.config import Flags, flag
 from plumbing.ranks import say
 from plumbing.weights import first_model
@@ -27,7 +29,7 @@ class Config(Flags):
 
     model: str = flag("", "empty: out/contrastive, else out/pretrain, else toy")
     subsets: str = flag("", "the sets to evaluate, with caps, A,B:100; empty: all")
-    limit: int = flag(0, "queries of each set; 0: all (the toy world: 100)")
+    limit: int = flag(0, "queries of each set; 0: all (the toy world: 100)", least=0)
     json: str = flag("", "also write the scores to this file")
 
 
@@ -109,14 +111,14 @@ def score(embedder, task, cfg) -> dict:
     for query, choices in task.queries:
         queries.append(row_number(query))
         candidates.append([row_number(choice) for choice in choices])
+    pool = [row_number(Item(*content)) for content in task.pool]
     z = encode_sharded(embedder, items, cfg, task.name)  # (items, D)
-    result = {
-        "p_at_1": precision_at_1(z[queries], z, candidates),  # 0 ... 1
-        "chance": float(np.mean([1 / len(set(rows)) for rows in candidates])),
-        "queries": len(queries),
-        "meta_task": task.meta_task,
-        "ood": task.ood,
-    }
+    if task.rights:  # one's own data: several may be right, and Recall@5 and 10 count too
+        result = retrieval.measures(z[queries], z, candidates, task.rights, pool)
+    else:
+        chance = float(np.mean([1 / len(set(rows)) for rows in candidates]))
+        result = {"p_at_1": precision_at_1(z[queries], z, candidates), "chance": chance}  # 0 ... 1
+    result.update(queries=len(queries), meta_task=task.meta_task, ood=task.ood)
     # Such embeddings get a warning in the table.
     if not np.isfinite(z).all():
         result["warning"] = "NaN in the embeddings"
@@ -129,6 +131,7 @@ def main(cfg):
     """The table, from flags to the overall mean."""
     # 1. The model and the tasks.
     device = ranks.setup()
+    table.refuse_json(cfg)
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
     embedder = load_for(cfg, device)
     say(f"evaluating {cfg.model}")
@@ -143,8 +146,7 @@ def main(cfg):
             say(f"-- {group}")
         for task in chosen:
             row = sets[task.name] = score(embedder, task, cfg)
-            end = f"{row['queries']:>7} {row.get('warning', '')}"
-            say(table.line(f"  {task.name} ({task.meta_task})", row, end))
+            say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))
 
     # 3. The means, and the file.
     means = summary(sets)

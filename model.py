@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import Collator, Item, Row
 from plumbing import families, ranks, sharding, weights
-from plumbing.config import CHUNK_TOKENS, by_device
+from plumbing.config import CHUNK_TOKENS, by_device, refuse_for_model
 from plumbing.errors import InputError
 from plumbing.loader import prefetch, try_each
 from plumbing.memory import token_chunks
@@ -222,7 +222,8 @@ def merge(embedder):
 def choose_trained(embedder, cfg):
     """An adapter that was loaded goes on; else LoRA (--lora-rank > 0: on q, k, v, o of the language
     model, and the K embedding rows), or all weights, with --freeze-vision all but the tower's."""
-    if cfg.lora_rank and not embedder.adapter:
+    refuse_for_model(embedder, cfg)
+    if cfg.lora_rank:
         adapter = weights.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)
         embedder.set_adapter(adapter)
     if not embedder.adapter and cfg.freeze_vision:

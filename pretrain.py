@@ -29,11 +29,11 @@ from model import Embedder, choose_trained, load_for, save
 from plumbing import checkpoint, optim, ranks
 from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag
 from plumbing.errors import InputError
-from plumbing.formats import digest_of
+from plumbing.formats import Place, digest_of
 from plumbing.loader import prefetch
 from plumbing.log import Log
 from plumbing.memory import token_chunks
-from plumbing.sampling import ask_first, epoch_batch
+from plumbing.sampling import ask_first, epoch_batch, skipped_dialogues
 from plumbing.weights import Settings
 
 
@@ -42,12 +42,12 @@ class Config(TrainingFlags):
     """Flags of stage 1."""
 
     out: str = flag("out/pretrain", "folder for the model, log.jsonl and checkpoints")
-    steps: int = flag(400, "optimiser steps")
+    steps: int = flag(400, "optimiser steps", least=0)
     compress: bool = flag(True, "off: no mask, plain instruction tuning (K tokens stay if K > 0)")
-    turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the single-turn ablation")
+    turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the ablation", least=0)
     caption: bool = flag(False, "a full description in place of the dialogue (toy world)")
-    question_first: float = flag(0.0, "beyond the paper: share of dialogues with Q_1 before C")
-    texts: float = flag(0.0, "beyond the paper: share of dialogues about a text (toy world)")
+    question_first: float = flag(0.0, "our idea: share with Q_1 before C", least=0, most=1)
+    texts: float = flag(0.0, "our idea: share about a text (toy world)", least=0, most=1)
     objective: str = flag("ce", "the answers, or the uncompressed model", ["ce", "kl"])
 
 
@@ -179,8 +179,6 @@ def main(cfg):
     rank, world = ranks.rank(), ranks.world()
     if cfg.batch < world:
         raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
-    if cfg.objective == "kl" and cfg.max_length:
-        raise InputError("--objective kl: model and teacher need the same answers; --max-length 0")
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     # Before LoRA is added: the teacher is the model as it comes.
@@ -189,8 +187,7 @@ def main(cfg):
     optimizers = optim.make_optimizers(embedder, cfg)
 
     # 2. The data: dialogues, made into model inputs in the loader's workers.
-    root = cfg.image_root or None
-    dialogues = read_dialogues(cfg.data, root, cfg.seed, cfg.turns, cfg.caption, cfg.texts)
+    dialogues = read_dialogues(cfg.data, Place.of(cfg), cfg.seed, cfg.turns, cfg.caption, cfg.texts)
     cfg.data_digest = digest_of([dialogues])  # a run is not resumed with other data
 
     def examples_of(step):
@@ -218,6 +215,7 @@ def main(cfg):
         # ------------------------------------------------------------------------------------------
         cut = sum(x.row.cut for x in examples)  # tokens that --max-length cost
         numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
+        numbers["skipped"] = skipped_dialogues(dialogues, cfg, step)
         log(step, (tokens, "answer tokens"), numbers)
         checkpoint.maybe_checkpoint(embedder, optimizers, cfg, step)
 

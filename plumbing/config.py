@@ -1,20 +1,25 @@
-"""Flags: a dataclass whose fields become a command line. Each default exists once.
+"""Flags: a dataclass whose fields become a command line, and are checked in one place: each by its
+kind and range here, the combinations in combinations.py. Each default exists once.
 
 `ModelFlags` are those of everything that loads a model, `Flags` those of the three stages,
-`TrainingFlags` what both training stages share. Each stage adds its own, or other defaults, in its
-`Config`."""
+`TrainingFlags` what both training stages share. Each stage and each command adds its own, or other
+defaults, in its `Config`."""
 
 import argparse
 import dataclasses
+import math
+import numbers
+import os
 import sys
 
-from plumbing.errors import InputError
-from plumbing.template import STYLES
+from plumbing.combinations import NO_CODE, given, refuse_combinations, spelled
+from plumbing.errors import InputError, brief
 
 # Padded tokens that go through the model at a time. A CPU likes what fits into its caches.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 # Of a contrastive step, the chunks whose graph is kept, so that they run once.
 KEEP_GRAPHS = {"cpu": 24, "cuda": 1}
+MOST_WHOLE = 1_000_000_000  # of a whole number whose flag says no `most`: beyond, it is a slip
 
 # Flags of earlier versions, and the command that does it now.
 MOVED = {
@@ -23,6 +28,12 @@ MOVED = {
     "--query-image": "python -m tools.search",
     "--images": "python -m tools.search",
     "--figures": "python -m tools.figures",
+}
+KINDS = {  # of a field -> what its value must be, and how that is called
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "text"),
 }
 
 
@@ -33,20 +44,108 @@ def by_device(value, defaults, device):
     return defaults.get(device.type, defaults["cpu"])
 
 
-def flag(default, description, choices=None):
-    """A field of a Config that becomes a command-line flag."""
+# -------------------------------------------------------------------------------------- one flag
+
+
+def flag(default, description, choices=None, least=None, most=None, above=None):
+    """A field of a Config that becomes a command-line flag. Every number says the least that it may
+    be, or what it must be above; `most` where a larger one is a slip."""
     metadata = {"description": description, "choices": choices}
+    metadata.update(least=least, most=most, above=above)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def word(description):
+    """A field that is given without a name, as DIR in `python -m tools.export DIR`."""
+    return dataclasses.field(metadata={"description": description, "choices": None})
+
+
+def option(name) -> str:
+    """A field's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def kind_of(field):
+    """What a value of this field is: of `int | None` that is int."""
+    return getattr(field.type, "__args__", [field.type])[0]
+
+
+def range_of(field) -> str:
+    """The numbers that a field takes, in words: "above 0", "0 to 1", "1 or more"."""
+    least, most, above = (field.metadata.get(name) for name in ("least", "most", "above"))
+    if above is not None:
+        return f"above {above}" if most is None else f"above {above} and at most {most}"
+    return f"{least} or more" if most is None else f"{least} to {most}"
+
+
+def in_range(field, value) -> bool:
+    """Whether a number is finite and within the range of its field."""
+    least, most, above = (field.metadata.get(name) for name in ("least", "most", "above"))
+    if kind_of(field) is int:
+        most = MOST_WHOLE if most is None else most
+    elif not math.isfinite(value):
+        return False
+    low = value >= least if above is None else value > above
+    return low and (most is None or value <= most)
+
+
+def refuse_value(field, value):
+    """Raises InputError, with what would be right, where a field cannot have this value."""
+    if value is None and type(None) in getattr(field.type, "__args__", ()):
+        return
+    name, kind = option(field.name), kind_of(field)
+    right, called = KINDS[kind]
+    # A truth value is a whole number to Python, and none to a user.
+    if not isinstance(value, right) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{name} {brief(repr(value))} must be {called}")
+    if kind is str:
+        if "\0" in value or not value.isascii() and not is_unicode(value):
+            raise InputError(f"{name} {brief(ascii(value))} is no text (UTF-8): rename or copy it")
+    elif kind is not bool and not in_range(field, value):
+        default = "" if field.default is None else f"; the default is {field.default}"
+        most = f" (at most {MOST_WHOLE:,})" if kind is int and value > MOST_WHOLE else ""
+        raise InputError(f"{name} {brief(value)} must be {range_of(field)}{most}{default}")
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise InputError(f"{name} {brief(value)}: choose from {', '.join(choices)}")
+
+
+def is_unicode(text) -> bool:
+    """False where bytes that are no UTF-8 have become halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the docstring as it stands, without abbreviations, and with short errors."""
+
+    def __init__(self, prog, description):
+        super().__init__(
+            prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # --step would pass for --steps
+        )
+
+    def error(self, message):
+        """One line and status 2: the usage of forty flags would bury it."""
+        self.exit(2, f"{self.prog}: error: {brief(message, 300)}\n")
 
 
 def add_flag(parser, field):
     """One field of a Config as an argument of the parser."""
-    name = "--" + field.name.replace("_", "-")
     shown = "" if field.default in (None, "") else f" (default: {field.default})"
     text = (field.metadata["description"] + shown).replace("%", "%%")  # argparse formats it
-    # argparse calls the type on the word: of `int | None` that is int.
-    kind = getattr(field.type, "__args__", [field.type])[0]
-    if kind is bool:
+    kind, name = kind_of(field), option(field.name)
+    if field.default is dataclasses.MISSING:
+        parser.add_argument(field.name, help=field.metadata["description"])
+    elif kind is bool:
         action = argparse.BooleanOptionalAction
         parser.add_argument(name, default=field.default, help=text, action=action)
     else:
@@ -54,41 +153,71 @@ def add_flag(parser, field):
         parser.add_argument(name, default=field.default, help=text, type=kind, choices=choices)
 
 
-@dataclasses.dataclass
-class ModelFlags:
-    """The flags of everything that loads a model."""
+def program(module):
+    """What `--help` calls the program. Of `python -m tools.search` argparse would say search.py,
+    which is nowhere."""
+    if module == "__main__":
+        spec = sys.modules["__main__"].__spec__
+        module = spec.name if spec else ""
+    return f"python -m {module}" if module.startswith("tools.") else None
 
-    model: str = flag("toy", "toy, toy-random, a folder, or a hub id")
-    compress_tokens: int | None = flag(None, "K; default: the checkpoint's, else 4 (the paper: 32)")
-    pooling: str | None = flag(None, "of the K tokens, or the last one", ["mean", "last"])
-    prompt: str | None = flag(None, "prompt style", list(STYLES))
-    attn: str = flag("sdpa", "attention kernel", ["sdpa", "flash_attention_2", "flex_attention"])
-    min_pixels: int = flag(0, "smallest picture (Qwen family), pixels; 0: the model's default")
-    max_pixels: int = flag(0, "largest picture (Qwen family), pixels; the paper: 1024 x 28 x 28")
-    max_length: int = flag(0, "most tokens of a row; longer ones lose turns, then text; 0: any")
-    chunk_tokens: int | None = flag(None, f"padded tokens at a time; default: {CHUNK_TOKENS}")
+
+@dataclasses.dataclass
+class CommandLine:
+    """A dataclass whose fields are flags: checked when it is made, from words or in Python."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.init:  # else a value that is computed, as data_digest
+                value = getattr(self, field.name)
+                if isinstance(value, os.PathLike):
+                    value = os.fspath(value)
+                    setattr(self, field.name, value)
+                refuse_value(field, value)
+        refuse_combinations(self)
 
     @classmethod
     def parse(cls, argv=None):
         """The command line as a Config. Unknown and abbreviated flags are errors."""
         words = sys.argv[1:] if argv is None else argv
-        known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)}
-        for word in words:
-            name = word.partition("=")[0]
+        known = {option(f.name) for f in dataclasses.fields(cls)}
+        for each in words:
+            name = each.partition("=")[0]
             if name in MOVED and name not in known:
                 raise InputError(f"{name} has moved: {MOVED[name]} --help")
-        # Of `python -m tools.search` argparse would say search.py, which is nowhere.
-        spec = sys.modules["__main__"].__spec__ if cls.__module__ == "__main__" else None
-        parser = argparse.ArgumentParser(
-            prog=f"python -m {spec.name}" if spec else None,
-            description=sys.modules[cls.__module__].__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,  # --step would pass for --steps
-        )
+        parser = Parser(program(cls.__module__), sys.modules[cls.__module__].__doc__)
         for field in dataclasses.fields(cls):
-            if field.init:  # else a value that is computed, as data_digest
+            if field.init:
                 add_flag(parser, field)
         return cls(**vars(parser.parse_args(argv)))
+
+
+# ---------------------------------------------------------------------- what the scripts share
+
+
+@dataclasses.dataclass
+class ModelFlags(CommandLine):
+    """The flags of everything that loads a model."""
+
+    model: str = flag("toy", "toy, toy-random, a folder, or a hub id")
+    compress_tokens: int | None = flag(
+        None, "K; default: the checkpoint's, else 4 (the paper: 32)", least=0, most=10_000
+    )
+    pooling: str | None = flag(None, "of the K tokens, or the last one", ["mean", "last"])
+    prompt: str | None = flag(None, "prompt style", ["coma", "chat", "vlm2vec"])
+    attn: str = flag("sdpa", "attention kernel", ["sdpa", "flash_attention_2", "flex_attention"])
+    min_pixels: int = flag(
+        0, "smallest picture (Qwen family), pixels; 0: the model's default", least=0
+    )
+    max_pixels: int = flag(
+        0, "largest picture (Qwen family), pixels; the paper: 1024 x 28 x 28", least=0
+    )
+    max_length: int = flag(
+        0, "most tokens of a row; longer ones lose turns, then text; 0: any", least=0
+    )
+    chunk_tokens: int | None = flag(
+        None, "padded tokens at a time; default: 1024 on a CPU, 8192 on a GPU", least=1
+    )
 
 
 @dataclasses.dataclass
@@ -97,8 +226,10 @@ class Flags(ModelFlags):
 
     data: str = flag("shapes", "shapes (the toy world), a .jsonl, a folder or hub id like MMEB")
     image_root: str = flag("", "where the pictures are; empty: beside the data")
-    seed: int = flag(0, "of data, dropout and LoRA's start")
-    workers: int = flag(1, "loader processes of a rank")
+    seed: int = flag(
+        0, "of the toy world; in training of all that is drawn", least=0, most=2_147_483_647
+    )
+    workers: int = flag(1, "loader processes of a rank", least=0, most=256)
 
 
 @dataclasses.dataclass
@@ -106,34 +237,60 @@ class TrainingFlags(Flags):
     """The flags that both training stages share."""
 
     out: str = flag("out/run", "folder for the model, log.jsonl and checkpoints")
-    steps: int = flag(300, "optimiser steps")
-    batch: int = flag(64, "examples a step, over all ranks")
-    lr: float = flag(3e-3, "peak learning rate of AdamW")
-    muon_lr: float = flag(0.02, "peak rate of Muon on the weight matrices; 0: AdamW trains all")
+    steps: int = flag(300, "optimiser steps", least=0)
+    batch: int = flag(64, "examples a step, over all ranks", least=1, most=1_000_000)
+    lr: float = flag(3e-3, "peak learning rate of AdamW", above=0)
+    muon_lr: float = flag(
+        0.02, "peak rate of Muon on the weight matrices; 0: AdamW trains all", least=0
+    )
     schedule: str = flag("cosine", "after the warm-up, down to zero", ["cosine", "linear"])
-    warmup: float = flag(0.05, "share of the steps that the learning rate takes to rise")
-    weight_decay: float = flag(0.01, "decoupled weight decay")
-    clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
-    lora_rank: int = flag(0, "rank of LoRA on the language model's attention; 0: train all")
-    lora_alpha: int = flag(64, "LoRA's scale is alpha / rank")
-    lora_dropout: float = flag(0.1, "dropout in front of LoRA's matrices")
+    warmup: float = flag(
+        0.05, "share of the steps that the learning rate takes to rise", least=0, most=1
+    )
+    weight_decay: float = flag(0.01, "decoupled weight decay", least=0)
+    clip: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
+    lora_rank: int = flag(
+        0, "rank of LoRA on the language model's attention; 0: train all", least=0, most=16_384
+    )
+    lora_alpha: int = flag(64, "LoRA's scale is alpha / rank", least=1)
+    lora_dropout: float = flag(0.1, "dropout in front of LoRA's matrices", least=0, most=0.9)
     dora: bool = flag(False, "DoRA: LoRA with the weights' magnitudes trained too")
     freeze_vision: bool = flag(False, "leave the vision tower as it is (with LoRA always)")
     checkpointing: bool = flag(False, "gradient checkpointing: less memory, more time")
-    save_every: int = flag(500, "steps between checkpoints; 0: only the model at the end")
-    keep: int = flag(2, "newest checkpoints that stay during the run")
+    save_every: int = flag(500, "steps between checkpoints; 0: only the model at the end", least=0)
+    keep: int = flag(2, "newest checkpoints that stay during the run", least=1)
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
+    skip_bad: str = flag("", "bad examples to pass over: what tools.check --list-bad FILE wrote")
     data_digest: int = dataclasses.field(default=0, init=False)  # no flag: see formats.digest_of
 
 
 def refuse_impossible(cfg, world):
-    """Impossible combinations of stage 2's flags, with the way out."""
-    for name, unit in (("--block", cfg.block), ("the number of ranks,", world)):
-        if unit < 1 or cfg.batch % unit:
-            next_size = (cfg.batch // max(unit, 1) + 1) * max(unit, 1)
-            text = f"--batch {cfg.batch} is not a multiple of {name} {unit}; try {next_size}"
-            raise InputError(text)
-    if cfg.temperature <= 0:
-        raise InputError(f"--temperature {cfg.temperature} must be positive; try 0.03")
+    """Impossible combinations of stage 2's flags with the number of ranks, with the way out."""
+    # A batch that both the blocks and the ranks divide.
+    unit = math.lcm(cfg.block, world)
+    if cfg.batch % unit:
+        what = f"--block {cfg.block}" if cfg.batch % cfg.block else f"the number of ranks, {world}"
+        next_size = (cfg.batch // unit + 1) * unit
+        raise InputError(f"--batch {cfg.batch} is not a multiple of {what}; try {next_size}")
     if cfg.fsdp and (cfg.lora_rank or cfg.muon_lr or world == 1):
         raise InputError("--fsdp is for full fine-tuning on several ranks, with --muon-lr 0")
+
+
+def refuse_for_model(embedder, cfg):
+    """The same for a model that is loaded: it may bring an adapter, or K = 0."""
+    adapter, mine = embedder.adapter, given(cfg)
+    if adapter and cfg.lora_rank:
+        raise InputError(
+            f"--lora-rank {cfg.lora_rank}: the model brings a LoRA adapter of its own, which is "
+            "trained on as it is. Leave the LoRA flags out, or fold it in first: stage 2 does "
+            "without --no-merge, and python -m tools.merge"
+        )
+    if "merge" in mine and not adapter:
+        raise InputError("--no-merge: the model is no LoRA adapter; leave it out")
+    if "vision_cache" in mine and not (adapter or cfg.lora_rank or cfg.freeze_vision):
+        raise InputError(f"{spelled(cfg, 'vision_cache')}: the tower is trained, and not frozen")
+    is_stage_1, K = hasattr(cfg, "compress"), embedder.K
+    if is_stage_1 and cfg.compress and not K:
+        raise InputError(f"K = 0, as the model or its --prompt has it: {NO_CODE}")
+    if is_stage_1 and "pooling" in mine and not K:
+        raise InputError(f"{spelled(cfg, 'pooling')}: with K = 0 stage 1 makes no embedder")

@@ -1,69 +1,55 @@
-"""The formats that data come in: JSONL, and pictures with captions (MMEB's parquet: mmeb.py). What
-is read is plain: a piece of content is (text, images), a pair (query, targets, negatives), a
-dialogue (content, turns, id); data.py makes its Items of them. Errors say file, line and field.
+"""The formats that data come in: lists of dialogues or pairs (JSONL, or a JSON array), and pictures
+with captions (MMEB's parquet: mmeb.py). What is read is plain: a piece of content is (text,
+images), a pair (query, targets, negatives), a dialogue (content, turns, id); data.py makes its
+Items of them. Errors say file, line and field; what no code reads is refused, not dropped.
 
-Top to bottom: lazy sequences - one record - lines - pictures with captions."""
+Top to bottom: the whole of the data - one record - lists - pictures with captions."""
 
-import csv
-import json
 import os
-import zlib
-from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
+from plumbing.first_pass import Known, Place, Tries, first_pass, skip, skipped_in
 from plumbing.images import Images
+from plumbing.lines import Lazy, Lost, Source, attempts, open_lines, parse_json
+from plumbing.once import once_a_node
+from plumbing.ranks import say
 
 IMAGE = "<image>"
 DESCRIBE = "Describe the picture."  # instructions where the data are bare captions
 FIND_CAPTION = f"{IMAGE} Find a caption of the picture."
 FIND_PICTURE = "Find the picture of this caption: "
-
-
-class Source(NamedTuple):
-    """What is known of the file behind a sequence: a number that changes with it, the pictures that
-    it names and that are not there, and the lines or the table that it was read from."""
-
-    digest: int = 0
-    lost: Sequence = ()
-    raw: object = None
-
-
-class Lazy(Sequence):
-    """A sequence whose i-th element is `get(i)`, made when it is asked for: nothing is stored."""
-
-    def __init__(self, length: int, get: Callable, source=Source()):  # noqa: B008
-        self.length, self.get, self.source = length, get, source
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, i):
-        if not 0 <= i < self.length:
-            raise IndexError(i)
-        return self.get(i)
-
-    def map(self, f):
-        """The same sequence with f applied to each element, when it is asked for."""
-        return Lazy(self.length, lambda i: f(self.get(i)), self.source)
-
-    def first(self, n):
-        """At most n elements of it; all of them where n is None or 0."""
-        return Lazy(min(n or self.length, self.length), self.get, self.source)
+# What lists say of an example beside it, and what changes nothing.
+BESIDE = ("model", "source", "data_source", "dataset", "split", "url", "width", "height", "license")
+# Words of another kind of list, and what that is.
+ELSEWHERE = {
+    "conversations": "a dialogue, which stage 1 reads: pretrain.py",
+    "query": "a pair, which stage 2 reads: contrastive.py",
+    "file_name": "a caption: call the list metadata.jsonl, and give the folder that it is in",
+}
 
 
 def digest_of(sets) -> int:
-    """Refuses data that name pictures which are not there (MMEB's rows are read when they are
-    drawn), before any training. -> a number that changes with the data (of parquet files, with
+    """Refuses data that name pictures which are not there, or that leave a loss nothing to tell
+    apart, before any training. -> a number that changes with the data (of parquet files, with
     their sizes), so that a run is not resumed with others."""
+    sets = list(sets)
     for examples in sets:
-        if lost := examples.source.lost:
-            others = f" (and {len(lost) - 1} more are missing)" if len(lost) > 1 else ""
+        if (lost := examples.source.lost).count:
+            others = f" (and {lost.count - 1:,} more are missing)" if lost.count > 1 else ""
             hint = "Is --image-root right? `python -m tools.check` lists them"
-            raise InputError(f"{lost[0]}: no such picture{others}. {hint}")
+            raise InputError(f"{lost.first}: no such picture{others}. {hint}")
+        if skipped := examples.source.skipped:
+            say(f"--skip-bad: {len(skipped):,} of {len(examples):,} examples are skipped")
+    same = [x.source for x in sets if x.source.only_target is not None]
+    for source in same:
+        text = f"{source.where(0)}: every target of its list is the same, {source.only_target}"
+        if len({x.only_target for x in same}) == 1 and len(same) == len(sets):
+            raise InputError(f"{brief(text)}: a loss that compares targets says nothing of it")
+        say(f"{brief(text)}: only other lists have its negatives")
     return sum(len(x) + x.source.digest for x in sets) % 2**32
 
 
@@ -73,15 +59,29 @@ def choose(subsets, names) -> dict:
         return {name: None for name in names}
     chosen = {}
     for word in subsets.split(","):
-        name, _, rows = word.partition(":")
-        if name not in names or (rows and not (rows.isdigit() and int(rows))):
-            choices = ",".join(names)
-            raise InputError(f"--subsets {name}:{rows}: choose name or name:rows of {choices}")
-        chosen[name] = int(rows) if rows else None
+        name, colon, rows = word.strip().partition(":")
+        is_number = rows.isascii() and rows.isdigit() and int(rows) > 0
+        if name not in names or (colon and not is_number):
+            choices = brief(",".join(names))
+            raise InputError(f"--subsets {brief(word)}: choose name or name:rows of {choices}")
+        if name in chosen:
+            raise InputError(f"--subsets {brief(subsets)}: {name} stands twice in it")
+        chosen[name] = int(rows) if colon else None
     return chosen
 
 
 # -------------------------------------------------------------------------------------- one record
+
+
+def refuse_unknown(raw, known, form):
+    """ValueError where a record has a key that no code would read."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"needs {form}, not a {type(raw).__name__}")
+    if unknown := raw.keys() - known:
+        key = min(unknown)
+        close = get_close_matches(key, known, 1, 0.6)
+        hint = f'did you mean "{close[0]}"?' if close else f"it takes {', '.join(known)}"
+        raise ValueError(f'unknown key "{brief(key)}", which would be lost; {hint}')
 
 
 class Content(NamedTuple):
@@ -91,61 +91,114 @@ class Content(NamedTuple):
     images: tuple = ()
 
 
+CONTENT = '{"text": ..., "image": ...}, at least one of them not empty'
+
+
 def parse_content(raw, images, subset="") -> Content:
-    """{"text", "image"}, either of which may be missing; `image`: one path or more."""
-    if not isinstance(raw, dict) or not (raw.get("text") or raw.get("image")):
-        raise InputError('needs {"text": ..., "image": ...}, at least one of them not empty')
-    text, paths = raw.get("text") or "", raw.get("image") or []
+    """{"text", "image"}, either of which may be missing; `image`: one path or more. ValueError."""
+    refuse_unknown(raw, ("text", "image"), CONTENT)
+    text, paths = raw.get("text"), raw.get("image")
+    text = "" if text is None else text
+    paths = [] if paths in (None, "") else paths
     if isinstance(paths, str):
         paths = [paths]
-    strings = isinstance(paths, list) and all(isinstance(p, str) for p in paths)
+    strings = isinstance(paths, list) and all(isinstance(p, str) and p for p in paths)
     if not isinstance(text, str) or not strings:
-        raise InputError('"text" must be a string, "image" a path or a list of paths')
+        raise ValueError('"text" must be a string, "image" a path or a list of paths')
+    if not paths and not text.strip():
+        raise ValueError(f"needs {CONTENT}")
     # MMEB's mark; a picture without a text is the picture alone.
     text = text.replace("<|image_1|>", IMAGE) if text else IMAGE * len(paths)
     if (n := text.count(IMAGE)) != len(paths):
-        raise InputError(f"the text has {n} {IMAGE} for {len(paths)} pictures: one where each goes")
+        raise ValueError(f"the text has {n} {IMAGE} for {len(paths)} pictures: one where each goes")
     return Content(text, tuple(images.find(p, subset) for p in paths))
+
+
+def parse_field(field, raw, images) -> Content:
+    """parse_content of a field of a record, which its errors name."""
+    try:
+        return parse_content(raw, images)
+    except ValueError as e:
+        raise ValueError(f'"{field}": {e}') from None
+
+
+def parse_turn(raw, i) -> str:
+    """One turn of a dialogue, the i-th -> what is said in it."""
+    speaker = "gpt" if i % 2 else "human"
+    if not isinstance(raw, dict) or raw.get("from") != speaker:
+        raise ValueError(f'conversations[{i}] must have "from": "{speaker}" and a "value"')
+    value = raw.get("value")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'conversations[{i}] must have a "value", a string that is not blank')
+    if raw.keys() - {"from", "value"}:
+        raise ValueError(f'conversations[{i}] has more than "from" and "value": {brief(list(raw))}')
+    if i and IMAGE in value:
+        raise ValueError(f"conversations[{i}] has {IMAGE}; pictures stand in the first turn only")
+    return value
 
 
 def parse_dialogue(raw, images) -> tuple:
     """LLaVA: {"id", "image", "conversations": [{"from": "human" or "gpt", "value": ...}, ...]}.
-    -> (Content, ((question, answer), ...), id)."""
+    -> (Content, ((question, answer), ...), id). ValueError."""
+    refuse_elsewhere(raw, "conversations")
     talk = raw.get("conversations") if isinstance(raw, dict) else None
     if not isinstance(talk, list) or not talk or len(talk) % 2:
-        raise InputError('"conversations" must be a list of questions and answers in turn')
-    for i, turn in enumerate(talk):
-        speaker = "gpt" if i % 2 else "human"
-        value = turn.get("value") if isinstance(turn, dict) else None
-        if not isinstance(value, str) or not value or turn.get("from") != speaker:
-            raise InputError(f'conversations[{i}] must have "from": "{speaker}" and a "value"')
-    values = [turn["value"] for turn in talk]
+        raise ValueError('"conversations" must be a list of questions and answers in turn')
+    refuse_unknown(raw, ("id", "image", "conversations", *BESIDE), "an object")
+    name = raw.get("id")
+    if not isinstance(name, str | int | None):
+        raise ValueError(f'"id" must be a string or a number, not {brief(name)}')
+    values = [parse_turn(turn, i) for i, turn in enumerate(talk)]
+    if raw.get("image") in (None, "", []) and IMAGE not in values[0]:
+        raise ValueError(f'has no "image", and no {IMAGE} in its first turn: nothing to compress')
     # What is compressed is the picture alone; the rest of the first turn is its question.
     pictures = {"text": IMAGE * values[0].count(IMAGE), "image": raw.get("image")}
     content = parse_content(pictures, images)
     values[0] = values[0].replace(IMAGE, "").strip("\n")
     turns = zip(values[::2], values[1::2], strict=True)
-    return content, tuple(turns), str(raw.get("id") or "")
+    return content, tuple(turns), str(name or "")
 
 
 def parse_pair(raw, images) -> tuple:
     """{"query": {"text", "image"}, "target": {...} or a list of them, "negatives": [{...}]}.
-    -> (query, targets, negatives), all Contents."""
+    -> (query, targets, negatives), all Contents. ValueError."""
+    refuse_elsewhere(raw, "query")
     if not isinstance(raw, dict) or not raw.get("query") or not raw.get("target"):
-        raise InputError('needs "query" and "target"')
-    several = raw["target"] if isinstance(raw["target"], list) else [raw["target"]]
-    query = parse_content(raw["query"], images)
-    targets = tuple(parse_content(x, images) for x in several)
-    negatives = tuple(parse_content(x, images) for x in raw.get("negatives") or [])
-    return query, targets, negatives
+        raise ValueError('needs "query" and "target"')
+    refuse_unknown(raw, ("query", "target", "negatives", "id", *BESIDE), "an object")
+    query = parse_field("query", raw["query"], images)
+    targets, negatives = raw["target"], raw.get("negatives")
+    if not isinstance(targets, list):
+        targets = (parse_field("target", targets, images),)
+    else:
+        targets = parse_list("target", targets, images)
+    if not isinstance(negatives, list | None):
+        raise ValueError(f'"negatives" must be a list, not a {type(negatives).__name__}')
+    return query, targets, parse_list("negatives", negatives or [], images)
+
+
+def parse_list(field, raw, images) -> tuple:
+    """The Contents of a field that is a list."""
+    return tuple(parse_field(f"{field}[{i}]", x, images) for i, x in enumerate(raw))
 
 
 def parse_caption(raw, images) -> tuple:
-    """One line of metadata.jsonl or .csv: {"file_name", "text"} -> (path, caption)."""
+    """One line of metadata.jsonl or .csv: {"file_name", "text"} -> (path, caption). ValueError."""
+    refuse_elsewhere(raw, "file_name")
     for field in ("file_name", "text"):
-        if not isinstance(raw, dict) or not isinstance(raw.get(field), str) or not raw[field]:
-            raise InputError(f'needs "{field}", a string that is not empty')
+        value = raw.get(field) if isinstance(raw, dict) else None
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f'needs "{field}", a string that is not empty')
+    refuse_unknown(raw, ("file_name", "text", "id", *BESIDE), "an object")
     return images.find(raw["file_name"]), raw["text"]
+
+
+def refuse_elsewhere(raw, own):
+    """ValueError where a record is one of another kind of list, for another stage."""
+    if isinstance(raw, dict) and own not in raw:
+        for word, kind in ELSEWHERE.items():
+            if word in raw:
+                raise ValueError(f"this is {kind}")
 
 
 def located(where, parse, raw):
@@ -156,71 +209,74 @@ def located(where, parse, raw):
         raise InputError(f"{where}: {e}") from None
 
 
-# ------------------------------------------------------------------------------------------- lines
+# ------------------------------------------------------------------------------------------- lists
 
 
-def parse_json(line):
-    """One line of JSON. Trap: half a surrogate pair is good JSON, and no text."""
-    value = json.loads(line)
-    if b"\\ud" in line or b"\\uD" in line:
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
-def csv_lines(path) -> list:
-    """[(line number, the row as a line of JSON)] of a csv file."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)  # else an open quote swallows the rest
-        try:
-            return [(reader.line_num, json.dumps(row).encode() + b"\n") for row in reader]
-        except (csv.Error, UnicodeDecodeError) as e:
-            raise InputError(f"{path}, after line {reader.line_num}: {e}") from None
+def is_list(source) -> bool:
+    """Whether data are one list: a file, or a folder with captions; else they are sets of MMEB."""
+    is_file = os.path.lexists(source) and not os.path.isdir(source)
+    named_so = source.endswith((".jsonl", ".json", ".csv"))
+    return is_file or named_so or captions_file(source) is not None
 
 
 def read_lines(path, parse, image_root) -> Lazy:
-    """The lines of a .jsonl or .csv file, each parsed when asked for: parse(raw, images)."""
-    if not os.path.isfile(path):
-        raise InputError(f"--data {path}: no such file; choose shapes, a .jsonl, a folder")
-    images = Images(image_root or Path(path).parent)
-    if str(path).endswith(".csv"):
-        lines = csv_lines(path)
-    else:
-        with open(path, "rb") as file:
-            # Bytes, parsed when drawn: a million lines of JSON would be gigabytes of objects.
-            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    if not lines:
-        raise InputError(f"--data {path}: holds no lines")
-    digest = 0  # of the bytes: another order is other data
-    for _, line in lines:
-        digest = zlib.crc32(line, digest)
+    """The examples of a .jsonl, .json or .csv file, each parsed when asked for: parse(raw, images).
+    None of them is tried."""
+    lines = open_lines(path)
+    images = Images(Place.of(image_root).image_root or Path(path).parent)
 
     def get(i):
-        number, line = lines[i]
-        return located(f"{path}, line {number}", lambda x: parse(parse_json(x), images), line)
+        return located(lines.where(i), lambda x: parse(parse_json(x), images), lines.line(i))
 
-    return Lazy(len(lines), get, Source(digest, images.lost, lines))
+    source = Source(lines.digest, lines, images, lines.where, partial(attempts, get))
+    return Lazy(len(lines), get, source)
 
 
-def read_valid_lines(path, parse, image_root) -> Lazy:
-    """`read_lines`, each tried once now: the first bad one is named before any training."""
-    lines = read_lines(path, parse, image_root)
-    for i in tqdm(range(len(lines)), f"reading {path}", leave=False, disable=len(lines) < 50_000):
-        lines[i]
-    return lines
+def read_tried_lines(path, parse, image_root, targets_of=lambda example: ()) -> Lazy:
+    """`read_lines`, each tried once now: the first bad one is named before any training, unless
+    --skip-bad lists it. What is skipped is known of the sequence, and still in it: see `skip`."""
+    lines, name = read_lines(path, parse, image_root), Path(path).name
+    known = {name: Known(lines.source.digest, len(lines))}
+    bad = frozenset(skipped_in(Place.of(image_root), known)[name])
+    tries = Tries(lines.source, bad, targets_of)
+    found = once_a_node(lambda: first_pass(path, len(lines), tries))
+    return lines.about(lost=found.lost, only_target=found.only_target, skipped=bad)
 
 
 def read_dialogues(source, image_root) -> Lazy:
-    """(content, turns, id) of a JSONL file in LLaVA's layout, or of a folder with captions."""
+    """(content, turns, id) of a list in LLaVA's layout, or of a folder with captions."""
     if captions_file(source):
         return caption_dialogues(captions_file(source), image_root)
-    return read_valid_lines(source, parse_dialogue, image_root)
+    refuse_folder(source)
+    return skip(read_tried_lines(source, parse_dialogue, image_root))
 
 
 def read_pair_sets(source, image_root) -> dict:
-    """{name: Lazy of (query, targets, negatives)} of a JSONL file, or of a folder with captions."""
-    if source.endswith(".jsonl"):
-        return {Path(source).stem: read_valid_lines(source, parse_pair, image_root)}
-    return caption_pairs(captions_file(source), image_root)
+    """{name: Lazy of (query, targets, negatives)} of a list, or of a folder with captions."""
+    if captions_file(source):
+        return caption_pairs(captions_file(source), image_root)
+    refuse_folder(source)
+    return {Path(source).stem: skip(read_tried_lines(source, parse_pair, image_root, compared))}
+
+
+def compared(pair) -> tuple:
+    """What the loss of a pair compares: its targets and negatives."""
+    _, targets, negatives = pair
+    return *targets, *negatives
+
+
+def refuse_folder(source):
+    """InputError where a folder stands in the place of a list, with what the folder is."""
+    if not os.path.isdir(source):
+        return
+    lists = sorted([*Path(source).glob("*.jsonl"), *Path(source).glob("*.json")])
+    text = "a folder without metadata.jsonl or metadata.csv"
+    if any(Path(source).glob("*/*.parquet")):
+        text = "in MMEB's layout; stage 2 reads its original-*.parquet and evaluate.py its "
+        text += "test-*.parquet, while stage 1 takes a list of dialogues"
+    elif lists:
+        text += f"; name the list itself: {brief(lists[0])}"
+    raise InputError(f"--data {brief(source)}: is {text}")
 
 
 # -------------------------------------------------------------------------- pictures with captions
@@ -228,15 +284,20 @@ def read_pair_sets(source, image_root) -> dict:
 
 def captions_file(folder):
     """metadata.jsonl or metadata.csv of a folder of pictures with captions, or None."""
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if Path(folder, name).exists():
-            return Path(folder, name)
-    return None
+    names = [name for name in ("metadata.jsonl", "metadata.csv") if lexists(folder, name)]
+    if len(names) > 1:
+        raise InputError(f"{brief(folder)}: holds {' and '.join(names)}; remove one of them")
+    return Path(folder, names[0]) if names else None
+
+
+def lexists(folder, name) -> bool:
+    """Whether something of that name is in the folder, be it a link that leads nowhere."""
+    return os.path.isdir(folder) and os.path.lexists(os.path.join(folder, name))
 
 
 def caption_dialogues(file, image_root) -> Lazy:
     """Pictures with captions as dialogues of one turn: describe the picture."""
-    captions = read_valid_lines(str(file), parse_caption, image_root)
+    captions = skip(read_tried_lines(str(file), parse_caption, image_root))
 
     def dialogue(i):
         path, text = captions[i]
@@ -248,10 +309,13 @@ def caption_dialogues(file, image_root) -> Lazy:
 def caption_pairs(file, image_root) -> dict:
     """Pictures with captions as two sets of pairs: picture -> all of its captions ("i2t"), and
     caption -> picture ("t2i")."""
-    captions = read_lines(str(file), parse_caption, image_root)
+    captions = read_tried_lines(str(file), parse_caption, image_root)
+    bad = captions.source.skipped
     texts_of = {}  # a picture's captions are all right, and no negatives of each other
-    for path, text in captions:
-        texts_of.setdefault(path, []).append(text)
+    for i, caption in enumerate(captions.source.read(range(len(captions)))):
+        if not isinstance(caption, InputError):  # else --skip-bad lists it
+            texts = texts_of.setdefault(caption[0], [])
+            texts += [] if i in bad else [caption[1]]
     paths = list(texts_of)
 
     def picture_to_text(i):
@@ -262,8 +326,18 @@ def caption_pairs(file, image_root) -> dict:
         path, text = captions[i]
         return Content(FIND_PICTURE + text), (Content(IMAGE, (path,)),), ()
 
+    pictures = Lazy(len(paths), picture_to_text, captions.source)
+    words = Lazy(len(captions), text_to_picture, captions.source)
+    texts = {text for texts in texts_of.values() for text in texts}
+    without = frozenset(i for i, path in enumerate(paths) if not texts_of[path])
     name = Path(file).parent.name
     return {
-        f"{name}_i2t": Lazy(len(paths), picture_to_text, captions.source),
-        f"{name}_t2i": Lazy(len(captions), text_to_picture),  # the same file: it counts once
+        f"{name}_i2t": skip(pictures.about(skipped=without, only_target=one_of(texts))),
+        # The same file: it counts once.
+        f"{name}_t2i": skip(words.about(digest=0, lost=Lost(), only_target=one_of(paths))),
     }
+
+
+def one_of(targets):
+    """The only one of several targets; None where there are more."""
+    return next(iter(targets)) if len(targets) == 1 else None

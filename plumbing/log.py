@@ -41,8 +41,8 @@ class Log:
 
     def __call__(self, step, speed, numbers):
         """numbers: reproducible, so also into log.jsonl; speed: (how many, of what) a step."""
-        # `cut` is worth a column only where something was cut.
-        numbers = {name: x for name, x in numbers.items() if x or name != "cut"}
+        # Worth a column only where something was cut or skipped.
+        numbers = {k: x for k, x in numbers.items() if x or k not in ("cut", "skipped")}
         if rank() > 0:
             return
         self.file.write(json.dumps({"step": step + 1, **numbers}) + "\n")

@@ -1,16 +1,20 @@
 """MMEB: its 36 sets (VLM2Vec, Table 1), and its folders of parquet files, a local one or the hub's.
 
-Top to bottom: the table - reading rows - finding the sets of a folder."""
+Top to bottom: the table - reading rows - whole data sets - finding the sets of a folder."""
 
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing.errors import InputError, needs
-from plumbing.formats import Lazy, Source, choose, located, parse_content
+from plumbing.errors import InputError, brief
+from plumbing.first_pass import Known, Place, Tries, first_pass, skip, skipped_in
+from plumbing.formats import choose, compared, located, parse_content
 from plumbing.hub import fetch
 from plumbing.images import Images
+from plumbing.lines import Lazy, Source, attempts
+from plumbing.once import once_a_node
+from plumbing.parquet import Layout, Table
 
 
 class Subset(NamedTuple):
@@ -82,78 +86,155 @@ def meta_task_of(name) -> tuple:
 
 # ------------------------------------------------------------------------------------ reading rows
 
+TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+NEGATIVES = ("neg_text", "neg_image_path")  # may be missing: CIRR has none
+EVAL, EVAL_LISTS = ("qry_text", "qry_img_path"), ("tgt_text", "tgt_img_path")
 
-def read_parquet(files, columns, parse) -> Lazy:
-    """The rows of a parquet file, or of several in turn, each parsed when asked for."""
-    path = files[0] if len(files) == 1 else f"{files[0]} ff."
-    with needs("pyarrow", "MMEB's parquet files"):
-        import pyarrow.parquet as pq
-    try:
-        table = pq.read_table([str(f) for f in files], memory_map=True)
-        names = table.column_names
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: not a readable parquet file: {e}") from None
-    for column in columns:  # neg_* may be missing: CIRR has none
-        if column not in names:
-            raise InputError(f"{path}: no column {column}; it has {', '.join(names)}")
 
-    def get(i):
-        return located(f"{path}, row {i}", lambda x: parse(x.to_pylist()[0]), table.slice(i, 1))
-
-    digest = sum(os.path.getsize(f) for f in files)
-    return Lazy(table.num_rows, get, Source(digest, (), table))
+@lru_cache(1)
+def last_loaded(table):
+    """The rows of the set that is being evaluated: one set's at a time are in memory."""
+    return table.load()
 
 
 def train_rows(files, subset, images) -> Lazy:
     """Parquet files of MMEB-train, as (query, targets, negatives); "" is an absent field."""
     images.prepare(subset)
+    table = Table(files, Layout(TRAIN, maybe=NEGATIVES))
+    rows = table.load()
+
+    def side(row, text, image):
+        raw = {"text": row.get(text), "image": row.get(image)}
+        try:
+            return parse_content(raw, images, subset)
+        except ValueError as e:
+            raise ValueError(f"{text}, {image}: {e}") from None
 
     def pair(row):
-        def side(text, image):
-            return parse_content({"text": row.get(text), "image": row.get(image)}, images, subset)
-
         negatives = ()
         if row.get("neg_text") or row.get("neg_image_path"):
-            negatives = (side("neg_text", "neg_image_path"),)
-        return side("qry", "qry_image_path"), (side("pos_text", "pos_image_path"),), negatives
+            negatives = (side(row, *NEGATIVES),)
+        return side(row, *TRAIN[:2]), (side(row, *TRAIN[2:]),), negatives
 
-    return read_parquet(files, ("qry", "qry_image_path", "pos_text", "pos_image_path"), pair)
+    def get(i):
+        return located(table.where(i), pair, rows.slice(i, 1).to_pylist()[0])
+
+    def read(indices):  # in turn: a slice at a time is ten times as fast
+        plain = rows.slice(indices[0], len(indices)).to_pylist()
+        first = indices[0]
+        return attempts(lambda i: located(table.where(i), pair, plain[i - first]), indices)
+
+    source = Source(table.digest, table, images, table.where, read)
+    return Lazy(len(table), get, source)
 
 
 def eval_rows(files, subset, images) -> Lazy:
     """Parquet files of MMEB-eval, as (query, candidates), the positive first."""
     images.prepare(subset)
-
-    @lru_cache(None)  # candidates repeat from row to row
-    def content(text, image):
-        return parse_content({"text": text, "image": image}, images, subset)
+    table = Table(files, Layout(EVAL, EVAL_LISTS))
 
     def query(row):
         texts, paths = row["tgt_text"], row["tgt_img_path"]
         if not texts or len(texts) != len(paths or ()):
-            raise InputError("tgt_text and tgt_img_path must be lists of one length, not empty")
+            raise ValueError("tgt_text and tgt_img_path must be lists of one length, not empty")
+        content = contents_of(images, subset)
         candidates = [content(text, path) for text, path in zip(texts, paths, strict=True)]
         return content(row["qry_text"], row["qry_img_path"]), candidates
 
-    return read_parquet(files, ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"), query)
+    def get(i):
+        return located(table.where(i), query, last_loaded(table).slice(i, 1).to_pylist()[0])
+
+    return Lazy(len(table), get, Source(table.digest, table, images, table.where))
+
+
+@lru_cache(1)
+def contents_of(images, subset):
+    """(text, path) -> Content, each made once: candidates repeat from row to row. One set's at a
+    time are in memory."""
+
+    @lru_cache(None)
+    def content(text, path):
+        return parse_content({"text": text, "image": path}, images, subset)
+
+    return content
+
+
+# -------------------------------------------------------------------------------- whole data sets
 
 
 def train_sets(source, image_root, subsets, split) -> dict:
-    """{name: Lazy of (query, targets, negatives)} of a folder in MMEB-train's layout."""
+    """{name: Lazy of (query, targets, negatives)} of a folder in MMEB-train's layout; each row is
+    tried once now."""
     root, chosen = find_subsets(source, subsets, f"{split}-*.parquet")
-    images, sets = Images(image_root or root), {}
+    place = Place.of(image_root)
+    images, sets = Images(place.image_root or root), {}
     for name, (cap, files) in chosen.items():
-        sets[name] = train_rows(files, name, images).first(cap)
+        sets[name] = not_empty(train_rows(files, name, images)).first(cap)
+    bad = bad_rows(place, root, {name: rows.source.raw for name, rows in sets.items()})
+    found = once_a_node(lambda: try_sets(sets, bad))
+    for name, rows in sets.items():
+        lost, only = found[name].lost, found[name].only_target
+        sets[name] = skip(rows.about(lost=lost, only_target=only, skipped=bad[name]))
     return sets
 
 
-def eval_sets(source, image_root, subsets) -> dict:
-    """{name: Lazy of (query, candidates)} of a folder in MMEB-eval's layout."""
+def try_sets(sets, bad) -> dict:
+    """The first pass over each set: {name: Found}."""
+    found = {}
+    for name, rows in sets.items():
+        tries = Tries(rows.source, bad[name], compared)
+        found[name] = first_pass(name, len(rows), tries)
+    return found
+
+
+def bad_rows(place, root, tables) -> dict:
+    """{name of a set: the indices of its rows that --skip-bad lists}."""
+    known, spans = {}, {}
+    for name, table in tables.items():
+        for k, file in enumerate(table.files):
+            path = Path(file).relative_to(root).as_posix()
+            start = table.ends[k - 1] if k else 0
+            known[path] = Known(os.path.getsize(file), table.ends[k] - start)
+            spans[path] = (name, start)
+    others = {path.relative_to(root).as_posix() for path in root.glob("*/*.parquet")}
+    bad = {name: set() for name in tables}
+    for path, rows in skipped_in(place, known, others).items():
+        name, start = spans[path]
+        bad[name].update(start + i for i in rows)
+    return {name: frozenset(rows) for name, rows in bad.items()}
+
+
+def not_empty(rows) -> Lazy:
+    """InputError where a set has no rows."""
+    if not len(rows):
+        raise InputError(f"{rows.source.raw.files[0]}: holds no rows")
+    return rows
+
+
+def eval_sets(source, image_root, subsets, limit=0) -> dict:
+    """{name: Lazy of (query, candidates)} of a folder in MMEB-eval's layout; limit > 0: at most so
+    many of each. Their pictures are looked up now."""
     root, chosen = find_subsets(source, subsets, "test-*.parquet")
-    images, sets = Images(image_root or root), {}
+    images, sets = Images(Place.of(image_root).image_root or root), {}
     for name, (cap, files) in chosen.items():
-        sets[name] = eval_rows(files, name, images).first(cap)
+        sets[name] = not_empty(eval_rows(files, name, images)).first(cap).first(limit)
+    once_a_node(lambda: look_up_pictures(sets, images))
     return sets
+
+
+def look_up_pictures(sets, images):
+    """InputError where pictures of evaluation sets are nowhere: known before hours of scoring."""
+    images.lost.clear()
+    for name, rows in sets.items():
+        table = rows.source.raw.load().slice(0, len(rows))
+        paths = {*table["qry_img_path"].to_pylist()}
+        for chunk in table["tgt_img_path"].chunks:
+            paths.update(chunk.flatten().unique().to_pylist())
+        for path in sorted(paths - {"", None}):
+            located(f"{rows.source.raw.files[0]}", partial(images.find, subset=name), path)
+    if lost := images.lost:
+        others = f" (and {len(lost) - 1:,} more are missing)" if len(lost) > 1 else ""
+        raise InputError(f"{lost[0]}: no such picture{others}. Is --image-root right?")
 
 
 # --------------------------------------------------------------------------- the sets of a folder
@@ -162,17 +243,42 @@ def eval_sets(source, image_root, subsets) -> dict:
 def find_subsets(source, subsets, pattern) -> tuple:
     """-> (folder, {name: (rows to use or None, parquet files)}) of a data set in MMEB's layout, a
     local folder or a hub id. subsets: "A:1000,B", "mmeb20", or "" for all there are."""
-    if subsets == "mmeb20":
-        subsets = training_mix()
-    root = Path(source)
-    if not root.is_dir():
-        names = [word.partition(":")[0] for word in subsets.split(",") if word] or ["*"]
+    root, words = Path(source), training_mix() if subsets == "mmeb20" else subsets
+    if not os.path.isdir(source):
+        names = [word.partition(":")[0].strip() for word in words.split(",") if word] or ["*"]
         pictures = [f"images_zip/{name}.zip" for name in names] + ["images.zip"]
         root = Path(fetch(source, "dataset", pictures, [f"{name}/{pattern}" for name in names]))
     files_of = {}
     for path in sorted(root.glob(f"*/{pattern}")):  # a large set may be cut into several files
         files_of.setdefault(path.parent.name, []).append(path)
     if not files_of:
-        raise InputError(f"--data {source}: no <subset>/{pattern} in it, as MMEB has")
-    chosen = choose(subsets, files_of)
+        raise InputError(f"--data {brief(source)}: no <subset>/{pattern} in it{what_else(root)}")
+    if subsets == "mmeb20":
+        refuse_part_of_mix(source, files_of)
+    chosen = choose(words, files_of)
     return root, {name: (rows, files_of[name]) for name, rows in chosen.items()}
+
+
+def what_else(root) -> str:
+    """Of a folder that lacks a stage's lists: what it holds, and what takes that."""
+    files = {path.name for path in root.glob("*/*.parquet")}
+    if any(name.startswith("test-") for name in files):
+        return "; its test-*.parquet are for evaluate.py"
+    if any(name.startswith(("original-", "diverse_instruction-")) for name in files):
+        return "; its lists are for training: contrastive.py, with --split as they are called"
+    if any(root.glob("*.parquet")):
+        return "; it is one subset itself: give the folder that holds it"
+    if lists := sorted([*root.glob("*.jsonl"), *root.glob("*.json")]):
+        return f"; if you mean its lists, name one: {brief(lists[0])}"
+    return ", as MMEB has"
+
+
+def refuse_part_of_mix(source, files_of):
+    """InputError where some of the 20 sets are not there, with the words for those that are."""
+    words = training_mix().split(",")
+    there = [word for word in words if word.partition(":")[0] in files_of]
+    if len(there) < len(words):
+        others = ", ".join(w.partition(":")[0] for w in words if w not in there)
+        way = f"--subsets {','.join(there)}" if there else "their names"
+        text = f"--subsets mmeb20: of its 20 sets {brief(source)} lacks {brief(others)}. Take"
+        raise InputError(f"{text} those that are there: {way}")

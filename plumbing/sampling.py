@@ -24,6 +24,19 @@ def epoch_batch(n, cfg, step, rank, world) -> list:
     return [int(shuffled(n, cfg.seed, j // n)[j % n]) for j in mine]
 
 
+def skipped_dialogues(dialogues, cfg, step) -> int:
+    """How many dialogues of a step, over all ranks, stand in the place of those in --skip-bad."""
+    skipped = dialogues.source.skipped
+    if not skipped:
+        return 0
+    return sum(i in skipped for i in epoch_batch(len(dialogues), cfg, step, 0, 1))
+
+
+def skipped_pairs(pairs, chosen) -> int:
+    """How many of the chosen pairs, [(name, index)], stand in the place of those in --skip-bad."""
+    return sum(i in pairs[name].source.skipped for name, i in chosen)
+
+
 def ask_first(dialogue, cfg, step):
     """An idea beyond the paper: in a share of the dialogues (--question-first) the first question
     stands before the code, as an instruction does in stage 2, and its answer is the first thing

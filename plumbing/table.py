@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from plumbing.log import versions
+from plumbing.ranks import rank
+from plumbing.writing import refuse_unwritable, written
 
 
 def head(note) -> str:
@@ -20,6 +21,17 @@ def line(name, row, note="") -> str:
     return f"{name:<34} {shown:>15} {note}".rstrip()
 
 
+def ending(row) -> str:
+    """What stands behind the numbers of a set: its queries, Recall@5 and 10 of one's own data, a
+    warning."""
+    words = [f"{row['queries']:>7}"]
+    for name, share in row.items():
+        if name.startswith("recall_at_"):
+            words.append(f"R@{name.removeprefix('recall_at_')} {100 * share:.1f}")
+    words.append(row.get("warning", ""))
+    return " ".join(words)
+
+
 def partial_note(cfg) -> str:
     """What of the evaluation was left out, " (partial: --limit 20)"; "" where nothing was."""
     cuts = []
@@ -28,6 +40,12 @@ def partial_note(cfg) -> str:
     if cfg.subsets:
         cuts.append("--subsets")
     return f" (partial: {', '.join(cuts)})" if cuts else ""
+
+
+def refuse_json(cfg):
+    """Where --json cannot be written, that is said now; rank 0 writes it."""
+    if cfg.json and rank() == 0:
+        refuse_unwritable(cfg.json, "--json")
 
 
 def write_json(cfg, embedder, sets, means):
@@ -46,5 +64,5 @@ def write_json(cfg, embedder, sets, means):
         config=asdict(cfg),
         versions=versions(),
     )
-    Path(cfg.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(cfg.json).write_text(json.dumps(scores, indent=1) + "\n")
+    with written(cfg.json, "--json") as part:
+        part.write_text(json.dumps(scores, indent=1) + "\n")

@@ -196,7 +196,7 @@ def test_bad_parquet_is_named(tmp_path):
     path = tmp_path / "A" / "original-00000-of-00001.parquet"
     write_pairs(path)
     assert data.read_pairs(str(tmp_path))["A"][0].query == Item("x")
-    with pytest.raises(InputError, match="--subsets B:: choose name or name:rows of A"):
+    with pytest.raises(InputError, match="--subsets B: choose name or name:rows of A"):
         data.read_pairs(str(tmp_path), subsets="B")
     assert len(data.read_pairs(str(tmp_path), subsets="A:1")["A"]) == 1
     write_pairs(path, columns=COLUMNS[:3])

@@ -278,7 +278,7 @@ def test_check_names_what_is_bad_and_clean_leaves_it_out(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "examples  6, 3 of them bad" in said, said
     assert f"{talks}, line 5: " in said and "no.png: no such picture" in said
-    assert f"example 1: {tmp_path}" in said and "(0 bytes): not a readable picture" in said
+    assert f"{talks}, line 1: {tmp_path}" in said and "(0 bytes): not a readable picture" in said
     assert "pictures  3: 64 x 64 to 64 x 64 pixels" in said and "words, median" in said
     clean = tmp_path / "clean" / "d.jsonl"
     assert checked(talks, "--clean", clean) == 0
@@ -300,14 +300,14 @@ def test_check_reads_folders_in_mmebs_layout(tmp_path, capsys):
     cut.write_bytes(cut.read_bytes()[:300])
     assert checked(train) == 1
     said = capsys.readouterr().out
-    assert "not a readable parquet file" in said and "example 3: " in said, said
+    assert "not a readable parquet file" in said and ", row 3: " in said, said
     checked(train, "--clean", tmp_path / "clean")
     read = data.read_pairs(str(tmp_path / "clean"), str(train))
     assert sorted(read) == ["classify", "ground", "i2t", "t2i"] and len(read["classify"]) == 3
 
 
 def test_check_of_nothing_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="nothing to check"):
+    with pytest.raises(InputError, match="a folder without metadata.jsonl or metadata.csv"):
         checked(tmp_path)
     with pytest.raises(InputError, match="no such file or folder"):
         checked(tmp_path / "x.jsonl")
@@ -362,13 +362,14 @@ def test_a_damaged_csv_is_an_error_and_no_other_caption(tmp_path):
             data.read_pairs(str(tmp_path))
 
 
-def test_check_cleans_a_list_of_which_nothing_is_good(tmp_path):
-    """An empty copy, of a parquet file too."""
+def test_check_writes_no_copy_of_a_list_of_which_nothing_is_good(tmp_path, capsys):
+    """Training would refuse a list without examples."""
     export.export(tmp_path / "toy", 2)
     for picture in (tmp_path / "toy").rglob("*.png"):
         picture.unlink()
     assert checked(tmp_path / "toy" / "MMEB-train", "--clean", tmp_path / "c") == 0
-    assert sum(map(len, data.read_pairs(str(tmp_path / "c")).values())) == 0
+    assert "none is good" in capsys.readouterr().out
+    assert not list((tmp_path / "c").rglob("*.parquet"))
 
 
 # ------------------------------------------------------------------------ for sentence-transformers

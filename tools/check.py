@@ -3,12 +3,15 @@
     python -m tools.check talks.jsonl --image-root pictures
     python -m tools.check DIR                        a folder with captions, or in MMEB's layout
     python -m tools.check talks.jsonl --clean good.jsonl
+    python -m tools.check DIR --list-bad bad.jsonl   what training takes as --skip-bad bad.jsonl
 
 No model is needed. Prints counts, words and sizes, and each bad example with its place. --clean
 writes a copy of the list without the bad ones (of a folder: of its lists; the pictures stay where
-they are). Exit status 1 where something is bad and --clean was not given.
+they are), --list-bad a list of the bad ones, for data that are to stay as they are, and for a run
+that goes on. Exit status 1 where something is bad and neither was asked for.
 """
 
+import json
 import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +21,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
+from plumbing.first_pass import Listed
 from plumbing.formats import (
     IMAGE,
     Content,
@@ -27,27 +31,32 @@ from plumbing.formats import (
     parse_dialogue,
     parse_pair,
     read_lines,
+    refuse_folder,
 )
 from plumbing.images import Images, open_image
 from plumbing.mmeb import eval_rows, train_rows
 from plumbing.ranks import run_command
+from plumbing.writing import refuse_unwritable, written
 from tools.command_line import make_parser
 
 WINDOW = 4096  # examples that wait for a thread at a time
 SHOWN = 20  # errors of a list that are printed
+NOWHERE = "no such picture"  # what open_image says of a path that leads nowhere
 
 
 def lists_of(source, image_root):
-    """Yields (file, function that makes its Lazy) for every list of examples in `source`."""
+    """Yields (file, function that makes its Lazy) for every list of examples in `source`. A
+    folder's lists are those in MMEB's layout, each file one, so that a bad one costs no other."""
     root, captions = Path(source), captions_file(source)
     if captions:
         yield captions, partial(read_lines, str(captions), parse_captioned, image_root)
     elif not root.is_dir():
         yield root, partial(read_lines, str(root), parse_dialogue_or_pair, image_root)
     else:
-        images = Images(image_root or root)
-        # Each file is a list of its own, so that a bad one costs no other.
-        for path in sorted(root.glob("*/*.parquet")):
+        images, files = Images(image_root or root), sorted(root.glob("*/*.parquet"))
+        if not files:
+            refuse_folder(source)
+        for path in files:
             rows = eval_rows if path.name.startswith("test") else train_rows
             yield path, partial(rows, [path], path.parent.name, images)
 
@@ -71,14 +80,14 @@ class Survey:
 
     def __init__(self, file, rows):
         self.file, self.rows = file, rows
-        self.good, self.errors = [], []  # indices of examples; messages
+        self.good, self.errors = [], {}  # indices of examples; index -> message
         self.words = []  # of each text
         self.sizes = {}  # picture -> (width, height), or the InputError that it gave
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding lets other threads run
             bar = tqdm(self.in_order(pool), f"{file}", len(rows), leave=False)
             for i, error in enumerate(bar):
                 if error:
-                    self.errors.append(error)
+                    self.errors[i] = error
                 else:
                     self.good.append(i)
 
@@ -92,8 +101,8 @@ class Survey:
         try:
             self.look_at(self.rows[i])
         except InputError as e:
-            located = str(e).startswith(f"{self.file}, ")
-            return f"{e}" if located else f"{self.file}, example {i + 1}: {e}"
+            where = self.rows.source.where(i)
+            return f"{e}" if str(e).startswith(where) else f"{where}: {e}"
 
     def look_at(self, x):
         """Notes the words of an example, a string, a Content or a tuple of them, and opens its
@@ -131,37 +140,54 @@ class Survey:
             sizes.sort(key=lambda size: size[0] * size[1])
             (w0, h0), (w1, h1) = sizes[0], sizes[-1]
             print(f"  pictures  {len(sizes):,}: {w0} x {h0} to {w1} x {h1} pixels")
-        for error in self.errors[:SHOWN]:
+        shown = first_of_each(self.errors.values())
+        for error in shown[:SHOWN]:
             print(f"  bad: {error}")
-        if len(self.errors) > SHOWN:
-            print(f"  and {len(self.errors) - SHOWN:,} more")
+        if len(shown) > SHOWN:
+            print(f"  and {len(shown) - SHOWN:,} more")
 
 
-def copy_rows(raw, chosen, out):
-    """Writes some of the lines, or of the rows of a table, that a Lazy was read from."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(raw, list):  # [(number, line)]: byte for byte as they were
-        lines = [raw[i][1].rstrip(b"\r\n") + b"\n" for i in chosen]
-        out.write_bytes(b"".join(lines))
-    else:
-        import pyarrow
-        import pyarrow.parquet as pq
+def first_of_each(errors) -> list:
+    """The errors, but of pictures that are nowhere only the first, with how many there are: it is
+    one mistake, a wrong --image-root."""
+    others = [error for error in errors if NOWHERE not in error]
+    lost = [error for error in errors if NOWHERE in error]
+    if len(lost) > 1:
+        lost = [f"{lost[0]} (so it is with {len(lost) - 1:,} more)"]
+    return lost + others
 
-        # An empty list of numbers needs its type said.
-        pq.write_table(raw.take(pyarrow.array(chosen, "int64")), out)
+
+def write_copy(survey, path, name):
+    """Writes a list without its bad examples."""
+    with written(path, name) as part, open(part, "wb") as file:
+        survey.rows.source.raw.copy(survey.good, file)
 
 
 def clean_path(source, file, clean) -> Path:
-    """Where the copy of a list goes; the lines of a .csv were turned into JSON."""
+    """Where the copy of a list goes; a .csv or .json was turned into lines of JSON."""
     out = Path(clean, file.relative_to(source)) if Path(source).is_dir() else Path(clean)
-    return out.with_suffix(".jsonl") if out.suffix == ".csv" else out
+    return out.with_suffix(".jsonl") if file.suffix in (".csv", ".json") else out
+
+
+def name_in(source, file) -> str:
+    """What --skip-bad calls a list."""
+    return file.relative_to(source).as_posix() if Path(source).is_dir() else file.name
+
+
+class Outputs(NamedTuple):
+    """What is written: the copy without the bad examples, the list of them; None: not asked for."""
+
+    clean: str | None = None
+    list_bad: str | None = None
 
 
 class Count(NamedTuple):
-    """Examples read, and how many of them (or of the files) are bad."""
+    """Examples read, how many of them (or of the files) are bad, and the bad ones as --skip-bad
+    takes them."""
 
     total: int
     bad: int
+    listed: tuple = ()
 
 
 def check_list(file, read, source, clean) -> Count:
@@ -173,25 +199,50 @@ def check_list(file, read, source, clean) -> Count:
         return Count(0, 1)
     survey = Survey(file, rows)
     survey.report()
-    if clean:
+    if clean and survey.good:
         out = clean_path(source, file, clean)
-        copy_rows(rows.source.raw, survey.good, out)
+        write_copy(survey, out, "--clean")
         print(f"  wrote the {len(survey.good):,} good ones to {out}")
-    return Count(len(rows), len(survey.errors))
+    elif clean:
+        print("  none is good: no copy of it")
+    name, digest = name_in(source, file), rows.source.digest
+    listed = tuple(Listed(name, digest, i + 1, brief(e)) for i, e in survey.errors.items())
+    return Count(len(rows), len(survey.errors), listed)
 
 
-def check(source, image_root=None, clean=None) -> int:
-    """Reads every example of `source` (.jsonl; a folder with captions, or in MMEB's layout) and
-    opens every picture; prints a report. clean: where a copy without the bad ones goes. -> how many
-    are bad."""
-    if not os.path.exists(source):
-        raise InputError(f"{source}: no such file or folder")
-    counts = [check_list(*x, source, clean) for x in lists_of(source, image_root)]
+def refuse_outputs(source, lists, outputs):
+    """InputError, before any work, where a file cannot be written, or is one of the data."""
+    if outputs.clean:
+        for file, _ in lists:
+            out = clean_path(source, file, outputs.clean)
+            if os.path.realpath(out) == os.path.realpath(file):
+                hint = "the copy would be written over its own source. Take another name"
+                raise InputError(f"--clean {brief(outputs.clean)}: {hint}")
+            refuse_unwritable(out, "--clean")
+    if outputs.list_bad:
+        if os.path.realpath(outputs.list_bad) in [os.path.realpath(file) for file, _ in lists]:
+            hint = "would be written over the data. Take another name"
+            raise InputError(f"--list-bad {brief(outputs.list_bad)}: {hint}")
+        refuse_unwritable(outputs.list_bad, "--list-bad")
+
+
+def check(source, image_root=None, outputs=Outputs()) -> int:  # noqa: B008
+    """Reads every example of `source` (a list; a folder with captions, or in MMEB's layout) and
+    opens every picture; prints a report. -> how many are bad."""
+    if not os.path.lexists(source):
+        raise InputError(f"{brief(source)}: no such file or folder")
+    lists = list(lists_of(source, image_root))
+    refuse_outputs(source, lists, outputs)
+    counts = [check_list(*x, source, outputs.clean) for x in lists]
     total, bad = sum(c.total for c in counts), sum(c.bad for c in counts)
-    if not total and not bad:
-        raise InputError(f"{source}: nothing to check; a .jsonl, or a folder with lists in it")
+    if outputs.list_bad:
+        listed = [x for count in counts for x in count.listed]
+        with written(outputs.list_bad, "--list-bad") as part:
+            lines = [json.dumps(x._asdict()) + "\n" for x in listed]
+            part.write_text("".join(lines))
+        print(f"wrote {outputs.list_bad}: {len(listed):,} bad examples, for --skip-bad")
     pictures = image_root or (source if Path(source).is_dir() else Path(source).parent)
-    hint = f"; --image-root {pictures}" if clean else ""
+    hint = f"; --image-root {pictures}" if outputs.clean else ""
     print(f"{total:,} examples, {bad:,} bad{hint}")
     return bad
 
@@ -199,12 +250,14 @@ def check(source, image_root=None, clean=None) -> int:
 def main(argv):
     """The command line."""
     parser = make_parser("check", __doc__)
-    parser.add_argument("data", help="a .jsonl, a folder with captions, or one in MMEB's layout")
+    parser.add_argument("data", help="a list, a folder with captions, or one in MMEB's layout")
     parser.add_argument("--image-root", help="where the pictures are (default: beside the list)")
     parser.add_argument("--clean", metavar="OUT", help="the copy without the bad examples")
+    parser.add_argument("--list-bad", metavar="FILE", help="the bad ones, for --skip-bad FILE")
     args = parser.parse_args(argv)
-    bad = check(args.data, args.image_root, args.clean)
-    return 1 if bad and not args.clean else 0
+    outputs = Outputs(args.clean, args.list_bad)
+    bad = check(args.data, args.image_root, outputs)
+    return 1 if bad and outputs == Outputs() else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""Flags that do nothing beside others, or nothing good: refused, for who gives a flag wants
+something of it. First what the flags alone decide, then what the model decides."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from plumbing.errors import InputError, brief
+
+
+class Rule(NamedTuple):
+    """A flag (the name of its field) that works only where works(cfg). Where it does not, and its
+    value is not the default, `text` says why; in it {name} stands for the value of another flag."""
+
+    flag: str
+    works: Callable
+    text: str
+
+
+def is_toy(cfg) -> bool:
+    """Whether the data are the toy world."""
+    return cfg.data == "shapes"
+
+
+def has_captions(cfg) -> bool:
+    """Whether the data are a folder of pictures with captions."""
+    files = ("metadata.jsonl", "metadata.csv")
+    return any(os.path.exists(os.path.join(cfg.data, name)) for name in files)
+
+
+def has_sets(cfg) -> bool:
+    """Whether the data are sets with names: of the toy world, or in MMEB's layout."""
+    return is_toy(cfg) or not (cfg.data.endswith(".jsonl") or has_captions(cfg))
+
+
+NO_LORA = "LoRA is off; --lora-rank 16 would switch it on"
+OWN_DIALOGUES = "goes with --data shapes; a file brings its own dialogues"
+OWN_TEACHER = "without the mask the model is its own teacher; leave --no-compress out"
+SAME_ANSWERS = "model and teacher need the same answers; --max-length 0"
+NO_CODE = "without tokens there is nothing to compress into; add --no-compress if that is meant"
+BELOW_LEAST = "below --min-pixels {min_pixels}"
+DRAWN = "the toy world draws its pictures; --data is where others are"
+NO_SERVER = "no server is asked; --server URL would be"
+RULES = {  # a field -> the rules of every Config that has it
+    "min_pixels": (
+        Rule("max_pixels", lambda c: c.min_pixels <= c.max_pixels, BELOW_LEAST),
+    ),
+    "image_root": (
+        Rule("image_root", lambda c: not is_toy(c), DRAWN),
+    ),
+    "subsets": (
+        Rule("subsets", has_sets, "chooses sets of MMEB or shapes; {data} is none"),
+    ),
+    "lora_rank": (
+        Rule("lora_alpha", lambda c: c.lora_rank, NO_LORA),
+        Rule("lora_dropout", lambda c: c.lora_rank, NO_LORA),
+        Rule("dora", lambda c: c.lora_rank, NO_LORA),
+        Rule("keep", lambda c: c.save_every, "--save-every 0 makes no checkpoints to keep"),
+    ),
+    "caption": (
+        Rule("caption", is_toy, OWN_DIALOGUES),
+    ),
+    "objective": (  # stage 1
+        Rule("texts", is_toy, OWN_DIALOGUES),
+        Rule("turns", lambda c: not (c.caption or has_captions(c)), "a caption is one turn"),
+        Rule("objective", lambda c: not c.max_length, SAME_ANSWERS),
+        Rule("objective", lambda c: c.compress, OWN_TEACHER),
+        Rule("attn", lambda c: not c.compress, "the compression mask needs --attn sdpa"),
+        Rule("compress_tokens", lambda c: c.compress_tokens != 0 or not c.compress, NO_CODE),
+    ),
+    "split": (  # stage 2
+        Rule("split", lambda c: has_sets(c) and not is_toy(c), "is of MMEB-train"),
+    ),
+    "json": (  # evaluation
+        Rule("seed", is_toy, "draws the toy world's sets; {data} has its own"),
+    ),
+    "server": (  # tools.generate
+        Rule("api_key", lambda c: c.server, NO_SERVER),
+        Rule("timeout", lambda c: c.server, NO_SERVER),
+    ),
+}  # fmt: skip
+
+
+def given(cfg) -> dict:
+    """{name: value} of the flags that are not at their default."""
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.init}
+    defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def refuse_combinations(cfg):
+    """Raises InputError for the first flag that does nothing beside the others."""
+    set_flags, values = given(cfg), {}
+    for field in dataclasses.fields(cfg):
+        values[field.name] = brief(getattr(cfg, field.name))
+    for name, rules in RULES.items():
+        for rule in rules if name in values else ():
+            if rule.flag in set_flags and not rule.works(cfg):
+                raise InputError(f"{spelled(cfg, rule.flag)}: {rule.text.format_map(values)}")
+
+
+def spelled(cfg, name) -> str:
+    """A flag and its value as words of a command line."""
+    value, option = getattr(cfg, name), name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {brief(value)}"

@@ -1,0 +1,163 @@
+"""The first pass over a list: each example is read once before training begins, so that what is bad
+is known by its place, and pictures that are not there by their names.
+
+`--skip-bad FILE` takes a list of bad examples as `python -m tools.check --list-bad FILE` writes it,
+{"list": "talks.jsonl", "digest": 7, "example": 12, "error": ...} a line. In the place of such an
+example the next good one of its list is taken; all others are drawn as they were, so that a run
+goes on with a list that it did not begin with. What is on no list is never skipped."""
+
+import json
+import os
+from collections.abc import Callable
+from functools import lru_cache, reduce
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from plumbing.errors import InputError, brief
+from plumbing.files import open_file
+from plumbing.lines import Lazy, Lost, Source
+from plumbing.loader import prefetch
+
+WINDOW = 10_000  # examples that a worker tries at a time
+FEW = 50_000  # examples that are not worth a worker
+
+
+class Place(NamedTuple):
+    """Where the pictures are (None: beside the list), and the list of bad examples ("": none)."""
+
+    image_root: str | None = None
+    skip_bad: str = ""
+
+    @staticmethod
+    def of(x) -> "Place":
+        """From an image root, or from a stage's flags."""
+        if isinstance(x, Place):
+            return x
+        if hasattr(x, "image_root"):
+            return Place(x.image_root or None, x.skip_bad)
+        return Place(x)
+
+
+# --------------------------------------------------------------------------------- what is skipped
+
+
+class Listed(NamedTuple):
+    """One line of a list of bad examples: a list's name, its digest, the example's number in it,
+    from 1 on, and what is wrong with it."""
+
+    list: str
+    digest: int
+    example: int
+    error: str = ""
+
+
+@lru_cache(8)
+def read_listed(path) -> tuple:
+    """The lines of a list of bad examples."""
+    listed = []
+    with open_file(path, f"--skip-bad {brief(path)}", "list") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                bad = Listed(**json.loads(line))
+                if (type(bad.list), type(bad.digest), type(bad.example)) != (str, int, int):
+                    raise TypeError
+            except (TypeError, ValueError, RecursionError):
+                form = '{"list": ..., "digest": ..., "example": ..., "error": ...}'
+                hint = f"needs {form}, as `python -m tools.check DATA --list-bad` writes it"
+                raise InputError(f"--skip-bad {path}, line {number}: {hint}") from None
+            listed.append(bad)
+    return tuple(listed)
+
+
+class Known(NamedTuple):
+    """A list as its file stands now: a number that changes with it, and its number of examples."""
+
+    digest: int
+    examples: int
+
+
+def skipped_in(place, known, others=()) -> dict:
+    """{name: indices of the examples that are skipped}. known: {name: Known} of the lists that are
+    read; others: names of lists that are there and are not read. InputError for any other."""
+    skipped = {name: set() for name in known}
+    for bad in read_listed(place.skip_bad) if place.skip_bad else ():
+        where = f"--skip-bad {place.skip_bad}: example {bad.example} of {brief(bad.list)}"
+        if bad.list not in known:
+            if bad.list in others:
+                continue
+            raise InputError(f"{where} is of other data; these are {brief(', '.join(known))}")
+        now = known[bad.list]
+        if bad.digest != now.digest or not 1 <= bad.example <= now.examples:
+            raise InputError(f"{where}: the list has changed since. Check it again")
+        skipped[bad.list].add(bad.example - 1)
+    return skipped
+
+
+def skip(rows) -> Lazy:
+    """`rows` with the next good example in the place of each that its source says is skipped."""
+    bad = frozenset(i for i in rows.source.skipped if i < len(rows))
+    if bad and len(bad) == len(rows):
+        raise InputError(f"{rows.source.where(0)}: all examples of its list are in --skip-bad")
+
+    def get(i):
+        while i in bad:
+            i = (i + 1) % len(rows)
+        return rows.get(i)
+
+    return Lazy(len(rows), get, rows.source._replace(skipped=bad))
+
+
+# ---------------------------------------------------------------------------------- the first pass
+
+
+class Found(NamedTuple):
+    """What a list, or a part of it, has in it: lost pictures, and targets, at most two: where there
+    is but one a loss has nothing to tell apart."""
+
+    lost: Lost = Lost()
+    targets: frozenset = frozenset()
+
+    def join(self, other) -> "Found":
+        """Of two parts, in their order."""
+        lost = Lost(self.lost.count + other.lost.count, self.lost.first or other.lost.first)
+        return Found(lost, frozenset([*self.targets, *other.targets][:2]))
+
+    @property
+    def only_target(self):
+        """The target that all examples have; None where they differ, or have none."""
+        return next(iter(self.targets)) if len(self.targets) == 1 else None
+
+
+class Tries(NamedTuple):
+    """How the examples of a list are tried. source: of the list; bad: indices that are skipped;
+    targets_of: example -> its targets and negatives."""
+
+    source: Source
+    bad: frozenset = frozenset()
+    targets_of: Callable = lambda example: ()
+
+
+def try_window(tries, indices) -> Found:
+    """Reads a part of the examples; raises the first InputError."""
+    found, lost = Found(), tries.source.images.lost
+    lost.clear()
+    for i, example in zip(indices, tries.source.read(indices), strict=True):
+        if i not in tries.bad:
+            if isinstance(example, InputError):
+                raise example
+            if lost:
+                found = found.join(Found(Lost(len(lost), lost[0])))
+            if len(found.targets) < 2:
+                found = found.join(Found(targets=frozenset(tries.targets_of(example))))
+        lost.clear()
+    return found
+
+
+def first_pass(name, length, tries) -> Found:
+    """Tries all examples of a list, a long one in worker processes. The first bad one is raised."""
+    windows = [range(i, min(i + WINDOW, length)) for i in range(0, length, WINDOW)]
+    workers = min(8, os.cpu_count()) if length > FEW else 0
+    parts = prefetch(lambda k: try_window(tries, windows[k]), range(len(windows)), workers)
+    bar = tqdm(parts, f"reading {name}", len(windows), leave=False, disable=not workers)
+    return reduce(Found.join, bar, Found())

@@ -1,0 +1,250 @@
+"""Long lists: a sequence that stores nothing, and the lines of a file, of which only the places are
+kept. A million lines cost 16 MB; a line is read from the disk when it is asked for.
+
+Top to bottom: lazy sequences - the lines of a file - .jsonl, .json, .csv."""
+
+import csv
+import json
+import os
+import re
+import tempfile
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from plumbing.errors import InputError, brief
+from plumbing.files import open_file
+
+MOST = 16 * 2**20  # bytes of one example; what is longer is no example, and is never parsed
+TOO_LONG = f"longer than {MOST // 2**20} MB, which no example is; one example a line"
+BLANKS = re.compile(r"[ \t\n\r]*")
+BLOCK = 2**20  # characters of an array that are read at a time
+
+
+class Lost(NamedTuple):
+    """Pictures that examples name and that are nowhere: how many, and the first."""
+
+    count: int = 0
+    first: str = ""
+
+
+class Source(NamedTuple):
+    """What is known of the file behind a sequence."""
+
+    digest: int = 0  # changes with the file
+    raw: object = None  # the lines or the table that it was read from
+    images: object = None  # finds the pictures
+    where: Callable = str  # index -> "talks.jsonl, line 7"
+    read: Callable | None = None  # indices -> yields of each an example or its InputError
+    lost: Lost = Lost()
+    skipped: frozenset = frozenset()  # indices that --skip-bad lists
+    only_target: object = None  # the target of all examples, where there is but one
+
+
+class Lazy(Sequence):
+    """A sequence whose i-th element is `get(i)`, made when it is asked for: nothing is stored."""
+
+    def __init__(self, length: int, get: Callable, source=Source()):  # noqa: B008
+        self.length, self.get, self.source = length, get, source
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        return self.get(i)
+
+    def map(self, f):
+        """The same sequence with f applied to each element, when it is asked for."""
+        return Lazy(self.length, lambda i: f(self.get(i)), self.source)
+
+    def about(self, **known):
+        """The same sequence, with more known of its source."""
+        return Lazy(self.length, self.get, self.source._replace(**known))
+
+    def first(self, n):
+        """At most n elements of it; all of them where n is None or 0."""
+        return Lazy(min(n or self.length, self.length), self.get, self.source)
+
+
+def attempts(get, indices):
+    """Yields get(i) of each index, or the InputError that it gave."""
+    for i in indices:
+        try:
+            yield get(i)
+        except InputError as e:
+            yield e
+
+
+# ------------------------------------------------------------------------------ the lines of a file
+
+
+class Lines:
+    """The examples of the list `path`, as lines of JSON in an open file: of each where it begins,
+    how long it is, its number. unit: what the list is counted in, "line" or "example"."""
+
+    def __init__(self, path, unit, file, numbered, copy=None):
+        """numbered: yields (number, line) of all that `file` holds; or they are written to `copy`,
+        a file of our own, where the list is no JSONL."""
+        self.path, self.unit, self.file, self.digest = path, unit, copy or file, 0
+        self.starts, self.sizes, self.numbers = array("q"), array("I"), array("I")
+        start = 0
+        for number, line in numbered:
+            if len(line) > MOST:
+                raise InputError(f"{path}, {unit} {number}: {TOO_LONG}")
+            if copy:
+                copy.write(line)
+            if not line.isspace():
+                self.starts.append(start)
+                self.sizes.append(len(line))
+                self.numbers.append(number)
+                self.digest = zlib.crc32(line, self.digest)  # another order is other data
+            start += len(line)
+        self.file.flush()
+
+    def __len__(self):
+        return len(self.starts)
+
+    def where(self, i) -> str:
+        """The place of example i, as messages name it."""
+        return f"{self.path}, {self.unit} {self.numbers[i]}"
+
+    def copy(self, chosen, file):
+        """Writes some of the examples, each a line, byte for byte as it was."""
+        for i in chosen:
+            file.write(self.line(i).rstrip(b"\r\n") + b"\n")
+
+    def line(self, i) -> bytes:
+        """Example i as it stands in the file."""
+        # pread: the loader's forked workers share the file, and would share its position.
+        line = os.pread(self.file.fileno(), self.sizes[i], self.starts[i])
+        if len(line) < self.sizes[i]:
+            raise InputError(f"{self.path}: has become shorter since the command began")
+        return line
+
+
+def open_lines(path) -> Lines:
+    """The lines of a .jsonl or .csv file, or the elements of a .json array. InputError."""
+    path = str(path)
+    hint = "Choose shapes, a .jsonl, a folder"
+    file = open_file(path, f"--data {brief(path)}", "list", hint)
+    try:
+        if path.endswith(".csv"):
+            lines = Lines(path, "line", file, csv_rows(path), tempfile.TemporaryFile())
+        elif path.endswith(".json") and file.read(BLOCK).lstrip()[:1] == b"[":
+            lines = Lines(path, "example", file, array_elements(path), tempfile.TemporaryFile())
+        else:
+            file.seek(0)
+            read = iter(lambda: file.readline(MOST + 1), b"")
+            lines = Lines(path, "line", file, enumerate(read, 1))
+    except OSError as e:
+        raise InputError(f"--data {brief(path)}: {brief(e.strerror or e)}") from None
+    if not lines:
+        raise InputError(f"--data {path}: holds no lines")
+    return lines
+
+
+def no_twins(members) -> dict:
+    """The members of a JSON object. Trap: of two with one name the json module keeps the last."""
+    value = dict(members)
+    if len(value) < len(members):
+        names = [name for name, _ in members]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'"{brief(twin)}" stands twice in one object')
+    return value
+
+
+def parse_json(line):
+    """One line of JSON; ValueError."""
+    try:
+        value = json.loads(line, object_pairs_hook=no_twins)
+    except json.JSONDecodeError as e:
+        hint = ""
+        if line.lstrip()[:1] == b"[":
+            hint = ". A list of examples in [ ] is read where its file is called .json"
+        raise ValueError(f"not JSON: {e.msg}, column {e.colno}{hint}") from None
+    # Trap: half a surrogate pair is good JSON, and no text.
+    if b"\\ud" in line or b"\\uD" in line:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=no_twins)
+
+# -------------------------------------------------------------------- other lists, as lines of JSON
+
+
+def csv_rows(path):
+    """Yields (line number, the row as a line of JSON) of a csv file."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)  # else an open quote swallows the rest
+        try:
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise InputError(f"{path}: two columns of its first line have one name")
+            for row in reader:
+                if None in row:  # what a comma in a text without quotes does
+                    count = f"{len(row[None])} fields more than the first line names"
+                    hint = 'a text with a comma needs "quotes"'
+                    raise InputError(f"{path}, line {reader.line_num}: {count}; {hint}")
+                yield reader.line_num, json.dumps(row).encode() + b"\n"
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise InputError(f"{path}, after line {reader.line_num}: {e}") from None
+
+
+class Blocks:
+    """A long text that is read a block at a time: `text` from `at` on is what is next."""
+
+    def __init__(self, file):
+        self.file, self.text, self.at = file, "", 0
+
+    def more(self) -> bool:
+        """Reads another block; False at the end of the file."""
+        block = self.file.read(BLOCK)
+        self.text, self.at = self.text[self.at :] + block, 0
+        return bool(block)
+
+    def peek(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            self.at = BLANKS.match(self.text, self.at).end()
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+    def value(self):
+        """The next JSON value; JSONDecodeError."""
+        while True:
+            try:
+                value, self.at = DECODER.raw_decode(self.text, self.at)
+                return value
+            except json.JSONDecodeError:  # perhaps it is only cut off by the block's end
+                if len(self.text) - self.at > MOST:
+                    raise ValueError(TOO_LONG) from None
+                if not self.more():
+                    raise
+
+
+def array_elements(path):
+    """Yields (number, the element as a line of JSON) of a file that is one array, as LLaVA's lists
+    are; one element at a time is in memory."""
+    with open(path, encoding="utf-8-sig") as file:
+        blocks, number = Blocks(file), 0
+        try:
+            blocks.peek()
+            blocks.at += 1  # the "["
+            ended = blocks.peek() == "]"
+            while not ended:
+                number += 1
+                yield number, json.dumps(blocks.value()).encode() + b"\n"
+                ended = blocks.peek() == "]"
+                if not ended and blocks.peek() != ",":
+                    raise ValueError('no "," or "]" after it')
+                blocks.at += 1
+                blocks.peek()
+            if number and blocks.peek():
+                raise ValueError("something stands after the array's end")
+        except (ValueError, RecursionError) as e:
+            reason = getattr(e, "msg", e)
+            raise InputError(f"{path}, example {number}: not JSON: {reason}") from None

@@ -1,0 +1,41 @@
+"""Work that one process of a node does for all of its ranks: downloads, the first look at the data.
+(Nodes may have disks of their own: each has a rank that looks.)"""
+
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from plumbing.errors import InputError
+from plumbing.ranks import rank
+
+LONGEST = timedelta(hours=12)  # that the others wait: 13 GB at 0.3 MB a second
+
+
+def ranks_of_node() -> list:
+    """The ranks of this machine, by torchrun's word; without it each is a node of its own."""
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    first = rank() - int(os.environ.get("LOCAL_RANK", 0))
+    return list(range(first, first + size))
+
+
+def once_a_node(work):
+    """work() on the first rank of each node. -> what it returned, on all ranks of the node; or its
+    InputError, on all of them alike."""
+    ranks = ranks_of_node()
+    if not dist.is_initialized() or len(ranks) == 1:
+        return work()
+    # A group of its own: it may wait longer than a step's sums may, and it joins only the ranks of
+    # this node. One that ends is noticed at once, by its closed connection.
+    group = dist.new_group(ranks, LONGEST, "gloo", use_local_synchronization=True)
+    answer = [None, None]  # what was returned, or the error
+    if rank() == ranks[0]:
+        try:
+            answer[0] = work()
+        except InputError as e:
+            answer[1] = e
+    dist.broadcast_object_list(answer, ranks[0], group)
+    dist.destroy_process_group(group)
+    if answer[1]:
+        raise answer[1]
+    return answer[0]

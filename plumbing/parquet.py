@@ -1,0 +1,120 @@
+"""Parquet files: whether their columns are what a layout asks for, and their rows.
+
+Top to bottom: reading at all - columns - the files of one set as one table."""
+
+import os
+from bisect import bisect_right
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from plumbing.errors import InputError, brief, needs
+from plumbing.files import refuse_special
+
+
+def pyarrow():
+    """The library, which only MMEB needs."""
+    with needs("pyarrow", "MMEB's parquet files"):
+        import pyarrow
+        import pyarrow.parquet  # noqa: F401
+    return pyarrow
+
+
+@contextmanager
+def readable(file):
+    """Around the reading of a parquet file: what is none is an InputError."""
+    refuse_special(file, kind="list")
+    try:
+        yield
+    except (OSError, ValueError, NotImplementedError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{file}: not a readable parquet file: {brief(e)}") from None
+
+
+class Layout(NamedTuple):
+    """The columns of one kind of table: those it must have, of texts and of lists of texts, and
+    those it may have."""
+
+    texts: tuple
+    lists: tuple = ()
+    maybe: tuple = ()
+
+    def kind_of(self, name, arrow_type) -> str:
+        """What a column holds: "text", "list", or another type's name."""
+        types = pyarrow().types
+        # A column in which nothing stands has the type null, and means so.
+        if name not in self.lists and types.is_null(arrow_type):
+            return "text"
+        is_list = types.is_list(arrow_type) or types.is_large_list(arrow_type)
+        inner = arrow_type.value_type if is_list else arrow_type
+        if types.is_dictionary(inner):
+            inner = inner.value_type
+        if not (types.is_string(inner) or types.is_large_string(inner) or types.is_null(inner)):
+            return str(arrow_type)
+        return "list" if is_list else "text"
+
+    def check(self, file, schema):
+        """InputError where a column is missing, or of another type, or would be lost. -> {name:
+        kind} of the columns to read."""
+        for name in (*self.texts, *self.lists):
+            if schema.names.count(name) != 1:
+                there = brief(", ".join(schema.names))
+                raise InputError(f"{file}: no column {name}, or several; it has {there}")
+        known = (*self.texts, *self.lists, *self.maybe)
+        stems = tuple(name[:3] for name in known)
+        for name in schema.names:
+            if name not in known and name.startswith(stems):
+                hint = f"it takes {', '.join(known)}"
+                raise InputError(f"{file}: column {brief(name)} would be lost; {hint}")
+        kinds = {}
+        for name in known:
+            if name in schema.names:
+                kinds[name] = self.kind_of(name, schema.field(name).type)
+                want = "list" if name in self.lists else "text"
+                if kinds[name] != want:
+                    of = "lists of texts" if want == "list" else "texts"
+                    raise InputError(f"{file}: column {name} must hold {of}, not {kinds[name]}")
+        return kinds
+
+
+class Table:
+    """The rows of the parquet files of one set, in turn. What is known at once: how many they are,
+    and that the files agree; `load` reads them."""
+
+    def __init__(self, files, layout):
+        self.files, self.ends, self.digest = tuple(map(str, files)), [], 0
+        kinds = None
+        for file in self.files:
+            self.digest += os.path.getsize(file) if os.path.isfile(file) else 0
+            with readable(file):
+                parquet = pyarrow().parquet.ParquetFile(file)
+                schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+            found = layout.check(file, schema)
+            if kinds is not None and found != kinds:
+                differ = ", ".join(sorted(found.keys() ^ kinds.keys()))
+                raise InputError(f"{file}: has other columns than {self.files[0]}: {differ}")
+            kinds = found
+            self.ends.append(rows + (self.ends[-1] if self.ends else 0))
+        self.columns = list(kinds)
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def where(self, i) -> str:
+        """The place of row i, as messages name it."""
+        k = bisect_right(self.ends, i)
+        return f"{self.files[k]}, row {i + 1 - (self.ends[k - 1] if k else 0)}"
+
+    def load(self):
+        """All rows, as pyarrow has them."""
+        with readable(self.files[0]):
+            tables = pyarrow().parquet.read_table
+            return tables(list(self.files), columns=self.columns, memory_map=True)
+
+    def copy(self, chosen, file):
+        """Writes some of the rows."""
+        # An empty list of numbers needs its type said.
+        indices = pyarrow().array(chosen, "int64")
+        with readable(self.files[0]):
+            whole = pyarrow().parquet.read_table(list(self.files))
+        pyarrow().parquet.write_table(whole.take(indices), file)

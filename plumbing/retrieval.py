@@ -1,0 +1,123 @@
+"""Evaluation sets from files: MMEB's, and one's own pairs and captions, whose queries are compared
+with all targets of the set, or with their own candidates where the file gives them.
+
+Top to bottom: what is read - where the right one stands among the others."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from plumbing import formats, mmeb
+from plumbing.errors import InputError, brief
+from plumbing.formats import Lazy
+
+DEPTHS = (5, 10)  # of Recall@k, for one's own data
+BLOCK = 256  # queries whose scores against all targets are computed at a time
+KINDS = ("Classification", "VQA", "Retrieval", "Grounding", "Other")
+
+
+class PlainTask(NamedTuple):
+    """One evaluation set: its name, meta-task, whether it is out of distribution, its (query,
+    candidates); of one's own data also `rights`, how many of a query's candidates are right (the
+    first ones), and `pool`: what a query is compared with that has right candidates only."""
+
+    name: str
+    meta_task: str
+    ood: bool
+    queries: Sequence
+    rights: Sequence = ()
+    pool: Sequence = ()
+
+
+def read_tasks(source, image_root, subsets, limit=0) -> list:
+    """The PlainTasks of a .jsonl of pairs, a folder with captions, a folder or hub id like MMEB.
+
+    A folder in MMEB's layout may hold sets.json, {name: {"meta_task": ..., "ood": true or false}},
+    for sets that are none of MMEB's; without it they are "Other", and in distribution."""
+    if formats.is_list(source):
+        if subsets:
+            text = f"--subsets {subsets}: chooses sets of MMEB or shapes; {source} is none"
+            raise InputError(text)
+        pair_sets = formats.read_pair_sets(source, image_root)
+        formats.digest_of(pair_sets.values())  # refuses pictures that are not there
+        return [own_task(name, pairs) for name, pairs in pair_sets.items()]
+    named = read_named(source)
+    tasks = []
+    for name, queries in mmeb.eval_sets(source, image_root, subsets, limit).items():
+        meta_task, ood = named.get(name) or mmeb.meta_task_of(name)
+        tasks.append(PlainTask(name, meta_task, ood, queries))
+    return tasks
+
+
+def read_named(folder) -> dict:
+    """{set: (meta-task, out of distribution?)} of a folder's sets.json; {} where there is none."""
+    file = Path(folder, "sets.json")
+    try:
+        stored = json.loads(file.read_bytes()) if file.exists() else {}
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{file}: not readable as JSON: {brief(e)}") from None
+    if not isinstance(stored, dict):
+        raise InputError(f"{file}: must hold an object, the sets by their names")
+    named = {}
+    for name, x in stored.items():
+        known = isinstance(x, dict) and x.get("meta_task") in KINDS
+        if not known or set(x) - {"meta_task", "ood"} or not isinstance(x.get("ood", False), bool):
+            wanted = f'{{"meta_task": one of {", ".join(KINDS)}, "ood": true or false}}'
+            raise InputError(f"{file}: {brief(name)} must be {wanted}")
+        named[name] = (x["meta_task"], x.get("ood", False))
+    return named
+
+
+def own_task(name, pairs) -> PlainTask:
+    """Pairs as an evaluation set. Their hard negatives, where a line has some, are its candidates;
+    all other queries are compared with the distinct targets of the whole file."""
+    rights = [len(set(targets)) for _, targets, _ in pairs]
+    pool = dict.fromkeys(target for _, targets, _ in pairs for target in targets)  # in their order
+
+    def query(i):
+        content, targets, negatives = pairs[i]
+        return content, [*dict.fromkeys(targets), *negatives]
+
+    return PlainTask(name, "Retrieval", False, Lazy(len(pairs), query), rights, list(pool))
+
+
+# ------------------------------------------------------------------------- where the right one is
+
+
+def places(q, c, candidates, rights, pool, tie=1e-6) -> np.ndarray:
+    """How many wrong candidates of each query score at least as high as its best right one, up to
+    `tie`: 0 is a hit. NaN is never a hit, and never beaten. (n,)
+
+    q (n, D) and c (m, D) unit-length. candidates[i]: rows of c, the first rights[i] right; where
+    there are no others, all rows of `pool` are, that are not right."""
+    pool = np.array(pool)
+    column = {row: j for j, row in enumerate(pool)}
+    targets, found = c[pool], np.zeros(len(q), int)  # (columns, D)
+    for first in range(0, len(q), BLOCK):
+        block = q[first : first + BLOCK] @ targets.T  # (b, columns)
+        for i, scores in enumerate(block, first):
+            right, others = candidates[i][: rights[i]], candidates[i][rights[i] :]
+            best = (c[right] @ q[i]).max()  # NaN where one of them is
+            if others:
+                wrong = c[[row for row in dict.fromkeys(others) if row not in right]] @ q[i]
+            else:
+                wrong = np.delete(scores, [column[row] for row in right])
+            not_beaten = ~(best > wrong + tie)
+            found[i] = not_beaten.sum() if np.isfinite(best) else len(c)
+    return found
+
+
+def measures(q, c, candidates, rights, pool) -> dict:
+    """Precision@1, its chance, and Recall@5 and 10 (the share of queries with a right target among
+    the first k), each 0 ... 1, of one's own data. Arguments as of `places`."""
+    found, chances = places(q, c, candidates, rights, pool), []
+    for rows, n in zip(candidates, rights, strict=False):  # --limit: fewer queries
+        all_rows = set(rows) if len(rows) > n else pool
+        chances.append(n / len(all_rows))
+    result = {"p_at_1": float((found == 0).mean()), "chance": float(np.mean(chances))}
+    for k in DEPTHS:
+        result[f"recall_at_{k}"] = float((found < k).mean())
+    return result

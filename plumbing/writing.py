@@ -1,0 +1,70 @@
+"""Files that a command writes: refused before the work where they cannot be written, and never half
+there. (Models: weights.py; checkpoints: checkpoint.py.)"""
+
+import os
+import stat
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from plumbing.errors import InputError, brief
+
+
+def refuse_unwritable(path, name):
+    """Tries now, before any work, whether a file could be written at `path`, and makes its folder.
+    Raises InputError where it is a folder or no file, lies below a file, or may not be written.
+    name: what the message calls it, as "--json"."""
+    with told(path, name):
+        part = part_of(path)
+        open(part, "ab").close()
+        os.unlink(part)
+
+
+@contextmanager
+def written(path, name):
+    """Gives the path of a new file to write. When all is well it is renamed to `path`; where it is
+    not (a full disk), what was there before stays whole, and InputError says so."""
+    with told(path, name):
+        part = part_of(path)
+        try:
+            yield part
+            os.replace(part, os.path.realpath(path))
+        finally:
+            with suppress(OSError):  # renamed, or never there
+                os.unlink(part)
+
+
+def part_of(path) -> Path:
+    """Where a file is written before it has its name: on the same disk, with the same ending."""
+    real = Path(os.path.realpath(path))  # of a link the file is written, and the link stays
+    if not str(path):
+        raise InputError("an empty name")
+    if real.exists() and not stat.S_ISREG(real.stat().st_mode):
+        raise InputError("a folder" if real.is_dir() else "no ordinary file (a device or a pipe)")
+    real.parent.mkdir(parents=True, exist_ok=True)
+    return real.with_name(f".{os.getpid()}.part{real.suffix}")
+
+
+@contextmanager
+def told(path, name):
+    """What stands in the way of a file becomes an InputError with its name."""
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or str(e)
+        text = f"{name} {brief(path)}: not written: {brief(reason)}. What was there stays as it was"
+        raise InputError(text) from None
+    except InputError as e:
+        raise InputError(f"{name} {brief(path)}: {e}; give the path of a file") from None
+
+
+def append_whole(path, line, name):
+    """One more line at the end of a file, or none of it: a half-written one is cut off again."""
+    with told(path, name), open(path, "ab") as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            file.write(line)
+            file.flush()
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise

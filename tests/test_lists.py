@@ -1,0 +1,417 @@
+"""Lists, as a careless user writes them: what no code would read is refused and not dropped, and the
+message names the file, the line, the field, and what is meant. test_data.py: what is read right."""
+
+import json
+import os
+import zlib
+
+import pyarrow
+import pyarrow.parquet as pq
+import pytest
+from checks import equal
+from PIL import Image
+
+import contrastive
+import data
+from data import Item
+from plumbing import lines
+from plumbing.errors import InputError
+from plumbing.formats import choose, digest_of
+from plumbing.lines import open_lines
+from plumbing.mmeb import training_mix
+
+TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
+MORE = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "there"}]
+DIALOGUE = {"id": "1", "image": "a.png", "conversations": TALK}
+PAIR = {"query": {"text": "<image> x", "image": "a.png"}, "target": {"text": "y"}}
+CAPTION = {"file_name": "a.png", "text": "a dog"}
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with one picture."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    return tmp_path
+
+
+def jsonl(folder, *records, name="list.jsonl"):
+    """A list of these records, one a line."""
+    path = folder / name
+    path.write_text("".join(json.dumps(x) + "\n" for x in records))
+    return str(path)
+
+
+def turn(i, **change):
+    """A dialogue of two questions whose i-th turn is changed."""
+    talk = [dict(x) for x in TALK + MORE]
+    talk[i].update(change)
+    return {**DIALOGUE, "conversations": talk}
+
+
+# ------------------------------------------------------------------- nothing is dropped in silence
+
+DIALOGUES = {
+    "a key that is not read": ({**DIALOGUE, "images": ["b.png"]}, 'unknown key "images".*"image"'),
+    "a turn with a weight": (turn(1, weight=0), r"conversations\[1\] has more than"),
+    "a later picture": (turn(2, value="<image> And?"), r"conversations\[2\] has <image>"),
+    "a picture in an answer": (turn(1, value="<image>"), r"conversations\[1\] has <image>"),
+    "a blank answer": (turn(3, value=" \n"), r'conversations\[3\] .*"value".* not blank'),
+    "an answer that is a number": (turn(1, value=2), r'conversations\[1\] .*"value", a string'),
+    "no picture at all": ({"conversations": MORE}, 'has no "image".* nothing to compress'),
+    "an id of another type": ({**DIALOGUE, "id": ["1"]}, '"id" must be a string or a number'),
+    "a number as picture": ({**DIALOGUE, "image": 0}, '"image" a path'),
+    "a list": ([DIALOGUE], "conversations"),
+    "a pair": (PAIR, "a pair, which stage 2 reads: contrastive.py"),
+    "a caption": (CAPTION, "a caption: call the list metadata.jsonl"),
+}
+PAIRS = {
+    "a near miss": ({**PAIR, "negative": [{"text": "z"}]}, 'unknown key "negative".*"negatives"'),
+    "pictures": ({**PAIR, "query": {"text": "x", "images": ["a.png"]}}, '"query": unknown key "i'),
+    "a word too many": ({**PAIR, "target": {"text": "y", "score": 1}}, '"target": unknown key'),
+    "a text as query": ({**PAIR, "query": "x"}, '"query": needs .*, not a str'),
+    "blanks as query": ({**PAIR, "query": {"text": "  "}}, '"query": needs .* not empty'),
+    "a false text": (
+        {**PAIR, "target": {"text": False, "image": "a.png"}},
+        '"target": "text" must',
+    ),
+    "an empty path": ({**PAIR, "query": {"text": "x", "image": [""]}}, '"query": .*"image" a path'),
+    "the second target": ({**PAIR, "target": [{"text": "y"}, {}]}, r'"target\[1\]": needs'),
+    "negatives as object": ({**PAIR, "negatives": {"text": "z"}}, '"negatives" must be a list'),
+    "negatives as text": ({**PAIR, "negatives": ""}, '"negatives" must be a list, not a str'),
+    "a bad negative": ({**PAIR, "negatives": [{"text": 7}]}, r'"negatives\[0\]": "text" must be'),
+    "a dialogue": (DIALOGUE, "a dialogue, which stage 1 reads: pretrain.py"),
+    "a caption": (CAPTION, "a caption: call the list metadata.jsonl"),
+}
+CAPTIONS = {
+    "blanks": ({**CAPTION, "text": " "}, 'needs "text", a string that is not empty'),
+    "a key that is not read": ({**CAPTION, "captions": ["b"]}, 'unknown key "captions"'),
+    "a dialogue": (DIALOGUE, "a dialogue, which stage 1 reads"),
+}
+
+
+@pytest.mark.parametrize("record, says", DIALOGUES.values(), ids=DIALOGUES)
+def test_a_bad_dialogue_is_told_by_line_and_field(place, record, says):
+    with pytest.raises(InputError, match=rf"list.jsonl, line 2: .*{says}"):
+        data.read_dialogues(jsonl(place, DIALOGUE, record))
+
+
+@pytest.mark.parametrize("record, says", PAIRS.values(), ids=PAIRS)
+def test_a_bad_pair_is_told_by_line_and_field(place, record, says):
+    with pytest.raises(InputError, match=rf"list.jsonl, line 2: .*{says}"):
+        data.read_pairs(jsonl(place, PAIR, record))
+
+
+@pytest.mark.parametrize("record, says", CAPTIONS.values(), ids=CAPTIONS)
+def test_a_bad_caption_is_told_by_line_and_field(place, record, says):
+    jsonl(place, CAPTION, record, name="metadata.jsonl")
+    with pytest.raises(InputError, match=rf"metadata.jsonl, line 2: .*{says}"):
+        data.read_pairs(str(place))
+
+
+def test_one_key_twice_is_refused(place):
+    """The json module keeps the last of two, and says nothing."""
+    path = place / "twins.jsonl"
+    path.write_text('{"query": {"text": "a", "text": "b"}, "target": {"text": "y"}}\n')
+    with pytest.raises(InputError, match='line 1: "text" stands twice in one object'):
+        data.read_pairs(str(path))
+
+
+def test_what_real_lists_say_beside_an_example_is_read_over(place):
+    """LLaVA's mixes name the model or the source that an answer comes from."""
+    beside = {**DIALOGUE, "model": "gpt-4", "source": "coco", "width": 32, "height": 32}
+    assert len(data.read_dialogues(jsonl(place, beside))) == 1
+
+
+# ----------------------------------------------------------------------------- other kinds of lists
+
+
+@pytest.mark.parametrize("name", ["talks.json", "talks.jsonl"])
+def test_llavas_own_list_is_one_json_array(place, name):
+    """Read where the file is called .json, with any white space; else the message says so."""
+    path = place / name
+    second = {**DIALOGUE, "id": 2}
+    path.write_text(f"\n [ {json.dumps(DIALOGUE, indent=2)} ,\n{json.dumps(second)}]\n")
+    if name.endswith(".json"):
+        assert [d.id for d in data.read_dialogues(str(path))] == ["1", "2"]
+    else:
+        path.write_text(json.dumps([DIALOGUE, second]).replace("}]}, ", "}]},\n"))
+        with pytest.raises(InputError, match="line 1: not JSON.* read where its file is called .j"):
+            data.read_dialogues(str(path))
+
+
+def test_an_array_is_read_a_block_at_a_time(place, monkeypatch):
+    """Whatever falls on the edge of a block: 60 elements in blocks of 7 characters."""
+    records = [{**DIALOGUE, "id": str(i)} for i in range(60)]
+    path = place / "talks.json"
+    path.write_text(json.dumps(records))
+    monkeypatch.setattr(lines, "BLOCK", 7)
+    assert [d.id for d in data.read_dialogues(str(path))] == [str(i) for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[]", "holds no lines"),
+        ('[{"a": 1}', 'example 1: .*no "," or "]" after it'),
+        ('[{"a": 1} {"a": 2}]', 'example 1: .*no "," or "]"'),
+        ('[{"a": 1},]', "example 2: not JSON"),
+        ('[{"a": 1}] []', "example 1: .*after the array's end"),
+        ('[{"a": oops}]', "example 1: not JSON: Expecting value"),
+        ("[" * 5000, "example 1: "),
+    ],
+)
+def test_a_damaged_array_is_told_by_its_example(place, text, says):
+    (place / "x.json").write_text(text)
+    with pytest.raises(InputError, match=says):
+        data.read_pairs(str(place / "x.json"))
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("file_name,text\na.png,a dog, in snow\n", 'line 2: 1 fields more.*needs "quotes"'),
+        ("file_name,text,text\na.png,a,b\n", "two columns .* one name"),
+        ("file_name,text,label\na.png,a,b\n", 'line 2: unknown key "label"'),
+        ("file_name,text\na.png\n", 'line 2: needs "text"'),
+    ],
+)
+def test_a_csv_loses_nothing(place, text, says):
+    """A comma in a text without quotes, a column that is not read, a field too few."""
+    (place / "metadata.csv").write_text(text)
+    with pytest.raises(InputError, match=says):
+        data.read_pairs(str(place))
+
+
+def test_two_lists_in_one_folder_are_refused(place):
+    """metadata.jsonl would be read, and metadata.csv not."""
+    jsonl(place, CAPTION, name="metadata.jsonl")
+    (place / "metadata.csv").write_text("file_name,text\na.png,a dog\n")
+    with pytest.raises(InputError, match="metadata.jsonl and metadata.csv; remove one"):
+        data.read_dialogues(str(place))
+
+
+def test_a_line_of_200_megabytes_is_refused_before_it_is_read(place, monkeypatch):
+    """In a .jsonl and in an array; the limit is lowered here, and said."""
+    monkeypatch.setattr(lines, "MOST", 2_000)
+    monkeypatch.setattr(lines, "BLOCK", 500)
+    huge = {"query": {"text": "x" * 5_000}, "target": {"text": "y"}}
+    with pytest.raises(InputError, match="line 2: longer than .* MB"):
+        data.read_pairs(jsonl(place, PAIR, huge))
+    (place / "x.json").write_text(json.dumps([PAIR, huge]))
+    with pytest.raises(InputError, match="example 2: .*longer than .* MB"):
+        data.read_pairs(str(place / "x.json"))
+
+
+def test_a_list_that_is_something_else_is_called_what_it_is(place):
+    """A folder, a pipe, nothing, a folder of lists, MMEB's layout; with the stage that takes it."""
+    (place / "folder.jsonl").mkdir()
+    os.mkfifo(place / "pipe.jsonl")
+    pairs = place / "mmeb" / "A" / "original-0.parquet"
+    write(pairs, TRAIN)
+    other = place / "lists"
+    other.mkdir()
+    jsonl(other, PAIR, name="my.jsonl")
+    for read in (data.read_dialogues, data.read_pairs):
+        for name, says in (
+            ("folder.jsonl", "a folder without metadata|no <subset>"),
+            ("pipe.jsonl", "is a pipe"),
+            ("no.jsonl", "no such list"),
+            ("lists", "name .*my.jsonl"),
+        ):
+            with pytest.raises(InputError, match=says):
+                read(str(place / name))
+    with pytest.raises(InputError, match="MMEB's layout; stage 2 reads .* stage 1 takes a list"):
+        data.read_dialogues(str(place / "mmeb"))
+    with pytest.raises(InputError, match="for training: contrastive.py"):
+        data.read_tasks(str(place / "mmeb"))
+    write(place / "eval" / "A" / "test-0.parquet", EVAL)
+    with pytest.raises(InputError, match="test-.*parquet are for evaluate.py"):
+        data.read_pairs(str(place / "eval"))
+    with pytest.raises(InputError, match="one subset itself"):
+        data.read_pairs(str(place / "mmeb" / "A"))
+
+
+def test_a_list_that_becomes_shorter_is_an_error_and_no_other_example(place):
+    """Lines are read when they are drawn, hours after the first pass."""
+    path = jsonl(place, *[PAIR] * 3)
+    pairs = data.read_pairs(path)["list"]
+    assert pairs[2].query.text == "<image> x"
+    os.truncate(path, 100)
+    with pytest.raises(InputError, match="has become shorter since"):
+        pairs[2]
+
+
+# ------------------------------------------------------------------------------------ MMEB's tables
+
+TRAIN = {"qry": ["q", "r"], "qry_image_path": ["", ""], "pos_text": ["t", "u"]}
+TRAIN["pos_image_path"] = ["", ""]
+EVAL = {"qry_text": ["q"], "qry_img_path": [""], "tgt_text": [["t", "u"]]}
+EVAL["tgt_img_path"] = [["", ""]]
+
+
+def write(path, columns):
+    """A parquet file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pyarrow.table(columns), path)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"qry": [1, 2]}, "column qry must hold texts, not int64"),
+        ({"qry": [["q"], ["r"]]}, "column qry must hold texts, not list"),
+        ({"pos_text": [{"a": "t"}, {"a": "u"}]}, "column pos_text must hold texts, not struct"),
+        ({"neg_image": ["a.png", ""]}, "column neg_image would be lost; it takes .*neg_image_path"),
+        ({name: [] for name in TRAIN}, "original-0.parquet: holds no rows"),
+        ({"pos_text": ["t", ""]}, "row 2: pos_text, pos_image_path: needs"),
+        ({"qry": ["q", "<image> r"]}, "row 2: qry, qry_image_path: the text has 1 <image> for 0"),
+    ],
+)
+def test_a_bad_table_is_told_by_file_row_and_column(tmp_path, change, says):
+    """Before training: all rows are read once."""
+    write(tmp_path / "A" / "original-0.parquet", {**TRAIN, **change})
+    with pytest.raises(InputError, match=says):
+        data.read_pairs(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"tgt_text": ["t"]}, "column tgt_text must hold lists of texts, not text"),
+        ({"tgt_text": [[1, 2]]}, "column tgt_text must hold lists of texts, not list<"),
+        ({"tgt_images": [[""]]}, "column tgt_images would be lost"),
+    ],
+)
+def test_a_bad_table_of_candidates_is_told_by_column(tmp_path, change, says):
+    write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
+    with pytest.raises(InputError, match=says):
+        data.read_tasks(str(tmp_path))
+
+
+def test_files_of_one_set_must_agree(tmp_path):
+    """The first has no negatives, the second has: they would be dropped."""
+    negatives = {"neg_text": ["n", "n"], "neg_image_path": ["", ""]}
+    write(tmp_path / "A" / "original-0.parquet", TRAIN)
+    write(tmp_path / "A" / "original-1.parquet", {**TRAIN, **negatives})
+    with pytest.raises(InputError, match="original-1.parquet: has other columns than .*neg_text"):
+        data.read_pairs(str(tmp_path))
+
+
+def test_a_row_is_told_by_its_own_file(tmp_path):
+    """Of several files the one, and the row in it."""
+    write(tmp_path / "A" / "original-0.parquet", TRAIN)
+    write(tmp_path / "A" / "original-1.parquet", {**TRAIN, "pos_text": ["t", ""]})
+    with pytest.raises(InputError, match="original-1.parquet, row 2: "):
+        data.read_pairs(str(tmp_path))
+
+
+def test_missing_pictures_of_mmeb_are_known_before_training_and_scoring(tmp_path):
+    """By a look-up of all names; of candidates too."""
+    change = {"qry": ["<|image_1|> q", "r"], "qry_image_path": ["A/x.png", ""]}
+    write(tmp_path / "A" / "original-0.parquet", {**TRAIN, **change})
+    with pytest.raises(InputError, match=r"A/x.png: no such picture\. "):
+        digest_of(data.read_pairs(str(tmp_path)).values())
+    change = {"tgt_text": [["t", "<|image_1|>"]], "tgt_img_path": [["", "A/y.png"]]}
+    write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
+    with pytest.raises(InputError, match="A/y.png: no such picture"):
+        data.read_tasks(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------- subsets
+
+
+@pytest.mark.parametrize(
+    "subsets, says",
+    [
+        ("C", "--subsets C: choose name or name:rows of A,B"),
+        ("A:", "--subsets A:: choose"),
+        ("A:0", "--subsets A:0: choose"),
+        ("A:\u00b2", "--subsets A:\u00b2: choose"),
+        ("A,,B", "--subsets : choose"),
+        ("A,B,A:3", "A stands twice"),
+    ],
+)
+def test_bad_subsets_are_told_as_they_were_written(subsets, says):
+    with pytest.raises(InputError, match=says):
+        choose(subsets, ["A", "B"])
+    assert choose("A:3, B", ["A", "B"]) == {"A": 3, "B": None}
+
+
+def test_a_part_of_mmeb_is_told_with_the_words_that_take_it(tmp_path):
+    """--subsets mmeb20, where 2 of the 20 sets were downloaded."""
+    for name in ("CIRR", "NIGHTS"):
+        write(tmp_path / name / "original-0.parquet", TRAIN)
+    with pytest.raises(InputError, match="lacks ImageNet_1K.*: --subsets CIRR:30000,NIGHTS:20000$"):
+        data.read_pairs(str(tmp_path), subsets="mmeb20")
+    assert sorted(data.read_pairs(str(tmp_path), subsets="CIRR:30000,NIGHTS:20000"))
+    assert len(training_mix().split(",")) == 20
+
+
+# --------------------------------------------------------------------- a loss that would say nothing
+
+
+def test_a_list_whose_targets_are_all_one_is_refused(place):
+    """Every target equals the query's own: there is no negative, and the loss is 0."""
+    one = data.read_pairs(jsonl(place, *[PAIR] * 3))
+    with pytest.raises(InputError, match="line 1: every target of its list is the same"):
+        digest_of(one.values())
+    digest_of(data.read_pairs(jsonl(place, PAIR, {**PAIR, "target": {"text": "z"}})).values())
+    with_negative = {**PAIR, "negatives": [{"text": "z"}]}
+    digest_of(data.read_pairs(jsonl(place, with_negative)).values())
+
+
+def test_one_such_list_among_others_is_said(tmp_path, capsys):
+    """Its pairs have the other lists' targets as negatives."""
+    write(tmp_path / "A" / "original-0.parquet", {**TRAIN, "pos_text": ["t", "t"]})
+    write(tmp_path / "B" / "original-0.parquet", TRAIN)
+    digest_of(data.read_pairs(str(tmp_path)).values())
+    assert "every target of its list is the same" in capsys.readouterr().out
+
+
+def test_a_batch_of_one_is_refused():
+    with pytest.raises(InputError, match="--batch 1 must be 2 or more"):
+        contrastive.Config(batch=1, block=1)
+
+
+# -------------------------------------------------------------------------------------- a long list
+
+
+def test_of_a_list_only_the_places_of_its_lines_are_kept(place):
+    """16 bytes a line, blank ones are passed over; the digest is that of the lines' bytes."""
+    path = place / "long.jsonl"
+    line = json.dumps(PAIR).encode()
+    path.write_bytes(b"\n".join([line, b"", b"  ", line]))
+    found = open_lines(path)
+    sizes = [x.itemsize for x in (found.starts, found.sizes, found.numbers)]
+    equal([len(found), sum(sizes), found.where(1)], [2, 16, f"{path}, line 4"], "Lines")
+    equal(found.line(1), line, "read when asked for")
+    equal(found.digest, zlib.crc32(line + b"\n" + line), "of the bytes")
+
+
+def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_named(
+    place, monkeypatch
+):
+    """The same line as without workers; lost pictures are counted over all workers."""
+    from plumbing import first_pass
+
+    monkeypatch.setattr(first_pass, "FEW", 10)
+    monkeypatch.setattr(first_pass, "WINDOW", 5)
+    lost = {**PAIR, "query": {"text": "<image>", "image": "gone.png"}}
+    path = jsonl(place, *[PAIR] * 12, lost, *[PAIR] * 7, lost)
+    with pytest.raises(InputError, match=r"gone.png: no such picture \(and 1 more are missing\)"):
+        digest_of(data.read_pairs(path).values())
+    path = jsonl(place, *[PAIR] * 12, {"query": 1}, *[PAIR] * 7, {"target": 1})
+    with pytest.raises(InputError, match='line 13: needs "query" and "target"'):
+        data.read_pairs(path)
+
+
+def test_one_evaluation_set_at_a_time_is_in_memory(tmp_path):
+    """Candidates are made once within a set, and forgotten when the next set is read."""
+    for name in "AB":
+        write(tmp_path / name / "test-0.parquet", {k: x * 2 for k, x in EVAL.items()})
+    first, second = data.read_tasks(str(tmp_path))
+    (_, one), (_, two) = first.queries
+    assert one[0] is two[0] == Item("t")
+    second.queries[0]
+    (_, three) = first.queries[0]
+    assert three[0] == one[0] and three[0] is not one[0]

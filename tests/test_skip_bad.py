@@ -1,0 +1,175 @@
+"""--skip-bad: a run goes on without the examples that `check` found bad, and without no others."""
+
+import json
+import shutil
+
+import pytest
+from checks import equal, expect
+
+import contrastive
+import data
+import pretrain
+from plumbing import checkpoint
+from plumbing.errors import InputError
+from plumbing.formats import Place, digest_of
+from plumbing.sampling import epoch_batch
+from tools import check, export
+
+N = 8  # examples of each list
+
+
+@pytest.fixture(scope="module")
+def toy(once):
+    """The toy world as files."""
+    return once("skip-bad", lambda folder: export.export(str(folder), N))
+
+
+@pytest.fixture
+def files(toy, tmp_path):
+    """A copy to spoil."""
+    shutil.copytree(toy, tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def spoil(files, source, *indices):
+    """Makes the pictures of these dialogues (or pairs) unreadable. -> the list that check writes."""
+    for i in indices:
+        (path,) = source[i].item.images if hasattr(source[i], "item") else source[i].query.images
+        open(path, "wb").close()
+    bad = files / "bad.jsonl"
+    name = "dialogues.jsonl" if hasattr(source[0], "item") else "MMEB-train"
+    assert check.main([str(files / name), "--list-bad", str(bad)]) == 0
+    return bad
+
+
+def test_a_listed_example_gives_its_place_to_the_next_good_one(files):
+    """Two in a row, and the last one, whose next is the first; all others stay where they were."""
+    talks = str(files / "dialogues.jsonl")
+    whole = data.read_dialogues(talks)
+    bad = spoil(files, whole, 2, 3, N - 1)
+    skipping = data.read_dialogues(talks, Place(skip_bad=str(bad)))
+    want = [0, 1, 4, 4, 4, 5, 6, 0]
+    equal([d.id for d in skipping], [whole[i].id for i in want], "first_pass.skip")
+    equal(
+        digest_of([skipping]), digest_of([whole]), "the data are the same, and so is their digest"
+    )
+    equal(skipping.source.skipped, {2, 3, N - 1}, "what is skipped")
+
+
+def test_what_is_on_no_list_is_never_skipped(files):
+    """Another bad line, another lost picture: the run is refused as without a list."""
+    talks = files / "dialogues.jsonl"
+    lines = talks.read_text().splitlines(True)
+    lines[2] = "{broken\n"
+    talks.write_text("".join(lines))
+    bad = files / "bad.jsonl"
+    assert check.main([str(talks), "--list-bad", str(bad)]) == 0
+    place = Place(skip_bad=str(bad))
+    assert len(data.read_dialogues(str(talks), place)) == N
+    (path,) = data.read_dialogues(str(talks), place)[0].item.images
+    (files / path).unlink()
+    with pytest.raises(InputError, match="no such picture"):
+        digest_of([data.read_dialogues(str(talks), place)])
+    bad.write_text("")
+    with pytest.raises(InputError, match="dialogues.jsonl, line 3: not JSON"):
+        data.read_dialogues(str(talks), place)
+
+
+LISTED = {"list": "dialogues.jsonl", "digest": 0, "example": 1, "error": ""}
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"list": "other.jsonl"}, "of other data; these are dialogues.jsonl"),
+        ({"digest": 1}, "the list has changed since. Check it again"),
+        ({"example": N + 1}, "the list has changed since"),
+        ({"example": 0}, "the list has changed since"),
+        ({"example": "1"}, "line 1: needs {.*tools.check DATA --list-bad"),
+        ({"what": 1}, "line 1: needs {"),
+    ],
+)
+def test_a_list_of_other_data_is_refused(files, change, says):
+    """Another file, another content, a number that is not there, another form."""
+    talks = str(files / "dialogues.jsonl")
+    digest = data.read_dialogues(talks).source.digest
+    bad = files / "bad.jsonl"
+    bad.write_text(json.dumps({**LISTED, "digest": digest, **change}) + "\n")
+    with pytest.raises(InputError, match=f"--skip-bad .*{says}"):
+        data.read_dialogues(talks, Place(skip_bad=str(bad)))
+
+
+def test_of_mmebs_files_each_row_is_skipped_in_its_own_set(files):
+    """A picture that two sets show is skipped in both; a set that is not chosen is no error."""
+    train = str(files / "MMEB-train")
+    whole = data.read_pairs(train)
+    bad = spoil(files, whole["classify"], 1)
+    place = Place(skip_bad=str(bad))
+    pairs = data.read_pairs(train, place)
+    equal(pairs["classify"].source.skipped, {1}, "classify")
+    equal(pairs["classify"][1], whole["classify"][2], "the next good one")
+    equal(pairs["vqa"].source.skipped, frozenset(), "vqa is whole")
+    assert sorted(data.read_pairs(train, place, "vqa")) == ["vqa"]
+    with pytest.raises(InputError, match="all examples of its list are in --skip-bad"):
+        many = [json.loads(bad.read_text().splitlines()[0])] * N
+        lines = [json.dumps({**x, "example": i + 1}) + "\n" for i, x in enumerate(many)]
+        bad.write_text("".join(lines))
+        place = Place(skip_bad=str(shutil.copy(bad, files / "all.jsonl")))
+        data.read_pairs(train, place)
+
+
+def test_captions_skip_a_bad_picture_both_ways(tmp_path, files):
+    """Picture -> captions and caption -> picture keep their lengths, and draw all others as before."""
+    folder = tmp_path / "birds"
+    shutil.copytree(files / "images", folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))[:4]
+    records = [{"file_name": names[i], "text": f"text {i}"} for i in (0, 1, 1, 2, 3)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    whole = data.read_pairs(str(folder))
+    (folder / names[1]).write_bytes(b"")
+    bad = tmp_path / "bad.jsonl"
+    check.main([str(folder), "--list-bad", str(bad)])
+    pairs = data.read_pairs(str(folder), Place(skip_bad=str(bad)))
+    for name, want in (("birds_i2t", [0, 2, 2, 3]), ("birds_t2i", [0, 3, 3, 3, 4])):
+        equal(list(pairs[name]), [whole[name][i] for i in want], name)
+
+
+@pytest.mark.parametrize("stage", [pretrain, contrastive])
+def test_a_run_goes_on_with_a_list_and_counts_what_it_skips(files, tmp_path, stage, monkeypatch):
+    """A picture breaks after the run began: it stops there; with the list of `check` --resume goes
+    on, and log.jsonl counts per step, over all ranks, what stands in another's place."""
+    monkeypatch.setattr(checkpoint, "HARMLESS", (*checkpoint.HARMLESS, "skip_bad"))
+    source = files / ("dialogues.jsonl" if stage is pretrain else "MMEB-train")
+    flags = dict(model="toy-random", data=str(source), out=str(tmp_path / "out"), workers=0)
+    flags.update(steps=6, save_every=1, batch=4, muon_lr=0.0)
+    if stage is contrastive:
+        flags.update(block=4, subsets="classify")
+    cfg = stage.Config(**flags)
+    drawn = [
+        contrastive.draw({"classify": range(N)}, cfg, 4)[0][1],
+        epoch_batch(N, cfg, 4, 0, 1)[0],
+    ]
+    if stage is pretrain:
+        examples, broken = data.read_dialogues(str(source)), drawn[1]
+    else:
+        examples, broken = data.read_pairs(str(source))["classify"], drawn[0]
+    begin_save = checkpoint.maybe_checkpoint
+
+    def stop_at_three(embedder, optimizers, cfg, step):
+        begin_save(embedder, optimizers, cfg, step)
+        if step == 2 and not cfg.resume:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "maybe_checkpoint", stop_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        stage.main(cfg)
+    bad = spoil(files, examples, broken)
+    with pytest.raises(InputError, match="not a readable picture"):
+        stage.main(stage.Config(**flags, resume=True))
+    stage.main(stage.Config(**flags, resume=True, skip_bad=str(bad)))
+    steps = [json.loads(x) for x in (tmp_path / "out" / "log.jsonl").read_text().splitlines()[1:]]
+    equal([x["step"] for x in steps], [1, 2, 3, 4, 5, 6], "all steps")
+    counts = [x.get("skipped", 0) for x in steps]
+    expect(
+        counts[4] >= 1 and sum(counts[:3]) == 0, counts, "none before, some in step 5", "skipped"
+    )
