@@ -16,6 +16,7 @@ Reads pairs; writes OUT/ (a transformers folder, or an adapter whose base may be
 OUT/log.jsonl, and OUT/checkpoints until the run is over.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import math
 import random
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ Each query is compared with its own candidates; a hit is a query whose right can
 than every other one. Reads a model folder and tasks; prints a table; writes --json.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 from dataclasses import dataclass
 
 import numpy as np

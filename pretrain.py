@@ -17,6 +17,7 @@ Reads dialogues; writes OUT/ (a transformers folder, or a LoRA adapter), OUT/log
 OUT/checkpoints until the run is over.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import copy
 from dataclasses import dataclass
 from typing import NamedTuple

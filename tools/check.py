@@ -9,6 +9,7 @@ writes a copy of the list without the bad ones (of a folder: of its lists; the p
 they are). Exit status 1 where something is bad and --clean was not given.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
