@@ -31,6 +31,10 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+class StepLeft(Exception):
+    """A step that would end too late after a signal is left in its midst, by all ranks alike."""
+
+
 class Wish(NamedTuple):
     """A signal that a training run has noted."""
 
