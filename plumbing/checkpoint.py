@@ -10,6 +10,7 @@ import pickle
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
 
+from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError
 from plumbing.log import versions
 from plumbing.ranks import all_sum, rank, say, world
@@ -24,7 +26,6 @@ from plumbing.weights import read_json
 
 HARMLESS = ("out", "resume", "workers", "save_every", "keep")  # flags that may change in between
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-stop_asked = []  # signals that asked the run to save and end; looked at after each step
 # What reading a damaged checkpoint may raise.
 UNREADABLE = (
     OSError,
@@ -46,7 +47,9 @@ def save_checkpoint(embedder, optimizers, cfg, step):
     names = {name for name, _ in embedder.named_parameters()}  # a tied weight once
     folder = Path(cfg.out, "checkpoints")
     part = folder / "part"
-    if rank() > 0:
+    name = folder / f"step-{step:08d}"
+    # The state is a function of the step: what is there already is the same.
+    if rank() > 0 or name.exists():
         return
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -59,7 +62,7 @@ def save_checkpoint(embedder, optimizers, cfg, step):
         for path in part.iterdir():  # on the disk before the name says so
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        os.replace(part, folder / f"step-{step:08d}")
+        os.replace(part, name)
     except (OSError, RuntimeError, SafetensorError) as e:
         say(f"no checkpoint at step {step}: {e}. Older ones stay and the run goes on; disk full?")
         shutil.rmtree(part, ignore_errors=True)
@@ -69,22 +72,38 @@ def save_checkpoint(embedder, optimizers, cfg, step):
         shutil.rmtree(old)
 
 
-def maybe_checkpoint(embedder, optimizers, cfg, step):
-    """Every --save-every steps, and when a signal (on any rank) asked the run to end."""
+@contextmanager
+def kept(embedder, optimizers, cfg, step):
+    """Around a step. After it a checkpoint, every --save-every steps; where a signal (on any rank)
+    asks the run to end: after the step, or if it takes too long out of the midst of it."""
+    try:
+        yield
+    except StepLeft:
+        # Nothing of the step is in the weights yet: only gradients are lost.
+        save_checkpoint(embedder, optimizers, cfg, step)
+        stop(f"stopped by a signal: step {step + 1} is left, the state before it saved")
     done = step + 1
-    stop = all_sum(len(stop_asked))  # a signal may have reached one rank only
+    asked = all_sum(len(stop_asked))  # a signal may have reached one rank only
     due = cfg.save_every and done % cfg.save_every == 0 and done < cfg.steps
-    if stop or due:
+    if asked or due:
         save_checkpoint(embedder, optimizers, cfg, done)
-    if stop:
-        say(f"stopped by a signal after step {done}; --resume goes on from there")
-        sys.exit(128 + signal.SIGTERM)  # what a shell expects of a process that was told to end
+    if asked:
+        stop(f"stopped by a signal after step {done}")
+
+
+def stop(reason):
+    """Ends the run, whose state is saved."""
+    say(f"{reason}; --resume goes on from there")
+    number = stop_asked[0].number if stop_asked else signal.SIGTERM
+    forget_signals()
+    sys.exit(128 + number)  # what a shell expects of a process that was told to end
 
 
 def remove_checkpoints(out):
     """The run is over and its model stands in OUT: the checkpoints are needed no more."""
     if rank() == 0:
         shutil.rmtree(Path(out, "checkpoints"), ignore_errors=True)
+    forget_signals()
     say(f"saved {out}")
 
 
@@ -94,8 +113,7 @@ def remove_checkpoints(out):
 def start_or_resume(embedder, optimizers, cfg) -> int:
     """-> the step to begin with; with --resume that of the newest checkpoint, which is loaded. From
     here on SIGTERM and SIGINT let the step finish, save, and end the run."""
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda number, frame: stop_asked.append(number))
+    note_signals()
     checkpoints = sorted(Path(cfg.out, "checkpoints").glob("step-*"))
     if not checkpoints:
         return 0

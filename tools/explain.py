@@ -9,6 +9,7 @@ number comes from the functions that train.
 The stage comes first (default: pretrain). --no-compress shows stage 1 without the mask.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import math
 from dataclasses import dataclass
 

@@ -10,6 +10,7 @@ examples of each kind. They read back to the same examples:
     python evaluate.py --data DIR/MMEB-eval
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import json
 from pathlib import Path
 

@@ -12,6 +12,7 @@ The numbers come from figure_numbers.py and records.py, the drawings from drawin
 draws the README's diagram and example, which need no model.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import io
 import json
 from pathlib import Path

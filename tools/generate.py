@@ -11,6 +11,7 @@ written when it is there, so that a run that was interrupted goes on where it wa
 times is listed in OUT.failed.jsonl, and never becomes training data.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import base64
 import io
 import json

@@ -6,6 +6,7 @@ Six pictures with their dialogues, then of each task a query with its right cand
 the wrong ones. Writes out/shapes.png.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 from pathlib import Path
 
 from PIL import Image, ImageDraw

@@ -9,6 +9,8 @@ that library too: `SentenceTransformer(OUT, trust_remote_code=True)` (the code i
 module that is written into OUT; with --pooling last there is none).
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
+
 import model
 from plumbing.ranks import run_command
 from tools.command_line import make_parser

@@ -8,6 +8,7 @@ The pictures are embedded once; their embeddings are kept beside the folder, und
 they depend on. Prints the best matches with their cosines, and draws them as one picture.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import hashlib
 import os
 import time
