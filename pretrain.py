@@ -175,7 +175,7 @@ def teacher(embedder):
 def main(cfg):
     """Stage 1, from flags to a saved folder."""
     # 1. The model, and what of it is trained.
-    device = ranks.setup()
+    device = checkpoint.begin(cfg)
     rank, world = ranks.rank(), ranks.world()
     if cfg.batch < world:
         raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
@@ -216,14 +216,13 @@ def main(cfg):
         ids = [x.id for x in examples]
         norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)
         # ------------------------------------------------------------------------------------------
-        cut = sum(x.row.cut for x in examples)  # tokens that --max-length cost
+        cut = ranks.all_sum(sum(x.row.cut for x in examples))  # tokens that --max-length cost
         numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
         log(step, (tokens, "answer tokens"), numbers)
         checkpoint.maybe_checkpoint(embedder, optimizers, cfg, step)
 
     # 4. Save. With K = 0 it is a plain instruction-tuned MLLM, and no embedder.
-    save(embedder, cfg.out, embedding=embedder.K > 0)
-    checkpoint.remove_checkpoints(cfg.out)
+    checkpoint.finish(save, embedder, cfg, embedding=embedder.K > 0)
 
 
 if __name__ == "__main__":
