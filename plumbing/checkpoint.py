@@ -195,6 +195,9 @@ def refuse_taken(cfg):
     if there and not finished and not cfg.resume:
         where = f"{cfg.out} holds {there[-1].name} of an unfinished run"
         raise InputError(f"{where}: --resume goes on with it; or take another --out, or remove it")
+    if cfg.resume and not there and not finished and Path(cfg.out, "config.json").exists():
+        where = f"--resume: {cfg.out} holds a model, and no checkpoint to go on from"
+        raise InputError(f"{where}: without --resume it is replaced; or take another --out")
     states = [(cfg.out, MARK)] if finished else [(folder, "state.json") for folder in there]
     for folder, name in states if cfg.resume else ():
         with suppress(Damaged):  # told when it is read
@@ -213,6 +216,7 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
     layout = (embedder.K, embedder.pooling, embedder.style, len(shapes))
     agree({"K, pooling, prompt, trained weights": layout}, f"--model {brief(cfg.model, 60)}")
     if by_rank_0(lambda: is_finished(cfg)):
+        remove_checkpoints(cfg.out)
         say(f"--resume: the run in {cfg.out} is finished; its model is there")
         sys.exit(0)
     found = together(lambda: newest_whole(shapes, cfg) if rank() == 0 else None)
