@@ -37,7 +37,6 @@ from plumbing.loader import prefetch
 from plumbing.log import Log
 from plumbing.memory import Budget, leavable, meeting, remember_tower, token_chunks, until_it_fits
 from plumbing.replay import replay, rng_state
-from plumbing.weights import stage_1_model
 
 
 @dataclass
@@ -261,11 +260,10 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
 def main(cfg):
     """Stage 2, from flags to a saved folder."""
     # 1. The model, and what of it is trained.
-    device = ranks.setup()
+    device = checkpoint.begin(cfg)  # names cfg.model, too
     rank, world = ranks.rank(), ranks.world()
     refuse_impossible(cfg, world)
     torch.manual_seed(cfg.seed)
-    cfg.model = cfg.model or stage_1_model()
     embedder = load_for(cfg, device)
     if embedder.adapter and cfg.merge:
         cfg.model = f"{cfg.out}/merged"  # what a new adapter will be an adapter of
@@ -287,7 +285,6 @@ def main(cfg):
     N = cfg.batch
     shares = f"{world} x {N // world} = {N} pairs"
     ranks.say(f"loss sees N = {shares} (chance loss ln N = {math.log(N):.2f})")
-    budget = Budget.of(cfg, device)
     log = Log(cfg, start)
     embedder.train()
     batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers)
@@ -295,19 +292,20 @@ def main(cfg):
         with checkpoint.kept(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
+            budget = Budget.of(cfg, device)
             out = gradcache_step(embedder, batch, cfg.temperature, budget)
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------
-            budget = budget._replace(chunk_tokens=out.chunk_tokens)
-            cut = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
+            cfg.fitting = out.chunk_tokens  # kept by a checkpoint: what was halved stays so
+            mine = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
+            cut = ranks.all_sum(mine)
             numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
             numbers.update(norm=norm, lr=lr, cut=cut)
             numbers["skipped"] = sampling.skipped_pairs(pairs, draw(pairs, cfg, step))
             log(step, (N, "pairs"), numbers)
 
     # 4. Save.
-    save(embedder, cfg.out)
-    checkpoint.remove_checkpoints(cfg.out)
+    checkpoint.finish(save, embedder, cfg)
 
 
 if __name__ == "__main__":

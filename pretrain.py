@@ -176,7 +176,7 @@ def teacher(embedder):
 def main(cfg):
     """Stage 1, from flags to a saved folder."""
     # 1. The model, and what of it is trained.
-    device = ranks.setup()
+    device = checkpoint.begin(cfg)
     rank, world = ranks.rank(), ranks.world()
     if cfg.batch < world:
         raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
@@ -214,14 +214,13 @@ def main(cfg):
             ranks.sum_gradients(embedder.parameters())
             norm = optim.end_step(embedder, optimizers, cfg, step, loss, [x.id for x in examples])
             # --------------------------------------------------------------------------------------
-            cut = sum(x.row.cut for x in examples)  # tokens that --max-length cost
+            cut = ranks.all_sum(sum(x.row.cut for x in examples))  # tokens that --max-length cost
             numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
             numbers["skipped"] = skipped_dialogues(dialogues, cfg, step)
             log(step, (tokens, "answer tokens"), numbers)
 
     # 4. Save. With K = 0 it is a plain instruction-tuned MLLM, and no embedder.
-    save(embedder, cfg.out, embedding=embedder.K > 0)
-    checkpoint.remove_checkpoints(cfg.out)
+    checkpoint.finish(save, embedder, cfg, embedding=embedder.K > 0)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ class Budget(NamedTuple):
 
     @staticmethod
     def of(cfg, device) -> "Budget":
-        """What the flags ask for, or where they say nothing this kind of device's default."""
-        chunk_tokens = by_device(cfg.chunk_tokens, CHUNK_TOKENS, device)
+        """What has fitted so far, or what the flags ask for, or where they say nothing this kind of
+        device's default."""
+        chunk_tokens = cfg.fitting or by_device(cfg.chunk_tokens, CHUNK_TOKENS, device)
         keep_graphs = by_device(cfg.keep_graphs, KEEP_GRAPHS, device)
         return Budget(chunk_tokens, keep_graphs, cfg.vision_cache)
 
