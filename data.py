@@ -24,6 +24,7 @@ from plumbing import formats, mmeb, retrieval
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE, Lazy
 from plumbing.images import encode_picture, join_images, open_image, pixels_of
+from plumbing.inputs import checked, content_of
 from plumbing.template import STYLES, Part, read_template, shorten, spell
 from toy.world import META_TASK, Shapes, evaluation_sets
 
@@ -40,11 +41,11 @@ class Item:
 
     @staticmethod
     def of(x) -> "Item":
-        """An Item from what a user has: an Item, a string, a PIL image, or the path of a picture
-        (a `pathlib.Path`: a string is always text)."""
+        """An Item from what a user has: an Item, a string (always text), a picture (PIL, numpy, a
+        `pathlib.Path`), or both, see plumbing/inputs.py."""
         if isinstance(x, Item):
-            return x
-        return Item(x) if isinstance(x, str) else Item(IMAGE, (x,))
+            return checked(x)
+        return Item(*content_of(x))
 
     @cached_property
     def key(self) -> int:
