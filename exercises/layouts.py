@@ -53,7 +53,7 @@ def layout(template, content, code, turns) -> list:
         before_text="",
         after_text="",
         before_question="",
-        special_ids=frozenset(),
+        special={},
         behind="",
     )
     collate.compress_ids, collate.style, collate.max_length = characters.ids(code), "chat", 0

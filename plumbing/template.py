@@ -10,7 +10,7 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from plumbing.errors import InputError, brief
@@ -31,8 +31,8 @@ class Template:
 
     turn_ids begin with end_ids: they also close the turn before. start_ids: what the tokenizer
     itself puts in front of a text, as <s>. before_picture: before_text, where a picture comes
-    first. picture: the text around and for one picture. special_ids: tokens that no text of a
-    user's becomes; behind, a special token: what is tokenized behind it does not begin a row."""
+    first. picture: the text around and for one picture. special, {id: name}: what no user's text
+    becomes; behind, one of these names: what is tokenized behind it does not begin a row."""
 
     head_ids: list
     before_text: str
@@ -46,7 +46,7 @@ class Template:
     after_answer: str = ""
     before_picture: str = ""
     start_ids: Sequence = ()
-    special_ids: frozenset = frozenset()
+    special: dict = field(default_factory=dict)
     behind: str = ""
 
 
@@ -105,13 +105,14 @@ def as_chat(contents) -> list:
 class SpecialTokens:
     """Tokens that stand for themselves: a tokenizer cuts a text at them before all else.
 
-    ids: of all of them, the picture's too; behind: one that leaves the text beside it alone."""
+    names_of_ids: of all of them, the picture's too; behind: one that leaves what is beside it."""
 
     def __init__(self, processor):
         self.tokenizer = processor.tokenizer
         tokens = {i: t for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         picture = self.tokenizer.convert_tokens_to_ids(processor.image_token)
-        self.ids = frozenset([*tokens, picture])
+        self.names_of_ids = {i: token.content for i, token in tokens.items()}
+        self.names_of_ids[picture] = processor.image_token
         names, self.behind = [], ""
         for token in sorted(tokens.values(), key=lambda token: -len(token.content)):
             left = r"\s*" if token.lstrip else ""  # some swallow the whitespace beside them
@@ -158,7 +159,7 @@ class SpecialTokens:
 def read_template(processor, style) -> Template:
     """What the model's chat template writes before, between and after two questions and answers."""
     special = SpecialTokens(processor)
-    known = {"special_ids": special.ids, "behind": special.behind}
+    known = {"special": special.names_of_ids, "behind": special.behind}
     if style == "vlm2vec":
         return Template([], "", "", [], [], [], "", processor.image_token, **known)
     written = write_marks(processor)
@@ -236,8 +237,7 @@ def spell(tokenizer, template, parts) -> list:
     for group in meeting(part for part in parts if len(part.content)):
         if isinstance(group[0].content, str):
             text = "".join(part.content for part in group)
-            tokens = tokenize(tokenizer, template, text, begins_row=not spelled)
-            group = cut_apart(group, *tokens)
+            group = cut_apart(group, tokenize(tokenizer, template, text, not spelled))
         spelled += group
     return spelled
 
@@ -256,40 +256,64 @@ def meeting(parts) -> list:
     return groups
 
 
-def tokenize(tokenizer, template, text, begins_row) -> tuple:
-    """Text without special tokens, at the beginning of a row or behind a special token. -> (ids,
-    where each begins, where each ends: characters of the text)."""
+class Tokens(NamedTuple):
+    """A text's tokens, and where each begins and ends, in characters."""
+
+    ids: list
+    starts: list
+    ends: list
+
+
+def tokenize(tokenizer, template, text, begins_row) -> Tokens:
+    """Of plain text, at the beginning of a row or behind a special token."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
         raise InputError(f"no text, but half a surrogate pair in it: {e}") from None
     # Trap: some tokenizers put a blank in front of a row's first word, and of no other.
-    behind = "" if begins_row else template.behind
-    options = {"add_special_tokens": False, "return_offsets_mapping": True}
-    tokens = tokenizer(behind + text, **options)
-    skipped = 1 if behind else 0
-    if not template.special_ids.isdisjoint(tokens.input_ids[skipped:]):
+    tokens = tokens_behind(tokenizer, "" if begins_row else template.behind, text)
+    if spells_special(template, text, tokens):
         # Trap: a special token that a user spells out must stay text.
-        behind, skipped = "", 0
-        tokens = tokenizer(text, split_special_tokens=True, **options)
-        if not template.special_ids.isdisjoint(tokens.input_ids):
+        tokens = tokens_behind(tokenizer, "", text, split_special_tokens=True)
+        if spells_special(template, text, tokens):
             raise InputError(f"a picture's token stands as text in {brief(text)!r}")
-    places = [(start - len(behind), end - len(behind)) for start, end in tokens.offset_mapping]
-    starts, ends = zip(*places[skipped:], strict=True) if places[skipped:] else ((), ())
-    return tokens.input_ids[skipped:], starts, ends
+    return tokens
 
 
-def cut_apart(parts, ids, starts, ends) -> list:
+def tokens_behind(tokenizer, behind, text, **options) -> Tokens:
+    """Of the text alone, where it stands behind a special token, or behind nothing."""
+    encoded = tokenizer(
+        behind + text, add_special_tokens=False, return_offsets_mapping=True, **options
+    )
+    first, shift = (1, len(behind)) if behind else (0, 0)
+    places = encoded.offset_mapping[first:]
+    starts = [start - shift for start, _ in places]
+    return Tokens(encoded.input_ids[first:], starts, [end - shift for _, end in places])
+
+
+def spells_special(template, text, tokens) -> bool:
+    """Whether one of a text's tokens is a special one by name. (The id alone could be that of an
+    unknown word.)"""
+    if template.special.keys().isdisjoint(tokens.ids):
+        return False
+    for token_id, start, end in zip(*tokens, strict=True):
+        if token_id in template.special and template.special[token_id] in text[start:end]:
+            return True
+    return False
+
+
+def cut_apart(parts, tokens) -> list:
     """Parts with the tokens of their texts, which were tokenized as one."""
     cuts, place = [0], 0
     for part in parts[:-1]:
         place += len(part.content)
-        cut = bisect_left(starts, place) if part.by_user else bisect_right(ends, place)
+        by_user = part.by_user
+        cut = bisect_left(tokens.starts, place) if by_user else bisect_right(tokens.ends, place)
         cuts.append(max(cut, cuts[-1]))
-    cuts.append(len(ids))
+    cuts.append(len(tokens.ids))
     borders = itertools.pairwise(cuts)
     return [
-        part._replace(content=ids[first:last])
+        part._replace(content=tokens.ids[first:last])
         for part, (first, last) in zip(parts, borders, strict=True)
     ]
 
@@ -298,13 +322,13 @@ def picture_parts(tokenizer, template, columns, role) -> list:
     """A picture's tokens, as parts. Plain text at either end of them, as a newline, becomes text
     again: it may share a token with its neighbours."""
     ids = columns["input_ids"].tolist()
-    special = [i for i, token_id in enumerate(ids) if token_id in template.special_ids]
+    special = [i for i, token_id in enumerate(ids) if token_id in template.special]
     first, last = special[0], special[-1] + 1
     before, after = tokenizer.decode(ids[:first]), tokenizer.decode(ids[last:])
     # Only where it is the text that these tokens were made of.
-    if tokenize(tokenizer, template, before, begins_row=True)[0] != ids[:first]:
+    if tokenize(tokenizer, template, before, begins_row=True).ids != ids[:first]:
         before, first = "", 0
-    if tokenize(tokenizer, template, after, begins_row=False)[0] != ids[last:]:
+    if tokenize(tokenizer, template, after, begins_row=False).ids != ids[last:]:
         after, last = "", len(ids)
     columns = {key: column[first:last] for key, column in columns.items()}
     picture = Part(role, columns["input_ids"], columns=columns)

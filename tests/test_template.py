@@ -63,7 +63,7 @@ def test_special_tokens_spelled_out_in_a_text_stay_text(shared):
 def test_the_text_check_fails_for_the_tokenizer_as_it_is(shared, monkeypatch):
     """Negative control: where no token is known to be special, the text forges a picture and an end
     of turn."""
-    monkeypatch.setattr(shared.collate.template, "special_ids", frozenset())
+    monkeypatch.setattr(shared.collate.template, "special", {})
     with pytest.raises(AssertionError):
         check_spelled(shared)
 
