@@ -24,10 +24,11 @@ from torch.distributed.checkpoint import state_dict as dcp
 from plumbing.agreement import agree, by_rank_0, join, together
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
+from plumbing.folders import digest_of_weights, place, read_json
 from plumbing.log import versions
 from plumbing.outfolder import MARK, take, write_json
 from plumbing.ranks import all_sum, gather_objects, rank, say, world
-from plumbing.weights import digest_of_weights, place, read_json, stage_1_model
+from plumbing.weights import find_base, stage_1_model
 
 # What may change in between: where and how often it is saved, who reads the data, which pictures
 # are skipped. (`fitting` is no flag: the run goes on from what the checkpoint says.)
@@ -197,10 +198,8 @@ def digest_of_model(name) -> str:
         return name
     folder = place(name)
     digest = digest_of_weights(folder)
-    base = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
-    for there in (Path(folder, str(base)), Path(str(base))):
-        if base and there.is_dir():
-            return f"{digest} on {digest_of_weights(there)}"
+    if adapter := read_json(folder, "adapter_config.json"):
+        return f"{digest} on {find_base(folder, adapter).digest}"
     return digest
 
 

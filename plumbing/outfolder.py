@@ -7,7 +7,8 @@ import socket
 from pathlib import Path
 
 from plumbing.errors import InputError, brief
-from plumbing.weights import TOY, read_json
+from plumbing.folders import TOY, read_json
+from plumbing.weights import find_base
 
 LOCK = "checkpoints/lock"  # goes with them when the run is over
 MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
@@ -35,13 +36,9 @@ def take(cfg):
 def refuse_own_start(cfg):
     """Raises InputError where the run would overwrite the model that it starts from, or the base of
     that adapter: a new adapter would be its own base, a resumed run start from another model."""
-    starts, base = [TOY], None
-    if os.path.isdir(cfg.model):
-        base = read_json(cfg.model, "adapter_config.json").get("base_model_name_or_path")
-        starts.append(Path(cfg.model))
-    written = [Path(cfg.out)]
-    if isinstance(base, str):
-        starts += [Path(base), Path(cfg.model, base)]
+    starts, written = [TOY, Path(cfg.model)], [Path(cfg.out)]
+    if adapter := read_json(cfg.model, "adapter_config.json"):
+        starts.append(Path(find_base(cfg.model, adapter).folder))
         written.append(Path(cfg.out, "merged"))  # stage 2 merges the adapter into it
     written = [os.path.realpath(folder) for folder in written]
     for start in starts:
