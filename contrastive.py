@@ -16,6 +16,7 @@ Reads pairs; writes OUT/ (a transformers folder, or an adapter whose base may be
 OUT/log.jsonl, and OUT/checkpoints until the run is over.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import math
 import random
 from dataclasses import dataclass
@@ -34,10 +35,8 @@ from plumbing.config import TrainingFlags, flag, refuse_impossible
 from plumbing.formats import Place, digest_of
 from plumbing.loader import prefetch
 from plumbing.log import Log
-from plumbing.memory import Budget, meeting, remember_tower, token_chunks, until_it_fits
-from plumbing.ranks import say
+from plumbing.memory import Budget, leavable, meeting, remember_tower, token_chunks, until_it_fits
 from plumbing.replay import replay, rng_state
-from plumbing.weights import stage_1_model
 
 
 @dataclass
@@ -206,7 +205,7 @@ def gradcache_step(embedder, batch, temperature, budget) -> Step:
 
     def attempt(chunk_tokens):
         chunks = token_chunks(lengths, chunk_tokens)
-        embed_chunk = remember_tower(embed, embedder.mllm, budget.vision_cache)
+        embed_chunk = remember_tower(leavable(embed, embedder), embedder.mllm, budget.vision_cache)
         embed_chunk, chunks = sharding.in_lockstep(embedder, embed_chunk, chunks)
         two_passes(embed_chunk, chunks, meeting(loss_of), budget.keep_graphs)
 
@@ -261,11 +260,10 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
 def main(cfg):
     """Stage 2, from flags to a saved folder."""
     # 1. The model, and what of it is trained.
-    device = ranks.setup()
+    device = checkpoint.begin(cfg)  # names cfg.model, too
     rank, world = ranks.rank(), ranks.world()
     refuse_impossible(cfg, world)
     torch.manual_seed(cfg.seed)
-    cfg.model = cfg.model or stage_1_model()
     embedder = load_for(cfg, device)
     if embedder.adapter and cfg.merge:
         cfg.model = f"{cfg.out}/merged"  # what a new adapter will be an adapter of
@@ -279,34 +277,35 @@ def main(cfg):
     pairs = read_pairs(cfg.data, Place.of(cfg), cfg.subsets, cfg.seed, cfg.split)
     cfg.data_digest = digest_of(pairs.values())
     for name, examples in pairs.items():
-        say(f"  {name:<20} {len(examples):>13,} pairs")
+        ranks.say(f"  {name:<20} {len(examples):>13,} pairs")
     batch_of = partial(local_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
 
     # 3. Train.
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
     N = cfg.batch
-    say(f"loss sees N = {world} x {N // world} = {N} pairs (chance loss ln N = {math.log(N):.2f})")
-    budget = Budget.of(cfg, device)
+    shares = f"{world} x {N // world} = {N} pairs"
+    ranks.say(f"loss sees N = {shares} (chance loss ln N = {math.log(N):.2f})")
     log = Log(cfg, start)
     embedder.train()
     batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers)
     for step, batch in log.steps(batches):
-        # ------------------------------------------------------------------------------------------
-        lr = optim.begin_step(optimizers, step, cfg)
-        out = gradcache_step(embedder, batch, cfg.temperature, budget)
-        norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
-        # ------------------------------------------------------------------------------------------
-        budget = budget._replace(chunk_tokens=out.chunk_tokens)
-        cut = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
-        numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
-        numbers.update(norm=norm, lr=lr, cut=cut)
-        numbers["skipped"] = sampling.skipped_pairs(pairs, draw(pairs, cfg, step))
-        log(step, (N, "pairs"), numbers)
-        checkpoint.maybe_checkpoint(embedder, optimizers, cfg, step)
+        with checkpoint.kept(embedder, optimizers, cfg, step):
+            # --------------------------------------------------------------------------------------
+            lr = optim.begin_step(optimizers, step, cfg)
+            budget = Budget.of(cfg, device)
+            out = gradcache_step(embedder, batch, cfg.temperature, budget)
+            norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
+            # --------------------------------------------------------------------------------------
+            cfg.fitting = out.chunk_tokens  # kept by a checkpoint: what was halved stays so
+            mine = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
+            cut = ranks.all_sum(mine)
+            numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
+            numbers.update(norm=norm, lr=lr, cut=cut)
+            numbers["skipped"] = sampling.skipped_pairs(pairs, draw(pairs, cfg, step))
+            log(step, (N, "pairs"), numbers)
 
     # 4. Save.
-    save(embedder, cfg.out)
-    checkpoint.remove_checkpoints(cfg.out)
+    checkpoint.finish(save, embedder, cfg)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from plumbing import formats, mmeb, retrieval
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE, Lazy
 from plumbing.images import encode_picture, join_images, open_image, pixels_of
-from plumbing.template import STYLES, Part, read_template, shorten, spell
+from plumbing.inputs import checked, content_of
+from plumbing.template import STYLES, Part, picture_parts, read_template, shorten, spell
 from toy.world import META_TASK, Shapes, evaluation_sets
 
 # --------------------------------------------------------------------------------- Item and its kin
@@ -40,11 +41,11 @@ class Item:
 
     @staticmethod
     def of(x) -> "Item":
-        """An Item from what a user has: an Item, a string, a PIL image, or the path of a picture
-        (a `pathlib.Path`: a string is always text)."""
+        """An Item from what a user has: an Item, a string (always text), a picture (PIL, numpy, a
+        `pathlib.Path`), or both, see plumbing/inputs.py."""
         if isinstance(x, Item):
-            return x
-        return Item(x) if isinstance(x, str) else Item(IMAGE, (x,))
+            return checked(x)
+        return Item(*content_of(x))
 
     @cached_property
     def key(self) -> int:
@@ -226,55 +227,50 @@ class Collator:
         template = self.template
         # With K = 0 a dialogue's content has no turn of its own: Q_1 follows it.
         own_turn = bool(self.compress_ids) or not turns
-        content, images = self.content(item, own_turn)
-        parts = [Part(template.head_ids, HEAD), *content]
-        turn_ids, before = [], "\n"  # what stands before a question; K = 0: a newline
+        parts, images = self.content(item, own_turn)
+        opening = ["\n"]  # what stands before a question; K = 0: a newline
         if own_turn:
-            parts.append(Part(template.answer_ids, CONTENT))  # the assistant begins
-            parts.append(Part(self.compress_ids, COMPRESS))
-            turn_ids, before = template.turn_ids, template.before_question
-        for question, answer in turns:
-            pieces = spell(self.tokenizer, question, before, template.after_text)
-            question_ids = turn_ids + pieces.before + pieces.text + pieces.after
-            parts.append(Part(question_ids + template.answer_ids, QUESTION))
-            parts.append(Part(spell(self.tokenizer, answer).text + template.end_ids, ANSWER))
+            answer = template.answer_ids, template.before_answer  # the assistant begins
+            parts += [*(Part(CONTENT, x) for x in answer), Part(COMPRESS, self.compress_ids)]
+            opening = [template.after_answer, template.turn_ids, template.before_question]
+        for turn, (question, answer) in enumerate(turns, 1):
+            parts += [Part(QUESTION, x, turn) for x in opening]
+            parts.append(Part(QUESTION, question, turn, by_user=True))
+            closing = template.after_text, template.answer_ids, template.before_answer
+            parts += [Part(QUESTION, x, turn) for x in closing]
+            parts.append(Part(ANSWER, answer, turn, by_user=True))
+            parts += [Part(ANSWER, x, turn) for x in (template.after_answer, template.end_ids)]
             # An answer brings its own end_ids; only the turn after C begins with them.
-            turn_ids = template.turn_ids[len(template.end_ids) :]
-            before = template.before_question
-        cut = shorten(parts, len(turns), self.max_length)
-        tokens = self.join_parts(parts)
+            opening = [template.turn_ids[len(template.end_ids) :], template.before_question]
+        parts, cut = shorten(spell(self.tokenizer, template, parts), self.max_length)
+        tokens = self.join_parts([Part(HEAD, template.start_ids), *parts])
         if not len(tokens["input_ids"]):
             raise InputError(f"nothing to embed in {item}: text and picture are empty")
         return Row(tokens, images, cut)
 
     def content(self, item, own_turn) -> tuple:
-        """-> (the parts of an Item: text, picture, text, ..., text; its image tensors)."""
-        texts = item.text.split(IMAGE)
+        """-> (the parts of an Item: head, text, picture, text, ..., text; its image tensors)."""
+        texts, template = item.text.split(IMAGE), self.template
         if len(texts) - 1 != len(item.images):
             count = f"{len(texts) - 1} {IMAGE} for {len(item.images)} pictures"
             raise InputError(f"{count} in {item!s:.200}: one where each goes")
         pictures = [self.picture(open_image(x)) for x in item.images]  # opened here, and no earlier
-        parts = []
+        picture_first = pictures and not texts[0]
+        before = template.before_picture if picture_first else template.before_text
+        parts = [Part(HEAD, template.head_ids), Part(HEAD, before)]
         for i, text in enumerate(texts):
-            before = self.template.before_text if i == 0 else ""
-            is_last = i == len(pictures)
-            after = ""
-            if is_last and own_turn:
-                after = STYLES[self.style] + self.template.after_text
-            pieces = spell(self.tokenizer, text, before, after)
-            parts.append(Part(pieces.before, HEAD))
-            parts.append(Part(pieces.text, CONTENT, may_shrink=True))
-            parts.append(Part(pieces.after, CONTENT))
-            if not is_last:
-                columns = pictures[i].columns
-                parts.append(Part(columns["input_ids"], CONTENT, columns))
+            parts.append(Part(CONTENT, text, by_user=True))
+            if i < len(pictures):
+                parts += picture_parts(self.tokenizer, template, pictures[i].columns, CONTENT)
+        if own_turn:
+            parts.append(Part(CONTENT, STYLES[self.style] + template.after_text))
         return parts, join_images([picture.images for picture in pictures])
 
     def join_parts(self, parts) -> dict:
         """Parts -> token columns {input_ids, roles, ...: (L,)}; zero where a part has none."""
         columns = {key: [] for key in self.token_keys}
         for part in parts:
-            ids = torch.as_tensor(part.ids, dtype=torch.long)
+            ids = torch.as_tensor(part.content, dtype=torch.long)
             roles = torch.full_like(ids, part.role)
             values = {**part.columns, "input_ids": ids, "roles": roles}
             for key, pieces in columns.items():

@@ -11,6 +11,7 @@ hit is a query whose right candidate is nearer than every other one. Reads a mod
 prints a table; writes --json.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,6 @@ from data import Item, read_tasks
 from model import load_for
 from plumbing import ranks, retrieval, table
 from plumbing.config import Flags, flag
-from plumbing.ranks import say
 from plumbing.weights import first_model
 
 
@@ -134,27 +134,27 @@ def main(cfg):
     table.refuse_json(cfg)
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
     embedder = load_for(cfg, device)
-    say(f"evaluating {cfg.model}")
+    ranks.say(f"evaluating {cfg.model}")
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
 
     # 2. Each set, those in distribution first.
     note, sets = table.partial_note(cfg), {}
-    say(table.head(note))
+    ranks.say(table.head(note))
     for ood, group in ((False, "in distribution"), (True, "out of distribution")):
         chosen = [task for task in tasks if task.ood == ood]
         if chosen:
-            say(f"-- {group}")
+            ranks.say(f"-- {group}")
         for task in chosen:
             row = sets[task.name] = score(embedder, task, cfg)
-            say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))
+            ranks.say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))
 
     # 3. The means, and the file.
     means = summary(sets)
-    say("-- mean over sets")
+    ranks.say("-- mean over sets")
     for name, row in means["meta_tasks"].items():
-        say(table.line("  " + name, row))
+        ranks.say(table.line("  " + name, row))
     for name in ("IND", "OOD", "Overall"):
-        say(table.line(name + note, means[name.lower()]))
+        ranks.say(table.line(name + note, means[name.lower()]))
     if cfg.json and ranks.rank() == 0:
         table.write_json(cfg, embedder, sets, means)
 

@@ -12,7 +12,6 @@ between families of MLLMs is in plumbing/families.py, files and adapters in plum
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from data import Collator, Item, Row
 from plumbing import families, ranks, sharding, weights
 from plumbing.config import CHUNK_TOKENS, by_device, refuse_for_model
-from plumbing.errors import InputError
+from plumbing.inputs import in_evaluation, listed, whole_number
 from plumbing.loader import prefetch, try_each
 from plumbing.memory import token_chunks
 
@@ -107,17 +106,16 @@ class Embedder(nn.Module):
         z = sharding.touch_tower(self, z, inputs)  # as it is: only FSDP needs this
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
 
-    @torch.no_grad()
+    @in_evaluation  # no dropout, no gradient
     def encode(self, items, chunk_tokens=None, workers=0, progress="", bad=None) -> np.ndarray:
         """Embeddings, float32 (len(items), D), in the order given.
 
-        items: Items, strings, PIL images, `pathlib.Path`s of pictures, mixed. Sorted by length in
-        windows, `chunk_tokens` padded tokens at a time; pictures are opened in `workers` processes.
-        An item that cannot be read is an InputError; with a list `bad` the error goes there, and
-        the item's row is NaN."""
-        if isinstance(items, str | Path):
-            raise InputError(f"encode: takes a list; [{items!r}] for a single one")
-        items = [Item.of(x) for x in items]
+        items: Items, strings, pictures (PIL, numpy, `pathlib.Path`), {"image", "text"}, mixed.
+        Sorted by length in windows, `chunk_tokens` padded tokens at a time; pictures are opened in
+        `workers` processes. An item that cannot be read is an InputError; with a list `bad` the
+        error goes there, and the item's row is NaN."""
+        items = listed(items, Item.of)
+        chunk_tokens = whole_number("chunk_tokens", chunk_tokens, 1)
         chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, self.device)
         width = self.mllm.get_input_embeddings().weight.shape[1]  # D
         z = np.full((len(items), width), np.nan, np.float32)  # NaN: not read
@@ -125,8 +123,6 @@ class Embedder(nn.Module):
         def window(start):  # made in a worker
             return try_each(self.collate.row, items[start : start + WINDOW], bad is not None)
 
-        was_training = self.training
-        self.eval()  # no dropout
         starts = range(0, len(items), WINDOW)
         with tqdm(total=len(items), desc=progress, disable=not progress, leave=False) as bar:
             for start, rows in zip(starts, prefetch(window, starts, workers), strict=True):
@@ -139,7 +135,6 @@ class Embedder(nn.Module):
                     inputs = self.collate.pad_rows([rows[i] for i in places], self.device)
                     z[[start + i for i in places]] = self(inputs).float().cpu().numpy()
                     bar.update(len(chunk))
-        self.train(was_training)
         return z
 
 
@@ -175,19 +170,21 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
     compress_tokens, pooling, prompt: where None what the checkpoint says; an InputError that names
     both where they contradict it. A model that is no embedder yet gets K new tokens. device: "cuda"
     if there is one. options: attn ("sdpa"), max_length, min_pixels, max_pixels."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    path, options = weights.place(name), weights.Options(**options)
+    device = weights.device_of(device)
+    path, options = weights.place(name), weights.Options(**options).checked()
     asked = weights.Settings(compress_tokens, pooling, prompt)
     settings = weights.settings(name, path, asked)  # K, pooling, style
     mllm, processor, has_adapter = weights.load_mllm(path, name, options)
-    # Before the adapter: it holds the new tokens' embedding rows.
-    add_compression_tokens(mllm, processor.tokenizer, settings.K)
-    adapter = weights.load_adapter(mllm, path) if has_adapter else None
-    embedder = Embedder(mllm, processor, settings, options.max_length)
+    with weights.reading(name):
+        weights.refuse_lost_tokens(path, mllm, processor.tokenizer, settings.K)
+        # Before the adapter: it holds the new tokens' embedding rows.
+        add_compression_tokens(mllm, processor.tokenizer, settings.K)
+        adapter = weights.load_adapter(mllm, path) if has_adapter else None
+        embedder = Embedder(mllm, processor, settings, options.max_length)
     embedder.set_adapter(adapter)
-    if device.type == "cpu":
-        return embedder.float()  # bfloat16 is slow there
-    return embedder.to(device)
+    # On a CPU float32: bfloat16 is slow there.
+    embedder = embedder.float() if device.type == "cpu" else embedder.to(device)
+    return weights.prove(embedder, name)
 
 
 def load_for(cfg, device) -> Embedder:
@@ -202,10 +199,7 @@ def save(embedder, path, embedding=True):
     whole = sharding.whole_weights(embedder)  # a collective, so in front of the return
     if ranks.rank() > 0:
         return
-    with weights.written_beside(path) as part:
-        weights.write_model(embedder, part, whole)
-        if embedding:
-            weights.write_settings(embedder, part)
+    weights.write_folder(embedder, path, whole, embedding)
 
 
 def merge(embedder):

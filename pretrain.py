@@ -17,6 +17,7 @@ Reads dialogues; writes OUT/ (a transformers folder, or a LoRA adapter), OUT/log
 OUT/checkpoints until the run is over.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import copy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from plumbing.errors import InputError
 from plumbing.formats import Place, digest_of
 from plumbing.loader import prefetch
 from plumbing.log import Log
-from plumbing.memory import token_chunks
+from plumbing.memory import token_chunks, unless_stopped
 from plumbing.sampling import ask_first, epoch_batch, skipped_dialogues
 from plumbing.weights import Settings
 
@@ -140,7 +141,7 @@ def accumulate(embedder, examples, cfg, reference=None):
     tokens = ranks.all_sum(mine)  # of all ranks: known before the first backward pass
     loss_sum, right, answers = 0.0, 0, 0
     chunk_tokens = by_device(cfg.chunk_tokens, CHUNK_TOKENS, embedder.device)
-    for chunk in token_chunks([row.length for row in rows], chunk_tokens):
+    for chunk in unless_stopped(token_chunks([row.length for row in rows], chunk_tokens)):
         inputs = embedder.collate.pad_rows([rows[i] for i in chunk], embedder.device)
         logits, labels = answer_logits(embedder, inputs, cfg.compress)
         if reference:
@@ -175,7 +176,7 @@ def teacher(embedder):
 def main(cfg):
     """Stage 1, from flags to a saved folder."""
     # 1. The model, and what of it is trained.
-    device = ranks.setup()
+    device = checkpoint.begin(cfg)
     rank, world = ranks.rank(), ranks.world()
     if cfg.batch < world:
         raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
@@ -206,22 +207,20 @@ def main(cfg):
     embedder.train()
     batches = prefetch(examples_of, range(start, cfg.steps), cfg.workers)
     for step, examples in log.steps(batches):
-        # ------------------------------------------------------------------------------------------
-        lr = optim.begin_step(optimizers, step, cfg)
-        loss, exact, tokens = accumulate(embedder, examples, cfg, reference)
-        ranks.sum_gradients(embedder.parameters())
-        ids = [x.id for x in examples]
-        norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)
-        # ------------------------------------------------------------------------------------------
-        cut = sum(x.row.cut for x in examples)  # tokens that --max-length cost
-        numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
-        numbers["skipped"] = skipped_dialogues(dialogues, cfg, step)
-        log(step, (tokens, "answer tokens"), numbers)
-        checkpoint.maybe_checkpoint(embedder, optimizers, cfg, step)
+        with checkpoint.kept(embedder, optimizers, cfg, step):
+            # --------------------------------------------------------------------------------------
+            lr = optim.begin_step(optimizers, step, cfg)
+            loss, exact, tokens = accumulate(embedder, examples, cfg, reference)
+            ranks.sum_gradients(embedder.parameters())
+            norm = optim.end_step(embedder, optimizers, cfg, step, loss, [x.id for x in examples])
+            # --------------------------------------------------------------------------------------
+            cut = ranks.all_sum(sum(x.row.cut for x in examples))  # tokens that --max-length cost
+            numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
+            numbers["skipped"] = skipped_dialogues(dialogues, cfg, step)
+            log(step, (tokens, "answer tokens"), numbers)
 
     # 4. Save. With K = 0 it is a plain instruction-tuned MLLM, and no embedder.
-    save(embedder, cfg.out, embedding=embedder.K > 0)
-    checkpoint.remove_checkpoints(cfg.out)
+    checkpoint.finish(save, embedder, cfg, embedding=embedder.K > 0)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def layout(template, content, code, turns) -> list:
         before_text="",
         after_text="",
         before_question="",
+        special={},
+        behind="",
     )
     collate.compress_ids, collate.style, collate.max_length = characters.ids(code), "chat", 0
     collate.token_keys = ["input_ids", "roles"]

@@ -1,30 +1,41 @@
 """Checkpoints: OUT/checkpoints/step-00000500/{weights.safetensors, optimizer.pt, state.json}.
 
 Data and dropout are functions of (seed, step): the trained weights, the optimiser and the step are
-all that a run is made of."""
+all that a run is made of. Rank 0 writes them, reads them and sends them to the others: of several
+nodes only its disk counts.
+
+Top to bottom: saving - ending - beginning - going on - what is the same run."""
 
 import dataclasses
-import json
 import os
 import pickle
 import shutil
 import signal
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
 
-from plumbing.errors import InputError
+from plumbing.agreement import agree, by_rank_0, join, together
+from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
+from plumbing.errors import InputError, brief
+from plumbing.folders import digest_of_weights, place, read_json
 from plumbing.log import versions
-from plumbing.ranks import all_sum, rank, say, world
-from plumbing.weights import read_json
+from plumbing.outfolder import MARK, take, write_json
+from plumbing.ranks import all_sum, gather_objects, rank, say, world
+from plumbing.weights import find_base, stage_1_model
 
-HARMLESS = ("out", "resume", "workers", "save_every", "keep")  # flags that may change in between
+# What may change in between: where and how often it is saved, who reads the data, which pictures
+# are skipped. (`fitting` is no flag: the run goes on from what the checkpoint says.)
+HARMLESS = ("out", "resume", "workers", "save_every", "keep", "skip_bad", "fitting")
+# These too, and they move the last bits: sums are taken in other pieces.
+ROUNDING = ("chunk_tokens", "checkpointing")
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-stop_asked = []  # signals that asked the run to save and end; looked at after each step
 # What reading a damaged checkpoint may raise.
 UNREADABLE = (
     OSError,
@@ -45,8 +56,9 @@ def save_checkpoint(embedder, optimizers, cfg, step):
     weights, optimizer = dcp.get_state_dict(embedder, optimizers, options=TRAINED)
     names = {name for name, _ in embedder.named_parameters()}  # a tied weight once
     folder = Path(cfg.out, "checkpoints")
-    part = folder / "part"
-    if rank() > 0:
+    part, whole = folder / "part", folder / f"step-{step:08d}"
+    # The state is a function of the step: what is there already is the same.
+    if rank() > 0 or whole.exists():
         return
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -54,93 +66,338 @@ def save_checkpoint(embedder, optimizers, cfg, step):
         weights = {name: w.contiguous() for name, w in weights.items() if name in names}
         save_file(weights, part / "weights.safetensors")
         torch.save(optimizer, part / "optimizer.pt")
-        state = {"step": step, "world": world(), "config": dataclasses.asdict(cfg), **versions()}
-        (part / "state.json").write_text(json.dumps(state, indent=1))
+        write_json(part / "state.json", written_state(cfg, step))
         for path in part.iterdir():  # on the disk before the name says so
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        os.replace(part, folder / f"step-{step:08d}")
+        os.replace(part, whole)
     except (OSError, RuntimeError, SafetensorError) as e:
         say(f"no checkpoint at step {step}: {e}. Older ones stay and the run goes on; disk full?")
         shutil.rmtree(part, ignore_errors=True)
         return
     # The new one is safe: only now may older ones go.
-    for old in sorted(folder.glob("step-*"))[: -max(1, cfg.keep)]:
-        shutil.rmtree(old)
+    for old in checkpoints_in(cfg.out)[: -max(1, cfg.keep)]:
+        remove(old)
 
 
-def maybe_checkpoint(embedder, optimizers, cfg, step):
-    """Every --save-every steps, and when a signal (on any rank) asked the run to end."""
+def checkpoints_in(out) -> list:
+    """The folders of OUT's checkpoints, oldest first."""
+    return sorted(Path(out, "checkpoints").glob("step-*"))
+
+
+def remove(folder):
+    """A checkpoint goes. Whatever the disk says to that, it costs no run."""
+    # Trap: NFS leaves .nfsXXXX of an open file, and with it the folder; a kill leaves half of it.
+    # By another name nobody takes that for a checkpoint.
+    gone = folder.with_name(f"removed-{folder.name}")
+    with suppress(OSError):
+        os.replace(folder, gone)
+    for left in (folder, gone):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def kept(embedder, optimizers, cfg, step):
+    """Around a step. After it a checkpoint, every --save-every steps; where a signal (on any rank)
+    asks the run to end: after the step, or if it takes too long out of the midst of it."""
+    try:
+        yield
+    except StepLeft:
+        # Nothing of the step is in the weights yet: only gradients are lost.
+        save_checkpoint(embedder, optimizers, cfg, step)
+        stop(f"stopped by a signal: step {step + 1} is left, the state before it saved")
     done = step + 1
-    stop = all_sum(len(stop_asked))  # a signal may have reached one rank only
+    asked = all_sum(len(stop_asked))  # a signal may have reached one rank only
     due = cfg.save_every and done % cfg.save_every == 0 and done < cfg.steps
-    if stop or due:
+    if asked or due:
         save_checkpoint(embedder, optimizers, cfg, done)
-    if stop:
-        say(f"stopped by a signal after step {done}; --resume goes on from there")
-        sys.exit(128 + signal.SIGTERM)  # what a shell expects of a process that was told to end
+    if asked:
+        stop(f"stopped by a signal after step {done}")
+
+
+def stop(reason):
+    """Ends the run, whose state is saved."""
+    say(f"{reason}; --resume goes on from there")
+    number = stop_asked[0].number if stop_asked else signal.SIGTERM
+    forget_signals()
+    sys.exit(128 + number)  # what a shell expects of a process that was told to end
+
+
+# ------------------------------------------------------------------------------------------ ending
+
+
+def finish(save, embedder, cfg, **options):
+    """save(embedder, OUT, **options), a mark that the run is over, and its checkpoints go. Raises
+    InputError on all ranks alike where the model cannot be written: the newest one stays."""
+    cause = try_to_save(save, embedder, cfg, options)
+    if cause and rank() == 0:
+        for old in checkpoints_in(cfg.out)[:-1]:  # room for the model
+            remove(old)
+    if cause:
+        cause = try_to_save(save, embedder, cfg, options)
+    there = checkpoints_in(cfg.out)
+    if cause:
+        way = "there is no checkpoint: lower --save-every"
+        if there:
+            way = f"free some, and the same command with --resume finishes from {there[-1].name}"
+        room = f"{weight_of(embedder) / 2**20:.1f} MiB are needed in {cfg.out}"
+        raise InputError(f"the model is not saved: {cause}. {room}; {way}")
+    if rank() == 0:
+        finished = written_state(cfg, cfg.steps)
+        try:
+            write_json(Path(cfg.out, MARK), finished)
+        except OSError as e:
+            say(f"{cfg.out}: the model is saved; not so that the run is over: {e}")
+    remove_checkpoints(cfg.out)
+    forget_signals()
+    say(f"saved {cfg.out}")
+
+
+def try_to_save(save, embedder, cfg, options) -> str:
+    """-> why rank 0 could not, on all ranks; "" where it could."""
+    cause = ""
+    try:
+        save(embedder, cfg.out, **options)
+    except (OSError, RuntimeError, SafetensorError, InputError) as e:
+        cause = brief(e)
+        shutil.rmtree(f"{cfg.out}.part", ignore_errors=True)
+    return gather_objects(cause)[0]
+
+
+def weight_of(embedder) -> int:
+    """Bytes of the weights that a folder of this model holds."""
+    whole = not embedder.adapter
+    return sum(p.nbytes for p in embedder.parameters() if p.requires_grad or whole)
 
 
 def remove_checkpoints(out):
-    """The run is over and its model stands in OUT: the checkpoints are needed no more."""
+    """The run is over, or a new one begins: the checkpoints are needed no more."""
     if rank() == 0:
         shutil.rmtree(Path(out, "checkpoints"), ignore_errors=True)
-    say(f"saved {out}")
 
 
 # --------------------------------------------------------------------------------------- beginning
 
 
+def begin(cfg) -> torch.device:
+    """Joins the ranks and refuses, before any work and on all ranks alike, what cannot end well:
+    flags or a model that differ between ranks; an --out that cannot be written, is in use or holds
+    another run. Sets cfg.model, where it is empty, and cfg.model_digest. -> this rank's device."""
+    device = join(cfg)
+    cfg.model = cfg.model or stage_1_model()
+    by_rank_0(lambda: take(cfg))
+    cfg.model_digest = together(lambda: digest_of_model(cfg.model))
+    agree({"the weights": cfg.model_digest}, f"--model {brief(cfg.model, 60)}")
+    by_rank_0(lambda: refuse_taken(cfg))
+    return device
+
+
+def digest_of_model(name) -> str:
+    """Changes with the weights that a run starts from; of an adapter, with its base's, too."""
+    if name == "toy-random":  # drawn, not read from the toy's folder
+        return name
+    folder = place(name)
+    digest = digest_of_weights(folder)
+    if adapter := read_json(folder, "adapter_config.json"):
+        return f"{digest} on {find_base(folder, adapter).digest}"
+    return digest
+
+
+def refuse_taken(cfg):
+    """Raises InputError where OUT holds an unfinished run and --resume is not given, or it is given
+    and the run is another one: before the model is loaded, and OUT/merged written."""
+    there, finished = checkpoints_in(cfg.out), Path(cfg.out, MARK).exists()
+    if there and not finished and not cfg.resume:
+        where = f"{cfg.out} holds {there[-1].name} of an unfinished run"
+        raise InputError(f"{where}: --resume goes on with it; or take another --out, or remove it")
+    if cfg.resume and not there and not finished and Path(cfg.out, "config.json").exists():
+        where = f"--resume: {cfg.out} holds a model, and no checkpoint to go on from"
+        raise InputError(f"{where}: without --resume it is replaced; or take another --out")
+    states = [(cfg.out, MARK)] if finished else [(folder, "state.json") for folder in there]
+    for folder, name in states if cfg.resume else ():
+        with suppress(Damaged):  # told when it is read
+            # Stage 2 may come to call its model by another name; the data are not read yet.
+            refuse_another_run(read_state(folder, name), cfg, but=("model", "data_digest"))
+
+
 def start_or_resume(embedder, optimizers, cfg) -> int:
     """-> the step to begin with; with --resume that of the newest checkpoint, which is loaded. From
-    here on SIGTERM and SIGINT let the step finish, save, and end the run."""
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda number, frame: stop_asked.append(number))
-    checkpoints = sorted(Path(cfg.out, "checkpoints").glob("step-*"))
-    if not checkpoints:
+    here on SIGTERM and SIGINT let the step finish, save, and end the run. A run that is finished
+    already ends here, with status 0."""
+    note_signals()
+    agree({"data (their digest)": cfg.data_digest}, f"--data {brief(cfg.data, 60)}")
+    shapes = {name: p.shape for name, p in embedder.named_parameters() if p.requires_grad}
+    layout = (embedder.K, embedder.pooling, embedder.style, len(shapes))
+    agree({"K, pooling, prompt, trained weights": layout}, f"--model {brief(cfg.model, 60)}")
+    if by_rank_0(lambda: is_finished(cfg)):
+        remove_checkpoints(cfg.out)
+        say(f"--resume: the run in {cfg.out} is finished; its model is there")
+        sys.exit(0)
+    found = together(lambda: newest_whole(shapes, cfg) if rank() == 0 else None)
+    state = gather_objects(found and found.state)[0]
+    if state is None:
         return 0
-    newest = checkpoints[-1]
-    if not cfg.resume:
-        where = f"{cfg.out} holds {newest.name} of an unfinished run"
-        raise InputError(f"{where}: --resume goes on with it; or take another --out, or remove it")
-    state = read_json(newest, "state.json")
-    refuse_another_run(state, cfg)
-    load_checkpoint(embedder, optimizers, newest)
-    say(f"resumed {newest}")
-    return state["step"]
+    load_checkpoint(embedder, optimizers, found)
+    same_chunks = state.flags.get("chunk_tokens") == cfg.chunk_tokens
+    cfg.fitting = state.flags.get("fitting", 0) if same_chunks else 0
+    say_what_rounds(state, cfg)
+    return state.step
 
 
-def refuse_another_run(state, cfg):
-    """Raises InputError, with the names of the flags, where the checkpoint is of another run."""
-    then = dict(state.get("config") or {}, world=state.get("world"))
+# -------------------------------------------------------------------------------------- going on
+
+
+class Damaged(InputError):
+    """A checkpoint that cannot be read; the one before may be."""
+
+
+class State(NamedTuple):
+    """What a checkpoint, or the mark of a finished run, says of its run."""
+
+    step: int  # steps that were taken
+    flags: dict  # {field of the Config: value}
+    world: int  # ranks
+    versions: dict  # of the libraries, {name: version}
+
+
+class Checkpoint(NamedTuple):
+    """What was read of one."""
+
+    folder: Path
+    state: State
+    weights: dict  # {name: tensor}
+    optimizer: dict  # as torch.distributed.checkpoint has it: state, param_groups
+
+
+def is_finished(cfg) -> bool:
+    """Whether --resume finds this run's model whole. Where a run begins anew in its place, the mark
+    goes, and what is left of its checkpoints."""
+    mark = Path(cfg.out, MARK)
+    if not mark.exists():
+        return False
+    if cfg.resume:
+        refuse_another_run(read_state(cfg.out, MARK), cfg)
+        return True
+    for old in checkpoints_in(cfg.out):
+        remove(old)
+    mark.unlink()
+    return False
+
+
+def newest_whole(shapes, cfg):
+    """The newest Checkpoint that can be read; None where there is none. What is damaged is said and
+    laid aside. shapes: {name: shape} of the trained weights."""
+    damaged = []
+    for folder in reversed(checkpoints_in(cfg.out)):
+        try:
+            state = read_state(folder)
+            refuse_another_run(state, cfg)
+            found = Checkpoint(folder, state, *read_tensors(folder, shapes))
+        except Damaged as e:
+            damaged.append(folder)
+            say(f"damaged: {e}")
+            continue
+        for bad in damaged:  # else it would count as newer than what is saved from here on
+            aside = bad.with_name(f"damaged-{bad.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(bad, aside)
+        say(f"resumed {folder}")
+        return found
+    if damaged:
+        text = f"{damaged[0]} is damaged, and there is none before that could be read"
+        raise InputError(f"{text}. Remove {damaged[0].parent} to begin again at step 1")
+    if cfg.resume:
+        say(f"--resume: {cfg.out} holds no checkpoint; the run begins at step 1")
+    return None
+
+
+def read_tensors(folder, shapes) -> tuple:
+    """(weights, optimiser states) of a checkpoint's folder, found to fit. Raises Damaged."""
+    try:
+        weights = load_file(folder / "weights.safetensors")
+        # No pickle is executed.
+        path = folder / "optimizer.pt"
+        optimizer = torch.load(path, weights_only=True, map_location="cpu")
+        # Weights that are not trained are not in it, and must not be.
+        if differ := {(name, w.shape) for name, w in weights.items()} ^ shapes.items():
+            raise ValueError(f"{len(differ)} weights too many or too few, {min(differ)} for one")
+        for name, values in optimizer["state"].items():
+            for value in values.values():
+                if value.shape not in (shapes[name], ()):
+                    raise ValueError(f"{name}: optimiser state of shape {tuple(value.shape)}")
+        named = [name for group in optimizer["param_groups"] for name in group["params"]]
+        if sorted(named) != sorted(shapes):
+            raise ValueError("the optimisers' states are of other weights")
+    except UNREADABLE as e:
+        text = f"{folder}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
+        raise Damaged(text) from None
+    return weights, optimizer
+
+
+def load_checkpoint(embedder, optimizers, found):
+    """Weights and optimiser states into the model and the optimisers of all ranks. found: the
+    Checkpoint, on rank 0; the others are sent what it read."""
+    try:
+        dcp.set_state_dict(
+            embedder,
+            optimizers,
+            model_state_dict=found.weights if found else {},
+            optim_state_dict=found.optimizer if found else {},
+            options=dataclasses.replace(TRAINED, strict=False, broadcast_from_rank0=world() > 1),
+        )
+    except UNREADABLE as e:
+        where = found.folder if found else "the checkpoint"
+        text = f"{where}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
+        raise InputError(f"{text}. Remove it, and --resume goes on from the one before") from None
+
+
+# ---------------------------------------------------------------------------- what is the same run
+
+
+def written_state(cfg, step) -> dict:
+    """What `read_state` reads."""
+    return {"step": step, "world": world(), "config": dataclasses.asdict(cfg), **versions()}
+
+
+def read_state(folder, name="state.json") -> State:
+    """The state of a checkpoint's folder, or of a finished run's. Raises Damaged where it is
+    missing or of wrong types."""
+    path = Path(folder, name)
+    try:
+        raw = read_json(folder, name)
+    except (InputError, OSError) as e:
+        raise Damaged(brief(e)) from None
+    step, flags, ranks = (raw.get(key) for key in ("step", "config", "world"))
+    if not isinstance(flags, dict) or not type(step) is type(ranks) is int:
+        raise Damaged(f"{path}: is missing, or lacks step, config or world")
+    numbers = [step, flags.get("steps"), flags.get("fitting", 0)]
+    if any(type(x) is not int or x < 0 for x in numbers) or step > flags["steps"]:
+        raise Damaged(f"{path}: step {step!r} of {flags.get('steps')!r} makes no sense")
+    return State(step, flags, ranks, {name: raw.get(name) for name in versions()})
+
+
+def refuse_another_run(state, cfg, but=()):
+    """Raises InputError, with the names of the flags, where the state is of another run. but: what
+    is not known yet."""
+    then = dict(state.flags, world=state.world)
     now = dict(dataclasses.asdict(cfg), world=world())
+    # What an older version did not know yet was as it is by default, or was not computed.
+    unknown = {f.name: f.default if f.init else now[f.name] for f in dataclasses.fields(cfg)}
     changes = []
     for name, value in now.items():
-        if name not in HARMLESS and then.get(name) != value:
-            changes.append(f"{name} was {then.get(name)!r}, is {value!r}")
+        was = then.get(name, unknown.get(name))
+        if name not in (*HARMLESS, *ROUNDING, *but) and was != value:
+            changes.append(f"{name} was {brief(repr(was), 60)}, is {brief(repr(value), 60)}")
     if changes:
         changes = ", ".join(changes)
         text = f"--resume: not the same run: {changes}. Restore that, or take another --out"
         raise InputError(text)
 
 
-def load_checkpoint(embedder, optimizers, folder):
-    """Weights and optimiser states of a checkpoint, into the model and the optimisers."""
-    try:
-        weights = load_file(folder / "weights.safetensors")
-        trained = {name for name, p in embedder.named_parameters() if p.requires_grad}
-        # Weights that are not trained are not in it, and must not be.
-        if differ := weights.keys() ^ trained:
-            raise ValueError(f"{len(differ)} weights too many or too few, {min(differ)} for one")
-        path = folder / "optimizer.pt"
-        dcp.set_state_dict(
-            embedder,
-            optimizers,
-            model_state_dict=weights,
-            # No pickle is executed.
-            optim_state_dict=torch.load(path, weights_only=True, map_location="cpu"),
-            options=dataclasses.replace(TRAINED, strict=False),
-        )
-    except UNREADABLE as e:
-        where = f"{folder}: not a checkpoint of this run: {type(e).__name__}: {e!s:.200}"
-        raise InputError(f"{where}. Remove it, and --resume goes on from the one before") from None
+def say_what_rounds(state, cfg):
+    """A line where a run goes on in a way that moves its last bits."""
+    names = [name for name in ROUNDING if state.flags.get(name) != getattr(cfg, name)]
+    changes = ["--" + name.replace("_", "-") for name in names]
+    changes += [name for name, version in versions().items() if state.versions[name] != version]
+    if changes:
+        say(f"the run began with another {', '.join(changes)}: the last bits may differ")

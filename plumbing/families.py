@@ -1,10 +1,12 @@
 """What differs between families of MLLMs: processors, position ids, the form of an attention mask,
 where the vision tower is.
 
-Read on Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA-NeXT, Idefics3 / SmolVLM, Gemma 3 and InternVL 3."""
+Read on Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA-NeXT, Idefics3 / SmolVLM, SmolVLM2, Gemma 3 and
+InternVL 3."""
 
 import torch
 import torch.nn.functional as F
+from transformers import Idefics3Processor
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -31,7 +33,10 @@ def images_only(base):
 
 def load_processor(path, config, min_pixels=0, max_pixels=0):
     """The processor (tokenizer, image processor, chat template) of a checkpoint."""
-    processor = images_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(path)
+    # SmolVLM2's own needs a package for videos; for pictures it writes what Idefics 3's does.
+    is_smol = config.model_type == "smolvlm"
+    base = Idefics3Processor if is_smol else PROCESSOR_MAPPING[type(config)]
+    processor = images_only(base).from_pretrained(path)
     if min_pixels or max_pixels:
         size = dict(processor.image_processor.size)
         # The Qwen family's "edges" are areas, in pixels.

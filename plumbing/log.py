@@ -1,9 +1,11 @@
 """What a run says: one aligned line on the screen every few steps, every step in log.jsonl."""
 
 import dataclasses
+import errno
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from plumbing.agreement import together
+from plumbing.errors import InputError
 from plumbing.ranks import rank, say, world
 
 
@@ -25,9 +29,9 @@ class Log:
     def __init__(self, cfg, start):
         self.cfg, self.start = cfg, start
         self.began, self.waited = time.time(), 0.0  # seconds
+        self.complaint = ""  # of the disk, said once
         self.every = max(1, min(20, cfg.steps // 10))  # steps between two lines on the screen
-        if rank() == 0:
-            self.file = open_log(cfg, start)
+        self.file = together(lambda: open_log(cfg, start) if rank() == 0 else None)
         self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() != 0, leave=False)
 
     def steps(self, batches):
@@ -38,6 +42,7 @@ class Log:
             if step > self.start:  # the first batch is not made ahead
                 self.waited += time.time() - asked
             yield step, batch
+        self.bar.close()
 
     def __call__(self, step, speed, numbers):
         """numbers: reproducible, so also into log.jsonl; speed: (how many, of what) a step."""
@@ -45,13 +50,24 @@ class Log:
         numbers = {k: x for k, x in numbers.items() if x or k not in ("cut", "skipped")}
         if rank() > 0:
             return
-        self.file.write(json.dumps({"step": step + 1, **numbers}) + "\n")
+        self.write({"step": step + 1, **numbers})
         self.bar.update()
-        last = step + 1 == self.cfg.steps
-        if (step + 1) % self.every == 0 or last:
+        if (step + 1) % self.every == 0 or step + 1 == self.cfg.steps:
             say(self.line(step, speed, numbers))
-        if last:
-            self.bar.close()
+
+    def write(self, record):
+        """A line of log.jsonl, whole or not at all. What the disk says to that ends no run."""
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            written = self.file.write(line)
+            if written < len(line):  # a disk that is nearly full takes a part
+                self.file.seek(-written, os.SEEK_END)
+                self.file.truncate()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            if not self.complaint:
+                say(f"{self.file.name} lacks lines from here on: {e}. The run goes on")
+            self.complaint = str(e)
 
     def line(self, step, speed, numbers) -> str:
         """The line on the screen."""
@@ -71,15 +87,29 @@ class Log:
 
 def open_log(cfg, start):
     """OUT/log.jsonl, opened to append. Its first record holds the flags and the versions; of an
-    earlier run the steps before `start` stay."""
+    earlier run the steps up to `start` stay."""
     path = Path(cfg.out, "log.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {"config": dataclasses.asdict(cfg), "world": world(), **versions()}
     lines = [json.dumps(header) + "\n"]
-    if start and path.exists():
-        lines = path.read_text().splitlines(True)[: start + 1]
-    # Written beside and renamed: a kill here must not cost the log of the steps before.
-    part = Path(f"{path}.part")
-    part.write_text("".join(lines))
-    os.replace(part, path)
-    return open(path, "a", buffering=1)  # each step is in the file when it is over
+    try:
+        if start and path.exists():
+            lines = earlier_lines(path, start) or lines
+        # Written beside and renamed: a kill here must not cost the log of the steps before.
+        part = Path(f"{path}.part")
+        part.write_text("".join(lines))
+        os.replace(part, path)
+        return open(path, "ab", buffering=0)  # each step is in the file when it is over
+    except OSError as e:
+        raise InputError(f"{path} cannot be written: {e.strerror}") from None
+
+
+def earlier_lines(path, start) -> list:
+    """Of a log's lines the first, and those of steps up to `start`, by their numbers: a full disk
+    may have cost some of them, a kill the end of one."""
+    first, *rest = path.read_text(errors="replace").splitlines(True) or [""]
+    kept = [first]
+    for line in rest:
+        with suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= start:
+                kept.append(line)
+    return kept if first.endswith("\n") else []

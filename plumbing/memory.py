@@ -1,4 +1,5 @@
-"""What fits into memory: chunks of rows, out of memory, a frozen tower's remembered output."""
+"""What fits into memory: chunks of rows, out of memory, a step that is left for a signal, a frozen
+tower's remembered output."""
 
 import itertools
 from contextlib import contextmanager
@@ -7,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch.utils._pytree import tree_map_only
 
+from plumbing import sharding
 from plumbing.config import CHUNK_TOKENS, KEEP_GRAPHS, by_device
+from plumbing.ending import StepLeft, overdue
 from plumbing.errors import InputError
 from plumbing.families import vision_tower
-from plumbing.ranks import all_sum, gather_objects, say
+from plumbing.ranks import gather_objects, say
 
 
 class Budget(NamedTuple):
@@ -24,8 +27,9 @@ class Budget(NamedTuple):
 
     @staticmethod
     def of(cfg, device) -> "Budget":
-        """What the flags ask for, or where they say nothing this kind of device's default."""
-        chunk_tokens = by_device(cfg.chunk_tokens, CHUNK_TOKENS, device)
+        """What has fitted so far, or what the flags ask for, or where they say nothing this kind of
+        device's default."""
+        chunk_tokens = cfg.fitting or by_device(cfg.chunk_tokens, CHUNK_TOKENS, device)
         keep_graphs = by_device(cfg.keep_graphs, KEEP_GRAPHS, device)
         return Budget(chunk_tokens, keep_graphs, cfg.vision_cache)
 
@@ -44,30 +48,68 @@ def token_chunks(lengths, budget) -> list:
     return chunks[::-1]
 
 
-# ---------------------------------------------------------------------------------- out of memory
+# ---------------------------------------------------------------------- a step that is not finished
 
 
 class DoesNotFit(Exception):
     """Some rank ran out of memory, and all ranks know."""
 
 
-def all_fit(fits=True):
-    """Where all ranks learn whether one of them ran out of memory: DoesNotFit on all alike. A rank
-    that did calls it with False, from wherever it was; the others at their next meeting."""
+# What a rank says of its step where all ranks meet; the greatest word counts.
+FITS, FITS_NOT, LEFT = range(3)
+
+
+def meet(word=FITS):
+    """Where all ranks learn whether one of them ran out of memory, or leaves the step for a signal:
+    DoesNotFit or StepLeft on all alike. A rank that did comes here from wherever it was; the others
+    at their next meeting."""
     # One collective, the same for who failed and who did not: nobody waits for ever.
-    if all_sum(int(not fits)):
+    word = max(gather_objects(word))
+    if word == LEFT:
+        raise StepLeft
+    if word == FITS_NOT:
         raise DoesNotFit
+
+
+def unless_stopped(chunks):
+    """Yields the chunks of a step whose ranks do not meet on the way. All ranks leave the step where
+    a signal has waited too long for one of them."""
+    for chunk in chunks:
+        if overdue():
+            break
+        yield chunk
+    meet(LEFT if overdue() else FITS)
+
+
+class Leaving(Exception):
+    """This rank leaves the step for a signal; the others do not know yet."""
+
+
+def leavable(embed, embedder):
+    """GradCache's `embed`, which leaves the step where a signal has waited too long."""
+    together = sharding.sharded(embedder)
+
+    def embed_or_leave(chunk):
+        if together:  # no rank can leave the others' forward: all look in the same moment
+            meet(LEFT if overdue() else FITS)
+        elif overdue():
+            raise Leaving
+        return embed(chunk)
+
+    return embed_or_leave
 
 
 def fits_into_memory(attempt, chunk_tokens) -> bool:
     """Runs attempt(chunk_tokens). Its graphs are gone when this returns False."""
-    fits = True
+    word = FITS
     try:
         try:
             attempt(chunk_tokens)
         except torch.OutOfMemoryError:
-            fits = False  # and no more in here: the traceback keeps the graphs
-        all_fit(fits)
+            word = FITS_NOT  # and no more in here: the traceback keeps the graphs
+        except Leaving:
+            word = LEFT
+        meet(word)
     except DoesNotFit:
         return False
     return True
@@ -94,7 +136,7 @@ def meeting(loss_of):
     there the ranks are in the loss together, its backward pass too, and there is no way back."""
 
     def loss_together(z):
-        all_fit()
+        meet()
         try:  # the backward pass here, too: in `two_passes` nobody could tell it from pass 2
             loss = loss_of(z)
             (gradient,) = torch.autograd.grad(loss, z)

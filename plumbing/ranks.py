@@ -4,14 +4,15 @@ code path for world 1 and N; `torchrun` says how many there are."""
 import os
 import re
 import sys
-from pathlib import Path
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from plumbing.errors import InputError
+from plumbing.ending import leave, leave_by
+from plumbing.errors import InputError, brief
 
 
 def rank():
@@ -114,49 +115,77 @@ def sum_gradients(parameters, bucket=25_000_000):
 # ---------------------------------------------------------------------------- beginning and ending
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PATIENCE = timedelta(minutes=30)  # of a rank for the others; one of them may fetch a model
+
+
 def setup() -> torch.device:
     """Joins torchrun's process group, if there is one. -> this rank's device."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
     cuda = torch.cuda.is_available()
+    together = "RANK" in os.environ
+    if together:
+        check_environment(torch.cuda.device_count() if cuda else None)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")  # torchrun's environment says the rest
+    if together and not dist.is_initialized():
+        try:  # torchrun's environment says the rest
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as e:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise InputError(f"cannot join the other ranks at {where}: {brief(e)}") from None
     return device
 
 
+def check_environment(devices):
+    """Raises InputError where RANK is set, but not all that torchrun sets with it. devices: the
+    number of this machine's GPUs, or None."""
+    if missing := [name for name in TORCHRUN if not os.environ.get(name)]:
+        way_out = "start it with torchrun, or unset RANK"
+        raise InputError(f"RANK is set, but not {', '.join(missing)}: {way_out}")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise InputError(f"{name}={brief(os.environ[name])}: not a number; torchrun sets it")
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        text = f"RANK={os.environ['RANK']} is not below WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        raise InputError(f"{text}: start it with torchrun, or unset RANK")
+    if devices is not None and int(os.environ["LOCAL_RANK"]) >= devices:
+        raise InputError(f"this machine has {devices} GPUs: torchrun --nproc-per-node {devices}")
+
+
 def run(main, config):
-    """main(config) of a script: an InputError becomes one clear line and exit status 1, and so does
-    the loss of another rank. The ranks that are left are then ended by torchrun, and never wait."""
+    """main(config) of a script, and the end of the process, whatever ends it: one clear line where
+    a user can put it right, else the traceback. torchrun then ends the ranks that are left."""
     try:
         main(config.parse())
-    except InputError as e:
-        leave(str(e))
-    except torch.OutOfMemoryError as e:
-        leave(f"{e!s:.120}: out of memory; halve --chunk-tokens, or take --checkpointing")
-    except RuntimeError as e:
-        # The backends have no exception of their own for a peer that is gone.
-        if world() == 1 or not re.search("gloo|nccl|connection", str(e), re.IGNORECASE):
-            raise
-        cause = re.sub(r"^\[.*?\] ", "", str(e).splitlines()[0])
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException as e:
+        if reason := known_reason(e):
+            leave(reason)
+        leave_by(e)
+    leave(status=0)
+
+
+def known_reason(error) -> str:
+    """The clear line for two errors of torch, or ""."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{text:.120}: out of memory; halve --chunk-tokens, or take --checkpointing"
+    # The backends have no exception of their own for a peer that is gone.
+    lost = isinstance(error, RuntimeError) and world() > 1
+    if lost and re.search("gloo|nccl|connection", text, re.IGNORECASE):
+        cause = re.sub(r"^\[.*?\] ", "", text.splitlines()[0])
         lost = f"rank {rank()} lost the others ({cause:.80}): one of them ended first"
-        leave(f"{lost}. --resume goes on from the last checkpoint")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def leave(message):
-    """Ends this process with one line and exit status 1."""
-    print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-    os._exit(1)  # not through destructors: they may wait for the other ranks
+        return f"{lost}. --resume goes on from the last checkpoint"
+    return ""
 
 
 def run_command(main):
-    """main(argv) of a command that parses its own words: an InputError becomes one clear line and
-    exit status 1; what main returns is the exit status."""
+    """main(argv) of a command that parses its own words; what main returns is the exit status."""
     try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as e:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {e}")
+        leave(status=main(sys.argv[1:]) or 0)
+    except BaseException as e:
+        leave_by(e)

@@ -1,33 +1,35 @@
 """A folder or hub id -> model and processor, and back: safetensors only, no code from elsewhere;
 LoRA adapters in peft's format; K, pooling and prompt as flags and checkpoint say together."""
 
-import hashlib
+import copy
 import json
+import math
 import os
-import shutil
+import re
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from plumbing.errors import InputError, needs
+from plumbing import folders
+from plumbing.errors import InputError, brief, needs
 from plumbing.families import LANGUAGE_ATTENTION, RENAMED, load_processor
-from plumbing.hub import fetch
+from plumbing.folders import digest_of_weights, place, read_json, reading, written_beside
+from plumbing.formats import IMAGE, Content
+from plumbing.inputs import evaluating, whole_number
 from plumbing.log import versions
 from plumbing.ranks import say, world
 from plumbing.template import STYLES
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-TOY = Path(__file__).parent.parent / "toy" / "mllm"
 DEFAULT_K = 4  # where nothing says how many: toy pictures have 16 tokens. The paper: 32
-SAMPLE = 4096  # bytes, see digest_of_weights
-MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+PROBE = 300  # tokens of a picture, at most, that `prove` embeds: on a CPU more would take minutes
 
 
 class Options(NamedTuple):
@@ -39,32 +41,28 @@ class Options(NamedTuple):
     min_pixels: int = 0
     max_pixels: int = 0
 
-
-# ------------------------------------------------------------------------------------------ folders
-
-
-def place(name) -> str:
-    """The folder of a model: the toy's, one's own, or what of a hub id a model needs, downloaded:
-    its weights as safetensors, no pickles and no code."""
-    if name in ("toy", "toy-random"):
-        return str(TOY)
-    if os.path.isdir(name):
-        return str(name)
-    return fetch(str(name), "model", MODEL_FILES, ["*.safetensors"])
+    def checked(self) -> "Options":
+        """As they are, or an InputError that names one."""
+        if not isinstance(self.attn, str):
+            raise InputError(f"attn {brief(repr(self.attn))}: sdpa or eager")
+        for name, value in self._asdict().items():
+            if name != "attn":
+                whole_number(name, value, 0)
+        return self
 
 
-def read_json(folder, name) -> dict:
-    """A small JSON file of a checkpoint folder; {} where there is none."""
-    file = Path(folder) / name
-    if not file.exists():
-        return {}
+def device_of(name) -> torch.device:
+    """A device by its name; None: the GPU, if there is one."""
     try:
-        value = json.loads(file.read_text())
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{file}: not readable as JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: must hold an object, not a {type(value).__name__}")
-    return value
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as e:
+        raise InputError(f"device {brief(repr(name))}: {brief(e)}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device}: PyTorch finds no GPU here; device='cpu' runs anywhere")
+    return device
+
+
+# ----------------------------------------------------------------------------------------- settings
 
 
 class Settings(NamedTuple):
@@ -120,75 +118,75 @@ def stage_1_model() -> str:
     return name
 
 
-def refuse_hostile(folder):
-    """What a folder from elsewhere may not hold: pickled weights in the place of safetensors, a
-    list of files that leads out of it. (Code in it is never run.)"""
-    for index in Path(folder).glob("*.index.json"):
-        weight_map = read_json(folder, index.name).get("weight_map")
-        files = weight_map.values() if isinstance(weight_map, dict) else ()
-        for file in {str(f) for f in files}:
-            if os.path.basename(file) != file:
-                raise InputError(f"{index}: the weights in {file!r} lie outside of the folder")
-    if not any(Path(folder).glob("*.safetensors")):
-        raise InputError(f"--model {folder}: no *.safetensors in it, and pickles are not opened")
-
-
-def digest_of_weights(folder) -> str:
-    """Sixteen characters that change with the weights in a folder: of each *.safetensors its size,
-    its header and samples all over it. (A whole 13 GB file would take a minute to read.)"""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for place in range(0, size, max(size // 256, SAMPLE)):
-                file.seek(place)
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()
-
-
-@contextmanager
-def written_beside(path):
-    """Gives a new folder to write into; what it holds at the end goes to `path`, file by file. Of
-    an older run in `path` the files go away that `load` would believe."""
-    # On the same disk, so that a rename is all that is left to do.
-    path, part = Path(path), Path(f"{path}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    yield part
-    path.mkdir(parents=True, exist_ok=True)
-    for old in [*path.glob("adapter_*"), path / "nanocoma.json"]:
-        if not (part / old.name).exists():
-            old.unlink(missing_ok=True)
-    for file in sorted(part.iterdir()):
-        os.replace(file, path / file.name)
-    part.rmdir()
-
-
 # ------------------------------------------------------------------------------------------ loading
+
+
+class Origin(NamedTuple):
+    """Where a model's weights are from, which an adapter of it must remember: "toy", a hub id or
+    an absolute path; the folder; its digest (None: toy-random has no file)."""
+
+    name: str
+    folder: str
+    digest: str | None
+    is_hub: bool = False
+
+    @staticmethod
+    def of(name, folder) -> "Origin":
+        """Of the model `name`, whose files are in `folder`."""
+        if str(name) in ("toy", "toy-random"):
+            digest = digest_of_weights(folder) if str(name) == "toy" else None
+            return Origin(str(name), folder, digest)
+        is_hub = not os.path.isdir(name)
+        name = str(name) if is_hub else os.path.abspath(name)
+        return Origin(name, os.path.abspath(folder), digest_of_weights(folder), is_hub)
 
 
 def load_mllm(path, name, options=Options()) -> tuple:  # noqa: B008
     """Model and processor of a folder, `path = place(name)`; of an adapter's folder, those of its
     base. -> (the transformers model, its processor, whether `path` holds an adapter)."""
     adapter = read_json(path, "adapter_config.json")
-    if adapter:
-        name = adapter.get("base_model_name_or_path", name)
-    base = place(name) if adapter else path
+    origin = find_base(path, adapter) if adapter else Origin.of(name, path)
+    base = origin.folder
+    # An adapter's folder may bring a tokenizer of its own, with the K tokens.
+    own = os.path.exists(os.path.join(path, "tokenizer_config.json"))
     for folder in {path, base}:
-        refuse_hostile(folder)
-    try:
+        folders.refuse_hostile(folder)
+    folders.refuse_absurd_config(base)
+    folders.refuse_absurd_processor(path if own else base)
+    with reading(base):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        # An adapter's folder may bring a tokenizer of its own, with the K tokens.
-        own = os.path.exists(os.path.join(path, "tokenizer_config.json"))
-        folder = path if own else base
-        processor = load_processor(folder, config, options.min_pixels, options.max_pixels)
-        if name == "toy-random":
+        refuse_other_kinds(base, config)
+        refuse_larger_than_its_files(base, config)
+    with reading(path if own else base):
+        small, large = options.min_pixels, options.max_pixels
+        processor = load_processor(path if own else base, config, small, large)
+    with reading(base):
+        if origin.name == "toy-random":
             mllm = draw_weights(config, options.attn)
         else:
             mllm = read_weights(base, options.attn)
-    except (OSError, KeyError, ImportError, ValueError, TypeError, SafetensorError) as e:
-        raise InputError(f"--model {base}: {e!s:.300}") from None
+    mllm.origin = origin
     return mllm, processor, bool(adapter)
+
+
+def refuse_other_kinds(folder, config):
+    """A model that is no multimodal LLM, as BERT, GPT-2 or a Qwen2 without eyes."""
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        text = f"{config.model_type} is no multimodal LLM: it takes texts with pictures nowhere"
+        way_out = "Take an image-text-to-text model, as Qwen/Qwen2-VL-2B-Instruct"
+        raise InputError(f"--model {folder}: {text}. {way_out}")
+
+
+def refuse_larger_than_its_files(folder, config):
+    """A model that would take far more memory than its files hold, found on PyTorch's meta device:
+    what is built there has shapes and no memory."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        mllm = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
+    claimed = sum(x.numel() for x in (*mllm.parameters(), *mllm.buffers()))
+    stored = sum(math.prod(shape) for shape in folders.shapes_of_weights(folder).values())
+    if claimed > 4 * stored + 50_000_000:  # 4 bits in a byte, tied weights, tables of positions
+        text = f"{claimed:,} numbers by its config.json, but its files have {stored:,}"
+        raise InputError(f"--model {folder}: {text}")
 
 
 def draw_weights(config, attn):
@@ -211,7 +209,50 @@ def read_weights(folder, attn):
     )
     if missing := sorted(loaded["missing_keys"]):  # they would be random numbers
         raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} for one")
+    # Other names may be left over; those of a layer say that config.json is another model's.
+    if unused := sorted(key for key in loaded["unexpected_keys"] if re.search(r"\.\d+\.", key)):
+        raise ValueError(f"its config.json has no place for {len(unused)} weights, as {unused[0]}")
     return mllm
+
+
+def refuse_lost_tokens(path, mllm, tokenizer, K):
+    """The K compression tokens are all in the tokenizer, or, of a model that is no embedder yet,
+    none is; and what the tokenizer knows has rows of weights. Trap: rows that are missing would be
+    made anew, at random, without a word."""
+    vocabulary = tokenizer.get_vocab()
+    there = sum(re.fullmatch(r"<\|compress_\d+\|>", token) is not None for token in vocabulary)
+    stored = "compress_tokens" in read_json(path, "nanocoma.json")
+    if K and there != K and (there or stored):
+        text = f"K = {K}, but its tokenizer has {there} compression tokens"
+        raise InputError(f"--model {path}: {text}. Copy the tokenizer that was saved with it")
+    rows = mllm.get_input_embeddings().weight.shape[0]
+    known = set(range(rows))
+    trained = read_json(path, "adapter_config.json").get("trainable_token_indices")
+    for ids in trained.values() if isinstance(trained, dict) else ():
+        known.update(ids)  # an adapter's own rows
+    if lost := [token for token, i in vocabulary.items() if i not in known]:
+        text = f"its weights have {rows:,} rows for tokens, none for {brief(lost[0])!r}"
+        raise InputError(f"--model {path}: {text}: the tokenizer is another model's")
+
+
+@torch.no_grad()
+def prove(embedder, name):
+    """-> the embedder, after it has embedded a text and a small picture: what does not fit together
+    in a folder, or is not finite, is said now and not in the midst of a training."""
+    collate = embedder.collate
+    probes = [Content("a")]
+    with reading(name):
+        picture = Content(IMAGE, (Image.new("RGB", (64, 64)),))
+        tokens = len(collate.picture(picture.images[0]).columns["input_ids"])
+        if tokens < PROBE and not 0 < collate.max_length < 2 * tokens + PROBE:
+            probes.append(picture)
+        with evaluating(embedder):
+            # Not `encode`: its loader draws a random number, and the run would be another one.
+            z = [embedder(collate.pad_rows([collate.row(x)], embedder.device)) for x in probes]
+    if not torch.cat(z).isfinite().all():
+        text = "its vectors are not finite: NaN or infinity in its weights, or its processor's"
+        raise InputError(f"--model {name}: {text}")
+    return embedder
 
 
 def describe(embedder) -> str:
@@ -228,29 +269,93 @@ def describe(embedder) -> str:
 # ----------------------------------------------------------------------------------------- adapters
 
 
+def find_base(path, adapter) -> Origin:
+    """What an adapter is an adapter of: beside it, or where it was when the adapter was made. Where
+    the adapter says which weights it was trained on, no others are taken. adapter: its config."""
+    stored = read_json(path, "nanocoma.json")
+    name, beside = adapter.get("base_model_name_or_path"), stored.get("base_beside")
+    if not isinstance(name, str) or not name or not isinstance(beside, str | None):
+        raise InputError(f"--model {path}: its adapter names no base model: {brief(repr(name))}")
+    if name in ("toy", "toy-random"):
+        return right_base(path, stored, [Origin.of(name, place(name))])
+    here = [os.path.join(path, beside or name), name]
+    if there := [Origin.of(folder, place(folder)) for folder in here if os.path.isdir(folder)]:
+        return right_base(path, stored, there)
+    # Trap: a folder's name, as out/pretrain, may be anyone's on the hub. Ours say which it is;
+    # those of others, as VLM2Vec's, mean the hub.
+    if stored and stored.get("base_is_hub") is not True:
+        text = f"its base is not there, neither {brief(here[0])} nor {brief(name)}"
+        hint = 'Copy it there; of a hub id say "base_is_hub": true in its nanocoma.json'
+        raise InputError(f"--model {path}: {text}. {hint}")
+    return right_base(path, stored, [Origin.of(name, place(name))])
+
+
+def right_base(path, stored, there) -> Origin:
+    """The first of these that holds the weights that the adapter was trained on; of adapters that
+    do not say, which old ones and other programs' do not, the first."""
+    want = stored.get("base_digest")
+    for origin in there:
+        if want in (None, origin.digest):
+            return origin
+    text = f"its base {there[0].folder} has other weights than it was trained on"
+    digests = f"digest {there[0].digest}, not {brief(want)}"
+    hint = "was another model saved there? Restore it, or train the adapter anew"
+    raise InputError(f"--model {path}: {text} ({digests}): {hint}")
+
+
+def refuse_absurd_adapter(path):
+    """What is no LoRA, or a rank that its file has not: peft would build first, and look then."""
+    config = read_json(path, "adapter_config.json")
+    if config.get("peft_type") != "LORA" or config.get("layer_replication"):
+        kind = brief(repr(config.get("peft_type")))
+        raise InputError(f"--model {path}: an adapter of type {kind}; only plain LoRA is read")
+    shapes = folders.shapes_of_weights(path, "adapter_model.safetensors")
+    if not shapes:
+        raise InputError(f"--model {path}: no weights in its adapter_model.safetensors")
+    largest = max((size for shape in shapes.values() for size in shape), default=1)
+    for key in ("r", "rank_pattern"):
+        for _, rank_ in folders.numbers_in(config.get(key)):
+            if not 1 <= rank_ <= largest:
+                raise InputError(f"--model {path}: its adapter's {key} is {rank_:,}; its file has "
+                                 f"no weight beyond {largest:,}")  # fmt: skip
+    # Trap: brackets that repeat what repeats take a time that doubles with each letter.
+    patterns = [config.get("target_modules"), config.get("exclude_modules")]
+    patterns += [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    for pattern in patterns:
+        if isinstance(pattern, str) and re.search(r"\)[*+{]", pattern):
+            text = f"its adapter's pattern {brief(pattern)!r} repeats a group"
+            raise InputError(f"--model {path}: {text}; name the modules one by one")
+
+
 def load_adapter(mllm, path):
     """A LoRA adapter in peft's format, around the model. -> the wrapper. Trap: what an adapter
     lacks, or calls by another name, peft leaves at random with a mere warning."""
     with needs("peft", "a LoRA checkpoint"):
         import peft
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
+    with reading(path):
+        refuse_absurd_adapter(path)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             adapter = peft.PeftModel.from_pretrained(
                 mllm, path, is_trainable=True, key_mapping=RENAMED
             )
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as e:
-            raise InputError(f"--model {path}: its adapter: {e!s:.300}") from None
     for warning in said:
         if "missing adapter keys" in str(warning.message):
-            text = f"not an adapter of this model: {warning.message!s:.300}"
+            text = f"not an adapter of this model: {brief(warning.message)}"
             raise InputError(f"--model {path}: {text}")
+    # The other way round peft does not even warn.
+    in_file = folders.shapes_of_weights(path, "adapter_model.safetensors")
+    used = peft.get_peft_model_state_dict(adapter, save_embedding_layers=False)
+    lost = sum("lora_" in name for name in in_file) - sum("lora_" in name for name in used)
+    if lost > 0:
+        text = f"the model has no place for {lost} of its adapter's weights"
+        raise InputError(f"--model {path}: {text}: not an adapter of this model")
     return adapter
 
 
 def new_adapter(mllm, cfg, compress_ids):
     """LoRA on q, k, v, o of the language model, and the compression tokens' embedding rows, around
-    the model. -> the wrapper, whose base is cfg.model."""
+    the model. -> the wrapper."""
     with needs("peft", "--lora-rank"):
         import peft
     lora = peft.LoraConfig(
@@ -261,30 +366,33 @@ def new_adapter(mllm, cfg, compress_ids):
         trainable_token_indices={"embed_tokens": compress_ids} if compress_ids else None,
         target_modules=LANGUAGE_ATTENTION,
     )
-    adapter = peft.get_peft_model(mllm, lora)
-    adapter.active_peft_config.base_model_name_or_path = cfg.model
-    return adapter
+    return peft.get_peft_model(mllm, lora)
 
 
 # ------------------------------------------------------------------------------------------- saving
 
 
-def write_settings(embedder, folder):
-    """nanocoma.json: the settings and the versions."""
-    stored = {
-        "compress_tokens": embedder.K,
-        "pooling": embedder.pooling,
-        "prompt": embedder.style,
-        **versions(),
-    }
-    Path(folder, "nanocoma.json").write_text(json.dumps(stored, indent=1) + "\n")
+def write_folder(embedder, path, weights=None, is_embedder=True):
+    """A plain transformers folder (config, safetensors, tokenizer, image processor), or the adapter
+    in peft's format; nanocoma.json. Either all of it or, with an InputError, nothing. weights:
+    {name: tensor} in the place of the model's own, where it is sharded."""
+    if not str(path).strip():
+        raise InputError("a model is saved into a folder, and its name is empty")
+    origin = embedder.mllm.origin
+    if embedder.adapter and os.path.realpath(path) == os.path.realpath(origin.folder):
+        text = "an adapter cannot stand in the place of the model that it is an adapter of"
+        raise InputError(f"{path}: {text}; take another folder")
+    with written_beside(path) as part:
+        write_model(embedder, part, weights)
+        write_settings(embedder, part, path, is_embedder)
+    if not embedder.adapter:  # what a new adapter will be an adapter of
+        embedder.mllm.origin = Origin.of(os.path.abspath(path), path)
 
 
 def write_model(embedder, folder, weights=None):
-    """A plain transformers folder (config, safetensors, tokenizer, image processor), or the adapter
-    in peft's format. weights: {name: tensor} in the place of the model's own, where it is
-    sharded."""
+    """All but nanocoma.json, see `write_folder`."""
     if embedder.adapter:  # the K embedding rows are in it
+        embedder.adapter.active_peft_config.base_model_name_or_path = embedder.mllm.origin.name
         embedder.adapter.save_pretrained(folder, save_embedding_layers=False)
     else:
         embedder.mllm.save_pretrained(folder, state_dict=weights)
@@ -292,3 +400,19 @@ def write_model(embedder, folder, weights=None):
     embedder.processor.save_pretrained(folder)
     # Trap: where torchvision is, AutoProcessor wants a video part, and finds it in this file.
     embedder.processor.image_processor.save_pretrained(folder)
+
+
+def write_settings(embedder, folder, path, is_embedder=True):
+    """nanocoma.json: K, pooling and prompt of an embedder, an adapter's base, the versions. path:
+    where the folder will be."""
+    stored = {}
+    if is_embedder:
+        stored.update(compress_tokens=embedder.K, pooling=embedder.pooling, prompt=embedder.style)
+    if embedder.adapter:
+        origin = embedder.mllm.origin
+        stored.update(base_digest=origin.digest, base_is_hub=origin.is_hub)
+        if os.path.isabs(origin.name):
+            stored["base_beside"] = os.path.relpath(origin.folder, path)
+    if stored:
+        stored.update(versions())
+        Path(folder, "nanocoma.json").write_text(json.dumps(stored, indent=1) + "\n")

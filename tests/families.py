@@ -1,4 +1,4 @@
-"""Tiny random models of seven real MLLM families, each saved as a folder in the hub's layout.
+"""Tiny random models of eight real MLLM families, each saved as a folder in the hub's layout.
 
 `build(family, folder)` needs neither a network nor torchvision: a config, seeded random weights
 (about 0.2 M parameters), a byte-level BPE tokenizer trained on the spot, the family's own special
@@ -10,12 +10,26 @@ interface (keys, shapes, masks, templates, tied weights), and that is what tests
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 TEXT = (
     "user assistant system model You are a helpful assistant. Represent the given image with the "
@@ -227,6 +241,23 @@ def idefics3() -> Family:
     )
 
 
+def smolvlm() -> Family:
+    """SmolVLM2: Idefics 3's interface under another name; its processor can read videos, too."""
+    family = idefics3()
+    vision = vision_config(model_type="smolvlm_vision", image_size=56)
+    image_processor = {
+        "image_processor_type": "SmolVLMImageProcessor",
+        "processor_class": "SmolVLMProcessor",
+        "size": {"longest_edge": 112},
+        "max_image_size": {"longest_edge": 56},
+    }
+    return family._replace(
+        config=family.config | {"model_type": "smolvlm", "vision_config": vision},
+        image_processor=image_processor,
+        processor={"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
+    )
+
+
 def gemma3() -> Family:
     """Gemma 3: image tokens see one another both ways, one layer has a sliding window."""
     turn = ["<start_of_turn>", "<end_of_turn>"]
@@ -331,34 +362,58 @@ def internvl() -> Family:
     )
 
 
-BUILDERS = {
-    f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, llava_next, idefics3, gemma3, internvl)
-}
+QWENS = (qwen2_vl, qwen2_5_vl, qwen3_vl)
+BUILDERS = {f.__name__: f for f in (*QWENS, llava_next, idefics3, smolvlm, gemma3, internvl)}
 FAMILIES: tuple[str, ...] = tuple(BUILDERS)
 
 
 # ---- building ---------------------------------------------------------------------------------
 
 
-def tokenizer(family: Family) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that any text has ids; with the family's special tokens after the text's.
+def letters(kind: str) -> Tokenizer:
+    """An empty tokenizer, the family's tokens not yet in it, trained on `TEXT`. kind: "bytes", a
+    byte-level BPE as GPT's and Qwen's; "blanks" and "first blank", a BPE whose blank belongs to the
+    word behind it and is put before every text or a row's first one, as SentencePiece's (Llama,
+    Mistral); "words", WordPiece, as BERT's."""
+    settings = {"vocab_size": 400, "show_progress": False}
+    if kind == "bytes":  # any text has ids
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(**settings)
+    elif kind == "words":
+        made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        made.normalizer = normalizers.BertNormalizer(lowercase=False)
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made.decoder = decoders.WordPiece()
+        settings["special_tokens"] = ["[UNK]"]
+        trainer = trainers.WordPieceTrainer(**settings, initial_alphabet=list(string.printable))
+    else:
+        made = Tokenizer(models.BPE(unk_token="[UNK]"))
+        scheme = "first" if kind == "first blank" else "always"
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        made.decoder = decoders.Metaspace(prepend_scheme=scheme, split=False)
+        settings["special_tokens"] = ["[UNK]"]
+        trainer = trainers.BpeTrainer(**settings, initial_alphabet=list(string.printable))
+    made.train_from_iterator([TEXT], trainer)
+    return made
+
+
+def tokenizer(family: Family, kind: str = "bytes") -> PreTrainedTokenizerFast:
+    """A tokenizer of some kind, see `letters`, with the family's special tokens after the text's.
 
     <s> and <bos> are put in front of any text unless `add_special_tokens=False`, as the released
     Mistral and Gemma tokenizers do.
     """
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([TEXT], trainer)
-    bpe.add_special_tokens(family.tokens)
+    made = letters(kind)
+    made.add_special_tokens(family.tokens)
     bos = family.roles.get("bos_token")
     if bos in ("<s>", "<bos>"):
         pieces = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B"}
-        ids = [(bos, bpe.token_to_id(bos))]
-        bpe.post_processor = processors.TemplateProcessing(special_tokens=ids, **pieces)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **family.roles)
+        ids = [(bos, made.token_to_id(bos))]
+        made.post_processor = processors.TemplateProcessing(special_tokens=ids, **pieces)
+    return PreTrainedTokenizerFast(tokenizer_object=made, **family.roles)
 
 
 def redraw(model: torch.nn.Module) -> None:
@@ -377,6 +432,32 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def configured(spec: Family, text_tokenizer) -> PretrainedConfig:
+    """The family's config with its tokenizer's ids in it."""
+    ids = {key: text_tokenizer.convert_tokens_to_ids(name) for key, name in spec.token_ids.items()}
+    special = {
+        f"{role}_token_id": getattr(text_tokenizer, f"{role}_token_id")
+        for role in ("bos", "eos", "pad")
+    }
+    # As in released models, the embedding has more rows than the tokenizer has tokens.
+    special["vocab_size"] = -(-len(text_tokenizer) // 64) * 64
+    config = dict(spec.config) | ids
+    config["text_config"] = spec.config["text_config"] | special
+    return AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+def write_processor(spec: Family, text_tokenizer, folder: Path) -> None:
+    """The files of tokenizer, chat template and image processor."""
+    text_tokenizer.save_pretrained(folder)
+    tokenizer_file = folder / "tokenizer_config.json"
+    settings = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    write_json(tokenizer_file, settings | {"chat_template": spec.template})
+    write_json(folder / "chat_template.json", {"chat_template": spec.template})
+    write_json(folder / "preprocessor_config.json", spec.image_processor)
+    if spec.processor:
+        write_json(folder / "processor_config.json", spec.processor)
+
+
 def build(family: str, folder: str | Path, seed: int = 0) -> Path:
     """Save a tiny random model of `family` in `folder` (made if need be) and return the folder.
 
@@ -387,27 +468,10 @@ def build(family: str, folder: str | Path, seed: int = 0) -> Path:
         raise ValueError(f"unknown family {family!r}; try one of {', '.join(FAMILIES)}")
     spec, folder = BUILDERS[family](), Path(folder)
     text_tokenizer = tokenizer(spec)
-    ids = {key: text_tokenizer.convert_tokens_to_ids(name) for key, name in spec.token_ids.items()}
-    special = {
-        f"{role}_token_id": getattr(text_tokenizer, f"{role}_token_id")
-        for role in ("bos", "eos", "pad")
-    }
-    # As in released models, the embedding has more rows than the tokenizer has tokens.
-    special["vocab_size"] = -(-len(text_tokenizer) // 64) * 64
-    config = dict(spec.config) | ids
-    config["text_config"] = spec.config["text_config"] | special
-    model_type = config.pop("model_type")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **config))
+        model = AutoModelForImageTextToText.from_config(configured(spec, text_tokenizer))
         redraw(model)
     model.save_pretrained(folder)
-    text_tokenizer.save_pretrained(folder)
-    tokenizer_file = folder / "tokenizer_config.json"
-    settings = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-    write_json(tokenizer_file, settings | {"chat_template": spec.template})
-    write_json(folder / "chat_template.json", {"chat_template": spec.template})
-    write_json(folder / "preprocessor_config.json", spec.image_processor)
-    if spec.processor:
-        write_json(folder / "processor_config.json", spec.processor)
+    write_processor(spec, text_tokenizer, folder)
     return folder

@@ -1,7 +1,7 @@
 """What the code computed and said before the house was rebuilt, in golden_files/; test_golden.py
 compares. Form may change, this may not.
 
-    python tests/golden.py golden.json      what the code gives now, in the same form
+    python tests/golden.py golden.json      what the code gives now, on this machine
 
 Training: log.jsonl and the weights' digest of 6 steps of each stage, on one rank and on two, LoRA,
 frozen tower. Scores: a table with --limit 20. Rows: token ids and roles of each tiny family in each
@@ -311,13 +311,11 @@ def record(file):
     file = Path(file).resolve()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        golden = dict(machine=machine(), runs={}, answers={})
-        for name in RUNS:
-            golden["runs"][name] = train(name)
-        for name in TWO_RANKS:
-            golden["runs"][name] = two_ranks(name)
-        golden["scores"] = scores("contrastive")
-        golden["saved"] = saved()
+        runs = {name: train(name) for name in RUNS}
+        runs.update({name: two_ranks(name) for name in TWO_RANKS})
+        numbers = dict(runs=runs, scores=scores("contrastive"))
+        # Of several machines the numbers stand side by side.
+        golden = dict(numbers={machine(): numbers}, answers={}, saved=saved())
         golden["rows"] = all_rows(lambda name: families.build(name, Path(folder, "fam", name)))
         prepare_answers()
         for stage, words in ANSWERS:

@@ -10,12 +10,11 @@ import pytest
 from checks import equal, expect
 
 GOLDEN = json.loads((golden.FILES / "golden.json").read_text())
-# On the machine that recorded them the numbers are the same, bit for bit; on another one sums are
-# taken in another order, and twelve steps of training make more of it.
-SAME_MACHINE = golden.machine() == GOLDEN["machine"]
-REL = 0 if SAME_MACHINE else 0.02
-# What is said differently, on purpose: commands and the toy's folder have moved.
-MOVED = {"python data.py check": "python -m tools.check", "ROOT/assets/toy": "ROOT/toy/mllm"}
+# On a machine that recorded its numbers they are the same, bit for bit. On another one sums are
+# taken in another order: the first one stands for it, and training makes more of the difference.
+KNOWN = golden.machine() in GOLDEN["numbers"]
+FIRST = next(iter(GOLDEN["numbers"]))
+NUMBERS = GOLDEN["numbers"][golden.machine() if KNOWN else FIRST]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,18 +26,30 @@ def folder(tmp_path_factory):
         yield path
 
 
-def check_run(got, name):
+def slack(name, step) -> float:
+    """How far a number of another machine may be, as a share. Seen between Intel and AMD: 7e-7 in
+    the first step of a run from the toy, 1.5 % in six steps, 40 % with LoRA: its matrices begin at
+    zero, and Muon makes their rounding errors as large as all else."""
+    _, flags = (golden.RUNS | golden.TWO_RANKS)[name]
+    if step == 1 and flags["model"] == "toy":
+        return 1e-4
+    return 1.0 if "lora_rank" in flags else 0.05
+
+
+def check_run(got, name, known=KNOWN, numbers=NUMBERS):
     """A run's log and weights are those of the old code."""
-    want = GOLDEN["runs"][name]
+    want = numbers["runs"][name]
     equal(len(got["steps"]), len(want["steps"]), f"{name}: steps in log.jsonl")
     for ours, theirs in zip(got["steps"], want["steps"], strict=True):
         equal(list(ours), list(theirs), f"{name}: what log.jsonl says of a step")
+        rel = 0 if known else slack(name, ours["step"])
         for key in ("loss", "norm", "lr"):
-            close = ours[key] == pytest.approx(theirs[key], rel=REL, abs=REL)
+            close = ours[key] == pytest.approx(theirs[key], rel=rel, abs=0)
             expect(close, ours, theirs, f"{name}: {key} of step {ours['step']}")
-    expect(got["size"] == pytest.approx(want["size"], rel=REL), got["size"], want["size"], name)
-    if SAME_MACHINE:
+    if known:
         equal(got["weights"], want["weights"], f"{name}: the weights, bit for bit")
+    close = got["size"] == pytest.approx(want["size"], rel=0 if known else 0.02)
+    expect(close, got["size"], want["size"], f"{name}: the weights' absolute sum")
 
 
 @pytest.mark.parametrize("name", golden.RUNS)
@@ -68,7 +79,9 @@ def test_a_run_that_the_old_code_began_is_finished_by_this_one():
     stage, flags = golden.RUNS["pretrain-lora"]
     module = golden.STAGES[stage]
     module.main(module.Config(**flags, out="unfinished", resume=True))
-    check_run(golden.trained("unfinished"), "pretrain-lora")
+    # The machine that began it is the first one.
+    numbers = GOLDEN["numbers"][FIRST]
+    check_run(golden.trained("unfinished"), "pretrain-lora", golden.machine() == FIRST, numbers)
 
 
 def test_a_folder_that_the_old_code_saved_gives_the_same_vectors():
@@ -82,10 +95,10 @@ def test_the_scores_are_what_they_were():
     if not Path("contrastive").exists():
         golden.train("contrastive")
     got = golden.scores("contrastive", "classify-new,vqa,i2t-words,t2i,ground")
-    slack = 0 if SAME_MACHINE else 0.15
     for name, score in got.items():
-        want = GOLDEN["scores"][name]
-        expect(score == pytest.approx(want, abs=slack), score, want, f"set {name}")
+        want = NUMBERS["scores"][name]
+        close = score == pytest.approx(want, abs=0 if KNOWN else 0.15)
+        expect(close, score, want, f"set {name}")
 
 
 def test_token_ids_and_roles_are_what_they_were(folder):
@@ -103,6 +116,4 @@ def test_bad_input_is_told_what_it_was_told():
     golden.prepare_answers()
     for stage, words in golden.ANSWERS:
         want = GOLDEN["answers"][f"{stage} {words}"]
-        for old, new in MOVED.items():
-            want = want.replace(old, new)
         equal(golden.answer(stage, words), want, f"python {stage}.py {words}")

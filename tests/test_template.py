@@ -12,7 +12,6 @@ import data
 from data import COMPRESS, CONTENT, Item
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
-from plumbing.template import Pieces
 
 PICTURE = Image.new("RGB", (64, 64))  # 16 image tokens
 
@@ -62,13 +61,9 @@ def test_special_tokens_spelled_out_in_a_text_stay_text(shared):
 
 
 def test_the_text_check_fails_for_the_tokenizer_as_it_is(shared, monkeypatch):
-    """Negative control: without split_special_tokens the text forges a picture and an end of
-    turn."""
-
-    def plain(tokenizer, text, before="", after=""):
-        return Pieces([], tokenizer(text, add_special_tokens=False).input_ids, [])
-
-    monkeypatch.setattr(data, "spell", plain)
+    """Negative control: where no token is known to be special, the text forges a picture and an end
+    of turn."""
+    monkeypatch.setattr(shared.collate.template, "special", {})
     with pytest.raises(AssertionError):
         check_spelled(shared)
 

@@ -8,7 +8,7 @@ import torch
 import model
 import pretrain
 from data import Item
-from plumbing.weights import TOY
+from plumbing.folders import TOY
 from toy.make import build_toy
 from toy.world import Shapes
 

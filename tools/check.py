@@ -11,6 +11,7 @@ they are), --list-bad a list of the bad ones, for data that are to stay as they 
 that goes on. Exit status 1 where something is bad and neither was asked for.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import json
 import os
 import statistics

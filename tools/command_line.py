@@ -1,13 +1,9 @@
-"""What the commands share: a parser whose help is the file's docstring."""
+"""What commands share that take no numbers: a parser whose help is the file's docstring. (Commands
+with numbers declare a `Config`, as the stages do.)"""
 
-import argparse
+from plumbing.config import Parser
 
 
-def make_parser(name, docstring) -> argparse.ArgumentParser:
+def make_parser(name, docstring) -> Parser:
     """`python -m tools.NAME --help` shows the docstring as it stands; no short flags."""
-    return argparse.ArgumentParser(
-        f"python -m tools.{name}",
-        description=docstring,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    return Parser(f"python -m tools.{name}", docstring)

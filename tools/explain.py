@@ -9,6 +9,7 @@ number comes from the functions that train.
 The stage comes first (default: pretrain). --no-compress shows stage 1 without the mask.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import math
 from dataclasses import dataclass
 
@@ -18,13 +19,21 @@ import contrastive
 import model
 import pretrain
 from data import ANSWER, COMPRESS, CONTENT, HEAD, QUESTION, read_dialogues, read_pairs
+from plumbing.combinations import given, spelled
 from plumbing.config import ModelFlags, TrainingFlags, flag
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
 from plumbing.formats import digest_of
 from plumbing.memory import token_chunks
 from plumbing.ranks import run_command, say, setup
 from plumbing.weights import stage_1_model
 
+STAGE_OF = {  # flags that only one of the walks reads
+    "compress": "pretrain",
+    "caption": "pretrain",
+    "chunk_tokens": "contrastive",
+    "temperature": "contrastive",
+    "subsets": "contrastive",
+}
 LETTER = {HEAD: "h", CONTENT: "x", COMPRESS: "C", QUESTION: "Q", ANSWER: "A"}
 
 
@@ -35,11 +44,11 @@ class Config(ModelFlags):
     model: str = flag("", "empty: toy; for contrastive out/pretrain, where there is one")
     data: str = flag("shapes", "shapes (the toy world), a .jsonl, a folder or hub id like MMEB")
     image_root: str = flag("", "where the pictures are; empty: beside the data")
-    seed: int = flag(0, "of the data")
-    chunk_tokens: int = flag(150, "contrastive: padded tokens of a chunk; few, to have several")
+    seed: int = flag(0, "of the data", least=0, most=2_147_483_647)
+    chunk_tokens: int = flag(150, "contrastive: padded tokens of a chunk; few: several", least=1)
     compress: bool = flag(True, "pretrain: the compression mask; off: plain causal attention")
     caption: bool = flag(False, "pretrain: a full description in place of the dialogue (toy world)")
-    temperature: float = flag(0.03, "contrastive: tau; cosines are divided by it")
+    temperature: float = flag(0.03, "contrastive: tau; cosines are divided by it", above=0)
     subsets: str = flag("", "contrastive: data sets, A,B,C; empty: all")
 
 
@@ -292,8 +301,13 @@ def main(argv):
         stage, *flags = argv
     walks = {"pretrain": explain_pretrain, "contrastive": explain_contrastive}
     if stage not in walks:
-        raise InputError(f"{stage}: the stage is pretrain or contrastive")
+        raise InputError(f"{brief(stage)}: the stage is pretrain or contrastive")
     cfg = Config.parse(flags)
+    for name in given(cfg):
+        if STAGE_OF.get(name, stage) != stage:
+            raise InputError(
+                f"{spelled(cfg, name)}: {stage} has none; explain {STAGE_OF[name]} has"
+            )
     device = setup()
     torch.manual_seed(cfg.seed)
     walks[stage](cfg, device)

@@ -1,24 +1,54 @@
-"""The toy world as files, in the formats that real data come in.
+"""The toy world as files, in every format that real data come in.
 
     python -m tools.export DIR
 
-Writes DIR/dialogues.jsonl (LLaVA's layout), DIR/MMEB-train and DIR/MMEB-eval (parquet and PNG), 100
-examples of each kind. They read back to the same examples:
+Writes 100 examples of each kind; they read back to the same examples:
 
-    python pretrain.py --data DIR/dialogues.jsonl
-    python contrastive.py --data DIR/MMEB-train
-    python evaluate.py --data DIR/MMEB-eval
+    python pretrain.py --data DIR/dialogues.jsonl       LLaVA's layout
+    python pretrain.py --data DIR/captions              pictures with metadata.jsonl
+    python contrastive.py --data DIR/pairs.jsonl        of all five tasks
+    python contrastive.py --data DIR/captions-csv       pictures with metadata.csv
+    python contrastive.py --data DIR/MMEB-train         parquet and PNG
+    python evaluate.py --data DIR/MMEB-eval             and sets.json, which says what the sets are
+    python evaluate.py --data DIR/pairs.jsonl
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
+import csv
+import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from data import read_dialogues, read_pairs, read_tasks
+from plumbing.config import CommandLine, flag, word
 from plumbing.errors import needs
 from plumbing.formats import IMAGE
 from plumbing.ranks import run_command
-from tools.command_line import make_parser
+from plumbing.writing import refuse_unwritable, written
 from tools.conversations import as_conversations
+from toy.world import Shapes
+
+
+@dataclass
+class Config(CommandLine):
+    """Flags of the export."""
+
+    folder: str = word("where the files go")
+    examples: int = flag(100, "examples of each kind", least=1, most=100_000)
+
+
+def write_picture(picture, path):
+    """A picture, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path, "the picture") as part:
+        picture.render().save(part)
+
+
+def write_text(text, path):
+    """A list, whole or not at all."""
+    with written(path, "the list") as part:
+        part.write_text(text, encoding="utf-8", newline="")
 
 
 def write_item(item, root) -> tuple:
@@ -28,9 +58,7 @@ def write_item(item, root) -> tuple:
         return text, ""
     # Equal pictures with equal texts share a file: the name is the key of their content.
     name = f"shapes/{item.key:016x}.png"
-    path = Path(root, "images", name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    item.images[0].render().save(path)
+    write_picture(item.images[0], Path(root, "images", name))
     return text, name
 
 
@@ -39,10 +67,10 @@ def write_table(rows, columns, path):
     with needs("pyarrow", "MMEB's parquet files"):
         import pyarrow
         import pyarrow.parquet as pq
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = map(list, zip(*rows, strict=True))  # rows become columns
     table = pyarrow.table(dict(zip(columns, values, strict=True)))
-    pq.write_table(table, path)
+    with written(path, "the table") as part:
+        pq.write_table(table, part)
 
 
 def export_dialogues(out, n):
@@ -52,11 +80,43 @@ def export_dialogues(out, n):
         d = dialogues[i]
         _, picture = write_item(d.item, out)
         lines.append(json.dumps(as_conversations(d.id, picture, d.turns)))
-    Path(out, "dialogues.jsonl").write_text("\n".join(lines) + "\n")
+    write_text("\n".join(lines) + "\n", Path(out, "dialogues.jsonl"))
+
+
+def export_captions(out, n):
+    """Pictures with captions, for both stages: a folder with metadata.jsonl, one with .csv."""
+    rows, shapes = [], Shapes()
+    for i in range(n):
+        (_, (scene,)), _, _ = shapes.dialogue(i, caption=True)
+        rows.append((f"{i:05}.png", scene.describe()))
+        for folder in ("captions", "captions-csv"):
+            write_picture(scene, Path(out, folder, rows[-1][0]))
+    lines = [json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows]
+    write_text("".join(lines), Path(out, "captions", "metadata.jsonl"))
+    table = io.StringIO()
+    csv.writer(table).writerows([("file_name", "text"), *rows])
+    write_text(table.getvalue(), Path(out, "captions-csv", "metadata.csv"))
+
+
+def as_content(item, root) -> dict:
+    """An Item as a line of pairs has it: {"text", "image"}."""
+    _, picture = write_item(item, root)
+    return {"text": item.text, "image": picture} if picture else {"text": item.text}
 
 
 def export_pairs(out, n):
-    """Stage 2's data: a table for each task."""
+    """Stage 2's data: one list of the pairs of all tasks, their pictures beside it."""
+    lines, sets = [], read_pairs()
+    for i in range(n):
+        for pairs in sets.values():
+            query, target = pairs[i].query, pairs[i].targets[0]
+            pair = {"query": as_content(query, out), "target": as_content(target, out)}
+            lines.append(json.dumps(pair) + "\n")
+    write_text("".join(lines), Path(out, "pairs.jsonl"))
+
+
+def export_mmeb_train(out, n):
+    """Stage 2's data in MMEB's layout: a table for each task."""
     columns = ("qry", "qry_image_path", "pos_text", "pos_image_path")
     for task, pairs in read_pairs().items():
         rows = []
@@ -68,7 +128,7 @@ def export_pairs(out, n):
 
 def export_tasks(out, n):
     """Evaluation sets: a table for each, the candidates of a query as two lists."""
-    columns = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+    columns, kinds = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"), {}
     for task in read_tasks(limit=n):
         rows = []
         for query, candidates in task.queries:
@@ -77,21 +137,26 @@ def export_tasks(out, n):
             texts, pictures = [text for text, _ in targets], [name for _, name in targets]
             rows.append((*write_item(query, out), texts, pictures))
         write_table(rows, columns, Path(out, task.name, "test-00000-of-00001.parquet"))
+        kinds[task.name] = {"meta_task": task.meta_task, "ood": task.ood}
+    write_text(json.dumps(kinds, indent=1) + "\n", Path(out, "sets.json"))
 
 
 def export(out, n=100):
     """All of it, n examples of each kind."""
+    refuse_unwritable(Path(out, "dialogues.jsonl"), "the list")
     export_dialogues(out, n)
-    export_pairs(Path(out, "MMEB-train"), n)
+    export_captions(out, n)
+    export_pairs(out, n)
+    export_mmeb_train(Path(out, "MMEB-train"), n)
     export_tasks(Path(out, "MMEB-eval"), n)
-    print(f"wrote {out}/dialogues.jsonl, MMEB-train, MMEB-eval: {n} examples of each kind")
+    lists = "dialogues.jsonl, pairs.jsonl, captions, captions-csv, MMEB-train, MMEB-eval"
+    print(f"wrote {out}/ with {lists}: {n} examples of each kind")
 
 
 def main(argv):
     """The command line."""
-    parser = make_parser("export", __doc__)
-    parser.add_argument("out", metavar="DIR", help="the folder")
-    export(parser.parse_args(argv).out)
+    cfg = Config.parse(argv)
+    export(cfg.folder, cfg.examples)
 
 
 if __name__ == "__main__":

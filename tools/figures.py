@@ -12,16 +12,19 @@ The numbers come from figure_numbers.py and records.py, the drawings from drawin
 draws the README's diagram and example, which need no model.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 import model
+from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError, needs
 from plumbing.ranks import run_command, setup
-from tools.command_line import make_parser
+from plumbing.writing import refuse_unwritable, written
 from tools.records import RECORDS, read_records
 from toy.world import Shapes
 
@@ -90,7 +93,7 @@ def draw(folder, contrastive="", seed=0, device=None, records_file=RECORDS) -> l
 
         from tools.drawings import FIGURES, STYLE
     sources = Sources(contrastive or "out/contrastive", seed, device, records_file)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(Path(folder, "x.png"), "the figures")
     files = []
     for name, figure in FIGURES.items():
         path, raw = Path(folder, f"{name}.png"), io.BytesIO()
@@ -101,23 +104,29 @@ def draw(folder, contrastive="", seed=0, device=None, records_file=RECORDS) -> l
             print(f"left out {path}: {e}")
             continue
         picture = Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        picture.save(path, optimize=True)  # 256 colours are enough, and light
+        with written(path, "the figure") as part:
+            picture.save(part, optimize=True)  # 256 colours are enough, and light
         files.append(path)
         print(f"wrote {path}")
     return files
 
 
+@dataclass
+class Config(CommandLine):
+    """Flags of the figures."""
+
+    folder: str = word("where the figures go")
+    model: str = flag("out/contrastive", "stage 2's folder; stage 1's is `pretrain` beside it")
+    seed: int = flag(0, "of the test scenes and queries", least=0, most=2_147_483_647)
+
+
 def main(argv):
     """The command line."""
-    parser = make_parser("figures", __doc__)
-    parser.add_argument("folder", metavar="DIR", help="where the figures go")
-    parser.add_argument("--model", default="out/contrastive", help="stage 2's folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the test scenes and queries")
-    args = parser.parse_args(argv)
-    draw(args.folder, args.model, args.seed, setup())
+    cfg = Config.parse(argv)
+    draw(cfg.folder, cfg.model, cfg.seed, setup())
     from tools import overview  # matplotlib is there: draw has asked for it
 
-    overview.draw(args.folder)
+    overview.draw(cfg.folder)
 
 
 if __name__ == "__main__":

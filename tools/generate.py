@@ -8,34 +8,68 @@ about a picture, then answers them, turn by turn, in one conversation.
 
 The last one runs here and now: the toy MLLM answers questions that you bring. Each dialogue is
 written when it is there, so that a run that was interrupted goes on where it was; what failed three
-times is listed in OUT.failed.jsonl, and never becomes training data.
+times is listed in OUT.failed.jsonl, and never becomes training data. Exit status 1 where nothing
+could be made.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import base64
+import http.client
 import io
 import json
 import os
 import random
 import re
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
 
 from model import add_compression_tokens
-from plumbing.errors import InputError
+from plumbing.config import CommandLine, flag
+from plumbing.errors import InputError, brief
+from plumbing.folders import place
 from plumbing.formats import IMAGE, located
 from plumbing.images import open_image
 from plumbing.ranks import run_command
-from plumbing.weights import load_adapter, load_mllm, place
-from tools.command_line import make_parser
+from plumbing.weights import Options, load_adapter, load_mllm
+from plumbing.writing import append_whole, refuse_unwritable, written
 from tools.conversations import as_conversations
 from tools.pictures import find_pictures
 
 ATTEMPTS = 3
 HOPELESS = 50  # failures without one success: it is not the pictures
+LONGEST_REPLY = 10_000_000  # bytes of a server's answer
+# What a chat template writes, and no answer: a server with another template lets it through.
+TEMPLATE_TOKEN = re.compile(
+    r"\s*(<\|[^|\s]{1,40}\|>|</?s>|<(start|end)_of_\w+>|\[/?INST\]|</?think>)"
+)
+
+
+@dataclass
+class Config(CommandLine):
+    """Flags of the generator."""
+
+    images: str = flag("", "a folder of pictures")
+    out: str = flag("", "a .jsonl; it goes on where it was")
+    model: str = flag("", "toy, a folder or hub id; with --server its name there")
+    server: str = flag("", "OpenAI-compatible, http://host:8000/v1")
+    api_key: str = flag("none", "of the server")
+    questions: str = flag("", "a file, one a line: 3-5 drawn for a picture")
+    batch: int = flag(16, "pictures at a time", least=1, most=1024)
+    max_pixels: int = flag(0, "largest picture, pixels; 0: the model's own", least=0)
+    max_tokens: int = flag(256, "longest reply", least=1)
+    temperature: float = flag(0.7, "of the replies; 0: greedy", least=0, most=10)
+    timeout: float = flag(120.0, "seconds to wait for a reply of the server", above=0, most=86_400)
+    wait: float = flag(10.0, "seconds before failures are tried again", least=0, most=86_400)
+    seed: int = flag(0, "of the sampling", least=0, most=2_147_483_647)
+
 
 ASK_FOR_QUESTIONS = (  # what the paper asks of Qwen2.5-VL, in words of our own
     "Write 3 to 5 specific questions about this picture, each about another thing that is to be "
@@ -53,12 +87,24 @@ class CutOff(InputError):
         super().__init__(f"reply cut off at --max-tokens: {text!r:.80}")
 
 
+class NotTheServer(InputError):
+    """It is the server, the key or the name of the model: no picture will be answered."""
+
+
+def refuse_template(reply):
+    """A reply that begins with a token of a chat template is none of an answer, but a sign that the
+    server and the model do not agree about the template."""
+    if TEMPLATE_TOKEN.match(reply):
+        raise InputError(f"the reply begins with a template's own token: {reply!r:.80}")
+
+
 def interview(questions=()):
     """The conversation about one picture (CoMa: questions first, then answers turn by turn), as a
     coroutine: yields the chat so far, [(role, text)], is sent the reply, returns the (question,
     answer) turns. InputError where a reply is of no use."""
     if not questions:
         reply = yield [("user", ASK_FOR_QUESTIONS)]
+        refuse_template(reply)
         # "1. ...", " 2) ..." or "3: ..."; what a model says around its list is left out.
         numbered = re.findall(r"(?m)^\s*\d+\s*[.):]\s*(.*\S)", reply)
         questions = list(dict.fromkeys(numbered))[:5]
@@ -69,9 +115,10 @@ def interview(questions=()):
         # Neither may ask for a picture that is not there.
         chat.append(("user", question.replace(IMAGE, "")))
         reply = yield chat
+        refuse_template(reply)
         answer = reply.replace(IMAGE, "").strip()
         if not answer:
-            raise InputError(f"no answer to {question!r}")
+            raise InputError(f"no answer to {brief(question)!r}")
         chat.append(("assistant", answer))
     texts = [text for _, text in chat]
     return list(zip(texts[::2], texts[1::2], strict=True))
@@ -90,6 +137,8 @@ def converse(replies, talks) -> dict:
         asked = [(pictures[file], chat) for file, chat in chats.items()]
         try:
             answers = replies(asked)
+        except NotTheServer:
+            raise
         except Exception as e:  # whatever it is, it costs these pictures and no others
             answers = [e] * len(asked)
         for file, reply in zip(list(chats), answers, strict=True):
@@ -112,13 +161,16 @@ def converse(replies, talks) -> dict:
 def ask_model(args):
     """-> function([(picture, chat)]) -> replies, of an MLLM in this process, all in a batch."""
     path = place(args.model)
-    mllm, processor, has_adapter = load_mllm(path, args.model)
+    options = Options(max_pixels=args.max_pixels)
+    mllm, processor, has_adapter = load_mllm(path, args.model, options)
     if has_adapter:  # which may have taught the rows of new tokens
         add_compression_tokens(mllm, processor.tokenizer, 0)
         load_adapter(mllm, path)
     ends = mllm.generation_config.eos_token_id  # one or several
     ends = set(ends) if isinstance(ends, list) else {ends}
     ends.add(processor.tokenizer.eos_token_id)
+    added = processor.tokenizer.added_tokens_decoder  # a template's own tokens are among them
+    own = {token_id for token_id, token in added.items() if token.special} - ends
     mllm = mllm.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     sampling = {"do_sample": False}
@@ -132,19 +184,28 @@ def ask_model(args):
 
     @torch.no_grad()
     def replies(asked):
+        prompts = [prompt(chat) for _, chat in asked]
+        first = processor.tokenizer.bos_token
         inputs = processor(
-            text=[prompt(chat) for _, chat in asked],
+            text=prompts,
             images=[[picture] for picture, _ in asked],
             padding=True,
             padding_side="left",  # every reply begins in the same column
+            # Gemma 3's template writes the first token itself, and must not get two.
+            add_special_tokens=not (first and prompts[0].startswith(first)),
             return_tensors="pt",
         ).to(mllm.device)
         ids = mllm.generate(**inputs, max_new_tokens=args.max_tokens, **sampling)
         ids = ids[:, inputs["input_ids"].shape[1] :]
         texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        # A reply is whole when its end was written; the others are cut off.
-        whole = [bool(ends & set(row.tolist())) for row in ids]
-        return [text if w else CutOff(text) for text, w in zip(texts, whole, strict=True)]
+        answers = []
+        for row, text in zip(ids.tolist(), texts, strict=True):
+            if row[0] in own:  # `skip_special_tokens` has hidden it
+                token = processor.tokenizer.decode(row[:1])
+                answers.append(InputError(f"the reply begins with a template's own token: {token}"))
+            else:  # a reply is whole when its end was written; the others are cut off
+                answers.append(text if ends & set(row) else CutOff(text))
+        return answers
 
     return replies
 
@@ -152,27 +213,80 @@ def ask_model(args):
 def ask_server(args):
     """-> function([(picture, chat)]) -> replies, of any server that speaks OpenAI's protocol
     (vLLM does); one picture a request."""
-    from huggingface_hub import InferenceClient
-
-    client = InferenceClient(base_url=args.server, api_key=args.api_key, timeout=args.timeout)
+    url = args.server.rstrip("/") + "/chat/completions"
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {args.api_key}"}
 
     def replies(asked):
         ((picture, chat),) = asked
-        jpeg = io.BytesIO()
-        picture.save(jpeg, "jpeg", quality=92)
-        url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-        first = [{"type": "image_url", "image_url": {"url": url}}]
+        first = [{"type": "image_url", "image_url": {"url": as_url(picture, args.max_pixels)}}]
         first.append({"type": "text", "text": chat[0][1]})
         talk = [{"role": "user", "content": first}]
         talk += [{"role": role, "content": text} for role, text in chat[1:]]
-        choice = client.chat_completion(
-            talk, model=args.model, max_tokens=args.max_tokens, temperature=args.temperature
-        ).choices[0]
-        if choice.finish_reason == "length":
-            raise CutOff(choice.message.content)
-        return [choice.message.content or ""]
+        asks = {"model": args.model, "messages": talk, "max_tokens": args.max_tokens}
+        body = json.dumps(asks | {"temperature": args.temperature}).encode()
+        # The standard library: the hub's client refuses every server under HF_HUB_OFFLINE.
+        request = urllib.request.Request(url, body, headers)
+        return [read_reply(fetch(request, args))]
 
     return replies
+
+
+def fetch(request, args) -> bytes:
+    """What the server answers; NotTheServer where it is not there, or knows neither the key nor the
+    model."""
+    try:
+        with urllib.request.urlopen(request, timeout=args.timeout) as answer:
+            return answer.read(LONGEST_REPLY)
+    except urllib.error.HTTPError as e:
+        said = brief(e.read(2000).decode("utf-8", "replace"))
+        if e.code in (401, 403, 404):  # key, rights, path or model
+            raise NotTheServer(f"--server {args.server}: {e.code} {e.reason}: {said}") from None
+        raise InputError(f"the server says {e.code} {e.reason}: {said}") from None
+    except urllib.error.URLError as e:
+        if isinstance(e.reason, ConnectionResetError | BrokenPipeError):  # it did answer the call
+            raise InputError(f"the server hung up: {brief(e.reason)}") from None
+        reason = f"not reached: {brief(e.reason)}; is it running, and the URL right?"
+        raise NotTheServer(f"--server {args.server}: {reason}") from None
+    except (OSError, http.client.HTTPException) as e:
+        raise InputError(f"the server's answer broke off: {brief(e) or type(e).__name__}") from None
+
+
+def read_reply(answer) -> str:
+    """The text of a chat completion; InputError where there is none."""
+    try:
+        choice = json.loads(answer)["choices"][0]
+        text, finish = choice["message"]["content"], choice.get("finish_reason")
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        raise InputError(f"the server's answer is no chat completion: {answer!r:.80}") from None
+    if not isinstance(text, str | None):
+        raise InputError(f"the server's answer is no text: {text!r:.80}")
+    if finish == "length":
+        raise CutOff(text)
+    return text or ""
+
+
+def as_url(picture, max_pixels) -> str:
+    """A picture as a data: URL, made smaller where it has more than max_pixels (0: never)."""
+    w, h = picture.size
+    if 0 < max_pixels < w * h:
+        scale = (max_pixels / (w * h)) ** 0.5
+        picture = picture.resize((max(1, int(w * scale)), max(1, int(h * scale))))
+    jpeg = io.BytesIO()
+    picture.save(jpeg, "jpeg", quality=92)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+
+
+def refuse_no_url(server, api_key):
+    """InputError where --server is no address that could be asked, or the key cannot be sent."""
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise InputError(f"--api-key {brief(ascii(api_key), 20)}: printable ASCII is wanted")
+    try:
+        parts = urlsplit(server)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or not server.isascii() or not server.isprintable() or " " in server:
+        raise InputError(f"--server {brief(server)}: no URL; http://localhost:8000/v1 is one")
 
 
 # --------------------------------------------------------------------------------- all the pictures
@@ -182,7 +296,10 @@ def read_questions(path) -> list:
     """The questions of --questions, one a line; none where the flag is empty."""
     if not path:
         return []
-    text = Path(path).read_text() if os.path.isfile(path) else ""
+    try:
+        text = Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else ""
+    except (OSError, ValueError) as e:
+        raise InputError(f"--questions {path}: {brief(e)}; a text file is wanted") from None
     questions = [line.strip() for line in text.splitlines() if line.strip()]
     if len(questions) < 3:
         raise InputError(f"--questions {path}: a file of at least 3, one a line")
@@ -227,7 +344,7 @@ def ask_until_done(names, questions, replies, args, bar) -> dict:
                     append_dialogue(args.out, name, outcome)
                     bar.update()
                     continue
-                errors[name] = f"{type(outcome).__name__}: {outcome!s:.200}"
+                errors[name] = f"{type(outcome).__name__}: {brief(outcome)}"
                 if len(errors) == HOPELESS and bar.n == before:
                     raise InputError(f"{HOPELESS} pictures failed and none did not: {errors[name]}")
             names = sorted(errors)
@@ -239,8 +356,7 @@ def ask_until_done(names, questions, replies, args, bar) -> dict:
 def append_dialogue(path, name, turns):
     """One more line of OUT."""
     line = json.dumps(as_conversations(name, name, turns), ensure_ascii=False)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    append_whole(path, line.encode() + b"\n", "--out")
 
 
 def list_failures(errors, path):
@@ -250,20 +366,37 @@ def list_failures(errors, path):
         lines = []
         for name, error in sorted(errors.items()):
             lines.append(json.dumps({"image": name, "error": error}) + "\n")
-        path.write_text("".join(lines))
+        with written(path, "--out") as part:
+            part.write_text("".join(lines))
         print(f"{len(errors)} failed three times, see {path}; the same command tries them again")
 
 
-def generate(args):
-    """Dialogues about the pictures of a folder, each written when it is there."""
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # 1. What an earlier run has done.
+def read_done(out) -> set:
+    """The pictures that an earlier run has made dialogues of. Its last line is removed where it was
+    cut off: that dialogue is made again."""
     old = out.read_bytes() if out.exists() else b""
-    old = old[: old.rfind(b"\n") + 1]  # a line that was cut off is made again
+    whole = old[: old.rfind(b"\n") + 1]
     done = set()
-    for number, line in enumerate(old.splitlines(), 1):
+    for number, line in enumerate(whole.splitlines(), 1):
         done.add(located(f"{out}, line {number}", lambda x: json.loads(x)["image"], line))
+    if len(whole) < len(old):
+        os.truncate(out, len(whole))
+    return done
+
+
+def generate(args) -> int:
+    """Dialogues about the pictures of a folder, each written when it is there. -> the exit status:
+    1 where there was something to ask about, and nothing came of it."""
+    for name in ("images", "out", "model"):
+        if not getattr(args, name):
+            raise InputError(
+                f"--{name} is missing: --images DIR --out FILE --model NAME are needed"
+            )
+    # 1. What an earlier run has done.
+    if args.server:
+        refuse_no_url(args.server, args.api_key)
+    refuse_unwritable(args.out, "--out")
+    done = read_done(Path(args.out))
 
     # 2. What is left to do, and who is asked.
     questions = read_questions(args.questions)
@@ -272,36 +405,19 @@ def generate(args):
     replies = ask_server(args) if args.server else ask_model(args)
 
     # 3. Ask, and write down what failed.
-    out.write_bytes(old)
     total = len(names) + len(done)
     with tqdm(total=total, initial=len(done), unit="img", desc="dialogues") as bar:
         errors = ask_until_done(names, questions, replies, args, bar)
-    list_failures(errors, Path(f"{out}.failed.jsonl"))
-    print(f"wrote {out}: python pretrain.py --data {out} --image-root {args.images}")
+    list_failures(errors, Path(f"{args.out}.failed.jsonl"))
+    if names and len(errors) == len(names):
+        return 1
+    print(f"wrote {args.out}: python pretrain.py --data {args.out} --image-root {args.images}")
+    return 0
 
 
 def main(argv):
     """The command line."""
-    parser = make_parser("generate", __doc__)
-    add = parser.add_argument
-    add("--images", metavar="DIR", required=True, help="a folder of pictures")
-    add("--out", metavar="FILE", required=True, help="a .jsonl; it goes on where it was")
-    add("--model", required=True, help="toy, a folder or hub id; with --server its name there")
-    add("--server", metavar="URL", default="", help="OpenAI-compatible, http://host:8000/v1")
-    add("--api-key", metavar="KEY", default="none", help="of the server")
-    add("--questions", metavar="FILE", default="", help="one a line: 3-5 drawn for a picture")
-
-    def number(name, default, text):
-        text = f"{text} (default: {default})"
-        add(name, type=type(default), default=default, help=text, metavar="N")
-
-    number("--batch", 16, "pictures at a time")
-    number("--max-tokens", 256, "longest reply")
-    number("--temperature", 0.7, "of the replies; 0: greedy")
-    number("--timeout", 120.0, "seconds to wait for a reply of the server")
-    number("--wait", 10.0, "seconds before failures are tried again")
-    number("--seed", 0, "of the sampling")
-    generate(parser.parse_args(argv))
+    return generate(Config.parse(argv))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ Six pictures with their dialogues, then of each task a query with its right cand
 the wrong ones. Writes out/shapes.png.
 """
 
-from pathlib import Path
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 
 from PIL import Image, ImageDraw
 
 from plumbing.ranks import run_command
+from plumbing.writing import refuse_unwritable, written
 from tools.command_line import make_parser
 from toy.world import META_TASK, Shapes
 
@@ -36,6 +37,7 @@ def examples() -> list:
 
 def look(path="out/shapes.png"):
     """Prints the examples, and saves the sheet."""
+    refuse_unwritable(path, "the sheet")
     rows = examples()
     sheet = Image.new("RGB", (1500, HEIGHT * len(rows)), "white")
     canvas = ImageDraw.Draw(sheet)
@@ -48,8 +50,8 @@ def look(path="out/shapes.png"):
         words = "\n".join(line[:190] for line in lines)
         canvas.text((280, y + 10), words, "black", font_size=15)
         print(words, end="\n\n")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with written(path, "the sheet") as part:
+        sheet.save(part)
     print(f"wrote {path}")
 
 

@@ -8,6 +8,7 @@ The pictures are embedded once; their embeddings are kept beside the folder, und
 they depend on. Prints the best matches with their cosines, and draws them as one picture.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import hashlib
 import os
 import time
@@ -24,11 +25,12 @@ from data import Item
 from evaluate import encode_sharded
 from plumbing import ranks
 from plumbing.config import ModelFlags, flag
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
 from plumbing.formats import IMAGE
 from plumbing.images import open_image
 from plumbing.log import versions
 from plumbing.weights import first_model
+from plumbing.writing import refuse_unwritable, written
 from tools.pictures import find_pictures
 
 WINDOW = 1024  # pictures that are embedded between two looks at the clock
@@ -43,9 +45,9 @@ class Config(ModelFlags):
     images: str = flag("", "the folder to search; its index is kept beside it")
     text: str = flag("", "rank its pictures by this text")
     query_image: str = flag("", "or by this picture, or by both together")
-    workers: int = flag(1, "loader processes of a rank")
-    image_text: str = flag(IMAGE, "the instruction that the pictures are embedded with")
-    top: int = flag(8, "results")
+    workers: int = flag(1, "loader processes of a rank", least=0, most=256)
+    image_text: str = flag("<image>", "the instruction that the pictures are embedded with")
+    top: int = flag(8, "results", least=1, most=1000)
     out: str = flag("out/search.png", "the picture of the results")
 
 
@@ -99,20 +101,32 @@ def read_index(store) -> dict:
 def write_index(store, known):
     """Written beside and renamed: a cut-off index is never seen."""
     try:
-        with open(f"{store}.part", "wb") as file:
+        with written(store, "the index") as part, open(part, "wb") as file:
             np.savez(file, files=np.array(list(known)), z=np.array(list(known.values())))
-        os.replace(f"{store}.part", store)
-    except OSError as e:
-        ranks.say(f"the index is not kept: {e}")
+    except InputError as e:  # it is a convenience: the search goes on
+        ranks.say(str(e))
 
 
-def list_files(folder) -> dict:
-    """{file|size|time: path below the folder}: a file is the same while its size and time are."""
+def list_files(folder, out, errors) -> dict:
+    """{file|size|time: path below the folder}: a file is the same while its size and time are.
+    `out`, the picture that a search draws, is none of them; what is not there goes to errors."""
     paths = {}
     for path in find_pictures(folder):
-        stat = (folder / path).stat()
-        paths[f"{path}|{stat.st_size}|{stat.st_mtime_ns}"] = path
+        if os.path.realpath(folder / path) == os.path.realpath(out):
+            continue
+        try:
+            stat = (folder / path).stat()
+        except OSError as e:
+            errors.append(f"{brief(folder / path)}: {e.strerror}")
+        else:
+            paths[f"{path}|{stat.st_size}|{stat.st_mtime_ns}"] = path
     return paths
+
+
+def index_path(folder, key) -> Path:
+    """Beside the folder, also where that is "." or "..": an index in it would be searched."""
+    real = folder.resolve()
+    return real.parent / f"{real.name}.index-{key}.npz"
 
 
 def index_pictures(embedder, cfg) -> tuple:
@@ -120,8 +134,8 @@ def index_pictures(embedder, cfg) -> tuple:
     is done is kept, every 1,024 pictures, but in no more than a twentieth of the time. A file that
     is no readable picture is named."""
     folder, key = Path(cfg.images), fingerprint(embedder, cfg.image_text)
-    store = folder.parent / f"{folder.resolve().name}.index-{key}.npz"
-    paths, old, errors = list_files(folder), read_index(store), []
+    store, errors = index_path(folder, key), []
+    paths, old = list_files(folder, cfg.out, errors), read_index(store)
     known = {f: old[f] for f in paths if f in old}
     new = [f for f in paths if f not in known]
     ranks.say(f"{len(paths):,} pictures in {folder}, {len(new):,} of them new or changed")
@@ -187,22 +201,35 @@ def search(embedder, cfg):
     scores = z @ q
     best = np.argsort(-scores, kind="stable")[: cfg.top]
     for i in best:
-        ranks.say(f"{scores[i]:7.4f}  {Path(cfg.images, paths[i])}")
+        ranks.say(f"{scores[i]:7.4f}  {brief(Path(cfg.images, paths[i]))}")
     if ranks.rank() > 0:
         return
     pictures = [open_image(Path(cfg.images, paths[i])) for i in best]
-    captions = [f"{scores[i]:.3f} {paths[i][-30:]}" for i in best]
-    sheet = draw_sheet(query.text.replace(IMAGE, cfg.query_image), pictures, captions)
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(cfg.out)
+    captions = [f"{scores[i]:.3f} {brief(paths[i][-30:])}" for i in best]
+    title = brief(query.text.replace(IMAGE, cfg.query_image))
+    with written(cfg.out, "--out") as part:
+        draw_sheet(title, pictures, captions).save(part)
     ranks.say(f"wrote {cfg.out}")
+
+
+def refuse_no_search(cfg):
+    """InputError, before anything is loaded, where there is nothing to search for or in."""
+    if not cfg.images or not (cfg.text or cfg.query_image):
+        raise InputError("a search needs --images DIR, and --text TEXT or --query-image FILE")
+    if cfg.query_image and not os.path.isfile(cfg.query_image):
+        raise InputError(f"--query-image {brief(cfg.query_image)}: no such file")
+    ending = Path(cfg.out).suffix.lower()
+    if Image.registered_extensions().get(ending) not in Image.SAVE:
+        raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
+    if ranks.rank() == 0:
+        refuse_unwritable(cfg.out, "--out")
+    find_pictures(cfg.images)
 
 
 def main(cfg):
     """A search, from flags to the drawn results."""
     device = ranks.setup()
-    if not cfg.images or not (cfg.text or cfg.query_image):
-        raise InputError("a search needs --images DIR, and --text TEXT or --query-image FILE")
+    refuse_no_search(cfg)
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
     embedder = model.load_for(cfg, device)
     ranks.say(f"searching with {cfg.model}")

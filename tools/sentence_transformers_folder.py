@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-from model import save
 from plumbing.errors import InputError
+from plumbing.folders import written_beside
 from plumbing.template import STYLES
+from plumbing.weights import write_model, write_settings
 
 # A chat template that writes what our Collator does: head, content with its pictures, end. Filled
 # in with three strings; %% is the % of Jinja.
@@ -46,7 +47,14 @@ def save_sentence_transformers(embedder, path):
     processor.chat_template = processor.tokenizer.chat_template = chat_template(embedder)
     # Trap: without position ids, padding in front moves all positions.
     processor.tokenizer.padding_side = "right"
-    save(embedder, path)
+    with written_beside(path) as part:
+        write_model(embedder, part)
+        write_settings(embedder, part, path)
+        write_modules(embedder, part)
+
+
+def write_modules(embedder, path):
+    """What that library needs beside a transformers folder."""
     pooling, pooling_config = pooling_module(embedder, path)
     kinds = {
         "": "sentence_transformers.models.Transformer",

@@ -1,0 +1,63 @@
+"""All ranks hold the same, or none of them begins: what differs is refused before the first step,
+with the rank and the field, instead of training two models whose gradients are summed."""
+
+import dataclasses
+import socket
+import sys
+from pathlib import Path
+
+from plumbing.errors import InputError, brief
+from plumbing.ranks import gather_objects, rank, setup
+
+# What may differ from node to node: where things lie on its disks (their content is compared, by
+# digests), and how many processes read them.
+OF_A_NODE = ("model", "data", "image_root", "skip_bad", "out", "json", "workers")
+
+
+def agree(mine, note=""):
+    """Raises InputError on all ranks alike where some rank holds other values than rank 0.
+
+    mine: {what it is called: value}, of this rank; note: what else the message says of a rank."""
+    everyone = gather_objects((f"{socket.gethostname()}{note and f', {note}'}", mine))
+    here, first = everyone[0]
+    for number, (there, values) in enumerate(everyone):
+        differ = []
+        for name in {**first, **values}:
+            one, other = first.get(name), values.get(name)
+            if one != other:
+                differ.append(f"{name} {brief(other, 60)} where rank 0 has {brief(one, 60)}")
+        if differ:
+            text = f"rank {number} ({there}) has {', '.join(differ)} (rank 0: {here})"
+            raise InputError(f"{text}. All ranks must start alike: the same command on every node")
+
+
+def together(work):
+    """work() on this rank. An InputError of any rank is raised on all alike: nobody waits in a
+    collective for a rank that has ended. -> what work() returned here."""
+    result = error = None
+    try:
+        result = work()
+    except InputError as e:
+        error = str(e)
+    for number, (there, text) in enumerate(gather_objects((socket.gethostname(), error))):
+        if text:
+            raise InputError(f"rank {number} ({there}): {text}" if number else text)
+    return result
+
+
+def by_rank_0(work):
+    """What work() returns on rank 0, which alone does it: on all ranks, and an InputError, too."""
+    return gather_objects(together(lambda: work() if rank() == 0 else None))[0]
+
+
+def join(cfg):
+    """Joins torchrun's process group. -> this rank's device. Raises InputError where the flags are
+    not the same on all ranks: before anything is loaded, and before the first collective that one
+    of them would not take part in."""
+    device = setup()
+    flags = {"the script": Path(sys.argv[0]).name}
+    for field in dataclasses.fields(cfg):
+        if field.init and field.name not in OF_A_NODE:
+            flags["--" + field.name.replace("_", "-")] = getattr(cfg, field.name)
+    agree(flags)
+    return device

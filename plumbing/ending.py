@@ -1,0 +1,194 @@
+"""How a process of ours ends: at a signal within five seconds, with one line and status 130 or 143,
+a training run once its step is over and saved; by whatever else at once. It never waits for other
+ranks or for loader processes. (plumbing/start.py puts this in force.)"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+from plumbing.errors import InputError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+UNWIND = 3.0  # seconds that a command has to put its files in order
+ONE_WISH = 2.0  # seconds in which a second signal says the first again, see `obey`
+LEAVE_STEP = 5.0  # seconds that a step may go on after a signal, see `overdue`
+
+# ---------------------------------------------------------------------------------------- signals
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal, raised in the main thread. Not an Exception: nobody takes it for a failure."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+class StepLeft(Exception):
+    """A step that would end too late after a signal is left in its midst, by all ranks alike."""
+
+
+class Wish(NamedTuple):
+    """A signal that a training run has noted."""
+
+    number: int
+    time: float  # seconds, of time.monotonic
+
+
+pipes = []  # kept open, see watch_signals
+stop_asked = []  # the Wishes; looked at after each step, and between its chunks
+unwinding = threading.Event()  # a Stopped is on its way
+handlers_before = {}  # while a training run notes signals: what they did before, by number
+
+
+def on_signal(number, frame):
+    """In the main thread, between two lines of Python."""
+    if handlers_before:
+        stop_asked.append(Wish(number, time.monotonic()))
+    elif not unwinding.is_set():  # a second one must not break into what the first one began
+        unwinding.set()
+        raise Stopped(number)
+
+
+def note_signals():
+    """From here on signals are noted, and the training run ends itself by them."""
+    if not handlers_before and threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            handlers_before[number] = signal.signal(number, on_signal)
+
+
+def forget_signals():
+    """The training run is over: signals do what they did before it."""
+    for number, handler in handlers_before.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+    handlers_before.clear()
+    stop_asked.clear()
+
+
+def overdue() -> bool:
+    """Whether a signal waits so long already that the step is better left: whoever sent it
+    (torchrun, a cluster) kills the process some 30 seconds later."""
+    return bool(stop_asked) and time.monotonic() - stop_asked[0].time > LEAVE_STEP
+
+
+def obey(pipe):
+    """The thread that ends the process where its main thread cannot: that may be inside one call of
+    C (an import, a collective, reading 13 GB) for minutes."""
+    first = None
+    while True:
+        number = pipe.recv(1)[0]
+        if number not in SIGNALS:
+            continue
+        first = first or time.monotonic()
+        if handlers_before:
+            # Trap: Ctrl-C reaches a rank twice, from the terminal and from torchrun.
+            if time.monotonic() - first > ONE_WISH:
+                leave(f"ended by a second {signal.Signals(number).name}", 128 + number)
+        else:
+            time.sleep(UNWIND)
+            leave(f"ended by {signal.Signals(number).name}", 128 + number)
+
+
+def watch_signals():
+    """Once a process, in its main thread."""
+    inside, outside = socket.socketpair()
+    outside.setblocking(False)
+    # Written by the C handler itself, whatever the main thread is doing.
+    signal.set_wakeup_fd(outside.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=obey, args=(inside,), daemon=True).start()
+    pipes.extend((inside, outside))
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+    if not hasattr(os, "register_at_fork"):
+        return
+    # Blocked around a fork: a child must not answer a signal in its parent's place.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
+        after_in_child=be_a_child,
+    )
+
+
+def be_a_child():
+    """What a forked process does first: it leaves signals to its parent, and ends with it."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:  # they may reach all: a rank still needs its batch
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    # A signal would be no help: what kills a rank with -9 sends none.
+    threading.Thread(target=outlive_nobody, args=(os.getppid(),), daemon=True).start()
+
+
+def outlive_nobody(parent):
+    """Trap: a rank that is killed leaves its children; they hold its sockets open, and the other
+    ranks would wait for it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+# ------------------------------------------------------------------------------------------ ending
+
+leaving = threading.Lock()  # the line is printed once
+
+
+def leave(message="", status=1):
+    """Ends this process with at most one line, which names the script, and an exit status."""
+    if not leaving.acquire(blocking=False):
+        time.sleep(1)  # another thread is at it; unless nobody reads what it prints
+        os._exit(status)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # nobody reads it
+        status = status or 128 + signal.SIGPIPE
+    try:
+        if message:
+            line = "\n" if sys.stderr.isatty() else ""  # below a progress bar
+            print(f"{line}{script_name()}: {message}", file=sys.stderr)
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+    # Not through destructors: they may wait for the other ranks, or for loader processes.
+    os._exit(status)
+
+
+def script_name() -> str:
+    """As errors say it: pretrain.py; of `python -m tools.merge` merge."""
+    path = Path(sys.argv[0])
+    return path.stem if path.parent.name == "tools" else path.name
+
+
+def leave_by(error):
+    """Ends this process by what nobody caught: one line for what a user can put right and for a
+    signal, else the traceback."""
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+            leave(status=1)
+        leave(status=error.code or 0)
+    if isinstance(error, KeyboardInterrupt):
+        number = getattr(error, "number", signal.SIGINT)
+        leave(f"ended by {signal.Signals(number).name}", 128 + number)
+    if isinstance(error, InputError):
+        leave(str(error))
+    if isinstance(error, BrokenPipeError) and not output_is_read():
+        leave(status=128 + signal.SIGPIPE)  # as of any program in front of `| head`
+    try:
+        traceback.print_exception(error)
+    finally:
+        leave()
+
+
+def output_is_read() -> bool:
+    """Whether both outputs still have a reader."""
+    poll = select.poll()
+    for fd in (1, 2):
+        poll.register(fd, 0)  # errors are told unasked
+    return not any(event & select.POLLERR for _, event in poll.poll(0))

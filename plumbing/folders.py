@@ -1,0 +1,245 @@
+"""A model's folder, one's own or from elsewhere: where it is, what it may hold before anything is
+built from it, how it is written. (What is built: plumbing/weights.py.)"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from plumbing.errors import InputError, brief
+from plumbing.hub import fetch
+
+TOY = Path(__file__).parent.parent / "toy" / "mllm"
+SAMPLE = 4096  # bytes, see digest_of_weights
+LONGEST_JSON = 50_000_000  # bytes; the index of a model with a million weights has 100 MB
+MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+WEIGHTS = "*.safetensors"
+# What an older run or export may have left that `load`, or another library, would believe.
+STALE = [
+    *("adapter_*", "nanocoma.json", "model*.safetensors", "*.index.json", "*.jinja", "merges.txt"),
+    *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("compression_pooling.py", "1_Pooling/config.json", "2_Normalize/config.json"),
+]
+# Keys of a config that say how often something is built, and how large a weight is.
+COUNTS = re.compile(r"(^|_)(?<!window_)(layers?|depths?|blocks|stages)$")
+SIZES = re.compile(r"^(vocab|hidden|intermediate)_size$|^(embed|head)_dim$|_experts$")
+# Numbers of a processor, and the most that they may be: beyond, it would make of a small picture,
+# or of its place in the text, what fills the memory. (The Qwen family's edges are areas.)
+AREAS = re.compile(r"_edge$|_pixels$")
+PROCESSOR_LIMITS = [
+    (re.compile(r"merge_size$|temporal_patch_size$"), 16),
+    (re.compile(r"patch_size$"), 256),
+    (re.compile(r"^(height|width|image_size|crop_size|image_grid_pinpoints)$"), 10_000),
+    (re.compile(r"_(patches|tiles|crops|splits)$"), 1_000),
+    (re.compile(r"_(tokens|seq_len|seq_length)$"), 100_000),
+]
+MOST_PIXELS, LONGEST_EDGE = 100_000_000, 10_000
+
+
+# -------------------------------------------------------------------------------------- where it is
+
+
+def place(name) -> str:
+    """The folder of a model: the toy's, one's own, or what of a hub id a model needs, downloaded:
+    its weights as safetensors, no pickles and no code."""
+    if not isinstance(name, str | os.PathLike) or not str(name):
+        text = f'{brief(repr(name))} is no name of a model; load("toy"), a folder, or a hub id'
+        raise InputError(f"--model: {text}")
+    if name in ("toy", "toy-random"):
+        return str(TOY)
+    folder = str(name)
+    if not os.path.isdir(folder):
+        folder = fetch(folder, "model", MODEL_FILES, [WEIGHTS])
+    for pattern in [*MODEL_FILES, WEIGHTS]:
+        for file in Path(folder).glob(pattern):
+            if not file.is_file():  # opening a pipe would wait for ever
+                raise InputError(f"--model {folder}: its {file.name} is no ordinary file")
+    return folder
+
+
+def read_json(folder, name) -> dict:
+    """A small JSON file of a checkpoint folder; {} where there is none."""
+    file = Path(folder) / name
+    if not file.exists():
+        return {}
+    try:
+        if file.stat().st_size > LONGEST_JSON:
+            raise InputError(f"{file}: {file.stat().st_size:,} bytes, at most {LONGEST_JSON:,}")
+        value = json.loads(file.read_text())
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{file}: not readable as JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: must hold an object, not a {type(value).__name__}")
+    return value
+
+
+def digest_of_weights(folder) -> str:
+    """Sixteen characters that change with the weights in a folder: of each *.safetensors its size,
+    its header and samples all over it. (A whole 13 GB file would take a minute to read.)"""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(folder).glob(WEIGHTS)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(0, size, max(size // 256, SAMPLE)):
+                file.seek(place)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------- what it may hold
+
+
+@contextmanager
+def reading(folder):
+    """Around what the libraries make of a folder from elsewhere: whatever they raise is the
+    folder's fault, and becomes an InputError that names it."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except BaseException as e:
+        # Trap: the tokenizers' Rust code panics with what is no Exception, and cannot be imported.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise InputError(f"--model {folder}: {type(e).__name__}: {brief(e)}") from e
+
+
+def refuse_hostile(folder):
+    """What a folder from elsewhere may not hold: pickled weights in the place of safetensors, a
+    list of files that leads out of it. (Code in it is never run.)"""
+    for index in Path(folder).glob("*.index.json"):
+        weight_map = read_json(folder, index.name).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else ()
+        for file in {str(f) for f in files}:
+            if os.path.basename(file) != file:
+                raise InputError(f"{index}: the weights in {brief(repr(file))} lie outside of "
+                                 "the folder")  # fmt: skip
+    if not any(Path(folder).glob(WEIGHTS)):
+        raise InputError(f"--model {folder}: no *.safetensors in it, and pickles are not opened")
+
+
+def shapes_of_weights(folder, pattern=WEIGHTS) -> dict:
+    """{name: shape} of all weights in a folder's files, by their headers."""
+    shapes = {}
+    for path in sorted(Path(folder).glob(pattern)):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  it is no dict
+                    shapes[name] = file.get_slice(name).get_shape()
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"--model {folder}: {path.name}: {brief(e)}") from None
+    return shapes
+
+
+def numbers_in(value, key=""):
+    """Yields (key, number) for all numbers in JSON, at any depth; those of a list have its key."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from numbers_in(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from numbers_in(inner, key)
+    elif isinstance(value, int | float):
+        yield key, value
+
+
+def refuse_absurd_config(folder):
+    """Before anything is built: config.json may promise no more layers than its files have weights,
+    and no larger ones. Building a million layers, or 10^9 rows, takes the memory of a machine."""
+    config = read_json(folder, "config.json")
+    if not config:
+        raise InputError(f"--model {folder}: no config.json in it; is it a model's folder?")
+    shapes = shapes_of_weights(folder)
+    largest = max((max(shape, default=1) for shape in shapes.values()), default=1)
+    for key, value in numbers_in(config):
+        most = None
+        if COUNTS.search(key):
+            most, what = len(shapes), "weights"
+        elif SIZES.search(key):
+            most, what = largest, "rows in the largest weight"
+        if most is not None and not value <= most:  # NaN too
+            text = f"{key} is {value:,} in its config.json, but its files have {most:,} {what}"
+            raise InputError(f"--model {folder}: {text}")
+
+
+def refuse_absurd_processor(folder):
+    """A processor that would make something gigantic of every picture."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        numbers = list(numbers_in(read_json(folder, name)))
+        has_areas = "merge_size" in [key for key, _ in numbers]
+        limits = [*PROCESSOR_LIMITS, (AREAS, MOST_PIXELS if has_areas else LONGEST_EDGE)]
+        for key, value in numbers:
+            most = next((most for pattern, most in limits if pattern.search(key)), None)
+            if most is not None and not 0 <= value <= most:
+                raise InputError(f"{Path(folder, name)}: {key} is {value:,}; 0 to {most:,}")
+
+
+# ------------------------------------------------------------------------------- how it is written
+
+
+@contextmanager
+def written_beside(path):
+    """Gives a new folder to write into; what it holds at the end goes to `path`, file by file. Of
+    an older run in `path` the files go away that `load` would believe. Where writing fails, what
+    stood there stays, and an InputError says why."""
+    # On the same disk, so that a rename is all that is left to do.
+    path, part = Path(path), Path(f"{path}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        ordinary_permissions(part)
+        path.mkdir(exist_ok=True)
+        new = [file.relative_to(part) for file in sorted(part.rglob("*")) if file.is_file()]
+        for pattern in STALE:
+            for old in path.glob(pattern):
+                if old.relative_to(path) not in new:
+                    old.unlink()
+        for file in new:
+            (path / file).parent.mkdir(exist_ok=True)
+            os.replace(part / file, path / file)
+    except Exception as e:
+        # The tokenizers' Rust code raises a plain Exception where the disk is full.
+        if isinstance(e, OSError | SafetensorError) or type(e) is Exception:
+            raise InputError(f"{path}: not written: {brief(e)}. {way_out(path, e)}") from e
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def way_out(path, error) -> str:
+    """What to do where a folder could not be written."""
+    if str(errno.ENOSPC) in re.findall(r"\d+", str(error)) or "space" in str(error):
+        above = next(p for p in Path(path).absolute().parents if p.exists())
+        free = shutil.disk_usage(above).free / 1e6
+        return f"{free:,.1f} MB are free there; what stood there is as it was. Free some, or move"
+    return "What stood there is as it was. Take a folder that you may write into"
+
+
+def ordinary_permissions(folder):
+    """Trap: safetensors writes files that only their owner may read. -> as the umask has them."""
+    mode = folder.stat().st_mode & 0o666  # a new folder's has the umask in it
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
+def refuse_unwritable(path):
+    """An InputError, before any work, where no folder can be written at `path`."""
+    path = Path(path)
+    above = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
+    if not str(path).strip(". ") or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{brief(path)!r} cannot be written: {above} is no folder that you may "
+                         "write into. Take another one")  # fmt: skip

@@ -1,0 +1,133 @@
+"""What users pass to `encode`, and how it runs: texts, pictures and both, as sentence-transformers'
+users have them, become (text, pictures); anything else is an InputError that shows the right form.
+"""
+
+import numbers
+import os
+from contextlib import contextmanager
+from functools import wraps
+
+import numpy as np
+import torch
+from PIL import Image
+
+from plumbing.errors import InputError, brief
+from plumbing.formats import IMAGE, Content
+
+FORMS = (
+    'a text, Image.open(FILE), pathlib.Path(FILE), {"image": either of them, "text": ...}, a numpy '
+    "picture (H, W, 3) of uint8, or an Item"
+)
+
+
+def refuse(x, why) -> InputError:
+    """The error for an input that is none."""
+    return InputError(f"encode: {why}: {brief(repr(x), 80)}; each input is {FORMS}")
+
+
+def is_picture(x) -> bool:
+    """Whether it is opened as a picture where it stands alone: a string would be a text."""
+    return isinstance(x, Image.Image | os.PathLike | np.ndarray) or hasattr(x, "render")
+
+
+def picture_of(x):
+    """A picture that `open_image` takes, from what a user has for one."""
+    if not isinstance(x, np.ndarray):
+        return x
+    colours = x.ndim == 2 or (x.ndim == 3 and x.shape[2] in (3, 4))
+    if x.dtype != np.uint8 or not colours or not x.size:
+        raise InputError(f"encode: an array {x.shape} of {x.dtype}; a picture is (H, W, 3) of "
+                         "uint8, 0 to 255")  # fmt: skip
+    return Image.fromarray(x)
+
+
+def content_of(x) -> Content:
+    """(text with `<image>` marks, pictures) of one input, see FORMS; a tuple of a text and a
+    picture is both, in either order."""
+    if isinstance(x, str):
+        return Content(str(x))
+    if is_picture(x):
+        return Content(IMAGE, (picture_of(x),))
+    if isinstance(x, tuple) and len(x) == 2:
+        texts = [part for part in x if isinstance(part, str)]
+        pictures = [part for part in x if is_picture(part)]
+        if len(texts) == len(pictures) == 1:
+            return content_of({"image": pictures[0], "text": texts[0]})
+    if not isinstance(x, dict):
+        raise refuse(x, f"an input of type {type(x).__name__}")
+    if not x or not x.keys() <= {"image", "text"}:
+        raise refuse(x, f"a dict with {', '.join(map(repr, x)) or 'nothing'} in it")
+    return both(x)
+
+
+def both(x) -> Content:
+    """Of a dict with "image" (one or a list; here a string is a path) and "text": the pictures come
+    first where the text has no marks for them, as in the exported folder's template."""
+    text, pictures = x.get("text"), x.get("image")
+    if not isinstance(text, str | None):
+        raise refuse(x, f'its "text" is of type {type(text).__name__}')
+    if pictures is None:
+        pictures = []
+    elif not isinstance(pictures, list | tuple):
+        pictures = [pictures]
+    for picture in pictures:
+        if not isinstance(picture, str) and not is_picture(picture):
+            raise refuse(x, f'its "image" is of type {type(picture).__name__}')
+    text = text or ""
+    if not text and not pictures:
+        raise refuse(x, "neither text nor picture")
+    if IMAGE not in text:
+        text = IMAGE * len(pictures) + text
+    return Content(text, tuple(picture_of(picture) for picture in pictures))
+
+
+def checked(item):
+    """An Item as it is, where its text and pictures are some."""
+    good = isinstance(item.text, str) and isinstance(item.images, tuple | list)
+    pictures = item.images if good else ()
+    if not good or not all(isinstance(x, str) or is_picture(x) for x in pictures):
+        raise refuse(item, "an Item is Item(text, (picture, ...))")
+    return item
+
+
+def listed(items, item_of) -> list:
+    """The Items of a list, tuple, generator, array or column of inputs, each by `item_of`."""
+    single = isinstance(items, str | bytes | dict | Image.Image | os.PathLike | torch.Tensor)
+    if isinstance(items, np.ndarray):  # of one picture, a list of its rows
+        single = items.ndim == 0 or (items.ndim in (2, 3) and items.dtype == np.uint8)
+    if single or isinstance(items, set | frozenset) or not hasattr(items, "__iter__"):
+        text = f"encode: takes a list; [{brief(repr(items), 80)}] for a single one"
+        raise InputError(f"{text}. Each input is {FORMS}")
+    return [item_of(x) for x in items]
+
+
+def whole_number(name, value, least):
+    """`value`, where it is None or a whole number of at least `least`."""
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if value is not None and (not is_whole or value < least):
+        raise InputError(f"{name} {brief(repr(value), 80)}: a whole number of at least {least}")
+    return value
+
+
+@contextmanager
+def evaluating(module):
+    """A module without dropout; at the end, after an error too, each part of it is in the mode that
+    it was in. (`train()` would also wake a frozen tower.)"""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def in_evaluation(method):
+    """Around a module's method: `evaluating`, and without gradients."""
+
+    @wraps(method)
+    def wrapper(module, *args, **kwargs):
+        with evaluating(module), torch.no_grad():
+            return method(module, *args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,82 @@
+"""OUT, the folder that a run writes: found fit before any work, of one run at a time, and marked
+when the run is over."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+from plumbing.errors import InputError, brief
+from plumbing.folders import TOY, read_json
+from plumbing.weights import find_base
+
+LOCK = "checkpoints/lock"  # goes with them when the run is over
+MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
+held = {}  # path of a lock -> the file that holds it, open as long as this process lives
+
+
+def take(cfg):
+    """OUT is there, can be written, and is this process's from here on. InputError with the way out
+    where it is not. For rank 0, which alone writes."""
+    if not str(cfg.out).strip():
+        raise InputError("--out is empty: name a folder, as out/run")
+    refuse_own_start(cfg)
+    out = Path(cfg.out)
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if (out / "log.jsonl").is_dir():
+            raise IsADirectoryError(f"{out / 'log.jsonl'} is a folder")
+        lock(out / LOCK)
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        cause = f"{getattr(e, 'filename', None) or out}: {getattr(e, 'strerror', None) or e}"
+        text = f"--out {brief(out)} cannot be written ({brief(cause)})"
+        raise InputError(f"{text}: name a folder of one's own, on a disk with room") from None
+
+
+def refuse_own_start(cfg):
+    """Raises InputError where the run would overwrite the model that it starts from, or the base of
+    that adapter: a new adapter would be its own base, a resumed run start from another model."""
+    starts, written = [TOY, Path(cfg.model)], [Path(cfg.out)]
+    if adapter := read_json(cfg.model, "adapter_config.json"):
+        starts.append(Path(find_base(cfg.model, adapter).folder))
+        written.append(Path(cfg.out, "merged"))  # stage 2 merges the adapter into it
+    written = [os.path.realpath(folder) for folder in written]
+    for start in starts:
+        if os.path.isdir(start) and os.path.realpath(start) in written:
+            text = f"--out {cfg.out} would overwrite {start}, which --model {cfg.model} starts from"
+            raise InputError(f"{text}: take another --out")
+
+
+def lock(path):
+    """Holds the lock file `path` until this process ends, however it does. BlockingIOError where
+    another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing stops a second run there
+        return
+    path = path.resolve()
+    # Trap: to close a file gives up the lock that a later one holds; so the earlier one first.
+    if path in held:
+        held.pop(path).close()
+    file = open(path, "a+")
+    try:
+        # Trap: not flock. The loader's workers would inherit it, and hold it after a killed rank.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(file.fileno()).st_nlink:
+            raise BlockingIOError  # its run ended this very moment, and removed it
+    except (BlockingIOError, PermissionError):  # which of them, POSIX leaves open
+        file.seek(0)
+        raise InputError(
+            f"{path.parent.parent} is in use by another run ({brief(file.read())})"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    held[path] = file
+
+
+def write_json(path, value):
+    """Written beside and renamed: it is whole, or not there."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)

@@ -1,0 +1,35 @@
+"""`python -m tools`: the list of the commands, each with the first lines of its docstring."""
+
+import ast
+import sys
+from pathlib import Path
+
+
+def first_sentence(path) -> str:
+    """The first paragraph of a file's docstring, on one line."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def commands() -> dict:
+    """{name: what it does} of the files that can be run."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem != Path(__file__).stem and "\n    run_command(main)" in path.read_text():
+            found[path.stem] = first_sentence(path)
+        elif "\n    ranks.run(main, Config)" in path.read_text():
+            found[path.stem] = first_sentence(path)
+    return found
+
+
+def listing() -> str:
+    """A line for each command."""
+    lines = ["Commands, `python -m tools.NAME --help` says more:", ""]
+    lines += [f"    {name:<10} {text}" for name, text in commands().items()]
+    return "\n".join(lines)
+
+
+if set(sys.argv[1:]) <= {"--help", "-h"}:
+    print(listing())
+else:
+    sys.exit(f"python -m tools: no command in {' '.join(sys.argv[1:]):.100}\n{listing()}")
