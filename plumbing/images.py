@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from plumbing.errors import InputError, brief
-from plumbing.files import open_file
+from plumbing.files import is_url, open_file
 from plumbing.zips import open_zip
 
 MOST_PIXELS, MOST_STRETCHED = 100_000_000, 200  # beyond: a bomb; a line that no model takes
@@ -32,9 +32,15 @@ TURNS = {  # EXIF's orientation -> what sets the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow's remarks on odd pictures: what is wrong enough is an error, and the rest nobody asked for.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+def quiet_pillow():
+    """No remarks on odd pictures: what is wrong enough is an error, the rest nobody asked for."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+quiet_pillow()  # Trap: not around each picture: `catch_warnings` is everyone's, threads' too
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -72,7 +78,7 @@ def decode(ref, name) -> Image.Image:
         if image.format == "EPS":  # a PIL image of the user's; loaded, it would run
             raise ValueError("EPS is a program; save it as PNG")
         image.load()
-        turn = TURNS.get(orientation(image))
+        turn = turn_of(image)
         image = to_rgb(image)
         return image.transpose(turn) if turn is not None else image
     except UnidentifiedImageError:
@@ -89,13 +95,13 @@ def refuse_size(size):
         raise ValueError(f"{w} x {h} pixels; at most 1e8 and 200:1 are read. Crop it")
 
 
-def orientation(image) -> int:
-    """EXIF's, 1 to 8; 1 (upright) where the EXIF is missing or damaged. Trap: not `exif_transpose`:
-    it writes the whole EXIF again, and fails at oddities in parts that nobody needs."""
+def turn_of(image):
+    """What sets it upright, None where nothing does, or where the EXIF is damaged. Trap: not
+    `exif_transpose`: that writes the whole EXIF again, and fails at oddities that nobody needs."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # the pixels are loaded and whole: a photograph is not lost to its EXIF
-        return 1
+        return None
 
 
 def to_rgb(image) -> Image.Image:
@@ -244,11 +250,13 @@ class Images:
         for top in self.tops:  # newer than our list of its folder, or spelled in another case
             if self.is_there(full := os.path.join(top, inner), path):
                 return full
-        self.lost.append(str(self.root / path))
+        self.lost.append(brief(self.root / path))  # for messages
         return str(self.root / path)
 
     def below_root(self, path) -> str:
         """A path of the data relative to a top; absolute where it lies in another of the places."""
+        if is_url(path):
+            raise InputError(f"the picture {brief(path)!r} is a URL; save it as a file")
         inner = os.path.normpath(path)
         if os.path.isabs(inner):
             for top in (self.tops[-1], self.places[0]):
