@@ -225,6 +225,7 @@ class Images:
         self.tops = [f"{top}/images", top]
         self.places = own_places(root)
         self.folder = lru_cache(10_000)(self.read_folder)
+        self.folders = lru_cache(10_000)(self.look_up_folders)
 
     def prepare(self, subset=""):
         """Indexes a subset's zip file, for all the processes that will be forked."""
@@ -233,14 +234,14 @@ class Images:
 
     def find(self, path: str, subset=""):
         """-> a path or a ZipImage. What is nowhere is reported when it is opened."""
-        inner = self.below_root(path)
-        head, _, name = inner.rpartition("/")
-        for top in self.tops:
-            folder = self.folder(f"{top}/{head}" if head else top)
-            if folder and holds(folder.names, name):
+        cut = path.rfind("/") + 1
+        name = path[cut:]
+        for folder in self.folders(path[:cut]):
+            if holds(folder.names, name):
                 full = f"{folder.path}/{name}"
                 if not holds(folder.links, name) or self.is_there(full, path):
                     return full
+        inner = self.below_root(path)
         if archive := self.zips.get(subset) or self.zips.get("images"):
             members = open_zip(archive)
             # The hub's zips have the subset's folder on top, or `images`, or neither.
@@ -267,8 +268,18 @@ class Images:
             raise self.outside(path)
         return inner
 
+    def look_up_folders(self, head) -> list:
+        """The Folders that the beginning of a path may stand for: one below each top, where there
+        is one that may be read."""
+        try:
+            inner = self.below_root(head)
+        except InputError:  # it will be raised again, with the whole path
+            return []
+        directories = (os.path.normpath(os.path.join(top, inner)) for top in self.tops)
+        return [folder for x in directories if (folder := self.folder(x))]
+
     def read_folder(self, directory):
-        """The Folder of a directory below a top, or None; an InputError where a link leads out."""
+        """The Folder of a directory below a top; None where there is none, or a link leads out."""
         if directory in self.tops:
             return list_folder(os.path.realpath(directory))
         above, _, name = directory.rpartition("/")
@@ -277,8 +288,8 @@ class Images:
             return None
         real = f"{parent.path}/{name}"
         if holds(parent.links, name):
-            real = self.refuse_outside(real, directory)
-        return list_folder(real)
+            real = os.path.realpath(real)
+        return list_folder(real) if self.is_inside(real) else None
 
     def is_there(self, full, path) -> bool:
         """Is there something at `full`? An InputError where it lies outside of all places."""
@@ -287,12 +298,14 @@ class Images:
         self.refuse_outside(full, path)
         return os.path.exists(full)
 
-    def refuse_outside(self, full, path) -> str:
-        """`full` without links, where it lies in one of the places."""
-        real = os.path.realpath(full)
-        if not any(real == x or real.startswith(os.path.join(x, "")) for x in self.places):
+    def is_inside(self, real) -> bool:
+        """Does a path without links lie in one of the places?"""
+        return any(real == x or real.startswith(os.path.join(x, "")) for x in self.places)
+
+    def refuse_outside(self, full, path):
+        """An InputError where `full`, without its links, lies outside of all places."""
+        if not self.is_inside(os.path.realpath(full)):
             raise self.outside(path)
-        return real
 
     def outside(self, path) -> InputError:
         """The error of a path that leaves the places."""
