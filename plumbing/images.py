@@ -8,6 +8,7 @@ import os
 import warnings
 from array import array
 from bisect import bisect_left
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +83,7 @@ def decode(ref, name) -> Image.Image:
         image = to_rgb(image)
         return image.transpose(turn) if turn is not None else image
     except UnidentifiedImageError:
-        reason = f"its content is none of {', '.join(decoded_formats())}"
+        reason = f"its content is none of {', '.join(FORMATS)} (the last from Pillow 11.3 on)"
     except Exception as e:  # Trap: damaged bytes lead decoders to errors of every type
         reason = brief(e) or type(e).__name__
     raise InputError(f"{name}: not a readable picture: {reason}")
@@ -200,9 +201,9 @@ def own_places(root) -> list:
     for folder in (Path(root), Path(root, "images")):
         if folder.name == "images" and folder.is_dir():
             places.append(os.path.realpath(folder))
-            with os.scandir(folder) as entries:
+            with suppress(OSError), os.scandir(folder) as entries:
                 linked = [e.path for e in entries if e.is_symlink() and e.is_dir()]
-            places += map(os.path.realpath, linked)
+                places += map(os.path.realpath, linked)
     for folder in (real, *real.parents):
         if folder.parent.name == "snapshots" and "--" in folder.parent.parent.name:
             places.append(str(folder.parent.parent / "blobs"))

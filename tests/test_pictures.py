@@ -3,6 +3,7 @@ they are looked for, and the hub's zip files."""
 
 import contextlib
 import io
+import json
 import os
 import re
 import socket
@@ -30,6 +31,7 @@ from plumbing.formats import IMAGE
 from plumbing.images import Images, decoded_formats, open_image
 from plumbing.loader import prefetch
 from plumbing.zips import open_zip
+from tools.check import check
 from tools.pictures import find_pictures
 
 RED = Image.new("RGB", (40, 20), (200, 30, 40))
@@ -130,6 +132,18 @@ def test_special_files_in_a_list_are_named_at_once(tmp_path):
         with pytest.raises(InputError, match=says) as caught:
             open_image(images.find(name))
         assert len(str(caught.value)) < 500
+
+
+def test_check_names_every_special_file(tmp_path, capsys):
+    """`tools.check` on a list of them: one bad line each, and the good one is good."""
+    special_files(tmp_path)
+    RED.save(tmp_path / "a.png")
+    names = ["pipe.png", "folder.png", "socket.png", "nowhere.png", "loop.png", "a\0.png", "a.png"]
+    lines = [{"query": {"image": name}, "target": {"text": "x"}} for name in names]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert check(str(tmp_path / "x.jsonl")) == len(names) - 1
+    said = capsys.readouterr().out
+    assert "pipe.png: is a pipe" in said and "socket.png: is a socket" in said
 
 
 def test_a_searched_folder_may_hold_anything(tmp_path, capsys):
