@@ -116,9 +116,8 @@ def to_rgb(image) -> Image.Image:
     if image.mode in ("La", "RGBa"):  # colours times alpha: only these conversions divide by it
         image = image.convert(image.mode.upper())
     key = image.info.get("transparency")
-    if (
-        image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255
-    ):  # of 16 bits, as the file's pixels were
+    is_of_16_bits = isinstance(key, tuple) and max(key) > 255  # as the file's pixels were
+    if image.mode == "RGB" and is_of_16_bits:
         image = image.copy()
         image.info["transparency"] = tuple(v // 256 for v in key)
     image = image.convert("RGBA")
