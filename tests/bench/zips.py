@@ -1,6 +1,7 @@
 """What a picture in a zip file of 100,000 members costs, and a look-up among 1,000,000 files.
 
     OMP_NUM_THREADS=1 python tests/bench/zips.py [--members 100000] [--files 1000000] [--repo DIR]
+        [--no-training]
 
 Makes the fixture (a zip file of small JPEGs in MMEB's layout, a parquet file that draws from it,
 folders of empty files), then measures: the first look-up (it reads the zip's table), the memory
@@ -80,6 +81,10 @@ def measure_zip(root, paths, repo):
     for path in some:
         open_image(images.find(path, "A"))
     print(f"a picture            {(time.process_time() - began) / len(some) * 1e3:8.2f} ms")
+
+
+def measure_training(root, repo):
+    """Prints the cost of 6 steps of contrastive.py, end to end."""
     command = [sys.executable, "contrastive.py", "--data", root, "--steps", "6", "--batch", "16"]
     command += ["--block", "16", "--model", "toy", "--out", f"{root}/out"]
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -118,6 +123,8 @@ def main(args):
     with tempfile.TemporaryDirectory() as top:
         if args.members:
             measure_zip(f"{top}/data", make_zip(f"{top}/data", args.members), args.repo)
+        if args.members and args.training:
+            measure_training(f"{top}/data", args.repo)
         if args.files:
             measure_look_ups(f"{top}/files", args.files, args.lookups or args.files)
 
@@ -127,5 +134,6 @@ if __name__ == "__main__":
     parser.add_argument("--members", type=int, default=100_000)
     parser.add_argument("--files", type=int, default=1_000_000)
     parser.add_argument("--lookups", type=int, default=0, help="0: one for each file")
+    parser.add_argument("--training", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repo", default=str(HERE))
     main(parser.parse_args())
