@@ -9,7 +9,7 @@ goes on with a list that it did not begin with. What is on no list is never skip
 import json
 import os
 from collections.abc import Callable
-from functools import lru_cache, reduce
+from functools import reduce
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -52,7 +52,6 @@ class Listed(NamedTuple):
     error: str = ""
 
 
-@lru_cache(8)
 def read_listed(path) -> tuple:
     """The lines of a list of bad examples."""
     listed = []

@@ -10,6 +10,7 @@ import re
 import tempfile
 import zlib
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -156,10 +157,13 @@ def no_twins(members) -> dict:
     return value
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=no_twins)  # made once: json.loads makes one a line
+
+
 def parse_json(line):
     """One line of JSON; ValueError."""
     try:
-        value = json.loads(line, object_pairs_hook=no_twins)
+        value = DECODER.decode(line.removeprefix(BOM_UTF8).decode())
     except json.JSONDecodeError as e:
         hint = ""
         if line.lstrip()[:1] == b"[":
@@ -170,8 +174,6 @@ def parse_json(line):
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
-
-DECODER = json.JSONDecoder(object_pairs_hook=no_twins)
 
 # -------------------------------------------------------------------- other lists, as lines of JSON
 

@@ -32,7 +32,7 @@ def files(toy, tmp_path):
 
 
 def spoil(files, source, *indices):
-    """Makes the pictures of these dialogues (or pairs) unreadable. -> the list that check writes."""
+    """Makes the pictures of these dialogues or pairs unreadable. -> the list that check writes."""
     for i in indices:
         (path,) = source[i].item.images if hasattr(source[i], "item") else source[i].query.images
         open(path, "wb").close()
@@ -119,7 +119,7 @@ def test_of_mmebs_files_each_row_is_skipped_in_its_own_set(files):
 
 
 def test_captions_skip_a_bad_picture_both_ways(tmp_path, files):
-    """Picture -> captions and caption -> picture keep their lengths, and draw all others as before."""
+    """Picture -> captions and caption -> picture keep their lengths and draw all others as ever."""
     folder = tmp_path / "birds"
     shutil.copytree(files / "images", folder)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))[:4]
@@ -145,14 +145,11 @@ def test_a_run_goes_on_with_a_list_and_counts_what_it_skips(files, tmp_path, sta
     if stage is contrastive:
         flags.update(block=4, subsets="classify")
     cfg = stage.Config(**flags)
-    drawn = [
-        contrastive.draw({"classify": range(N)}, cfg, 4)[0][1],
-        epoch_batch(N, cfg, 4, 0, 1)[0],
-    ]
     if stage is pretrain:
-        examples, broken = data.read_dialogues(str(source)), drawn[1]
+        examples, broken = data.read_dialogues(str(source)), epoch_batch(N, cfg, 4, 0, 1)[0]
     else:
-        examples, broken = data.read_pairs(str(source))["classify"], drawn[0]
+        examples = data.read_pairs(str(source))["classify"]
+        broken = contrastive.draw({"classify": examples}, cfg, 4)[0][1]
     begin_save = checkpoint.maybe_checkpoint
 
     def stop_at_three(embedder, optimizers, cfg, step):
