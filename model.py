@@ -117,6 +117,7 @@ class Embedder(nn.Module):
         items = listed(items, Item.of)
         chunk_tokens = whole_number("chunk_tokens", chunk_tokens, 1)
         chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, self.device)
+        workers = whole_number("workers", workers, 0)
         width = self.mllm.get_input_embeddings().weight.shape[1]  # D
         z = np.full((len(items), width), np.nan, np.float32)  # NaN: not read
 

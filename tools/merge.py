@@ -5,8 +5,8 @@ loads.
     python -m tools.merge IN OUT --export sentence-transformers
 
 IN is a folder that a stage wrote; without an adapter in it OUT is a copy. OUT has the number type
-of the model under the adapter; where that is bfloat16 the sum of the two is rounded to it (toy MLLM,
-20 items: cosine 0.99996 or more). With --export, OUT is for that library too:
+of the model under the adapter; where that is bfloat16 the sum of the two is rounded to it (toy
+MLLM, 20 items: cosine 0.99996 or more). With --export, OUT is for that library too:
 `SentenceTransformer(OUT, trust_remote_code=True)` (the code is one small pooling module that is
 written into OUT; with --pooling last there is none).
 """
