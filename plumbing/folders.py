@@ -166,11 +166,11 @@ def refuse_absurd_config(folder):
     for key, value in numbers_in(config):
         most = None
         if COUNTS.search(key):
-            most, what = len(shapes), "weights"
+            most, unit = len(shapes), "weights"
         elif SIZES.search(key):
-            most, what = largest, "rows in the largest weight"
+            most, unit = largest, "rows in the largest weight"
         if most is not None and not value <= most:  # NaN too
-            text = f"{key} is {value:,} in its config.json, but its files have {most:,} {what}"
+            text = f"{key} is {value:,} in its config.json, but its files have {most:,} {unit}"
             raise InputError(f"--model {folder}: {text}")
 
 

@@ -255,10 +255,14 @@ def test_a_folder_is_never_asked_for_on_the_hub(out, tmp_path, monkeypatch):
 
 
 def test_an_adapter_cannot_replace_its_base(folder):
-    """--out equal to --model with --lora-rank: an error that leaves the model as it was."""
+    """--out equal to --model with --lora-rank: an error before training, and where it is saved,
+    that leaves the model as it was."""
     embedder = model.load(folder, device="cpu").eval()
     model.choose_trained(embedder, TrainingFlags(model=str(folder), lora_rank=2))
     before = sorted(p.name for p in folder.iterdir())
+    cfg = contrastive.Config(model=str(folder), out=f"{folder}/../m", lora_rank=2, steps=1)
+    with pytest.raises(InputError, match="take another folder"):
+        contrastive.main(cfg)
     with pytest.raises(InputError, match="the model that it is an adapter of; take another folder"):
         model.save(embedder, folder)
     equal(sorted(p.name for p in folder.iterdir()), before, "nothing lost")
@@ -295,7 +299,7 @@ def test_stage_2_on_an_adapter_of_stage_1_can_be_moved(tmp_path, monkeypatch):
 def test_explaining_stage_2_writes_no_file(tree, tmp_path, monkeypatch):
     """On an adapter, too, which stage 2 would merge first."""
     monkeypatch.chdir(tmp_path)
-    explain.main(explain.Config.parse(["contrastive", "--model", str(tree[0] / "out" / "lora")]))
+    explain.main(["contrastive", "--model", str(tree[0] / "out" / "lora")])
     equal(list(tmp_path.iterdir()), [], "no file is written")
 
 

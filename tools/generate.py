@@ -25,11 +25,12 @@ import torch
 from tqdm import tqdm
 
 from model import add_compression_tokens
+from plumbing.adapters import load_adapter
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE, located
 from plumbing.images import open_image
 from plumbing.ranks import run_command
-from plumbing.weights import load_adapter, load_mllm, place
+from plumbing.weights import load_mllm, place
 from tools.command_line import make_parser
 from tools.conversations import as_conversations
 from tools.pictures import find_pictures

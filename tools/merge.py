@@ -14,6 +14,7 @@ written into OUT; with --pooling last there is none).
 import os
 
 import model
+from plumbing.adapters import origin_of
 from plumbing.errors import InputError
 from plumbing.folders import refuse_unwritable
 from plumbing.ranks import run_command
@@ -32,7 +33,7 @@ def main(argv):
     # On the CPU: a merge is a sum of matrices, and need not fit onto a GPU.
     embedder = model.merge(model.load(args.source, device="cpu"))
     embedder.mllm.to(embedder.mllm.config.dtype)  # as the files had it; a CPU works in float32
-    for kept in (args.source, embedder.mllm.origin.folder):
+    for kept in (args.source, origin_of(embedder.mllm).folder):
         if os.path.realpath(args.target) == os.path.realpath(kept):
             raise InputError(
                 f"OUT {args.target} would replace {kept}, which was read; take another"
