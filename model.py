@@ -8,7 +8,7 @@ M columns, all ranks' targets and hard negatives - P right targets of a query - 
 K compression tokens - D width - V vocabulary; q, t query, target - h hidden states - z unit length.
 
 Top to bottom: pooling - Embedder - the K tokens - load and save - what is trained. What differs
-between families of MLLMs is in plumbing/families.py, files and adapters in plumbing/weights.py.
+between families of MLLMs is in plumbing/families.py, files in plumbing/weights.py and adapters.py.
 """
 
 import sys
@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Collator, Item, Row
-from plumbing import families, ranks, sharding, weights
+from plumbing import adapters, families, ranks, sharding, weights
 from plumbing.config import CHUNK_TOKENS, by_device, refuse_for_model
 from plumbing.inputs import in_evaluation, listed, whole_number
 from plumbing.loader import prefetch, try_each
@@ -117,6 +117,7 @@ class Embedder(nn.Module):
         items = listed(items, Item.of)
         chunk_tokens = whole_number("chunk_tokens", chunk_tokens, 1)
         chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, self.device)
+        workers = whole_number("workers", workers, 0)
         width = self.mllm.get_input_embeddings().weight.shape[1]  # D
         z = np.full((len(items), width), np.nan, np.float32)  # NaN: not read
 
@@ -158,7 +159,8 @@ def add_compression_tokens(mllm, tokenizer, K):
         generator = torch.Generator().manual_seed(0)  # alike on every rank
         noise = torch.randn(K, table.shape[1], generator=generator)  # (K, D)
         # The mean row, with noise: the K tokens must differ, equal ones would learn much the same.
-        table[old : old + new] = (known.mean(0) + known.std(0) * noise[-new:]).to(table.dtype)
+        ids = tokenizer.convert_tokens_to_ids(compression_tokens(K))
+        table[ids] = (known.mean(0) + known.std(0) * noise).to(table.dtype)
 
 
 # ----------------------------------------------------------------------------------- load and save
@@ -179,7 +181,7 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
         weights.refuse_lost_tokens(path, mllm, processor.tokenizer, settings.K)
         # Before the adapter: it holds the new tokens' embedding rows.
         add_compression_tokens(mllm, processor.tokenizer, settings.K)
-        adapter = weights.load_adapter(mllm, path) if has_adapter else None
+        adapter = adapters.load_adapter(mllm, path) if has_adapter else None
         embedder = Embedder(mllm, processor, settings, options.max_length)
     embedder.set_adapter(adapter)
     # On a CPU float32: bfloat16 is slow there.
@@ -218,7 +220,7 @@ def choose_trained(embedder, cfg):
     model, and the K embedding rows), or all weights, with --freeze-vision all but the tower's."""
     refuse_for_model(embedder, cfg)
     if cfg.lora_rank:
-        adapter = weights.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)
+        adapter = adapters.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)
         embedder.set_adapter(adapter)
     if not embedder.adapter and cfg.freeze_vision:
         families.vision_tower(embedder.mllm).requires_grad_(False)

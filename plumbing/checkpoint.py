@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
 
+from plumbing.adapters import find_base
 from plumbing.agreement import agree, by_rank_0, join, together
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
@@ -28,7 +29,7 @@ from plumbing.folders import digest_of_weights, place, read_json
 from plumbing.log import versions
 from plumbing.outfolder import MARK, take, write_json
 from plumbing.ranks import all_sum, gather_objects, rank, say, world
-from plumbing.weights import find_base, stage_1_model
+from plumbing.weights import stage_1_model
 
 # What may change in between: where and how often it is saved, who reads the data, which pictures
 # are skipped. (`fitting` is no flag: the run goes on from what the checkpoint says.)

@@ -6,9 +6,9 @@ import os
 import socket
 from pathlib import Path
 
+from plumbing.adapters import find_base
 from plumbing.errors import InputError, brief
 from plumbing.folders import TOY, read_json
-from plumbing.weights import find_base
 
 LOCK = "checkpoints/lock"  # goes with them when the run is over
 MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json

@@ -32,13 +32,14 @@ import torch
 from tqdm import tqdm
 
 from model import add_compression_tokens
+from plumbing.adapters import load_adapter
 from plumbing.config import CommandLine, flag
 from plumbing.errors import InputError, brief
 from plumbing.folders import place
 from plumbing.formats import IMAGE, located
 from plumbing.images import open_image
 from plumbing.ranks import run_command
-from plumbing.weights import Options, load_adapter, load_mllm
+from plumbing.weights import Options, load_mllm
 from plumbing.writing import append_whole, refuse_unwritable, written
 from tools.conversations import as_conversations
 from tools.pictures import find_pictures
