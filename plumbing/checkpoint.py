@@ -169,10 +169,16 @@ def begin(cfg) -> torch.device:
     device = join(cfg)
     cfg.model = cfg.model or stage_1_model()
     by_rank_0(lambda: take(cfg))
-    cfg.model_digest = together(lambda: digest_of_model(cfg.model))
-    agree({"the weights": cfg.model_digest}, f"--model {brief(cfg.model, 60)}")
+    cfg.model_digest = same_model(cfg.model)
     by_rank_0(lambda: refuse_taken(cfg))
     return device
+
+
+def same_model(name) -> str:
+    """The digest of a model, which all ranks have alike; InputError on all where they do not."""
+    digest = together(lambda: digest_of_model(name))
+    agree({"the weights": digest}, f"--model {brief(name, 60)}")
+    return digest
 
 
 def digest_of_model(name) -> str:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import model
+from data import Item
+
 SCRIPT = Path(__file__).parent / "two_nodes.py"
 DIFFER = {  # case of two_nodes.py -> what both nodes are told
     "rate": r"rank 1 \(.*\) has --lr 0.002 where rank 0 has 0.001 .*the same command",
@@ -86,3 +89,12 @@ def test_what_differs_between_the_nodes_is_refused_on_both(nodes, case):
 def test_the_same_data_and_an_out_of_another_name_are_no_difference(nodes):
     """Each node has its own path to a copy of the data: the content is compared."""
     assert [ended(nodes / node)["same data elsewhere"] for node in ("0", "1")] == ["done"] * 2
+
+
+def test_the_log_counts_what_was_cut_on_all_nodes(nodes):
+    """`cut` is the sum over ranks: of four equal pairs a step, two on each node."""
+    collate = model.load("toy-random", device="cpu", max_length=40).collate
+    long = json.loads((nodes / "0" / "shared.jsonl").read_text())["query"]["text"]
+    cut = collate.row(Item(long)).cut
+    lines = (nodes / "0" / "node-0" / "log.jsonl").read_text().splitlines()[1:]
+    assert cut > 0 and [json.loads(line)["cut"] for line in lines] == [4 * cut] * 3

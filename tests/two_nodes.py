@@ -64,7 +64,9 @@ def main():
     ranks.setup()
     me = ranks.rank()
     Path("pairs.jsonl").write_text(json.dumps(dict(query={"text": "q"}, target={"text": f"{me}"})))
-    Path("shared.jsonl").write_text(json.dumps(dict(query={"text": "q"}, target={"text": "t"})))
+    # Longer than --max-length lets it be.
+    long = dict(query={"text": "a red circle " * 20}, target={"text": "t"})
+    Path("shared.jsonl").write_text(json.dumps(long))
     said = {}
     for name, cfg in (("full", PAIRS), ("adapter", LORA), ("sharded", SHARDED)):
         said[f"{name} whole"] = run(cfg, out=f"{name}-whole")
@@ -78,7 +80,8 @@ def main():
         os.renames("adapter-whole", "out/pretrain")  # what stage 2 starts from where it is
     said["default model"] = run(PAIRS, out="bad", model="")
     said["data"] = run(PAIRS, out="bad", data="pairs.jsonl")
-    said["same data elsewhere"] = run(PAIRS, out=f"node-{me}", data=f"{Path.cwd()}/shared.jsonl")
+    cfg = dataclasses.replace(PAIRS, data=f"{Path.cwd()}/shared.jsonl", max_length=40)
+    said["same data elsewhere"] = run(cfg, out=f"node-{me}")
     said["no model"] = run(PAIRS, out="bad", model="toy-random" if me == 0 else "./nowhere")
     if me == 0:
         Path("file").touch()
