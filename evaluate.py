@@ -18,7 +18,7 @@ import numpy as np
 
 from data import Item, read_tasks
 from model import load_for
-from plumbing import ranks, retrieval, table
+from plumbing import agreement, checkpoint, ranks, retrieval, table
 from plumbing.config import Flags, flag
 from plumbing.weights import first_model
 
@@ -130,9 +130,10 @@ def score(embedder, task, cfg) -> dict:
 def main(cfg):
     """The table, from flags to the overall mean."""
     # 1. The model and the tasks.
-    device = ranks.setup()
+    device = agreement.join(cfg)
     table.refuse_json(cfg)
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
+    checkpoint.same_model(cfg.model)
     embedder = load_for(cfg, device)
     ranks.say(f"evaluating {cfg.model}")
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
