@@ -33,7 +33,7 @@ from model import choose_trained, load_for, merge, save
 from plumbing import checkpoint, optim, ranks, sharding
 from plumbing.config import KEEP_GRAPHS, TrainingFlags, flag, refuse_impossible
 from plumbing.formats import digest_of
-from plumbing.loader import prefetch
+from plumbing.loader import each, prefetch
 from plumbing.log import Log
 from plumbing.memory import Budget, leavable, meeting, remember_tower, token_chunks, until_it_fits
 from plumbing.replay import replay, rng_state
@@ -253,7 +253,7 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
     keys = [rank * 2**40 + i for i in range(len(columns))]
     if cfg.mask_false_negatives:
         keys = [item.key for item in columns]
-    rows = [collate.row(item) for item in queries + columns]
+    rows = each(collate.row, queries + columns)
     ids = [f"{name}[{i}]" for name, i in chosen]
     return Batch(rows, labels, torch.tensor(keys), ids)
 
@@ -290,7 +290,7 @@ def main(cfg):
     budget = Budget.of(cfg, device)
     log = Log(cfg, start)
     embedder.train()
-    batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers)
+    batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)
     for step, batch in log.steps(batches):
         with checkpoint.kept(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------

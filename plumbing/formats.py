@@ -204,7 +204,8 @@ def read_lines(path, parse, image_root) -> Lazy:
 def read_valid_lines(path, parse, image_root) -> Lazy:
     """`read_lines`, each tried once now: the first bad one is named before any training."""
     lines = read_lines(path, parse, image_root)
-    for i in tqdm(range(len(lines)), f"reading {path}", leave=False, disable=len(lines) < 50_000):
+    short = len(lines) < 50_000
+    for i in tqdm(range(len(lines)), f"reading {path}", leave=False, disable=short or None):
         lines[i]
     return lines
 

@@ -275,7 +275,8 @@ def generate(args):
     # 3. Ask, and write down what failed.
     out.write_bytes(old)
     total = len(names) + len(done)
-    with tqdm(total=total, initial=len(done), unit="img", desc="dialogues") as bar:
+    start = len(done)
+    with tqdm(total=total, initial=start, unit="img", desc="dialogues", disable=None) as bar:
         errors = ask_until_done(names, questions, replies, args, bar)
     list_failures(errors, Path(f"{out}.failed.jsonl"))
     print(f"wrote {out}: python pretrain.py --data {out} --image-root {args.images}")
