@@ -34,7 +34,7 @@ def prefetch(make, indices, workers, device=None):
     InputError in a worker is raised here, as it was; a worker that dies is one, too.
 
     device: where the pictures go. On a GPU the first thing that the model does with them (under
-    autocast) is to round them to bfloat16: they travel so, at half the size and to the same bits."""
+    autocast) is to round them to bfloat16: they travel so, half the size and to the same bits."""
     halve = device is not None and device.type == "cuda"
     indices = iter(indices)
     team = Team(make, workers, halve) if workers else Alone(make, halve)

@@ -1,0 +1,341 @@
+"""How a process ends: whatever ends it ends it soon, with one line or the traceback, and nobody is
+left behind. The limits are far above what is needed: they are there for what would hang."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ends
+import pytest
+import torch
+from checks import equal, expect
+from safetensors.torch import load_file
+
+from plumbing import checkpoint, ending, loader, ranks, start
+from plumbing.errors import InputError
+from tools import check, explain, export, figures, generate, look, merge, search
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LIMIT = 100  # seconds
+
+
+def begin(*words, **options):
+    """A process in a group of its own, in the background; both its outputs in one pipe each."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    words = [sys.executable, *map(str, words)]
+    return subprocess.Popen(words, cwd=ROOT, text=True, start_new_session=True, **pipes)
+
+
+def finish(process):
+    """-> (status, stdout, stderr). Fails where the process hangs, or leaves processes behind."""
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+        for _ in range(100):  # a loader process looks every half second whether its rank is there
+            if not alive(process.pid):
+                return process.returncode, out, err
+            time.sleep(0.1)
+        pytest.fail("processes are left behind")
+    finally:
+        if alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def alive(group):
+    """Whether a process of the group is there."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+def test_an_error_that_nobody_expects_ends_all_ranks_with_its_traceback(tmp_path):
+    """On rank 0 of two, with loader processes: it printed the traceback, and hung for ever."""
+    status, _, err = finish(begin(*TORCHRUN, "tests/ends.py", "error", tmp_path))
+    assert status == 1 and "RuntimeError: CUDA error: an illegal memory access" in err, err
+
+
+def test_a_loader_process_that_is_killed_is_one_clear_line(tmp_path):
+    """By the system, where memory is short. And no progress bar in a log file."""
+    status, out, err = finish(begin("tests/ends.py", "worker", tmp_path))
+    equal((status, err.count("\n")), (1, 1), err)
+    assert "a loader process has ended (signal 9" in err and "fewer --workers" in err, err
+    assert "step     1/4" in out and "%|" not in out + err and "\r" not in out + err, out + err
+
+
+def test_errors_name_the_command(monkeypatch):
+    """`python -m tools.merge` is merge, a stage is its file."""
+    for path, name in (("/x/tools/merge.py", "merge"), ("pretrain.py", "pretrain.py")):
+        monkeypatch.setattr(sys, "argv", [path])
+        equal(ending.script_name(), name, path)
+
+
+def test_a_rank_without_torchrun_is_one_clear_line(monkeypatch):
+    """RANK alone waited for an address, or was a KeyError of torch."""
+    for name in ranks.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="RANK is set, but not WORLD_SIZE, LOCAL_RANK, MASTER_A"):
+        ranks.setup()
+    values = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    for name, value in {**values, "MASTER_PORT": "x"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="MASTER_PORT=x: not a number"):
+        ranks.setup()
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(InputError, match="RANK=2 is not below WORLD_SIZE=2"):
+        ranks.setup()
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """`python evaluate.py --help | head -1`: no word, and the status of any program."""
+    for words in (["evaluate.py", "--help"], ["-m", "tools.look"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = begin(*words, stdout=writer)
+        os.close(writer)
+        status, _, err = finish(process)
+        equal((status, err), (128 + signal.SIGPIPE, ""), words)
+
+
+# ----------------------------------------------------------------------------------------- signals
+
+
+def wait_for(process, word):
+    """Until the process prints a line with `word`."""
+    deadline = time.time() + LIMIT
+    while time.time() < deadline:
+        if select.select([process.stdout], [], [], 1)[0] and word in process.stdout.readline():
+            return
+    pytest.fail(f"no {word}")
+
+
+def check_ended(process, number):
+    """One line, and the status that a shell gives."""
+    status, _, err = finish(process)
+    line = f"ended by {signal.Signals(number).name}\n"
+    assert status == 128 + number and err.count("\n") == 1 and err.endswith(line), (status, err)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.5])
+def test_a_signal_while_torch_is_imported(seconds, tmp_path):
+    """It was a KeyboardInterrupt somewhere in torch, with 40 lines."""
+    process = begin("pretrain.py", "--out", tmp_path, "--model", "no-such-folder/x")
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    check_ended(process, signal.SIGINT)
+
+
+def test_a_signal_within_one_call_of_c(tmp_path):
+    """Which may last for minutes, and Python's own handler waits for its end."""
+    process = begin("tests/ends.py", "deaf", tmp_path)
+    wait_for(process, "deaf")
+    process.send_signal(signal.SIGTERM)
+    check_ended(process, signal.SIGTERM)
+
+
+def test_a_signal_while_a_model_is_evaluated_by_two_workers():
+    """To the rank and to its workers, as from a terminal."""
+    words = ["--model", "toy-random", "--subsets", "vqa,ground", "--limit", 2000, "--workers", 2]
+    process = begin("evaluate.py", *words)
+    wait_for(process, "-- in distribution")
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    check_ended(process, signal.SIGINT)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "contrastive"])
+def test_a_step_that_takes_too_long_is_left(tmp_path, name, capsys):
+    """Between two chunks, with the state before it saved; resumed, the run is the uninterrupted
+    one, bit for bit. The handlers are those of before."""
+    stage, flags = ends.WAYS[name]
+    flags = [*flags, "--steps", "3", "--workers", "0"]
+    handlers = [signal.getsignal(s) for s in ending.SIGNALS]
+    equal(ends.left(stage, [*flags, "--out", f"{tmp_path}/a"]), 130, "SIGINT")
+    equal([signal.getsignal(s) for s in ending.SIGNALS], handlers, "ending.forget_signals")
+    assert "step 2 is left, the state before it saved" in capsys.readouterr().out
+    assert (tmp_path / "a/checkpoints/step-00000001").exists()
+    stage.main(stage.Config.parse([*flags, "--out", f"{tmp_path}/a", "--resume"]))
+    stage.main(stage.Config.parse([*flags, "--out", f"{tmp_path}/b"]))
+    equal([signal.getsignal(s) for s in ending.SIGNALS], handlers, "ending.forget_signals")
+    for part in ("model.safetensors",):
+        a, b = (Path(tmp_path, x, part).read_bytes() for x in "ab")
+        assert a == b, f"{part}: the left step has left something"
+
+
+def test_a_short_step_is_finished(monkeypatch, tmp_path, capsys):
+    """A signal in the midst of it, and time enough: the step counts."""
+    stage, flags = ends.WAYS["pretrain"]
+    monkeypatch.setattr(ends, "TOO_LONG", 1000.0)
+    equal(ends.left(stage, [*flags, "--workers", "0", "--out", str(tmp_path)]), 130, "SIGINT")
+    assert "stopped by a signal after step 2" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints/step-00000002").exists()
+
+
+def test_all_ranks_leave_the_step_that_one_of_them_leaves(tmp_path):
+    """The signal reaches rank 1 alone, in both stages and where the model is sharded."""
+    status, out, err = finish(begin(*TORCHRUN, "tests/ends.py", "leave", tmp_path))
+    equal(status, 0, err)
+    equal(out.count("step 2 is left, the state before it saved"), 3, out)
+    for name in ends.WAYS:
+        saved = tmp_path / name / "checkpoints/step-00000001/weights.safetensors"
+        expect(load_file(saved), "nothing", "weights", name)
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(shared, tmp_path):
+    """The step after it was left: the state is the same."""
+    folder = tmp_path / "checkpoints/step-00000003"
+    folder.mkdir(parents=True)
+    (folder / "mark").touch()
+    cfg = ends.pretrain.Config(out=str(tmp_path))
+    checkpoint.save_checkpoint(shared, [torch.optim.SGD(shared.parameters(), 0.1)], cfg, 3)
+    equal([path.name for path in folder.parent.iterdir()], ["step-00000003"], "no other")
+    assert (folder / "mark").exists()
+
+
+# -------------------------------------------------------------------------------------------- help
+
+COMMANDS = [check, explain, export, figures, generate, look, merge, search]
+SCRIPTS = ["pretrain.py", "contrastive.py", "evaluate.py"]
+
+
+def test_every_script_begins_with_start():
+    """In front of torch: a signal, or --help, may come first."""
+    files = [ROOT / name for name in SCRIPTS] + [Path(c.__file__) for c in COMMANDS]
+    mains = [p for p in ROOT.glob("tools/*.py") if "__main__" in p.read_text()]
+    equal(set(mains) - set(files), set(), "COMMANDS")
+    for path in files:
+        imports = [x for x in path.read_text().splitlines() if x.startswith(("import ", "from "))]
+        expect(imports[0].startswith("import plumbing.start"), imports[0], start.__name__, path)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *(c.__name__ for c in COMMANDS)])
+def test_help_is_answered_without_torch(script):
+    """Within two seconds, then; it took ten. And it is the help of the script's own parser."""
+    words = [script] if script.endswith(".py") else ["-m", script]
+    said = []
+    for extra in ({}, {start.FULL_HELP: "1"}):
+        if extra and script not in ("evaluate.py", "tools.merge"):
+            continue  # with torch it takes its time: two of them will do
+        command = [sys.executable, "-X", "importtime", *words, "--help"]
+        environment = {**os.environ, "COLUMNS": "100", **extra}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
+        )
+        equal(("torch._C" in done.stderr, done.returncode), (bool(extra), 0), done.stderr[-2000:])
+        said.append(done.stdout)
+    assert said[0].startswith("usage: ") and "--help" in said[0] and said[0] == said[-1], said
+
+
+# ------------------------------------------------------------------------------------------ loader
+
+
+def batch(i):
+    """Three rows of floats, two numbers, and what is no tensor."""
+    rows = loader.each(lambda x: {"x": torch.full((2, 3), float(x)), "n": x}, range(i, i + 3))
+    return {"rows": rows, "label": torch.tensor([i, 1]), "nothing": torch.empty(0, 4), "id": f"{i}"}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
+def test_batches_are_the_same_for_any_number_of_workers(workers):
+    """In order, whole, each once; a tensor keeps its shape and type; and writable."""
+    got = list(loader.prefetch(batch, range(4), workers))
+    for i, made in enumerate(got):
+        want = batch(i)
+        equal(made["id"], want["id"], "order")
+        for key in ("label", "nothing"):
+            equal(made[key].tolist(), want[key].tolist(), key)
+            equal((made[key].shape, made[key].dtype), (want[key].shape, want[key].dtype), key)
+        for a, b in zip(made["rows"], want["rows"], strict=True):
+            equal((a["n"], a["x"]), (b["n"], a["x"]), "rows")
+            equal(a["x"], b["x"], "rows")
+            a["x"] += 1
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_two_batches_are_ahead_whatever_the_number_of_workers(workers, tmp_path):
+    """Two a worker were: 28 batches of a gigabyte."""
+
+    def make(i):
+        (tmp_path / f"{i}").touch()
+        return i
+
+    batches = loader.prefetch(make, range(20), workers)
+    for i in range(4):
+        equal(next(batches), i, "order")
+        time.sleep(0.2)
+        expect(len(list(tmp_path.iterdir())) <= i + 1 + loader.AHEAD, i, "AHEAD", "loader.AHEAD")
+    batches.close()
+
+
+def test_a_batch_has_no_name_and_leaves_nothing():
+    """Nothing in /dev/shm, which may be small; no descriptor and no process when it is over."""
+    there = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    batches = loader.prefetch(lambda i: torch.zeros(10**6), range(30), 2)
+    held = next(batches)
+    equal(set(os.listdir("/dev/shm")), there[0], "memfd_create")
+    for x in batches:
+        assert not x.any()
+    del held, x
+    equal(len(os.listdir("/proc/self/fd")), there[1], "descriptors")
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_the_first_error_counts(workers):
+    """Of several bad rows of a batch the first is named, whichever worker met its own earlier."""
+
+    def make(i):
+        return loader.each(bad, range(8))
+
+    def bad(x):
+        if x >= 3:
+            time.sleep(0.1 if x == 3 else 0)
+            raise InputError(f"row {x}")
+
+    with pytest.raises(InputError, match="row 3"):
+        list(loader.prefetch(make, range(2), workers))
+    tried = loader.prefetch(lambda i: loader.try_each(bad, range(5), True), range(1), workers)
+    equal([str(x) for x in next(tried)], ["None"] * 3 + ["row 3", "row 4"], "try_each")
+
+
+def test_an_error_of_another_kind_in_a_worker_shows_where_it_was():
+    """A mistake of ours, or a student's."""
+    with pytest.raises(RuntimeError, match="in a loader process:.*ZeroDivisionError"):
+        list(loader.prefetch(lambda i: 1 // 0, range(2), 1))
+
+
+def test_pictures_travel_in_bfloat16_to_a_gpu_only():
+    """Where the model would round them so, before all else; numbers of tokens stay as they are."""
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32), (None, torch.float32)):
+        for workers in (0, 2):
+            where = device and torch.device(device)
+            made = next(loader.prefetch(batch, range(1), workers, where))
+            equal((made["rows"][0]["x"].dtype, made["label"].dtype), (dtype, torch.int64), device)
+
+
+def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
+    """256 texts a window; of pictures what fits into WINDOW_BYTES, by the largest one so far."""
+    monkeypatch.setattr(loader, "WINDOW_BYTES", 1000)
+    monkeypatch.setattr(loader, "FIRST_GUESS", 100)
+
+    class Row:
+        images = {"pixel_values": torch.zeros(50, dtype=torch.uint8)}
+
+    windows = loader.Windows([0] * 300 + [1] * 40 + [30])
+    sizes = []
+    for window in windows:
+        sizes.append(len(window))
+        if any(windows.pictures[i] for i in window):
+            windows.saw(window, [Row()] * len(window))
+    equal(sizes, [256, 54, 20, 10, 1], "texts, then 10 pictures by the guess, then 20, one of 30")
