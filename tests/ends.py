@@ -2,9 +2,9 @@
 
     python tests/ends.py HOW OUT          or under torchrun
 
-HOW: `error`, an exception that nobody expects, in rank 0's third step; `worker`, a loader process is
-killed, as the system does where memory is short; `deaf`, the main thread is inside one call of C;
-`leave`, the last rank alone gets a signal within a step that takes too long, in each way to train."""
+HOW: `error`, an exception that nobody expects, in rank 0's third step; `worker`, a loader process
+is killed, as the system does where memory is short; `deaf`, the main thread is inside one call of
+C; `leave`, the last rank alone gets a signal in a step that takes too long, each way to train."""
 
 import hashlib
 import json
@@ -59,8 +59,8 @@ teams = []
 
 
 def leave_steps(out):
-    """Each way to train, until a signal reaches the last rank in the midst of its second step. Writes what
-    the runs ended by."""
+    """Each way to train, until a signal reaches the last rank in the midst of its second step.
+    Writes what the runs ended by."""
     ranks.setup()
     codes = {}
     for name, (stage, flags) in WAYS.items():
