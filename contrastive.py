@@ -290,8 +290,7 @@ def main(cfg):
     budget = Budget.of(cfg, device)
     log = Log(cfg, start)
     embedder.train()
-    batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)
-    for step, batch in log.steps(batches):
+    for step, batch in log.steps(prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)):
         with checkpoint.kept(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)

@@ -126,9 +126,7 @@ class Embedder(nn.Module):
         was_training = self.training
         self.eval()  # no dropout
         windows = Windows([len(item.images) for item in items])
-        with tqdm(
-            total=len(items), desc=progress, disable=not progress or None, leave=False
-        ) as bar:
+        with tqdm(total=len(z), desc=progress, disable=not progress or None, leave=False) as bar:
             for window, rows in prefetch(rows_of, windows, workers, self.device):
                 windows.saw(window, rows)
                 readable = [i for i, row in enumerate(rows) if isinstance(row, Row)]
