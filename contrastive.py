@@ -33,7 +33,7 @@ from model import choose_trained, load_for, merge, save
 from plumbing import checkpoint, optim, ranks, sampling, sharding
 from plumbing.config import TrainingFlags, flag, refuse_impossible
 from plumbing.formats import Place, digest_of
-from plumbing.loader import prefetch
+from plumbing.loader import each, prefetch
 from plumbing.log import Log
 from plumbing.memory import Budget, leavable, meeting, remember_tower, token_chunks, until_it_fits
 from plumbing.replay import replay, rng_state
@@ -252,7 +252,7 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
     keys = [rank * 2**40 + i for i in range(len(columns))]
     if cfg.mask_false_negatives:
         keys = [item.key for item in columns]
-    rows = [collate.row(item) for item in queries + columns]
+    rows = each(collate.row, queries + columns)
     ids = [f"{name}[{i}]" for name, i in chosen]
     return Batch(rows, labels, torch.tensor(keys), ids)
 
@@ -287,8 +287,7 @@ def main(cfg):
     ranks.say(f"loss sees N = {shares} (chance loss ln N = {math.log(N):.2f})")
     log = Log(cfg, start)
     embedder.train()
-    batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers)
-    for step, batch in log.steps(batches):
+    for step, batch in log.steps(prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)):
         with checkpoint.kept(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)

@@ -23,10 +23,8 @@ from data import Collator, Item, Row
 from plumbing import adapters, families, ranks, sharding, weights
 from plumbing.config import CHUNK_TOKENS, by_device, refuse_for_model
 from plumbing.inputs import in_evaluation, listed, whole_number
-from plumbing.loader import prefetch, try_each
+from plumbing.loader import Windows, prefetch, try_each
 from plumbing.memory import token_chunks
-
-WINDOW = 256  # items that `encode` makes into rows at a time, and sorts by length
 
 # ----------------------------------------------------------------------------------------- pooling
 
@@ -121,12 +119,13 @@ class Embedder(nn.Module):
         width = self.mllm.get_input_embeddings().weight.shape[1]  # D
         z = np.full((len(items), width), np.nan, np.float32)  # NaN: not read
 
-        def window(start):  # made in a worker
-            return try_each(self.collate.row, items[start : start + WINDOW], bad is not None)
+        def rows_of(window):  # made in workers
+            return window, try_each(self.collate.row, [items[i] for i in window], bad is not None)
 
-        starts = range(0, len(items), WINDOW)
-        with tqdm(total=len(items), desc=progress, disable=not progress, leave=False) as bar:
-            for start, rows in zip(starts, prefetch(window, starts, workers), strict=True):
+        windows = Windows([len(item.images) for item in items])
+        with tqdm(total=len(z), desc=progress, disable=not progress or None, leave=False) as bar:
+            for window, rows in prefetch(rows_of, windows, workers, self.device):
+                windows.saw(window, rows)
                 readable = [i for i, row in enumerate(rows) if isinstance(row, Row)]
                 if len(readable) < len(rows):  # the others are errors
                     bad.extend(str(row) for row in rows if not isinstance(row, Row))
@@ -134,7 +133,7 @@ class Embedder(nn.Module):
                 for chunk in token_chunks(lengths, chunk_tokens):
                     places = [readable[i] for i in chunk]  # in the window
                     inputs = self.collate.pad_rows([rows[i] for i in places], self.device)
-                    z[[start + i for i in places]] = self(inputs).float().cpu().numpy()
+                    z[[window[i] for i in places]] = self(inputs).float().cpu().numpy()
                     bar.update(len(chunk))
         return z
 

@@ -32,7 +32,7 @@ class Log:
         self.complaint = ""  # of the disk, said once
         self.every = max(1, min(20, cfg.steps // 10))  # steps between two lines on the screen
         self.file = together(lambda: open_log(cfg, start) if rank() == 0 else None)
-        self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() != 0, leave=False)
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() > 0 or None, leave=False)
 
     def steps(self, batches):
         """Yields (step, batch), and counts the time that a step waits for its batch."""

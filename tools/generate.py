@@ -407,7 +407,8 @@ def generate(args) -> int:
 
     # 3. Ask, and write down what failed.
     total = len(names) + len(done)
-    with tqdm(total=total, initial=len(done), unit="img", desc="dialogues") as bar:
+    start = len(done)
+    with tqdm(total=total, initial=start, unit="img", desc="dialogues", disable=None) as bar:
         errors = ask_until_done(names, questions, replies, args, bar)
     list_failures(errors, Path(f"{args.out}.failed.jsonl"))
     if names and len(errors) == len(names):
