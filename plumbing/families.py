@@ -54,6 +54,15 @@ def vision_tower(mllm):
     return mllm.get_encoder(modality="image")
 
 
+def rest_frozen_tower(embedder):
+    """The embedder, its vision tower in evaluation mode where it is frozen. With dropout its output
+    would be another one in GradCache's second pass than what was remembered from the first."""
+    tower = vision_tower(embedder.mllm)
+    if not any(p.requires_grad for p in tower.parameters()):
+        tower.eval()
+    return embedder
+
+
 # ---------------------------------------------------------------------------- positions and masks
 
 
