@@ -36,6 +36,7 @@ from plumbing.formats import Place, digest_of
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
 from plumbing.memory import Budget, leavable, meeting, remember_tower, token_chunks, until_it_fits
+from plumbing.precision import products
 from plumbing.replay import replay, rng_state
 
 
@@ -100,8 +101,7 @@ def info_nce_rows(q, t, labels, keys, temperature):
     q (b, D), t (M, D), labels (b, P) columns of the positives, -1 where a query has fewer than P,
     keys (M,): a column with the key of one of my positives is not my negative.
     -> (nats (b,), mean over positives; hit (b,), whether a positive beats all negatives)."""
-    with torch.autocast(q.device.type, enabled=False):  # never bfloat16: it has 3 digits
-        scores = q @ t.T / temperature  # (b, M)
+    scores = products(q, t) / temperature  # (b, M); never bfloat16 or TF32: they have 3 digits
     valid = labels >= 0  # (b, P)
     is_no_negative = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
     for p in range(labels.shape[1]):

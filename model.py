@@ -25,6 +25,7 @@ from plumbing.config import CHUNK_TOKENS, by_device, refuse_for_model
 from plumbing.inputs import in_evaluation, listed, whole_number
 from plumbing.loader import Windows, prefetch, try_each
 from plumbing.memory import token_chunks
+from plumbing.precision import at_least_float32
 
 # ----------------------------------------------------------------------------------------- pooling
 
@@ -32,12 +33,12 @@ from plumbing.memory import token_chunks
 def compression_pool(h, attention_mask, K):
     """Mean of the K compression tokens, the last K real tokens of a row (CoMa, section 3.2).
 
-    h (B, L, D), attention_mask (B, L) with 1 for real tokens, padded on either side -> (B, D)."""
+    h (B, L, D), attention_mask (B, L) with 1 for real tokens, either padding -> (B, D), float32."""
     from_end = attention_mask.flip(1).argmax(1)  # (B,) padding behind the last real token
     last = attention_mask.shape[1] - 1 - from_end  # (B,) its position
     positions = last[:, None] - torch.arange(K - 1, -1, -1, device=h.device)  # (B, K)
     index = positions[..., None].expand(-1, -1, h.shape[-1])  # (B, K, D)
-    return h.gather(1, index).mean(1)  # (B, D)
+    return at_least_float32(h.gather(1, index)).mean(1)  # (B, D)
 
 
 def last_token_pool(h, attention_mask):
@@ -65,6 +66,10 @@ class Embedder(nn.Module):
     def set_adapter(self, adapter):
         """Notes the wrapper. Trap: as a submodule, the MLLM's weights would count twice."""
         object.__setattr__(self, "adapter", adapter)
+
+    def train(self, mode=True):
+        """A frozen vision tower stays in evaluation mode."""
+        return families.rest_frozen_tower(super().train(mode))
 
     @property
     def device(self):
@@ -102,7 +107,7 @@ class Embedder(nn.Module):
         else:
             z = last_token_pool(h, inputs["attention_mask"])  # (B, D)
         z = sharding.touch_tower(self, z, inputs)  # as it is: only FSDP needs this
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+        return F.normalize(z, dim=-1)
 
     @in_evaluation  # no dropout, no gradient
     def encode(self, items, chunk_tokens=None, workers=0, progress="", bad=None) -> np.ndarray:
@@ -226,7 +231,7 @@ def choose_trained(embedder, cfg):
     # What is trained is float32; what is frozen bfloat16 on a GPU.
     for p in embedder.parameters():
         if p.requires_grad:
-            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+            p.data = at_least_float32(p.data)
         elif embedder.device.type == "cuda":
             p.data = p.data.to(torch.bfloat16)
     if cfg.checkpointing:
