@@ -296,8 +296,7 @@ def main(cfg):
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------
             cfg.fitting = out.chunk_tokens  # kept by a checkpoint: what was halved stays so
-            mine = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
-            cut = ranks.all_sum(mine)
+            cut = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
             numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
             numbers.update(norm=norm, lr=lr, cut=cut)
             numbers["skipped"] = sampling.skipped_pairs(pairs, draw(pairs, cfg, step))

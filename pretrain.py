@@ -212,9 +212,10 @@ def main(cfg):
             lr = optim.begin_step(optimizers, step, cfg)
             loss, exact, tokens = accumulate(embedder, examples, cfg, reference)
             ranks.sum_gradients(embedder.parameters())
-            norm = optim.end_step(embedder, optimizers, cfg, step, loss, [x.id for x in examples])
+            ids = [x.id for x in examples]
+            norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)
             # --------------------------------------------------------------------------------------
-            cut = ranks.all_sum(sum(x.row.cut for x in examples))  # tokens that --max-length cost
+            cut = sum(x.row.cut for x in examples)  # tokens that --max-length cost
             numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
             numbers["skipped"] = skipped_dialogues(dialogues, cfg, step)
             log(step, (tokens, "answer tokens"), numbers)

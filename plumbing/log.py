@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from plumbing.agreement import together
 from plumbing.errors import InputError
-from plumbing.ranks import rank, say, world
+from plumbing.ranks import all_sum, rank, say, world
 
 
 def versions() -> dict:
@@ -45,7 +45,9 @@ class Log:
         self.bar.close()
 
     def __call__(self, step, speed, numbers):
-        """numbers: reproducible, so also into log.jsonl; speed: (how many, of what) a step."""
+        """numbers: reproducible, so also into log.jsonl; speed: (how many, of what) a step. All are
+        of all ranks already, but for `cut`."""
+        numbers["cut"] = all_sum(numbers["cut"])
         # Worth a column only where something was cut or skipped.
         numbers = {k: x for k, x in numbers.items() if x or k not in ("cut", "skipped")}
         if rank() > 0:
