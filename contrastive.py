@@ -33,9 +33,10 @@ from model import choose_trained, load_for, merge, save
 from plumbing import checkpoint, optim, ranks, sampling, sharding
 from plumbing.config import TrainingFlags, flag, refuse_impossible
 from plumbing.formats import Place, digest_of
-from plumbing.loader import prefetch
+from plumbing.loader import each, prefetch
 from plumbing.log import Log
 from plumbing.memory import Budget, leavable, meeting, remember_tower, token_chunks, until_it_fits
+from plumbing.precision import products
 from plumbing.replay import replay, rng_state
 
 
@@ -100,8 +101,7 @@ def info_nce_rows(q, t, labels, keys, temperature):
     q (b, D), t (M, D), labels (b, P) columns of the positives, -1 where a query has fewer than P,
     keys (M,): a column with the key of one of my positives is not my negative.
     -> (nats (b,), mean over positives; hit (b,), whether a positive beats all negatives)."""
-    with torch.autocast(q.device.type, enabled=False):  # never bfloat16: it has 3 digits
-        scores = q @ t.T / temperature  # (b, M)
+    scores = products(q, t) / temperature  # (b, M); never bfloat16 or TF32: they have 3 digits
     valid = labels >= 0  # (b, P)
     is_no_negative = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
     for p in range(labels.shape[1]):
@@ -252,7 +252,7 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
     keys = [rank * 2**40 + i for i in range(len(columns))]
     if cfg.mask_false_negatives:
         keys = [item.key for item in columns]
-    rows = [collate.row(item) for item in queries + columns]
+    rows = each(collate.row, queries + columns)
     ids = [f"{name}[{i}]" for name, i in chosen]
     return Batch(rows, labels, torch.tensor(keys), ids)
 
@@ -287,8 +287,7 @@ def main(cfg):
     ranks.say(f"loss sees N = {shares} (chance loss ln N = {math.log(N):.2f})")
     log = Log(cfg, start)
     embedder.train()
-    batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers)
-    for step, batch in log.steps(batches):
+    for step, batch in log.steps(prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)):
         with checkpoint.kept(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
@@ -297,8 +296,7 @@ def main(cfg):
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------
             cfg.fitting = out.chunk_tokens  # kept by a checkpoint: what was halved stays so
-            mine = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
-            cut = ranks.all_sum(mine)
+            cut = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
             numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
             numbers.update(norm=norm, lr=lr, cut=cut)
             numbers["skipped"] = sampling.skipped_pairs(pairs, draw(pairs, cfg, step))

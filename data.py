@@ -255,8 +255,7 @@ class Collator:
             count = f"{len(texts) - 1} {IMAGE} for {len(item.images)} pictures"
             raise InputError(f"{count} in {item!s:.200}: one where each goes")
         pictures = [self.picture(open_image(x)) for x in item.images]  # opened here, and no earlier
-        picture_first = pictures and not texts[0]
-        before = template.before_picture if picture_first else template.before_text
+        before = template.before_text if texts[0] or not pictures else template.before_picture
         parts = [Part(HEAD, template.head_ids), Part(HEAD, before)]
         for i, text in enumerate(texts):
             parts.append(Part(CONTENT, text, by_user=True))

@@ -18,8 +18,9 @@ import numpy as np
 
 from data import Item, read_tasks
 from model import load_for
-from plumbing import ranks, retrieval, table
+from plumbing import agreement, checkpoint, ranks, retrieval, table
 from plumbing.config import Flags, flag
+from plumbing.ranks import say
 from plumbing.weights import first_model
 
 
@@ -130,31 +131,32 @@ def score(embedder, task, cfg) -> dict:
 def main(cfg):
     """The table, from flags to the overall mean."""
     # 1. The model and the tasks.
-    device = ranks.setup()
+    device = agreement.join(cfg)
     table.refuse_json(cfg)
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
+    checkpoint.same_model(cfg.model)
     embedder = load_for(cfg, device)
-    ranks.say(f"evaluating {cfg.model}")
+    say(f"evaluating {cfg.model}")
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
 
     # 2. Each set, those in distribution first.
     note, sets = table.partial_note(cfg), {}
-    ranks.say(table.head(note))
+    say(table.head(note))
     for ood, group in ((False, "in distribution"), (True, "out of distribution")):
         chosen = [task for task in tasks if task.ood == ood]
         if chosen:
-            ranks.say(f"-- {group}")
+            say(f"-- {group}")
         for task in chosen:
             row = sets[task.name] = score(embedder, task, cfg)
-            ranks.say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))
+            say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))
 
     # 3. The means, and the file.
     means = summary(sets)
-    ranks.say("-- mean over sets")
+    say("-- mean over sets")
     for name, row in means["meta_tasks"].items():
-        ranks.say(table.line("  " + name, row))
+        say(table.line("  " + name, row))
     for name in ("IND", "OOD", "Overall"):
-        ranks.say(table.line(name + note, means[name.lower()]))
+        say(table.line(name + note, means[name.lower()]))
     if cfg.json and ranks.rank() == 0:
         table.write_json(cfg, embedder, sets, means)
 

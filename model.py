@@ -8,7 +8,7 @@ M columns, all ranks' targets and hard negatives - P right targets of a query - 
 K compression tokens - D width - V vocabulary; q, t query, target - h hidden states - z unit length.
 
 Top to bottom: pooling - Embedder - the K tokens - load and save - what is trained. What differs
-between families of MLLMs is in plumbing/families.py, files and adapters in plumbing/weights.py.
+between families of MLLMs is in plumbing/families.py, files in plumbing/weights.py and adapters.py.
 """
 
 import sys
@@ -20,13 +20,12 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Collator, Item, Row
-from plumbing import families, ranks, sharding, weights
+from plumbing import adapters, families, ranks, sharding, weights
 from plumbing.config import CHUNK_TOKENS, by_device, refuse_for_model
 from plumbing.inputs import in_evaluation, listed, whole_number
-from plumbing.loader import prefetch, try_each
+from plumbing.loader import Windows, prefetch, try_each
 from plumbing.memory import token_chunks
-
-WINDOW = 256  # items that `encode` makes into rows at a time, and sorts by length
+from plumbing.precision import at_least_float32
 
 # ----------------------------------------------------------------------------------------- pooling
 
@@ -34,12 +33,12 @@ WINDOW = 256  # items that `encode` makes into rows at a time, and sorts by leng
 def compression_pool(h, attention_mask, K):
     """Mean of the K compression tokens, the last K real tokens of a row (CoMa, section 3.2).
 
-    h (B, L, D), attention_mask (B, L) with 1 for real tokens, padded on either side -> (B, D)."""
+    h (B, L, D), attention_mask (B, L) with 1 for real tokens, either padding -> (B, D), float32."""
     from_end = attention_mask.flip(1).argmax(1)  # (B,) padding behind the last real token
     last = attention_mask.shape[1] - 1 - from_end  # (B,) its position
     positions = last[:, None] - torch.arange(K - 1, -1, -1, device=h.device)  # (B, K)
     index = positions[..., None].expand(-1, -1, h.shape[-1])  # (B, K, D)
-    return h.gather(1, index).mean(1)  # (B, D)
+    return at_least_float32(h.gather(1, index)).mean(1)  # (B, D)
 
 
 def last_token_pool(h, attention_mask):
@@ -67,6 +66,10 @@ class Embedder(nn.Module):
     def set_adapter(self, adapter):
         """Notes the wrapper. Trap: as a submodule, the MLLM's weights would count twice."""
         object.__setattr__(self, "adapter", adapter)
+
+    def train(self, mode=True):
+        """A frozen vision tower stays in evaluation mode."""
+        return families.rest_frozen_tower(super().train(mode))
 
     @property
     def device(self):
@@ -104,7 +107,7 @@ class Embedder(nn.Module):
         else:
             z = last_token_pool(h, inputs["attention_mask"])  # (B, D)
         z = sharding.touch_tower(self, z, inputs)  # as it is: only FSDP needs this
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+        return F.normalize(z, dim=-1)
 
     @in_evaluation  # no dropout, no gradient
     def encode(self, items, chunk_tokens=None, workers=0, progress="", bad=None) -> np.ndarray:
@@ -117,15 +120,17 @@ class Embedder(nn.Module):
         items = listed(items, Item.of)
         chunk_tokens = whole_number("chunk_tokens", chunk_tokens, 1)
         chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, self.device)
+        workers = whole_number("workers", workers, 0)
         width = self.mllm.get_input_embeddings().weight.shape[1]  # D
         z = np.full((len(items), width), np.nan, np.float32)  # NaN: not read
 
-        def window(start):  # made in a worker
-            return try_each(self.collate.row, items[start : start + WINDOW], bad is not None)
+        def rows_of(window):  # made in workers
+            return window, try_each(self.collate.row, [items[i] for i in window], bad is not None)
 
-        starts = range(0, len(items), WINDOW)
-        with tqdm(total=len(items), desc=progress, disable=not progress, leave=False) as bar:
-            for start, rows in zip(starts, prefetch(window, starts, workers), strict=True):
+        windows = Windows([len(item.images) for item in items])
+        with tqdm(total=len(z), desc=progress, disable=not progress or None, leave=False) as bar:
+            for window, rows in prefetch(rows_of, windows, workers, self.device):
+                windows.saw(window, rows)
                 readable = [i for i, row in enumerate(rows) if isinstance(row, Row)]
                 if len(readable) < len(rows):  # the others are errors
                     bad.extend(str(row) for row in rows if not isinstance(row, Row))
@@ -133,7 +138,7 @@ class Embedder(nn.Module):
                 for chunk in token_chunks(lengths, chunk_tokens):
                     places = [readable[i] for i in chunk]  # in the window
                     inputs = self.collate.pad_rows([rows[i] for i in places], self.device)
-                    z[[start + i for i in places]] = self(inputs).float().cpu().numpy()
+                    z[[window[i] for i in places]] = self(inputs).float().cpu().numpy()
                     bar.update(len(chunk))
         return z
 
@@ -158,7 +163,8 @@ def add_compression_tokens(mllm, tokenizer, K):
         generator = torch.Generator().manual_seed(0)  # alike on every rank
         noise = torch.randn(K, table.shape[1], generator=generator)  # (K, D)
         # The mean row, with noise: the K tokens must differ, equal ones would learn much the same.
-        table[old : old + new] = (known.mean(0) + known.std(0) * noise[-new:]).to(table.dtype)
+        ids = tokenizer.convert_tokens_to_ids(compression_tokens(K))
+        table[ids] = (known.mean(0) + known.std(0) * noise).to(table.dtype)
 
 
 # ----------------------------------------------------------------------------------- load and save
@@ -179,7 +185,7 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
         weights.refuse_lost_tokens(path, mllm, processor.tokenizer, settings.K)
         # Before the adapter: it holds the new tokens' embedding rows.
         add_compression_tokens(mllm, processor.tokenizer, settings.K)
-        adapter = weights.load_adapter(mllm, path) if has_adapter else None
+        adapter = adapters.load_adapter(mllm, path) if has_adapter else None
         embedder = Embedder(mllm, processor, settings, options.max_length)
     embedder.set_adapter(adapter)
     # On a CPU float32: bfloat16 is slow there.
@@ -218,14 +224,14 @@ def choose_trained(embedder, cfg):
     model, and the K embedding rows), or all weights, with --freeze-vision all but the tower's."""
     refuse_for_model(embedder, cfg)
     if cfg.lora_rank:
-        adapter = weights.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)
+        adapter = adapters.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)
         embedder.set_adapter(adapter)
     if not embedder.adapter and cfg.freeze_vision:
         families.vision_tower(embedder.mllm).requires_grad_(False)
     # What is trained is float32; what is frozen bfloat16 on a GPU.
     for p in embedder.parameters():
         if p.requires_grad:
-            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+            p.data = at_least_float32(p.data)
         elif embedder.device.type == "cuda":
             p.data = p.data.to(torch.bfloat16)
     if cfg.checkpointing:

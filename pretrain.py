@@ -31,7 +31,7 @@ from plumbing import checkpoint, optim, ranks
 from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag
 from plumbing.errors import InputError
 from plumbing.formats import Place, digest_of
-from plumbing.loader import prefetch
+from plumbing.loader import each, prefetch
 from plumbing.log import Log
 from plumbing.memory import token_chunks, unless_stopped
 from plumbing.sampling import ask_first, epoch_batch, skipped_dialogues
@@ -192,29 +192,30 @@ def main(cfg):
     cfg.data_digest = digest_of([dialogues])  # a run is not resumed with other data
 
     def examples_of(step):
-        examples = []
-        for i in epoch_batch(len(dialogues), cfg, step, rank, world):
+        def example(i):
             d = ask_first(dialogues[i], cfg, step)
             row = embedder.collate.row(d.item, d.turns)
             plain_row = plain_collate.row(d.item, d.turns) if plain_collate else None
-            examples.append(Example(row, plain_row, d.id))
-        return examples
+            return Example(row, plain_row, d.id)
+
+        return each(example, epoch_batch(len(dialogues), cfg, step, rank, world))
 
     # 3. Train.
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
     ranks.say(f"{len(dialogues):,} dialogues, {cfg.batch} a step over {world} rank(s)")
     log = Log(cfg, start)
     embedder.train()
-    batches = prefetch(examples_of, range(start, cfg.steps), cfg.workers)
+    batches = prefetch(examples_of, range(start, cfg.steps), cfg.workers, device)
     for step, examples in log.steps(batches):
         with checkpoint.kept(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
             loss, exact, tokens = accumulate(embedder, examples, cfg, reference)
             ranks.sum_gradients(embedder.parameters())
-            norm = optim.end_step(embedder, optimizers, cfg, step, loss, [x.id for x in examples])
+            ids = [x.id for x in examples]
+            norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)
             # --------------------------------------------------------------------------------------
-            cut = ranks.all_sum(sum(x.row.cut for x in examples))  # tokens that --max-length cost
+            cut = sum(x.row.cut for x in examples)  # tokens that --max-length cost
             numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
             numbers["skipped"] = skipped_dialogues(dialogues, cfg, step)
             log(step, (tokens, "answer tokens"), numbers)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
 
+from plumbing.adapters import find_base
 from plumbing.agreement import agree, by_rank_0, join, together
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
@@ -28,7 +29,7 @@ from plumbing.folders import digest_of_weights, place, read_json
 from plumbing.log import versions
 from plumbing.outfolder import MARK, take, write_json
 from plumbing.ranks import all_sum, gather_objects, rank, say, world
-from plumbing.weights import find_base, stage_1_model
+from plumbing.weights import stage_1_model
 
 # What may change in between: where and how often it is saved, who reads the data, which pictures
 # are skipped. (`fitting` is no flag: the run goes on from what the checkpoint says.)
@@ -186,10 +187,16 @@ def begin(cfg) -> torch.device:
     device = join(cfg)
     cfg.model = cfg.model or stage_1_model()
     by_rank_0(lambda: take(cfg))
-    cfg.model_digest = together(lambda: digest_of_model(cfg.model))
-    agree({"the weights": cfg.model_digest}, f"--model {brief(cfg.model, 60)}")
+    cfg.model_digest = same_model(cfg.model)
     by_rank_0(lambda: refuse_taken(cfg))
     return device
+
+
+def same_model(name) -> str:
+    """The digest of a model, which all ranks have alike; InputError on all where they do not."""
+    digest = together(lambda: digest_of_model(name))
+    agree({"the weights": digest}, f"--model {brief(name, 60)}")
+    return digest
 
 
 def digest_of_model(name) -> str:
@@ -321,6 +328,8 @@ def read_tensors(folder, shapes) -> tuple:
         # Weights that are not trained are not in it, and must not be.
         if differ := {(name, w.shape) for name, w in weights.items()} ^ shapes.items():
             raise ValueError(f"{len(differ)} weights too many or too few, {min(differ)} for one")
+        if not optimizer["state"].keys() & shapes.keys():  # else it would begin anew, unsaid
+            raise ValueError("no state of the optimisers")
         for name, values in optimizer["state"].items():
             for value in values.values():
                 if value.shape not in (shapes[name], ()):
@@ -337,14 +346,12 @@ def read_tensors(folder, shapes) -> tuple:
 def load_checkpoint(embedder, optimizers, found):
     """Weights and optimiser states into the model and the optimisers of all ranks. found: the
     Checkpoint, on rank 0; the others are sent what it read."""
+    options = dataclasses.replace(TRAINED, strict=False, broadcast_from_rank0=world() > 1)
+    weights, states = (found.weights, found.optimizer) if found else ({}, {})
     try:
-        dcp.set_state_dict(
-            embedder,
-            optimizers,
-            model_state_dict=found.weights if found else {},
-            optim_state_dict=found.optimizer if found else {},
-            options=dataclasses.replace(TRAINED, strict=False, broadcast_from_rank0=world() > 1),
-        )
+        # Trap: not in one call. Without weights `set_state_dict` takes the optimisers to be all.
+        dcp.set_optimizer_state_dict(embedder, optimizers, states, options=options)
+        dcp.set_model_state_dict(embedder, weights, options=options)
     except UNREADABLE as e:
         where = found.folder if found else "the checkpoint"
         text = f"{where}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"

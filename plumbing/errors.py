@@ -11,7 +11,8 @@ def brief(x, most=200) -> str:
     """What of a user's text, name or answer an error shows: one line, `most` characters, all of
     them printable (a name that is not UTF-8 has halves of surrogate pairs, which print refuses)."""
     text = " ".join(str(x)[: 10 * most].split())
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

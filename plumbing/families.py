@@ -54,6 +54,15 @@ def vision_tower(mllm):
     return mllm.get_encoder(modality="image")
 
 
+def rest_frozen_tower(embedder):
+    """The embedder, its vision tower in evaluation mode where it is frozen. With dropout its output
+    would be another one in GradCache's second pass than what was remembered from the first."""
+    tower = vision_tower(embedder.mllm)
+    if not any(p.requires_grad for p in tower.parameters()):
+        tower.eval()
+    return embedder
+
+
 # ---------------------------------------------------------------------------- positions and masks
 
 
@@ -82,6 +91,7 @@ def attention_mask(mllm, inputs, mask):
     `mask` decides about earlier tokens only."""
     if mask is None:
         return inputs["attention_mask"]
+    refuse_cross_attention(mllm)
     if mllm.config._attn_implementation != "sdpa":  # Trap: eager would *add* the booleans
         raise InputError("the compression mask needs --attn sdpa")
     if "token_type_ids" not in inputs:
@@ -89,11 +99,21 @@ def attention_mask(mllm, inputs, mask):
     is_image = inputs["token_type_ids"] == 1  # (B, L)
     starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
     picture = torch.where(is_image, starts.cumsum(1) - 1, -1)  # (B, L) which picture, from 0
+    embeddings = mllm.get_input_embeddings()(inputs["input_ids"])
     return create_masks_for_generate(
-        config=mllm.config,
-        past_key_values=None,
-        attention_mask=inputs["attention_mask"],
-        inputs_embeds=mllm.get_input_embeddings()(inputs["input_ids"]),
+        mllm.config,
+        embeddings,
+        inputs["attention_mask"],
+        None,  # no cache; by its place, for versions of transformers differ in its name
         and_mask_function=lambda b, head, i, j: mask[b, 0, i, j] | (j > i),
         block_sequence_ids=picture,
     )
+
+
+def refuse_cross_attention(mllm):
+    """A mask over a row's tokens says nothing to layers that look at the picture itself (Mllama):
+    there it could not be held back, and stage 1 would teach nothing."""
+    for name, _ in mllm.get_decoder().named_modules():
+        if name.endswith(("cross_attn", "crossattention")):
+            family = f"{mllm.config.model_type}: its text sees pictures by cross-attention"
+            raise InputError(f"{family}, past the compression mask; take a family without it")

@@ -50,10 +50,13 @@ def refuse_special(path, name=None, kind="file", hint=""):
 
 def absence(path, kind) -> str:
     """Why there is nothing at `path`."""
-    text = os.fspath(path)
-    text = text if isinstance(text, str) else ""
-    if "data:" in text[:5] or "://" in text[:8]:
+    if is_url(os.fsdecode(path)):
         return f"is a URL; save it as a file and give its path: a {kind} is never fetched"
     if os.path.islink(path):
         return f"is a symbolic link to {brief(os.readlink(path))}, which is not there"
     return f"no such {kind}"
+
+
+def is_url(path) -> bool:
+    """Is it an address, or content spelled as one (`data:`), and no file's name?"""
+    return path.startswith("data:") or "://" in path[:10]

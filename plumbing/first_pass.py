@@ -158,5 +158,5 @@ def first_pass(name, length, tries) -> Found:
     windows = [range(i, min(i + WINDOW, length)) for i in range(0, length, WINDOW)]
     workers = min(8, os.cpu_count()) if length > FEW else 0
     parts = prefetch(lambda k: try_window(tries, windows[k]), range(len(windows)), workers)
-    bar = tqdm(parts, f"reading {name}", len(windows), leave=False, disable=not workers)
+    bar = tqdm(parts, f"reading {name}", len(windows), leave=False, disable=not workers or None)
     return reduce(Found.join, bar, Found())

@@ -1,13 +1,12 @@
 """A model's folder, one's own or from elsewhere: where it is, what it may hold before anything is
 built from it, how it is written. (What is built: plumbing/weights.py.)"""
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -166,11 +165,11 @@ def refuse_absurd_config(folder):
     for key, value in numbers_in(config):
         most = None
         if COUNTS.search(key):
-            most, what = len(shapes), "weights"
+            most, unit = len(shapes), "weights"
         elif SIZES.search(key):
-            most, what = largest, "rows in the largest weight"
+            most, unit = largest, "rows in the largest weight"
         if most is not None and not value <= most:  # NaN too
-            text = f"{key} is {value:,} in its config.json, but its files have {most:,} {what}"
+            text = f"{key} is {value:,} in its config.json, but its files have {most:,} {unit}"
             raise InputError(f"--model {folder}: {text}")
 
 
@@ -194,38 +193,44 @@ def written_beside(path):
     """Gives a new folder to write into; what it holds at the end goes to `path`, file by file. Of
     an older run in `path` the files go away that `load` would believe. Where writing fails, what
     stood there stays, and an InputError says why."""
-    # On the same disk, so that a rename is all that is left to do.
-    path, part = Path(path), Path(f"{path}.part")
+    # Inside of it: `path` may be a disk of its own, and a rename must be all that is left to do.
+    path, part = Path(path), Path(path, ".part")
+    is_new = not path.exists()
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
         ordinary_permissions(part)
-        path.mkdir(exist_ok=True)
-        new = [file.relative_to(part) for file in sorted(part.rglob("*")) if file.is_file()]
-        for pattern in STALE:
-            for old in path.glob(pattern):
-                if old.relative_to(path) not in new:
-                    old.unlink()
-        for file in new:
-            (path / file).parent.mkdir(exist_ok=True)
-            os.replace(part / file, path / file)
+        put_in_place(part, path)
     except Exception as e:
         # The tokenizers' Rust code raises a plain Exception where the disk is full.
         if isinstance(e, OSError | SafetensorError) or type(e) is Exception:
-            raise InputError(f"{path}: not written: {brief(e)}. {way_out(path, e)}") from e
+            raise InputError(f"{path}: not written: {brief(e)}. {way_out(path)}") from e
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # not where there is something in it
+                path.rmdir()
 
 
-def way_out(path, error) -> str:
+def put_in_place(part, path):
+    """The files of `part` to `path`, in the place of an older run's."""
+    new = [file.relative_to(part) for file in sorted(part.rglob("*")) if file.is_file()]
+    for pattern in STALE:
+        for old in path.glob(pattern):
+            if old.relative_to(path) not in new:
+                old.unlink()
+    for file in new:
+        (path / file).parent.mkdir(exist_ok=True)
+        os.replace(part / file, path / file)
+
+
+def way_out(path) -> str:
     """What to do where a folder could not be written."""
-    if str(errno.ENOSPC) in re.findall(r"\d+", str(error)) or "space" in str(error):
-        above = next(p for p in Path(path).absolute().parents if p.exists())
-        free = shutil.disk_usage(above).free / 1e6
-        return f"{free:,.1f} MB are free there; what stood there is as it was. Free some, or move"
-    return "What stood there is as it was. Take a folder that you may write into"
+    above = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free = f"{shutil.disk_usage(above).free / 1e6:,.1f} MB are free on that disk"
+    return f"What stood there is as it was; {free}. Free some, or take another folder"
 
 
 def ordinary_permissions(folder):

@@ -8,6 +8,7 @@ import os
 import warnings
 from array import array
 from bisect import bisect_left
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from plumbing.errors import InputError, brief
-from plumbing.files import open_file
+from plumbing.files import is_url, open_file
 from plumbing.zips import open_zip
 
 MOST_PIXELS, MOST_STRETCHED = 100_000_000, 200  # beyond: a bomb; a line that no model takes
@@ -32,9 +33,15 @@ TURNS = {  # EXIF's orientation -> what sets the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow's remarks on odd pictures: what is wrong enough is an error, and the rest nobody asked for.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+def quiet_pillow():
+    """No remarks on odd pictures: what is wrong enough is an error, the rest nobody asked for."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+quiet_pillow()  # Trap: not around each picture: `catch_warnings` is everyone's, threads' too
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -72,11 +79,11 @@ def decode(ref, name) -> Image.Image:
         if image.format == "EPS":  # a PIL image of the user's; loaded, it would run
             raise ValueError("EPS is a program; save it as PNG")
         image.load()
-        turn = TURNS.get(orientation(image))
+        turn = turn_of(image)
         image = to_rgb(image)
         return image.transpose(turn) if turn is not None else image
     except UnidentifiedImageError:
-        reason = f"its content is none of {', '.join(decoded_formats())}"
+        reason = f"its content is none of {', '.join(FORMATS)} (the last from Pillow 11.3 on)"
     except Exception as e:  # Trap: damaged bytes lead decoders to errors of every type
         reason = brief(e) or type(e).__name__
     raise InputError(f"{name}: not a readable picture: {reason}")
@@ -89,13 +96,13 @@ def refuse_size(size):
         raise ValueError(f"{w} x {h} pixels; at most 1e8 and 200:1 are read. Crop it")
 
 
-def orientation(image) -> int:
-    """EXIF's, 1 to 8; 1 (upright) where the EXIF is missing or damaged. Trap: not `exif_transpose`:
-    it writes the whole EXIF again, and fails at oddities in parts that nobody needs."""
+def turn_of(image):
+    """What sets it upright, None where nothing does, or where the EXIF is damaged. Trap: not
+    `exif_transpose`: that writes the whole EXIF again, and fails at oddities that nobody needs."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # the pixels are loaded and whole: a photograph is not lost to its EXIF
-        return 1
+        return None
 
 
 def to_rgb(image) -> Image.Image:
@@ -109,9 +116,8 @@ def to_rgb(image) -> Image.Image:
     if image.mode in ("La", "RGBa"):  # colours times alpha: only these conversions divide by it
         image = image.convert(image.mode.upper())
     key = image.info.get("transparency")
-    if (
-        image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255
-    ):  # of 16 bits, as the file's pixels were
+    is_of_16_bits = isinstance(key, tuple) and max(key) > 255  # as the file's pixels were
+    if image.mode == "RGB" and is_of_16_bits:
         image = image.copy()
         image.info["transparency"] = tuple(v // 256 for v in key)
     image = image.convert("RGBA")
@@ -194,9 +200,9 @@ def own_places(root) -> list:
     for folder in (Path(root), Path(root, "images")):
         if folder.name == "images" and folder.is_dir():
             places.append(os.path.realpath(folder))
-            with os.scandir(folder) as entries:
+            with suppress(OSError), os.scandir(folder) as entries:
                 linked = [e.path for e in entries if e.is_symlink() and e.is_dir()]
-            places += map(os.path.realpath, linked)
+                places += map(os.path.realpath, linked)
     for folder in (real, *real.parents):
         if folder.parent.name == "snapshots" and "--" in folder.parent.parent.name:
             places.append(str(folder.parent.parent / "blobs"))
@@ -219,6 +225,7 @@ class Images:
         self.tops = [f"{top}/images", top]
         self.places = own_places(root)
         self.folder = lru_cache(10_000)(self.read_folder)
+        self.folders = lru_cache(10_000)(self.look_up_folders)
 
     def prepare(self, subset=""):
         """Indexes a subset's zip file, for all the processes that will be forked."""
@@ -227,14 +234,14 @@ class Images:
 
     def find(self, path: str, subset=""):
         """-> a path or a ZipImage. What is nowhere is reported when it is opened."""
-        inner = self.below_root(path)
-        head, _, name = inner.rpartition("/")
-        for top in self.tops:
-            folder = self.folder(f"{top}/{head}" if head else top)
-            if folder and holds(folder.names, name):
+        cut = path.rfind("/") + 1
+        name = path[cut:]
+        for folder in self.folders(path[:cut]):
+            if holds(folder.names, name):
                 full = f"{folder.path}/{name}"
                 if not holds(folder.links, name) or self.is_there(full, path):
                     return full
+        inner = self.below_root(path)
         if archive := self.zips.get(subset) or self.zips.get("images"):
             members = open_zip(archive)
             # The hub's zips have the subset's folder on top, or `images`, or neither.
@@ -244,11 +251,13 @@ class Images:
         for top in self.tops:  # newer than our list of its folder, or spelled in another case
             if self.is_there(full := os.path.join(top, inner), path):
                 return full
-        self.lost.append(str(self.root / path))
+        self.lost.append(brief(self.root / path))  # for messages
         return str(self.root / path)
 
     def below_root(self, path) -> str:
         """A path of the data relative to a top; absolute where it lies in another of the places."""
+        if is_url(path):
+            raise InputError(f"the picture {brief(path)!r} is a URL; save it as a file")
         inner = os.path.normpath(path)
         if os.path.isabs(inner):
             for top in (self.tops[-1], self.places[0]):
@@ -259,8 +268,18 @@ class Images:
             raise self.outside(path)
         return inner
 
+    def look_up_folders(self, head) -> list:
+        """The Folders that the beginning of a path may stand for: one below each top, where there
+        is one that may be read."""
+        try:
+            inner = self.below_root(head)
+        except InputError:  # it will be raised again, with the whole path
+            return []
+        directories = (os.path.normpath(os.path.join(top, inner)) for top in self.tops)
+        return [folder for x in directories if (folder := self.folder(x))]
+
     def read_folder(self, directory):
-        """The Folder of a directory below a top, or None; an InputError where a link leads out."""
+        """The Folder of a directory below a top; None where there is none, or a link leads out."""
         if directory in self.tops:
             return list_folder(os.path.realpath(directory))
         above, _, name = directory.rpartition("/")
@@ -269,8 +288,8 @@ class Images:
             return None
         real = f"{parent.path}/{name}"
         if holds(parent.links, name):
-            real = self.refuse_outside(real, directory)
-        return list_folder(real)
+            real = os.path.realpath(real)
+        return list_folder(real) if self.is_inside(real) else None
 
     def is_there(self, full, path) -> bool:
         """Is there something at `full`? An InputError where it lies outside of all places."""
@@ -279,12 +298,14 @@ class Images:
         self.refuse_outside(full, path)
         return os.path.exists(full)
 
-    def refuse_outside(self, full, path) -> str:
-        """`full` without links, where it lies in one of the places."""
-        real = os.path.realpath(full)
-        if not any(real == x or real.startswith(os.path.join(x, "")) for x in self.places):
+    def is_inside(self, real) -> bool:
+        """Does a path without links lie in one of the places?"""
+        return any(real == x or real.startswith(os.path.join(x, "")) for x in self.places)
+
+    def refuse_outside(self, full, path):
+        """An InputError where `full`, without its links, lies outside of all places."""
+        if not self.is_inside(os.path.realpath(full)):
             raise self.outside(path)
-        return real
 
     def outside(self, path) -> InputError:
         """The error of a path that leaves the places."""

@@ -1,76 +1,366 @@
-"""Batches made ahead of time, in processes of their own."""
+"""Batches made ahead of time, in processes of their own.
 
+All workers make every batch together, each its share of the rows, so that no more than AHEAD
+batches wait, however many workers there are. A worker's rows come in one block of shared memory
+that has no name: nothing is copied on arrival, /dev/shm may be small, and nothing stays behind."""
+
+import io
+import itertools
+import mmap
 import os
 import pickle
 import signal
-import threading
-import time
+import tempfile
+import traceback
+from multiprocessing import Pipe, reduction
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset
 
+from plumbing.ending import be_a_child
 from plumbing.errors import InputError
 
-
-class Made(Dataset):
-    """Element i is `make(i)`, pickled: arrays in one message. As tensors they would each hold a
-    file descriptor. An InputError travels as an element, too."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def __getitem__(self, i):
-        try:
-            return pickle.dumps(tree_map_only(torch.Tensor, torch.Tensor.numpy, self.make(i)), 5)
-        except InputError as e:
-            return e
+AHEAD = 2  # batches that are being made, or made and not yet asked for
+ALIGNED = 64  # bytes, for a tensor's first number
+# Of `encode`: what is made into rows at a time, and sorted by length.
+WINDOW_ITEMS = 256
+WINDOW_BYTES = 256 * 2**20  # of pictures
+FIRST_GUESS = 8 * 2**20  # bytes of a picture, until one was seen
 
 
-def prefetch(make, indices, workers):
+def prefetch(make, indices, workers, device=None):
     """Yields make(i) for each i, in order, made ahead in `workers` processes (0: in this one). An
-    InputError in a worker is raised here, as it was."""
-    ahead = min(workers, len(indices))
-    loader = DataLoader(
-        Made(make),
-        batch_size=None,
-        sampler=indices,
-        num_workers=ahead,
-        worker_init_fn=start_worker,
-        multiprocessing_context="fork" if ahead else None,  # a closure cannot be spawned
-    )
-    for packed in loader:  # in the order of `indices`, whichever worker was first
-        if isinstance(packed, InputError):
-            raise packed
-        yield tree_map_only(np.ndarray, torch.from_numpy, pickle.loads(packed))
+    InputError in a worker is raised here, as it was; a worker that dies is one, too.
+
+    device: where the pictures go. On a GPU the first thing that the model does with them (under
+    autocast) is to round them to bfloat16: they travel so, half the size and to the same bits."""
+    halve = device is not None and device.type == "cuda"
+    indices = iter(indices)
+    team = Team(make, workers, halve) if workers else Alone(make, halve)
+    waiting = 0
+    try:
+        for index in itertools.islice(indices, AHEAD):
+            team.ask(index)
+            waiting += 1
+        while waiting:
+            made = [team.receive()]
+            waiting -= 1
+            for index in itertools.islice(indices, 1):  # the next one, before the rank is busy
+                team.ask(index)
+                waiting += 1
+            yield made.pop()  # not kept in here, too
+    finally:
+        team.close()
+
+
+def halved(x):
+    """A tensor's floats, which are pictures, in bfloat16."""
+    return x.bfloat16() if x.is_floating_point() else x
+
+
+# ------------------------------------------------------------------------------------ shared work
+
+
+class Place:
+    """Stands for a row that another worker may make, until the rank puts it in."""
+
+    def __init__(self, number):
+        self.number = number
+
+
+class Share:
+    """Which rows of a batch this process makes: of `workers` one after the other every so many."""
+
+    def __init__(self, number, workers, halve):
+        self.number, self.workers, self.halve = number, workers, halve
+        self.count, self.made = 0, {}  # rows so far; {number of a row: the row} of mine
+
+    def take(self, make, x) -> Place:
+        """The next row: made, if it is mine."""
+        number = self.count
+        self.count += 1
+        if number % self.workers == self.number:
+            row = make(x)
+            self.made[number] = tree_map_only(torch.Tensor, halved, row) if self.halve else row
+        return Place(number)
+
+
+making = []  # in a worker: its Share of the batch that it makes
+
+
+def each(make, inputs) -> list:
+    """[make(x) for x in inputs]: the long part of making a batch, shared among the workers.
+
+    Trap: in a worker these are Places. What calls this must pass them on as they are."""
+    if not making:
+        return [make(x) for x in inputs]
+    return [making[-1].take(make, x) for x in inputs]
 
 
 def try_each(make, inputs, keep_errors) -> list:
-    """[make(x) for x in inputs]; with keep_errors an InputError stands in the place of its result,
-    and costs no other one."""
-    results = []
-    for x in inputs:
+    """`each`; with keep_errors an InputError stands in the place of its result, and costs no other
+    one."""
+
+    def attempt(x):
         try:
-            results.append(make(x))
+            return make(x)
         except InputError as e:
             if not keep_errors:
                 raise
-            results.append(e)
-    return results
+            return e
+
+    return each(attempt, inputs)
 
 
-def start_worker(number):
-    """What a worker does first: it leaves signals to its rank, and ends when the rank does."""
-    for s in (signal.SIGINT, signal.SIGTERM):  # they may reach all: the rank still needs its batch
-        signal.signal(s, signal.SIG_IGN)
-    # A signal would be no help: what kills a rank with -9 sends none.
-    threading.Thread(target=outlive_nobody, args=(os.getppid(),), daemon=True).start()
+# ---------------------------------------------------------------------------------------- the rank
 
 
-def outlive_nobody(rank_process):
-    """Trap: a rank that is killed leaves its workers; they hold its sockets open, and the other
-    ranks would wait for it."""
-    while os.getppid() == rank_process:
-        time.sleep(1)
-    os._exit(1)
+class Alone:
+    """No workers: a batch is made when it is received."""
+
+    def __init__(self, make, halve):
+        self.make, self.halve, self.asked = make, halve, []
+
+    def ask(self, index):
+        self.asked.append(index)
+
+    def receive(self):
+        made = self.make(self.asked.pop(0))
+        return tree_map_only(torch.Tensor, halved, made) if self.halve else made
+
+    def close(self):
+        pass
+
+
+class Failure(NamedTuple):
+    """An error in a worker."""
+
+    row: int  # how many rows of the batch were begun
+    error: Exception
+
+
+class Block(NamedTuple):
+    """A worker's share of a batch: pickles, whose tensors lie in shared memory."""
+
+    mapped: mmap.mmap | None  # None: no tensors
+    rows: bytes  # {number: row}
+    frame: bytes  # the batch, with Places for its rows
+
+    def load(self, packed, rows):
+        """The object of one of the pickles; rows: what its Places stand for."""
+        return Unpacker(packed, self.mapped, rows).load()
+
+
+class Team:
+    """The workers, as the rank sees them. They are forked: a closure cannot be sent."""
+
+    def __init__(self, make, workers, halve):
+        self.processes, self.pipes = [], []
+        for number in range(workers):
+            mine, its = Pipe()
+            self.pipes.append(mine)
+            try:
+                process = os.fork()
+            except OSError as e:
+                self.close()
+                raise InputError(f"no loader process {number + 1}: {e}; fewer --workers") from None
+            if process == 0:
+                work(make, Share(number, workers, halve), its, self.pipes)
+            its.close()
+            self.processes.append(process)
+
+    def ask(self, index):
+        """All begin with batch `index`, when they are done with those before."""
+        for number, pipe in enumerate(self.pipes):
+            try:
+                pipe.send(index)
+            except OSError:
+                self.explain_end_of(number)
+
+    def receive(self):
+        """The oldest batch that was asked for."""
+        shares = [self.share_of(number) for number in range(len(self.pipes))]
+        failures = [share for share in shares if isinstance(share, Failure)]
+        if failures:
+            raise min(failures, key=lambda f: f.row).error  # as one process would have met it
+        rows = {}
+        for share in shares:
+            rows.update(share.load(share.rows, {}))
+        return shares[0].load(shares[0].frame, rows)
+
+    def share_of(self, number):
+        """What one worker has made of the batch: a Block, or a Failure."""
+        try:
+            share = self.pipes[number].recv()
+            if isinstance(share, Failure):
+                return share
+            file = reduction.recv_handle(self.pipes[number])
+        except (EOFError, OSError):
+            self.explain_end_of(number)
+        size = os.fstat(file).st_size
+        mapped = mmap.mmap(file, size) if size else None  # freed with the last of its tensors
+        os.close(file)
+        return Block(mapped, *share)
+
+    def explain_end_of(self, number):
+        """Raises the InputError of a worker that is gone."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.processes.pop(number), 0)[1])
+        how = f"signal {-code}" if code < 0 else f"status {code}"
+        if code == -signal.SIGKILL:
+            how += ", as the system sends where memory is short"
+        raise InputError(f"a loader process has ended ({how}): try fewer --workers")
+
+    def close(self):
+        """No worker is left. They hold nothing that must be put in order."""
+        for process in self.processes:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        for pipe in self.pipes:
+            pipe.close()
+
+
+# -------------------------------------------------------------------------------------- the worker
+
+
+def work(make, share, pipe, pipes_of_rank):
+    """A worker's life: batch after batch, until its rank is gone. Never returns."""
+    try:
+        be_a_child()
+        for other in pipes_of_rank:
+            other.close()
+        torch.set_num_threads(1)  # the rank's other threads are not here
+        while True:
+            answer(make, share, pipe)
+    except (EOFError, OSError):
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def answer(make, share, pipe):
+    """Makes this worker's share of one batch, and sends it."""
+    index = pipe.recv()
+    share.count, share.made = 0, {}
+    making.append(share)
+    try:
+        frame = make(index)
+        tensors = []
+        rows = pack(share.made, tensors)
+        packed = (rows, pack(frame if share.number == 0 else None, tensors))
+        share.made = {}
+        file = write_block(tensors)
+    except InputError as e:
+        pipe.send(Failure(share.count, e))
+    except MemoryError:
+        error = InputError("out of memory in a loader process: try fewer --workers")
+        pipe.send(Failure(share.count, error))
+    except Exception:
+        error = RuntimeError(f"in a loader process:\n{traceback.format_exc()}")
+        pipe.send(Failure(share.count, error))
+    else:
+        pipe.send(packed)
+        reduction.send_handle(pipe, file, None)
+        os.close(file)
+    finally:
+        making.pop()
+
+
+def write_block(tensors) -> int:
+    """Tensors, one behind the other, in memory that other processes can map. -> its descriptor."""
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create("batch")  # no part of /dev/shm
+    else:
+        with tempfile.TemporaryFile() as unnamed:
+            file = os.dup(unnamed.fileno())
+    try:
+        # Written, not mapped: a full disk is then an error, and no signal.
+        with open(file, "wb", closefd=False) as block:
+            for x in tensors:
+                block.write(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+                block.write(bytes(-x.nbytes % ALIGNED))
+    except OSError as e:
+        os.close(file)
+        raise InputError(f"no memory for a batch ({e}): try fewer --workers") from None
+    return file
+
+
+# ------------------------------------------------------------------------------------------ pickles
+
+
+def pack(x, tensors) -> bytes:
+    """A pickle of x. Its tensors are added to the list, and not in it."""
+    file = io.BytesIO()
+    Packer(file, tensors).dump(x)
+    return file.getvalue()
+
+
+class Packer(pickle.Pickler):
+    """Writes (first byte, numbers, shape, type) for a tensor, a row's number for a Place."""
+
+    def __init__(self, file, tensors):
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.tensors, self.end = tensors, sum(padded(x) for x in tensors)
+
+    def persistent_id(self, x):
+        if isinstance(x, Place):
+            return x.number
+        if not isinstance(x, torch.Tensor):
+            return None
+        self.tensors.append(x)
+        self.end += padded(x)
+        return self.end - padded(x), x.numel(), tuple(x.shape), x.dtype
+
+
+class Unpacker(pickle.Unpickler):
+    """The other way round."""
+
+    def __init__(self, packed, mapped, rows):
+        super().__init__(io.BytesIO(packed))
+        self.mapped, self.rows = mapped, rows
+
+    def persistent_load(self, what):
+        if isinstance(what, int):
+            return self.rows[what]
+        first, numbers, shape, dtype = what
+        if not numbers:
+            return torch.empty(shape, dtype=dtype)
+        x = torch.frombuffer(self.mapped, dtype=dtype, count=numbers, offset=first)
+        return x.view(shape)
+
+
+def padded(x) -> int:
+    """Bytes of a tensor in a block."""
+    return x.nbytes + -x.nbytes % ALIGNED
+
+
+# ----------------------------------------------------------------------------------------- windows
+
+
+class Windows:
+    """What `encode` makes into rows at a time: ranges of items, WINDOW_ITEMS or fewer, and no more
+    than about WINDOW_BYTES of pictures, by the largest one that was seen so far.
+
+    pictures: how many each item has. The windows do not depend on the number of workers."""
+
+    def __init__(self, pictures):
+        self.pictures, self.largest = pictures, 0
+
+    def __iter__(self):
+        first = 0
+        while first < len(self.pictures):
+            end, room = first, WINDOW_BYTES
+            for count in self.pictures[first : first + WINDOW_ITEMS]:
+                room -= count * (self.largest or FIRST_GUESS)
+                if room < 0 and end > first:
+                    break
+                end += 1
+            yield range(first, end)
+            first = end
+
+    def saw(self, window, rows):
+        """Learns from what came: rows, or errors in their place."""
+        for i, row in zip(window, rows, strict=True):
+            if self.pictures[i] and not isinstance(row, InputError):
+                size = sum(x.nbytes for x in row.images.values())
+                self.largest = max(self.largest, size // self.pictures[i])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from plumbing.agreement import together
 from plumbing.errors import InputError
-from plumbing.ranks import rank, say, world
+from plumbing.ranks import all_sum, rank, say, world
 
 
 def versions() -> dict:
@@ -32,7 +32,7 @@ class Log:
         self.complaint = ""  # of the disk, said once
         self.every = max(1, min(20, cfg.steps // 10))  # steps between two lines on the screen
         self.file = together(lambda: open_log(cfg, start) if rank() == 0 else None)
-        self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() != 0, leave=False)
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() > 0 or None, leave=False)
 
     def steps(self, batches):
         """Yields (step, batch), and counts the time that a step waits for its batch."""
@@ -45,7 +45,9 @@ class Log:
         self.bar.close()
 
     def __call__(self, step, speed, numbers):
-        """numbers: reproducible, so also into log.jsonl; speed: (how many, of what) a step."""
+        """numbers: reproducible, so also into log.jsonl; speed: (how many, of what) a step. All are
+        of all ranks already, but for `cut`."""
+        numbers["cut"] = all_sum(numbers["cut"])
         # Worth a column only where something was cut or skipped.
         numbers = {k: x for k, x in numbers.items() if x or k not in ("cut", "skipped")}
         if rank() > 0:

@@ -72,8 +72,8 @@ def meet(word=FITS):
 
 
 def unless_stopped(chunks):
-    """Yields the chunks of a step whose ranks do not meet on the way. All ranks leave the step where
-    a signal has waited too long for one of them."""
+    """Yields the chunks of a step whose ranks do not meet on the way. All ranks leave the step
+    where a signal has waited too long for one of them."""
     for chunk in chunks:
         if overdue():
             break

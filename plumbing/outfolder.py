@@ -6,9 +6,9 @@ import os
 import socket
 from pathlib import Path
 
+from plumbing.adapters import find_base
 from plumbing.errors import InputError, brief
 from plumbing.folders import TOY, read_json
-from plumbing.weights import find_base
 
 LOCK = "checkpoints/lock"  # goes with them when the run is over
 MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
@@ -20,13 +20,15 @@ def take(cfg):
     where it is not. For rank 0, which alone writes."""
     if not str(cfg.out).strip():
         raise InputError("--out is empty: name a folder, as out/run")
-    refuse_own_start(cfg)
     out = Path(cfg.out)
     try:
+        refuse_own_start(cfg)
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         if (out / "log.jsonl").is_dir():
             raise IsADirectoryError(f"{out / 'log.jsonl'} is a folder")
         lock(out / LOCK)
+    except InputError:  # which is a ValueError
+        raise
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have
         cause = f"{getattr(e, 'filename', None) or out}: {getattr(e, 'strerror', None) or e}"
         text = f"--out {brief(out)} cannot be written ({brief(cause)})"

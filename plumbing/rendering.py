@@ -13,7 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from plumbing.errors import InputError, brief
 
 LONGEST = 1_000_000  # characters, of a template and of what it writes
-PROCESSOR_SECONDS, MEMORY = 5, 2**30  # an honest one takes milliseconds
+PROCESSOR_SECONDS, MEMORY = 2, 2**30  # an honest one takes milliseconds
 WAIT = 60  # seconds: a machine may be busy, a process limit is met long before
 
 

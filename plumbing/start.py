@@ -89,6 +89,9 @@ def begin():
     if script is None or Path(script).resolve().parent not in (root, root / "tools"):
         return
     watch_signals()
+    if not sys.stderr.isatty():  # the libraries' bars; a log file wants lines
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.excepthook = lambda kind, error, trace: leave_by(error)
     if {"--help", "-h"} & set(sys.argv[1:]) and FULL_HELP not in os.environ:
         answer_help()

@@ -86,8 +86,9 @@ def write_marks(processor) -> Written:
         errors = [text for text in texts if isinstance(text, InputError)]
         if errors:
             continue
-        # Trap: a template for strings writes a list as Python would, with its types.
-        pieces = [] if "'type'" in texts[0] else texts[0].split(MARK)
+        # Trap: a template for strings writes a list as Python would, quotes and all.
+        is_python = "'type':" in texts[0] or "'role':" in texts[0]
+        pieces = [] if is_python else texts[0].split(MARK)
         if len(pieces) == 5:
             head, middle, between, _, tail = pieces
             one, picture = (text.split(MARK)[0] for text in texts[1:])

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +16,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from plumbing import folders
-from plumbing.errors import InputError, brief, needs
-from plumbing.families import LANGUAGE_ATTENTION, RENAMED, load_processor
-from plumbing.folders import digest_of_weights, place, read_json, reading, written_beside
+from plumbing.adapters import Origin, find_base, origin_of
+from plumbing.errors import InputError, brief
+from plumbing.families import load_processor
+from plumbing.folders import digest_of_weights, place, read_json, reading, written_beside  # noqa: F401  asked for here, too
 from plumbing.formats import IMAGE, Content
 from plumbing.inputs import evaluating, whole_number
 from plumbing.log import versions
@@ -119,26 +119,6 @@ def stage_1_model() -> str:
 
 
 # ------------------------------------------------------------------------------------------ loading
-
-
-class Origin(NamedTuple):
-    """Where a model's weights are from, which an adapter of it must remember: "toy", a hub id or
-    an absolute path; the folder; its digest (None: toy-random has no file)."""
-
-    name: str
-    folder: str
-    digest: str | None
-    is_hub: bool = False
-
-    @staticmethod
-    def of(name, folder) -> "Origin":
-        """Of the model `name`, whose files are in `folder`."""
-        if str(name) in ("toy", "toy-random"):
-            digest = digest_of_weights(folder) if str(name) == "toy" else None
-            return Origin(str(name), folder, digest)
-        is_hub = not os.path.isdir(name)
-        name = str(name) if is_hub else os.path.abspath(name)
-        return Origin(name, os.path.abspath(folder), digest_of_weights(folder), is_hub)
 
 
 def load_mllm(path, name, options=Options()) -> tuple:  # noqa: B008
@@ -266,109 +246,6 @@ def describe(embedder) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------- adapters
-
-
-def find_base(path, adapter) -> Origin:
-    """What an adapter is an adapter of: beside it, or where it was when the adapter was made. Where
-    the adapter says which weights it was trained on, no others are taken. adapter: its config."""
-    stored = read_json(path, "nanocoma.json")
-    name, beside = adapter.get("base_model_name_or_path"), stored.get("base_beside")
-    if not isinstance(name, str) or not name or not isinstance(beside, str | None):
-        raise InputError(f"--model {path}: its adapter names no base model: {brief(repr(name))}")
-    if name in ("toy", "toy-random"):
-        return right_base(path, stored, [Origin.of(name, place(name))])
-    here = [os.path.join(path, beside or name), name]
-    if there := [Origin.of(folder, place(folder)) for folder in here if os.path.isdir(folder)]:
-        return right_base(path, stored, there)
-    # Trap: a folder's name, as out/pretrain, may be anyone's on the hub. Ours say which it is;
-    # those of others, as VLM2Vec's, mean the hub.
-    if stored and stored.get("base_is_hub") is not True:
-        text = f"its base is not there, neither {brief(here[0])} nor {brief(name)}"
-        hint = 'Copy it there; of a hub id say "base_is_hub": true in its nanocoma.json'
-        raise InputError(f"--model {path}: {text}. {hint}")
-    return right_base(path, stored, [Origin.of(name, place(name))])
-
-
-def right_base(path, stored, there) -> Origin:
-    """The first of these that holds the weights that the adapter was trained on; of adapters that
-    do not say, which old ones and other programs' do not, the first."""
-    want = stored.get("base_digest")
-    for origin in there:
-        if want in (None, origin.digest):
-            return origin
-    text = f"its base {there[0].folder} has other weights than it was trained on"
-    digests = f"digest {there[0].digest}, not {brief(want)}"
-    hint = "was another model saved there? Restore it, or train the adapter anew"
-    raise InputError(f"--model {path}: {text} ({digests}): {hint}")
-
-
-def refuse_absurd_adapter(path):
-    """What is no LoRA, or a rank that its file has not: peft would build first, and look then."""
-    config = read_json(path, "adapter_config.json")
-    if config.get("peft_type") != "LORA" or config.get("layer_replication"):
-        kind = brief(repr(config.get("peft_type")))
-        raise InputError(f"--model {path}: an adapter of type {kind}; only plain LoRA is read")
-    shapes = folders.shapes_of_weights(path, "adapter_model.safetensors")
-    if not shapes:
-        raise InputError(f"--model {path}: no weights in its adapter_model.safetensors")
-    largest = max((size for shape in shapes.values() for size in shape), default=1)
-    for key in ("r", "rank_pattern"):
-        for _, rank_ in folders.numbers_in(config.get(key)):
-            if not 1 <= rank_ <= largest:
-                raise InputError(f"--model {path}: its adapter's {key} is {rank_:,}; its file has "
-                                 f"no weight beyond {largest:,}")  # fmt: skip
-    # Trap: brackets that repeat what repeats take a time that doubles with each letter.
-    patterns = [config.get("target_modules"), config.get("exclude_modules")]
-    patterns += [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-    for pattern in patterns:
-        if isinstance(pattern, str) and re.search(r"\)[*+{]", pattern):
-            text = f"its adapter's pattern {brief(pattern)!r} repeats a group"
-            raise InputError(f"--model {path}: {text}; name the modules one by one")
-
-
-def load_adapter(mllm, path):
-    """A LoRA adapter in peft's format, around the model. -> the wrapper. Trap: what an adapter
-    lacks, or calls by another name, peft leaves at random with a mere warning."""
-    with needs("peft", "a LoRA checkpoint"):
-        import peft
-    with reading(path):
-        refuse_absurd_adapter(path)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            adapter = peft.PeftModel.from_pretrained(
-                mllm, path, is_trainable=True, key_mapping=RENAMED
-            )
-    for warning in said:
-        if "missing adapter keys" in str(warning.message):
-            text = f"not an adapter of this model: {brief(warning.message)}"
-            raise InputError(f"--model {path}: {text}")
-    # The other way round peft does not even warn.
-    in_file = folders.shapes_of_weights(path, "adapter_model.safetensors")
-    used = peft.get_peft_model_state_dict(adapter, save_embedding_layers=False)
-    lost = sum("lora_" in name for name in in_file) - sum("lora_" in name for name in used)
-    if lost > 0:
-        text = f"the model has no place for {lost} of its adapter's weights"
-        raise InputError(f"--model {path}: {text}: not an adapter of this model")
-    return adapter
-
-
-def new_adapter(mllm, cfg, compress_ids):
-    """LoRA on q, k, v, o of the language model, and the compression tokens' embedding rows, around
-    the model. -> the wrapper."""
-    with needs("peft", "--lora-rank"):
-        import peft
-    lora = peft.LoraConfig(
-        r=cfg.lora_rank,
-        lora_alpha=cfg.lora_alpha,
-        lora_dropout=cfg.lora_dropout,
-        use_dora=cfg.dora,
-        trainable_token_indices={"embed_tokens": compress_ids} if compress_ids else None,
-        target_modules=LANGUAGE_ATTENTION,
-    )
-    return peft.get_peft_model(mllm, lora)
-
-
 # ------------------------------------------------------------------------------------------- saving
 
 
@@ -378,10 +255,8 @@ def write_folder(embedder, path, weights=None, is_embedder=True):
     {name: tensor} in the place of the model's own, where it is sharded."""
     if not str(path).strip():
         raise InputError("a model is saved into a folder, and its name is empty")
-    origin = embedder.mllm.origin
-    if embedder.adapter and os.path.realpath(path) == os.path.realpath(origin.folder):
-        text = "an adapter cannot stand in the place of the model that it is an adapter of"
-        raise InputError(f"{path}: {text}; take another folder")
+    if embedder.adapter:
+        origin_of(embedder.mllm).refuse_in_its_place(path)
     with written_beside(path) as part:
         write_model(embedder, part, weights)
         write_settings(embedder, part, path, is_embedder)
@@ -392,7 +267,7 @@ def write_folder(embedder, path, weights=None, is_embedder=True):
 def write_model(embedder, folder, weights=None):
     """All but nanocoma.json, see `write_folder`."""
     if embedder.adapter:  # the K embedding rows are in it
-        embedder.adapter.active_peft_config.base_model_name_or_path = embedder.mllm.origin.name
+        embedder.adapter.active_peft_config.base_model_name_or_path = origin_of(embedder.mllm).name
         embedder.adapter.save_pretrained(folder, save_embedding_layers=False)
     else:
         embedder.mllm.save_pretrained(folder, state_dict=weights)
@@ -409,7 +284,7 @@ def write_settings(embedder, folder, path, is_embedder=True):
     if is_embedder:
         stored.update(compress_tokens=embedder.K, pooling=embedder.pooling, prompt=embedder.style)
     if embedder.adapter:
-        origin = embedder.mllm.origin
+        origin = origin_of(embedder.mllm)
         stored.update(base_digest=origin.digest, base_is_hub=origin.is_hub)
         if os.path.isabs(origin.name):
             stored["base_beside"] = os.path.relpath(origin.folder, path)

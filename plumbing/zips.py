@@ -141,9 +141,8 @@ class ZipIndex:
             raise ValueError("is encrypted")
         mark, name_length, extra_length = HEADER.unpack(read_at(self.file, at, HEADER.size))
         at += HEADER.size
-        # Of two names with one hash the wrong one is found out here.
-        is_right = decode_name(read_at(self.file, at, name_length), flags) == name
-        if mark != b"PK\3\4" or not is_right:
+        its_name = read_at(self.file, at, name_length) if mark == b"PK\3\4" else b""
+        if decode_name(its_name, flags) != name:  # of two with one hash the wrong one, too
             raise ValueError("is not where the zip's table says")
         content = read_at(self.file, at + name_length + extra_length, packed)
         if method == zipfile.ZIP_DEFLATED:

@@ -1,5 +1,6 @@
-"""One code path for seven families: Qwen2-VL, 2.5-VL and 3-VL, LLaVA-NeXT, Idefics3 (SmolVLM),
-Gemma 3, InternVL. Tiny random models with the interface of the released ones (tests/families.py).
+"""One code path for eight families: Qwen2-VL, 2.5-VL and 3-VL, LLaVA-NeXT, Idefics3 (SmolVLM),
+SmolVLM2, Gemma 3, InternVL. Tiny random models with the interface of the released ones
+(tests/families.py).
 
     pytest tests/test_families.py            half a minute with one thread
     pytest tests/test_families.py -k gemma3  one family
@@ -115,9 +116,10 @@ def test_the_tokens_are_those_of_the_whole_text(loaded):
     """The row is tokenized as other programs tokenize the same prompt: in one piece, so that what
     stands next to the user's text may share a token with it."""
     collate, tokenizer, template = loaded.collate, loaded.collate.tokenizer, loaded.collate.template
-    begin = tokenizer.decode(template.head_ids) + template.before_text
-    code = tokenizer.decode(template.answer_ids + collate.compress_ids)
-    end = STYLES[loaded.style] + template.after_text + code
+    begin = tokenizer.decode([*template.start_ids, *template.head_ids]) + template.before_text
+    answer = tokenizer.decode(template.answer_ids) + template.before_answer
+    code = tokenizer.decode(collate.compress_ids)
+    end = STYLES[loaded.style] + template.after_text + answer + code
     for text in ("a red circle.", "What is it? ", " two\n", "caf\u00e9 \u732b!"):
         want = tokenizer(begin + text + end, add_special_tokens=False).input_ids
         got = collate.row(Item(text)).tokens["input_ids"].tolist()
@@ -205,7 +207,7 @@ def test_stage_1_learns(fresh):
 def test_stage_2_learns(fresh):
     """A few steps on six pairs: InfoNCE falls from about ln 6 or more."""
     batch, budget = pairs(fresh), Budget(150)
-    losses = steps(fresh, lambda: contrastive.gradcache_step(fresh, batch, 0.3, budget).loss)
+    losses = steps(fresh, lambda: contrastive.gradcache_step(fresh, batch, 0.3, budget).loss, n=10)
     assert losses[0] > 0.7 * math.log(6), f"first loss {losses[0]:.2f}, ln 6 = {math.log(6):.2f}"
     assert losses[-1] < 0.8 * losses[0], f"no fall: {[round(x, 2) for x in losses]}"
 

@@ -7,19 +7,22 @@ FUZZ=20000 python -m pytest tests/test_fuzz.py   by hand: new ones every time
 import io
 import json
 import os
+import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import data
 import model
 from data import Item
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
-from plumbing.images import Images, open_image, zip_names
+from plumbing.images import Images, decoded_formats, open_image
+from plumbing.zips import open_zip
 from tools.export import export
 from toy.world import Shapes
 
@@ -60,6 +63,16 @@ def damaged(draw, whole: bytes):
             case "insert":
                 content[i:i] = draw(st.binary(max_size=8))
     return bytes(content)
+
+
+def damaged_head(whole):
+    """The same where most of a picture's meaning stands: in its first 100 bytes."""
+    return damaged(whole[:100]).map(lambda head: head + whole[100:])
+
+
+def damaged_tail(whole):
+    """The same where a zip file's table stands: in its last 100 bytes."""
+    return damaged(whole[-100:]).map(lambda tail: whole[:-100] + tail)
 
 
 def lines(whole):
@@ -130,51 +143,73 @@ def test_lines_of_text(place, collate, kind):
 
 
 def pictures():
-    """One small good picture in each format that users have."""
-    for kind in ("png", "jpeg", "gif", "tiff", "webp", "bmp"):
-        buffer = io.BytesIO()
-        picture().save(buffer, kind)
-        yield kind, buffer.getvalue()
+    """One small good picture in each format that Pillow can write: those that are decoded, and
+    those that are not."""
+    Image.init()
+    for kind in sorted(Image.SAVE):
+        for mode in ("RGB", "L", "1", "F"):  # some formats know only one of them
+            buffer = io.BytesIO()
+            try:
+                picture().convert(mode).save(buffer, kind)
+            except (OSError, ValueError, KeyError, AttributeError):
+                continue
+            yield kind, buffer.getvalue()
+            break
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The programs that data started; none is."""
+    programs = []
+    for name in ("Popen", "run", "call", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, name, lambda *args, **_: programs.append(args))
+    return programs
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's remarks about what it meets
 @pytest.mark.parametrize(
     "kind, whole", list(pictures()), ids=lambda x: x if isinstance(x, str) else ""
 )
-def test_pictures(place, kind, whole):
-    """Damaged files of each format, and no picture at all."""
+def test_pictures(place, kind, whole, started):
+    """Damaged files of each format, and no picture at all: a picture or an InputError; the few
+    that are decoded more thoroughly."""
+    is_decoded = kind in decoded_formats()
 
-    @fuzz
+    @settings(fuzz, max_examples=many or (60 if is_decoded else 10))
     @example(whole)
     @example(b"")
-    @given(damaged(whole) | st.binary(max_size=200))
+    @given(damaged(whole) | damaged_head(whole) | st.binary(max_size=200))
     def check(content):
         (place / f"x.{kind}").write_bytes(content)
         try:
             assert open_image(str(place / f"x.{kind}")).mode == "RGB"
         except InputError as e:
             assert f"x.{kind}" in str(e)
+        assert not started
 
     check()
 
 
 def test_zip_files(place):
-    """A hub's zip file, damaged."""
+    """A hub's zip file, damaged: a picture that is right, or an InputError."""
     (place / "z" / "images_zip").mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(place / "a.png", "s/a.png")
+    want = picture().tobytes()
 
     @fuzz
-    @given(damaged(buffer.getvalue()))
+    @given(damaged(buffer.getvalue()) | damaged_tail(buffer.getvalue()))
     def check(content):
         file = place / "z" / "images_zip" / "s.zip"
         file.write_bytes(content)
-        zip_names.cache_clear()
+        open_zip.cache_clear()
         try:
-            open_image(Images(place / "z").find("s/a.png", "s"))
+            image = open_image(Images(place / "z").find("s/a.png", "s"))
         except InputError as e:
             assert str(e)
+            return
+        assert image.tobytes() == want
 
     check()
 

@@ -1,14 +1,48 @@
 """Pictures: which files are opened, which formats are decoded, which colours come of them, where
 they are looked for, and the hub's zip files."""
 
+import contextlib
+import io
+import json
 import os
+import re
 import socket
 import stat
+import struct
+import subprocess
+import tracemalloc
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
+import data
+from data import Item
+from plumbing import images as images_module
+from plumbing import zips
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file, refuse_special
+from plumbing.formats import IMAGE
+from plumbing.images import Images, decoded_formats, open_image
+from plumbing.loader import prefetch
+from plumbing.zips import open_zip
+from tools.check import check
+from tools.pictures import find_pictures
+
+RED = Image.new("RGB", (40, 20), (200, 30, 40))
+
+
+def encoded(kind, image=RED, **options) -> bytes:
+    """The file of a picture."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
 
 # ------------------------------------------------------------------------------------ special files
 
@@ -37,7 +71,7 @@ def special_files(folder) -> dict:
         "holds a character that no file's name can have": f"{folder}/a\0.png",
         "holds a character that no file's name can have ": f"{folder}/\ud800.png",
         "is a URL; save it as a file": "data:image/png;base64,iVBORw0KGgo=",
-        "is a URL; save it as a file ": "https://example.org/a.png",
+        "is a URL; save it as a file and": "https://example.org/a.png",
         "no such file": folder / "gone.png",
     }
 
@@ -70,3 +104,532 @@ def test_every_name_can_be_printed():
         brief(name).encode()  # print would raise
         assert brief(name).isprintable() and brief(name).endswith(".png")
     assert len(brief("x" * 5000)) == 200
+
+
+def test_special_files_as_pictures_are_named_at_once(tmp_path, shared):
+    """In the data of a training, `open_image` in the loader's workers; a FIFO is not waited for."""
+    for says, path in special_files(tmp_path).items():
+        says = says.strip().replace("no such file", "no such picture")
+        with pytest.raises(InputError, match=re.escape(says)):
+            shared.collate.row(Item(IMAGE, (str(path),)))
+
+
+def test_special_files_in_a_list_are_named_at_once(tmp_path):
+    """What a list of data names: found (or lost), and refused when it is opened."""
+    special_files(tmp_path)
+    images = Images(tmp_path)
+    for name, says in (
+        ("pipe.png", "is a pipe"),
+        ("folder.png", "is a folder"),
+        ("socket.png", "is a socket"),
+        ("nowhere.png", "link to gone.png, which is not there"),
+        ("loop.png", "leads to itself"),
+        ("below.png/a.png", "lies below a file"),
+        ("x" * 5000, "longer than a file's name"),
+        ("a\0.png", "a character that no file's name can have"),
+        ("data:image/png;base64,iVBOR", "is a URL"),
+    ):
+        with pytest.raises(InputError, match=says) as caught:
+            open_image(images.find(name))
+        assert len(str(caught.value)) < 500
+
+
+def test_check_names_every_special_file(tmp_path, capsys):
+    """`tools.check` on a list of them: one bad line each, and the good one is good."""
+    special_files(tmp_path)
+    RED.save(tmp_path / "a.png")
+    names = ["pipe.png", "folder.png", "socket.png", "nowhere.png", "loop.png", "a\0.png", "a.png"]
+    lines = [{"query": {"image": name}, "target": {"text": "x"}} for name in names]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert check(str(tmp_path / "x.jsonl")) == len(names) - 1
+    said = capsys.readouterr().out
+    assert "pipe.png: is a pipe" in said and "socket.png: is a socket" in said
+
+
+def test_a_searched_folder_may_hold_anything(tmp_path, capsys):
+    """`find_pictures`: only ordinary files of decoded formats; what else looks like a picture is
+    left out with its name, which can be printed."""
+    special_files(tmp_path)
+    not_utf8 = os.fsencode(tmp_path) + b"/\xff.jpg"
+    for name in (b"a.PNG", b"b.jpg", b"c.pdf", b"d.mpg", b"e.h5", b"f.eps", b"g.txt"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"")
+    open(not_utf8, "wb").close()
+    (tmp_path / "below.png").unlink()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "h.webp").write_bytes(b"")
+    assert find_pictures(tmp_path) == ["a.PNG", "b.jpg", os.path.join("sub", "h.webp")]
+    said = capsys.readouterr().out
+    for name in ("pipe.png", "socket.png", "nowhere.png", "loop.png"):
+        assert f"left out: {name}: no ordinary file" in said
+    assert r"left out: \udcff.jpg: its name is not UTF-8" in said
+    with pytest.raises(InputError, match="no such folder, or no pictures"):
+        find_pictures(tmp_path / "folder.png")
+
+
+# -------------------------------------------------------------------------------- what is decoded
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The programs that were started; none is."""
+    programs = []
+    for name in ("Popen", "run", "call", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, name, lambda *args, **_: programs.append(args))
+    return programs
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_seven_formats_are_decoded_by_their_content(tmp_path, kind):
+    """Whatever the file is called. (MPO: a JPEG with a second picture, as phones write it.)"""
+    if kind not in (*decoded_formats(), "MPO"):
+        pytest.skip(f"this Pillow has no {kind}")
+    (tmp_path / "x.txt").write_bytes(encoded(kind))
+    color = open_image(tmp_path / "x.txt").getpixel((20, 10))
+    assert max(abs(a - b) for a, b in zip(color, (200, 30, 40), strict=True)) < 12
+
+
+@pytest.mark.filterwarnings("ignore")  # of formats that Pillow will lose
+def test_no_other_format_is_decoded_and_no_program_started(tmp_path, started):
+    """Each that Pillow can write, as a .jpg; Ghostscript would run EPS, as a PIL image too."""
+    Image.init()
+    tried = 0
+    for kind in sorted({*Image.SAVE} - {*decoded_formats(), "MPO"}):
+        for mode in ("RGB", "L", "1", "F"):
+            with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+                (tmp_path / "x.jpg").write_bytes(encoded(kind, RED.convert(mode)))
+                with pytest.raises(InputError, match=r"x.jpg .*: its content is none of JPEG, PNG"):
+                    open_image(tmp_path / "x.jpg")
+                tried += 1
+    assert tried > 15
+    with pytest.raises(InputError, match="EPS is a program"):
+        open_image(Image.open(io.BytesIO(encoded("EPS"))))
+    assert not started
+
+
+def test_what_a_decoder_raises_is_the_one_clear_line(tmp_path, monkeypatch):
+    """An error of any type, a lack of memory too; a text of any length."""
+    (tmp_path / "x.png").write_bytes(encoded("PNG"))
+    for error in (struct.error("x" * 10_000), KeyError(1), MemoryError(), AssertionError("a\nb")):
+
+        def load(self, error=error):
+            raise error
+
+        monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+        with pytest.raises(InputError, match=r"x.png \(\d+ bytes\): not a readable") as caught:
+            open_image(tmp_path / "x.png")
+        assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+def test_limits_hold_for_every_format_before_its_pixels_are_decoded(tmp_path, monkeypatch):
+    """Too many pixels, a line of pixels, a text that unpacks to 2 MB."""
+    monkeypatch.setattr(images_module, "MOST_PIXELS", 700)
+    for kind in decoded_formats():
+        (tmp_path / "x").write_bytes(encoded(kind))
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("was decoded"))
+            with pytest.raises(InputError, match="40 x 20 pixels; at most"):
+                open_image(tmp_path / "x")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * 2_000_000, zip=True)
+    with pytest.raises(InputError, match="not a readable picture"):
+        open_image(io.BytesIO(encoded("PNG", RED.resize((4, 4)), pnginfo=text)))
+    with pytest.raises(InputError, match="0 x 3 pixels"):
+        open_image(Image.new("RGB", (0, 3)))
+
+
+def test_only_the_first_of_many_frames_is_decoded():
+    """A GIF and a TIFF of 200 frames."""
+    frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(200)]
+    for kind in ("GIF", "TIFF"):
+        file = io.BytesIO(encoded(kind, frames[7], save_all=True, append_images=frames))
+        assert open_image(file).getpixel((0, 0)) == (7, 0, 0)
+
+
+def test_what_is_no_picture_at_all_is_said():
+    """A number, bytes, nothing: with what a picture may be."""
+    for x in (3, b"\x89PNG", None, ["a.png"]):
+        with pytest.raises(InputError, match=f"{type(x).__name__} .*a picture is a path, a PIL"):
+            open_image(x)
+
+
+def test_pillows_remarks_are_not_printed():
+    """A picture of odd EXIF, a warning by itself: nothing is heard of it."""
+    whole = encoded("JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        Image.open(io.BytesIO(whole)).getexif()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.resetwarnings()  # pytest's, and ours
+        images_module.quiet_pillow()
+        assert open_image(io.BytesIO(whole)).size == (40, 20)
+    assert not heard
+
+
+# --------------------------------------------------------------------------------- EXIF and colours
+
+# Parts of an EXIF that ImageOps.exif_transpose fails at: (tag, type, count, value).
+ODD = {
+    "a text for the width": (0x0100, 2, 4, b"abc\0"),
+    "a text for the resolution": (0x011A, 2, 4, b"abc\0"),
+    "a negative width": (0x0100, 9, 1, struct.pack("<i", -1)),
+    "a fraction for the compression": (0x0103, 5, 1, struct.pack("<I", 8)),
+}
+
+
+def exif_bytes(*entries) -> bytes:
+    """EXIF as a camera writes it, little-endian."""
+    raw = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    for tag, kind, count, value in sorted(entries):
+        raw += struct.pack("<HHI", tag, kind, count) + value
+    return raw + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize("turn", range(1, 10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_picture_is_turned_as_exif_says(kind, turn):
+    """The pixels are those of Pillow's exif_transpose."""
+    noise = np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    whole = encoded(kind, Image.fromarray(noise), exif=exif)
+    want = ImageOps.exif_transpose(Image.open(io.BytesIO(whole))).convert("RGB")
+    for ref in (io.BytesIO(whole), Image.open(io.BytesIO(whole))):
+        image = open_image(ref)
+        assert (image.size, image.tobytes()) == (want.size, want.tobytes())
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_exif_costs_no_picture(what):
+    """Only the orientation is read; from a file, and of a PIL image that a user brings."""
+    whole = encoded("JPEG", exif=exif_bytes((0x0112, 3, 1, b"\6\0\0\0"), ODD[what]))
+    for ref in (io.BytesIO(whole), Image.open(io.BytesIO(whole))):
+        assert open_image(ref).size == (20, 40)
+
+
+@pytest.mark.filterwarnings("ignore")  # pytest hears them all
+def test_damaged_exif_is_no_exif():
+    """The picture as it stands."""
+    for raw in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0MM\0*"):
+        assert open_image(io.BytesIO(encoded("JPEG", exif=raw))).size == (40, 20)
+    image = RED.copy()
+    image.info["exif"] = 5
+    assert open_image(image).size == (40, 20)
+
+
+@pytest.mark.parametrize(
+    ("mode", "want"),
+    [
+        ("RGB", (200, 30, 40)), ("RGBX", (200, 30, 40)), ("CMYK", (200, 30, 40)),
+        ("YCbCr", (200, 30, 40)), ("HSV", (200, 30, 40)), ("LAB", (200, 30, 40)),
+        ("P", (200, 30, 40)), ("PA", (200, 30, 40)), ("RGBA", (200, 30, 40)),
+        ("RGBa", (200, 30, 40)), ("L", (82, 82, 82)), ("LA", (82, 82, 82)),
+        ("La", (82, 82, 82)), ("1", (0, 0, 0)), ("I", (82, 82, 82)),
+    ],
+)  # fmt: skip
+def test_each_mode_keeps_its_colour(mode, want):
+    """Dark red, opaque, in every mode that Pillow has; within what the mode itself rounds."""
+    image = RED.convert("RGBA") if mode in ("RGBa", "PA") else RED
+    image = image.convert("P", palette=Image.Palette.ADAPTIVE) if mode == "PA" else image
+    image = image.convert("LA") if mode == "La" else image
+    if mode == "P":
+        image = RED.quantize(4)
+    elif mode == "I":
+        image = RED.convert("L")
+    color = open_image(image.convert(mode)).getpixel((0, 0))
+    assert max(abs(a - b) for a, b in zip(color, want, strict=True)) <= 4, f"{mode}: got {color}"
+
+
+@pytest.mark.parametrize("mode", ["LAB", "CMYK"])
+def test_a_file_of_other_colours_keeps_them(tmp_path, mode):
+    """TIFF of each (LAB came out white: its name has an A)."""
+    color = open_image(io.BytesIO(encoded("TIFF", RED.convert(mode)))).getpixel((0, 0))
+    assert max(abs(a - b) for a, b in zip(color, (200, 30, 40), strict=True)) <= 4
+
+
+def test_transparent_is_white_in_every_mode():
+    """An alpha channel, a palette's transparent entries (one, or bytes for several), a key."""
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    for mode in ("RGBA", "LA", "RGBa", "La"):
+        image = clear.convert("LA").convert("La") if mode == "La" else clear.convert(mode)
+        assert open_image(image).getpixel((0, 0)) == (255, 255, 255), mode
+    assert open_image(clear.quantize()).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image = open_image(io.BytesIO(encoded("PNG", palette, transparency=bytes([0, 255, 128]))))
+    assert [image.getpixel((i, 0)) for i in range(3)] == [
+        (255, 255, 255), (0, 255, 0), (127, 127, 255)]  # fmt: skip
+    for mode, key in (("L", 82), ("RGB", (200, 30, 40))):
+        image = open_image(io.BytesIO(encoded("PNG", RED.convert(mode), transparency=key)))
+        assert image.getpixel((0, 0)) == (255, 255, 255), mode
+
+
+def test_whole_numbers_are_of_8_or_of_16_bits():
+    """ "I;16" has 16, and so has PNG; mode "I" by its range: 0 to 255 came out black."""
+    grey = np.array([[0, 100, 200, 255]])
+    for mode, scale in (("I", 1), ("I", 256), ("I;16", 256), ("I;16B", 256), ("I;16L", 256)):
+        kind = {"I": "<i4", "I;16B": ">u2"}.get(mode, "<u2")
+        image = Image.frombytes(mode, (4, 1), (grey * scale).astype(kind).tobytes())
+        got = [open_image(image).getpixel((i, 0))[0] for i in range(4)]
+        assert got == grey[0].tolist(), f"{mode} times {scale}: got {got}"
+    dark = Image.fromarray(np.array([[0, 255]], np.uint16))  # known to be 16 bits: it is dark
+    assert open_image(io.BytesIO(encoded("PNG", dark))).getpixel((1, 0)) == (0, 0, 0)
+    with pytest.raises(InputError, match="its pixels go from -1 to 70000; save it with 8 or 16"):
+        open_image(Image.fromarray(np.array([[-1, 70000]], np.int32)))
+    keyed = encoded(
+        "PNG", Image.fromarray(np.array([[40000, 20000]], np.uint16)), transparency=40000
+    )
+    image = open_image(io.BytesIO(keyed))
+    assert [image.getpixel((i, 0))[0] for i in range(2)] == [255, 78]
+
+
+def test_pictures_of_other_palettes_are_other_items():
+    """The indices are the same, the colours are not; and the same colours are the same item."""
+    keys = []
+    for color in ([255, 0, 0], [0, 0, 255]):
+        image = Image.new("P", (8, 8), 0)
+        image.putpalette(color * 256)
+        keys.append(Item(IMAGE, (image,)).key)
+        assert keys[-1] == Item(IMAGE, (Image.new("RGB", (8, 8), tuple(color)),)).key
+    assert keys[0] != keys[1]
+    clear, opaque = Image.new("P", (8, 8), 0), Image.new("P", (8, 8), 0)
+    clear.info["transparency"] = 0
+    assert Item(IMAGE, (clear,)).key != Item(IMAGE, (opaque,)).key
+
+
+# ------------------------------------------------------------------------------- where they are
+
+
+def picture_at(path):
+    """A picture, and the folders that it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    RED.save(path)
+    return path
+
+
+def found(images, path, subset=""):
+    """The size of what is found, or "outside", or "missing"."""
+    try:
+        place = images.find(path, subset)
+        return open_image(place).size
+    except InputError as e:
+        return "outside" if "lies outside of" in str(e) else "missing"
+
+
+def test_usual_layouts_are_found(tmp_path):
+    """images/SUBSET on another disk, `images` itself, a root that is a link; absolute paths inside
+    of it, spelled through the links or not; `.` and `..` that stay inside."""
+    root, disk = tmp_path / "root", tmp_path / "disk"
+    picture_at(disk / "coco" / "train" / "a.png")
+    picture_at(root / "own" / "b.png")
+    (root / "images").mkdir()
+    (root / "images" / "coco").symlink_to(disk / "coco")
+    (tmp_path / "alias").symlink_to(root)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "images").symlink_to(root / "images")
+    right = {
+        root: ["coco/train/a.png", "images/coco/train/a.png", "own/b.png", "./own//b.png",
+               "own/../own/b.png", f"{root}/own/b.png", f"{root}/images/coco/train/a.png",
+               f"{disk}/coco/train/a.png"],
+        tmp_path / "alias": ["own/b.png", f"{root}/own/b.png", f"{tmp_path}/alias/own/b.png",
+                             f"{tmp_path}/alias/images/coco/train/a.png"],
+        root / "images": ["coco/train/a.png", f"{root}/images/coco/train/a.png"],
+        tmp_path / "second": ["coco/train/a.png"],
+    }  # fmt: skip
+    for top, paths in right.items():
+        images = Images(top)
+        for path in paths:
+            assert found(images, path) == (40, 20), f"{path} below {top}"
+        assert images.lost == []
+
+
+def test_the_hub_caches_own_links_are_followed(tmp_path):
+    """Its files are links to blobs/; no other link out of a snapshot is."""
+    repo = tmp_path / "hub" / "datasets--org--name"
+    picture_at(repo / "blobs" / "ab12.png").rename(repo / "blobs" / "ab12")
+    snapshot = repo / "snapshots" / "0123"
+    (snapshot / "images" / "A").mkdir(parents=True)
+    (snapshot / "images" / "A" / "a.png").symlink_to("../../../../blobs/ab12")
+    (snapshot / "images" / "A" / "b.png").symlink_to(picture_at(tmp_path / "secret.png"))
+    for root in (snapshot, snapshot / "images"):
+        assert found(Images(root), "A/a.png") == (40, 20)
+        assert found(Images(root), "A/b.png") == "outside"
+
+
+def test_what_leaves_the_root_is_refused(tmp_path):
+    """`..`, absolute paths, and links in the data: of files, of folders beside the list, of folders
+    below a subset; each also through a path that begins well."""
+    root = tmp_path / "root"
+    secret = picture_at(tmp_path / "secret" / "s.png")
+    picture_at(root / "images" / "A" / "a.png")
+    (root / "file.png").symlink_to(secret)
+    (root / "images" / "file.png").symlink_to(secret)
+    (root / "images" / "A" / "file.png").symlink_to(secret)
+    (root / "folder").symlink_to(secret.parent)
+    (root / "images" / "A" / "folder").symlink_to(secret.parent)
+    images = Images(root)
+    for path in (
+        "../secret/s.png", "images/../../secret/s.png", "A/../../../secret/s.png",
+        "../../etc/passwd", str(secret), "/etc/passwd", f"{root}/../secret/s.png",
+        "file.png", "images/file.png",
+        "A/file.png", "folder/s.png", "A/folder/s.png", f"{root}/folder/s.png",
+    ):  # fmt: skip
+        assert found(images, path) == "outside", path
+    (root / "inner.png").symlink_to("images/A/a.png")  # a link that stays inside
+    assert found(Images(root), "inner.png") == (40, 20)
+
+
+def test_a_wrong_root_is_said_once(tmp_path):
+    """Before any of its pictures is looked for."""
+    with pytest.raises(InputError, match="--image-root .*nowhere: no such folder"):
+        Images(tmp_path / "nowhere")
+
+
+def test_folders_are_listed_once_for_all_look_ups(tmp_path, monkeypatch):
+    """The disk is asked once a folder and not for each picture; what is newer is still found."""
+    for i in range(30):
+        picture_at(tmp_path / f"part{i % 3}" / f"{i}.png")
+    images, listed = Images(tmp_path), []
+    images.find("part0/0.png")
+
+    def scandir(path, ours=os.scandir):
+        listed.append(path)
+        return ours(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        for name in ("realpath", "exists", "lexists"):
+            patch.setattr(os.path, name, lambda *_: pytest.fail("the disk was asked again"))
+        for i in range(30):
+            assert images.find(f"part{i % 3}/{i}.png") == f"{tmp_path}/part{i % 3}/{i}.png"
+    assert len(listed) == 2, "one for each of the other folders"
+    picture_at(tmp_path / "part0" / "new.png")
+    assert found(images, "part0/new.png") == (40, 20)
+    assert found(images, "part0/gone.png") == "missing" and len(images.lost) == 1
+
+
+# --------------------------------------------------------------------------------- the hub's zips
+
+
+def zip_of(path, members, method=zipfile.ZIP_DEFLATED, **options):
+    """A zip file of {name: content}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", method, **options) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    open_zip.cache_clear()
+    return str(path)
+
+
+CONTENTS = {
+    "A/a.png": encoded("PNG"),
+    "A/ü猫.png": b"x" * 5000,
+    "A/empty": b"",
+    "b": os.urandom(999),
+}
+
+
+def test_zips_are_read_as_zipfile_reads_them(tmp_path, monkeypatch):
+    """Stored and deflated, with bytes before the zip and a comment after it, with 64-bit numbers;
+    of two members of one name the last."""
+    path = tmp_path / "x.zip"
+    for change in ("stored", "deflated", "before", "comment", "wide", "doubled"):
+        if change == "wide":
+            monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+            monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
+        zip_of(path, CONTENTS, zipfile.ZIP_STORED if change == "stored" else zipfile.ZIP_DEFLATED)
+        monkeypatch.undo()
+        if change == "before":
+            path.write_bytes(b"#!/bin/sh\n" * 50 + path.read_bytes())
+        if change in ("comment", "doubled"):
+            with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                archive.comment = b"a comment PK" * 9
+                if change == "doubled":
+                    archive.writestr("b", b"the last one")
+        open_zip.cache_clear()
+        index = open_zip(str(path))
+        with zipfile.ZipFile(path) as archive:
+            for name in CONTENTS:
+                assert index.read(name) == archive.read(name), f"{name} of the zip that is {change}"
+        assert "c" not in index and len(index.names) >= len(CONTENTS)
+        with pytest.raises(InputError, match="x.zip:c: no such member"):
+            index.read("c")
+
+
+def changed_entry(path, offset, value):
+    """Overwrites bytes of the first entry in a zip's table."""
+    content = bytearray(open(path, "rb").read())
+    at = content.index(b"PK\1\2") + offset
+    content[at : at + len(value)] = value
+    open(path, "wb").write(content)
+    open_zip.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "says"),
+    [
+        (8, struct.pack("<H", 1), "is encrypted"),
+        (10, struct.pack("<H", 14), "is packed by method 14; zip it with deflate"),
+        (16, b"\1\2\3\4", r"is damaged \(length or checksum\)"),
+        (20, struct.pack("<L", 10**8), "is cut off"),
+        (20, struct.pack("<L", 3 * 10**8), "300,000,000 bytes; at most 200,000,000 are read"),
+        (24, struct.pack("<L", 3 * 10**8), "300,000,000 bytes; at most 200,000,000 are read"),
+        (24, struct.pack("<L", 1000), r"is damaged \(length or checksum\)"),
+        (42, struct.pack("<L", 7), "is not where the zip's table says"),
+        (42, struct.pack("<L", 10**9), "is cut off"),
+    ],
+)
+def test_hostile_members_are_refused(tmp_path, offset, value, says):
+    """Encrypted, of another method, of another checksum, size or place than is said."""
+    path = zip_of(tmp_path / "x.zip", {"b.png": b"x" * 5000})
+    changed_entry(path, offset, value)
+    with pytest.raises(InputError, match=f"x.zip:b.png: {says}.*download the zip file again"):
+        open_zip(path).read("b.png")
+
+
+def test_a_member_is_unpacked_no_further_than_its_table_says(tmp_path):
+    """A megabyte that says it has ten bytes: eleven are unpacked."""
+    path = zip_of(tmp_path / "x.zip", {"b.png": b"x" * 10**6})
+    changed_entry(path, 24, struct.pack("<L", 10))
+    tracemalloc.start()
+    with pytest.raises(InputError, match="is damaged"):
+        open_zip(path).read("b.png")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 500_000
+
+
+def test_what_is_no_zip_is_said(tmp_path):
+    """Text, an empty file, a zip that was cut off, a pipe."""
+    whole = open(zip_of(tmp_path / "whole.zip", CONTENTS), "rb").read()
+    for name, content in (("a", b"hello"), ("b", b""), ("c", whole[:-30]), ("d", whole[-60:])):
+        (tmp_path / f"{name}.zip").write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}.zip: .*download the zip file again"):
+            open_zip(str(tmp_path / f"{name}.zip"))
+    os.mkfifo(tmp_path / "pipe.zip")
+    with pytest.raises(InputError, match="pipe.zip: is a pipe"):
+        open_zip(str(tmp_path / "pipe.zip"))
+
+
+def test_a_zip_is_indexed_once_and_before_the_workers_are_forked(tmp_path, monkeypatch):
+    """MMEB's reader indexes it; then threads and forked processes read side by side, from one open
+    file, and nobody reads the table again. 100,000 members: about 5 MB."""
+    contents = {
+        f"A/{i}.png": encoded("PNG", Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(200)
+    }
+    zip_of(tmp_path / "images_zip" / "A.zip", contents)
+    (tmp_path / "A").mkdir()
+    table = {"qry": ["<|image_1|>"], "qry_image_path": ["A/1.png"], "pos_text": ["x"]}
+    table["pos_image_path"] = [""]
+    pq.write_table(pyarrow.table(table), tmp_path / "A" / "original-0.parquet")
+    data.read_pairs(str(tmp_path))  # no row of it is drawn
+    monkeypatch.setattr(zips, "read_table", lambda file: pytest.fail("the table was read again"))
+    images = Images(tmp_path)
+
+    def reds(_):
+        return [open_image(images.find(f"A/{i}.png", "A")).getpixel((0, 0))[0] for i in range(200)]
+
+    assert list(prefetch(reds, range(4), workers=2)) == [list(range(200))] * 4
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(reds, range(8))) == [list(range(200))] * 8
+    index = open_zip(str(tmp_path / "images_zip" / "A.zip"))
+    assert (index.members.nbytes + index.names.nbytes) / 200 < 60, "bytes a member"

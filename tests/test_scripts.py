@@ -1,8 +1,7 @@
-"""The scripts as users run them: the quick start, shortened; photographs; flags, and where those
-of earlier versions went; what stops a run. (Several ranks: test_torchrun.py; every command that
-the documents name: test_readme.py.)"""
+"""The scripts as users run them: the quick start, shortened; photographs; where flags of earlier
+versions went; what stops a run. (Flags: test_flags.py; several ranks: test_torchrun.py; every
+command that the documents name: test_readme.py.)"""
 
-import ast
 import dataclasses
 import json
 import runpy
@@ -18,12 +17,10 @@ import evaluate
 import pretrain
 from plumbing.config import MOVED
 from plumbing.errors import InputError
-from plumbing.weights import Options
-from tools import explain, search
+from tools import search
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT.parent / "shared" / "data" / "mmeb"
-CONFIGS = [pretrain.Config, contrastive.Config, evaluate.Config, explain.Config, search.Config]
 
 
 def command(*words):
@@ -88,54 +85,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(tmp_path
         cfg.block = 4
     with pytest.raises(InputError, match=r"step \d+, lr 1.0.e\+30.*(shapes-train-|\[\d+\])"):
         stage.main(cfg)
-
-
-# -------------------------------------------------------------------------------------------- flags
-
-
-def flags_of(config):
-    """(its name on the command line, the field) of each flag."""
-    fields = [f for f in dataclasses.fields(config) if f.init]
-    return [("--" + f.name.replace("_", "-"), f) for f in fields]
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)
-def test_each_flag_arrives_as_a_user_spells_it(config):
-    """`--name value`, the last of its choices; `--name` and `--no-name` where it is a switch. No
-    flags: the defaults. What is unknown or abbreviated ends the script."""
-    for name, f in flags_of(config):
-        kind = getattr(f.type, "__args__", [f.type])[0]
-        value = 3 if kind in (int, float) else "x"
-        if f.metadata["choices"]:
-            value = f.metadata["choices"][-1]
-        cases = [([name, str(value)], value)]
-        if kind is bool:
-            cases = [([name], True), (["--no-" + name[2:]], False)]
-        for words, want in cases:
-            assert getattr(config.parse(words), f.name) == want, words
-    assert config.parse([]) == config()
-    for words in (["--nonsense", "1"], ["--compress-token", "3"], ["--pooling", "max"]):
-        with pytest.raises(SystemExit):
-            config.parse(words)
-
-
-def flags_read():
-    """Names that some line of code asks a config for, `cfg.name`."""
-    names = set(Options._fields)  # by getattr, in model.load_for
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("tools/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cfg":
-                names.add(node.attr)
-    return names
-
-
-def test_every_flag_is_read_by_some_line_of_code():
-    """A flag that does nothing is a defect."""
-    read = flags_read()
-    for config in CONFIGS:
-        for name, f in flags_of(config):
-            assert f.name in read, f"{name} of {config.__module__} does nothing"
-    assert "no_such_flag" not in read, "negative control"
 
 
 # --------------------------------------------------- where the commands of earlier versions went

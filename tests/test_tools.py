@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +23,6 @@ from data import Item
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import DESCRIBE, IMAGE, digest_of
-from plumbing.ranks import run_command
 from tools import check, explain, export, figures, look, merge, search
 from tools import generate as generator
 from toy.world import META_TASK, NUMBERS, Scene, Shapes
@@ -417,9 +415,8 @@ def test_merge_leaves_a_plain_folder_of_the_same_embeddings(tmp_path, capsys, mo
     close(merged, embedder.encode(texts), "merged and unmerged", 1e-4)
     plain = model.load("toy-random", 4, device="cpu").encode(texts)
     assert abs(merged - plain).max() > 1e-3, "negative control: the adapter does something"
-    monkeypatch.setattr(sys, "argv", ["merge.py", str(tmp_path / "nothing"), "x"])
-    with pytest.raises(SystemExit, match="^merge: --model .*no such folder"):
-        run_command(merge.main)
+    with pytest.raises(InputError, match="^--model .*no such folder"):
+        merge.main([str(tmp_path / "nothing"), "x"])
 
 
 # --------------------------------------------------------------------------- the commands as such

@@ -85,7 +85,7 @@ class Survey:
         self.words = []  # of each text
         self.sizes = {}  # picture -> (width, height), or the InputError that it gave
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding lets other threads run
-            bar = tqdm(self.in_order(pool), f"{file}", len(rows), leave=False)
+            bar = tqdm(self.in_order(pool), f"{file}", len(rows), leave=False, disable=None)
             for i, error in enumerate(bar):
                 if error:
                     self.errors[i] = error

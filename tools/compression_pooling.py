@@ -20,7 +20,7 @@ class CompressionPooling(Module):
         last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
         at = last[:, None] - torch.arange(self.K - 1, -1, -1, device=h.device)
         code = h.gather(1, at[..., None].expand(-1, -1, h.shape[-1]))  # (B, K, D)
-        features["sentence_embedding"] = code.mean(1)
+        features["sentence_embedding"] = code.float().mean(1)
         return features
 
     def save(self, output_path, *args, **kwargs):

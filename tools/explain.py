@@ -101,6 +101,7 @@ def explain_pretrain(cfg, device):
 def walk_dialogue(embedder, dialogue, compress):
     """A dialogue as tokens with their roles and labels, the mask, the loss token by token."""
     embedder.eval()
+    compress = compress and embedder.K > 0  # as in training: without a code there is no mask
     dialogue = dialogue._replace(turns=dialogue.turns[:2])  # two show it all
     heading("1. The dialogue (its first two turns)")
     for picture in dialogue.item.images:

@@ -32,13 +32,14 @@ import torch
 from tqdm import tqdm
 
 from model import add_compression_tokens
+from plumbing.adapters import load_adapter
 from plumbing.config import CommandLine, flag
 from plumbing.errors import InputError, brief
 from plumbing.folders import place
 from plumbing.formats import IMAGE, located
 from plumbing.images import open_image
 from plumbing.ranks import run_command
-from plumbing.weights import Options, load_adapter, load_mllm
+from plumbing.weights import Options, load_mllm
 from plumbing.writing import append_whole, refuse_unwritable, written
 from tools.conversations import as_conversations
 from tools.pictures import find_pictures
@@ -406,7 +407,8 @@ def generate(args) -> int:
 
     # 3. Ask, and write down what failed.
     total = len(names) + len(done)
-    with tqdm(total=total, initial=len(done), unit="img", desc="dialogues") as bar:
+    start = len(done)
+    with tqdm(total=total, initial=start, unit="img", desc="dialogues", disable=None) as bar:
         errors = ask_until_done(names, questions, replies, args, bar)
     list_failures(errors, Path(f"{args.out}.failed.jsonl"))
     if names and len(errors) == len(names):

@@ -5,8 +5,8 @@ loads.
     python -m tools.merge IN OUT --export sentence-transformers
 
 IN is a folder that a stage wrote; without an adapter in it OUT is a copy. OUT has the number type
-of the model under the adapter; where that is bfloat16 the sum of the two is rounded to it (toy MLLM,
-20 items: cosine 0.99996 or more). With --export, OUT is for that library too:
+of the model under the adapter; where that is bfloat16 the sum of the two is rounded to it (toy
+MLLM, 20 items: cosine 0.99996 or more). With --export, OUT is for that library too:
 `SentenceTransformer(OUT, trust_remote_code=True)` (the code is one small pooling module that is
 written into OUT; with --pooling last there is none).
 """
@@ -15,6 +15,7 @@ import plumbing.start  # noqa: F401  # signals, and --help, before torch is ther
 import os
 
 import model
+from plumbing.adapters import origin_of
 from plumbing.errors import InputError
 from plumbing.folders import refuse_unwritable
 from plumbing.ranks import run_command
@@ -33,7 +34,7 @@ def main(argv):
     # On the CPU: a merge is a sum of matrices, and need not fit onto a GPU.
     embedder = model.merge(model.load(args.source, device="cpu"))
     embedder.mllm.to(embedder.mllm.config.dtype)  # as the files had it; a CPU works in float32
-    for kept in (args.source, embedder.mllm.origin.folder):
+    for kept in (args.source, origin_of(embedder.mllm).folder):
         if os.path.realpath(args.target) == os.path.realpath(kept):
             raise InputError(
                 f"OUT {args.target} would replace {kept}, which was read; take another"

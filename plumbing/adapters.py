@@ -1,0 +1,152 @@
+"""LoRA adapters in peft's format: what model one is an adapter of, wherever the two are moved;
+loading one, and a new one."""
+
+import os
+import re
+import warnings
+from typing import NamedTuple
+
+from plumbing.errors import InputError, brief, needs
+from plumbing.families import LANGUAGE_ATTENTION, RENAMED
+from plumbing.folders import (
+    digest_of_weights,
+    numbers_in,
+    place,
+    read_json,
+    reading,
+    shapes_of_weights,
+)
+
+FILE = "adapter_model.safetensors"
+
+
+class Origin(NamedTuple):
+    """Where a model's weights are from, which an adapter of it must remember: "toy", a hub id or
+    an absolute path; the folder; its digest (None: toy-random has no file)."""
+
+    name: str
+    folder: str
+    digest: str | None
+    is_hub: bool = False
+
+    @staticmethod
+    def of(name, folder) -> "Origin":
+        """Of the model `name`, whose files are in `folder`."""
+        if str(name) in ("toy", "toy-random"):
+            digest = digest_of_weights(folder) if str(name) == "toy" else None
+            return Origin(str(name), folder, digest)
+        is_hub = not os.path.isdir(name)
+        name = str(name) if is_hub else os.path.abspath(name)
+        return Origin(name, os.path.abspath(folder), digest_of_weights(folder), is_hub)
+
+    def refuse_in_its_place(self, path):
+        """An adapter's folder that would take the place of its base: both would be lost."""
+        if os.path.realpath(path) == os.path.realpath(self.folder):
+            text = "an adapter cannot stand in the place of the model that it is an adapter of"
+            raise InputError(f"{path}: {text}; take another folder")
+
+
+def origin_of(mllm) -> Origin:
+    """Where its weights are from; of a model that `load` did not make, what transformers says."""
+    return getattr(mllm, "origin", None) or Origin(mllm.name_or_path, mllm.name_or_path, None)
+
+
+def find_base(path, adapter) -> Origin:
+    """What an adapter is an adapter of: beside it, or where it was when the adapter was made. Where
+    the adapter says which weights it was trained on, no others are taken. adapter: its config."""
+    stored = read_json(path, "nanocoma.json")
+    name, beside = adapter.get("base_model_name_or_path"), stored.get("base_beside")
+    if not isinstance(name, str) or not name or not isinstance(beside, str | None):
+        raise InputError(f"--model {path}: its adapter names no base model: {brief(repr(name))}")
+    if name in ("toy", "toy-random"):
+        return right_base(path, stored, [Origin.of(name, place(name))])
+    here = [os.path.join(path, beside or name), name]
+    if there := [Origin.of(folder, place(folder)) for folder in here if os.path.isdir(folder)]:
+        return right_base(path, stored, there)
+    # Trap: a folder's name, as out/pretrain, may be anyone's on the hub. Ours say which it is;
+    # those of others, as VLM2Vec's, mean the hub.
+    if stored and stored.get("base_is_hub") is not True:
+        text = f"its base is not there, neither {brief(here[0])} nor {brief(name)}"
+        hint = 'Copy it there; of a hub id say "base_is_hub": true in its nanocoma.json'
+        raise InputError(f"--model {path}: {text}. {hint}")
+    return right_base(path, stored, [Origin.of(name, place(name))])
+
+
+def right_base(path, stored, there) -> Origin:
+    """The first of these that holds the weights that the adapter was trained on; of adapters that
+    do not say, which old ones and other programs' do not, the first."""
+    want = stored.get("base_digest")
+    for origin in there:
+        if want in (None, origin.digest):
+            return origin
+    text = f"its base {there[0].folder} has other weights than it was trained on"
+    digests = f"digest {there[0].digest}, not {brief(want)}"
+    hint = "was another model saved there? Restore it, or train the adapter anew"
+    raise InputError(f"--model {path}: {text} ({digests}): {hint}")
+
+
+def refuse_absurd_adapter(path):
+    """What is no LoRA, or a rank that its file has not: peft would build first, and look then."""
+    config = read_json(path, "adapter_config.json")
+    if config.get("peft_type") != "LORA" or config.get("layer_replication"):
+        kind = brief(repr(config.get("peft_type")))
+        raise InputError(f"--model {path}: an adapter of type {kind}; only plain LoRA is read")
+    shapes = shapes_of_weights(path, FILE)
+    if not shapes:
+        raise InputError(f"--model {path}: no weights in its adapter_model.safetensors")
+    largest = max((size for shape in shapes.values() for size in shape), default=1)
+    for key in ("r", "rank_pattern"):
+        for _, rank_ in numbers_in(config.get(key)):
+            if not 1 <= rank_ <= largest:
+                raise InputError(f"--model {path}: its adapter's {key} is {rank_:,}; its file has "
+                                 f"no weight beyond {largest:,}")  # fmt: skip
+    # Trap: brackets that repeat what repeats take a time that doubles with each letter.
+    patterns = [config.get("target_modules"), config.get("exclude_modules")]
+    patterns += [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    for pattern in patterns:
+        if isinstance(pattern, str) and re.search(r"\)[*+{]", pattern):
+            text = f"its adapter's pattern {brief(pattern)!r} repeats a group"
+            raise InputError(f"--model {path}: {text}; name the modules one by one")
+
+
+def load_adapter(mllm, path):
+    """A LoRA adapter in peft's format, around the model. -> the wrapper. Trap: what an adapter
+    lacks, or calls by another name, peft leaves at random with a mere warning."""
+    with needs("peft", "a LoRA checkpoint"):
+        import peft
+    with reading(path):
+        refuse_absurd_adapter(path)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            adapter = peft.PeftModel.from_pretrained(
+                mllm, path, is_trainable=True, key_mapping=RENAMED
+            )
+    for warning in said:
+        if "missing adapter keys" in str(warning.message):
+            text = f"not an adapter of this model: {brief(warning.message)}"
+            raise InputError(f"--model {path}: {text}")
+    # The other way round peft does not even warn.
+    in_file = shapes_of_weights(path, FILE)
+    used = peft.get_peft_model_state_dict(adapter, save_embedding_layers=False)
+    lost = sum("lora_" in name for name in in_file) - sum("lora_" in name for name in used)
+    if lost > 0:
+        text = f"the model has no place for {lost} of its adapter's weights"
+        raise InputError(f"--model {path}: {text}: not an adapter of this model")
+    return adapter
+
+
+def new_adapter(mllm, cfg, compress_ids):
+    """LoRA on q, k, v, o of the language model, and the compression tokens' embedding rows, around
+    the model. -> the wrapper."""
+    origin_of(mllm).refuse_in_its_place(cfg.out)  # now, and not when it is saved
+    with needs("peft", "--lora-rank"):
+        import peft
+    lora = peft.LoraConfig(
+        r=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha,
+        lora_dropout=cfg.lora_dropout,
+        use_dora=cfg.dora,
+        trainable_token_indices={"embed_tokens": compress_ids} if compress_ids else None,
+        target_modules=LANGUAGE_ATTENTION,
+    )
+    return peft.get_peft_model(mllm, lora)

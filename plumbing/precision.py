@@ -1,0 +1,48 @@
+"""Full float32 where the papers' numbers need it, whatever runs around: autocast makes bfloat16 of
+a product, `torch.set_float32_matmul_precision("high")` TF32, and both keep three digits."""
+
+from contextlib import contextmanager
+
+import torch
+
+
+def at_least_float32(x):
+    """float32, or x as it is where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def full_float32(device_type):
+    """Inside, products of float32 numbers are products of float32 numbers."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+class Products(torch.autograd.Function):
+    """q @ t.T; a context around the forward pass alone would leave out the two products of the
+    backward pass."""
+
+    @staticmethod
+    def forward(ctx, q, t):
+        ctx.save_for_backward(q, t)
+        with full_float32(q.device.type):
+            return q @ t.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, t = ctx.saved_tensors
+        with full_float32(q.device.type):
+            return grad @ t, (q.T @ grad).T
+
+
+def products(q, t):
+    """The inner products of all rows: (b, D), (M, D) -> (b, M)."""
+    return Products.apply(at_least_float32(q), at_least_float32(t))

@@ -1,0 +1,142 @@
+"""What a batch of large pictures costs the rank that receives it, and how much memory it takes.
+
+    OMP_NUM_THREADS=1 python tests/bench/loader.py [--pictures 128] [--tokens 1024] [--workers 8]
+
+A batch is `pictures` rows whose pixels are those of `tokens` image tokens of a Qwen2-VL (28 x 28
+pixels, two frames, float32: 9.6 MB for 1,024 tokens, 1.2 GB a batch of 128). A row is made by
+copying noise: here only the way of the pixels to the rank is measured. The rank's step is a sleep.
+Rows of the table:
+
+    DataLoader, pickled     as until issue 18: a batch is one pickle in a pipe, two batches a worker
+    one block a worker      plumbing/loader.py
+    the same, bfloat16      as it is for a GPU
+
+receive: the rank's own CPU milliseconds a batch, from asking to tensors; waits: share of the time
+that the rank waits for its batch; memory: peak of the proportional set size (shared pages count
+once) of rank and workers, beyond what the rank holds before.
+"""
+
+import argparse
+import multiprocessing
+import pickle
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[:0] = [str(Path(__file__).parent.parent.parent)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
+
+from plumbing.loader import each, prefetch  # noqa: E402
+
+
+class Pickled(Dataset):
+    """The loader as it was."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __getitem__(self, i):
+        return pickle.dumps(tree_map_only(torch.Tensor, torch.Tensor.numpy, self.make(i)), 5)
+
+
+def pickled(make, indices, workers):
+    """Yields make(i), as it was done."""
+    loader = DataLoader(
+        Pickled(make),
+        batch_size=None,
+        sampler=indices,
+        num_workers=workers,
+        multiprocessing_context="fork",
+    )
+    for packed in loader:
+        yield tree_map_only(np.ndarray, torch.from_numpy, pickle.loads(packed))
+
+
+class Measured(NamedTuple):
+    """Of one way."""
+
+    receive: float  # CPU milliseconds of the rank a batch
+    waits: float  # share of the time
+    memory: float  # GiB
+
+
+def held() -> float:
+    """GiB of this process and its children, shared pages once."""
+    total = 0
+    processes = [child.pid for child in multiprocessing.active_children()]
+    me = Path("/proc/self/task").iterdir()
+    for task in me:
+        processes += (task / "children").read_text().split()
+    for process in {"self", *map(str, processes)}:
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has just ended
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 2**20
+
+
+def measure(batches, step) -> Measured:
+    """Runs through the batches, with `step` seconds of work for each."""
+    peak, over, before = [0.0], threading.Event(), held()
+
+    def watch():
+        while not over.wait(0.1):
+            peak[0] = max(peak[0], held())
+
+    watcher = threading.Thread(target=watch)
+    batch = next(batches)  # the start of the workers is not counted
+    watcher.start()
+    began, waited, cpu, count = time.time(), 0.0, 0.0, 0
+    while batch is not None:
+        time.sleep(step)
+        count += 1
+        asked = time.time()
+        used = resource.getrusage(resource.RUSAGE_THREAD).ru_utime
+        used += resource.getrusage(resource.RUSAGE_THREAD).ru_stime
+        batch = None  # as a training loop that is done with it
+        batch = next(batches, None)
+        after = resource.getrusage(resource.RUSAGE_THREAD)
+        cpu += after.ru_utime + after.ru_stime - used
+        waited += time.time() - asked
+    over.set()
+    watcher.join()
+    return Measured(1000 * cpu / count, waited / (time.time() - began), peak[0] - before)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--step", type=float, default=10.0, help="seconds")
+    args = parser.parse_args()
+    noise = torch.rand(4 * args.tokens, 1176)  # a token is 2 x 2 patches of 14 x 14, 3 colours, 2
+
+    def make(i):
+        return each(lambda x: {"pixel_values": noise + i, "grid": torch.tensor([x])}, range(n))
+
+    n, gpu = args.pictures, torch.device("cuda")
+    indices = range(args.batches)
+    ways = {
+        "DataLoader, pickled": lambda: pickled(make, indices, args.workers),
+        "one block a worker": lambda: prefetch(make, indices, args.workers),
+        "the same, bfloat16": lambda: prefetch(make, indices, args.workers, gpu),
+    }
+    print(f"a batch: {n * noise.nbytes / 2**30:.2f} GiB of float32 pixels; a step: {args.step} s")
+    print("| way | receive, ms of the rank's CPU | waits | memory, GiB |\n|---|---|---|---|")
+    for name, batches in ways.items():
+        m = measure(batches(), args.step)
+        print(f"| {name} | {m.receive:,.0f} | {m.waits:.0%} | {m.memory:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

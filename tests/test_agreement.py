@@ -1,0 +1,102 @@
+"""What ranks must hold alike is compared, field by field, before the first step. Here with planned
+answers of two ranks; with processes: test_two_nodes.py."""
+
+import dataclasses
+
+import pytest
+
+import contrastive
+import evaluate
+import pretrain
+from plumbing import agreement
+from plumbing.errors import InputError
+
+STAGES = (pretrain, contrastive, evaluate)
+# What may differ between nodes: where things lie, and how many processes read them.
+FREE = {"model", "data", "image_root", "skip_bad", "out", "json", "workers"}
+
+
+def another(value):
+    """Another value than this one, of its kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return value + "x"
+    return (value or 0) + 1
+
+
+class Planned:
+    """The other rank: what rank 0 gathers from itself and from this Config."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+    def together_with(self, cfg, monkeypatch):
+        gathered = []
+        with monkeypatch.context() as patch:
+            patch.setattr(agreement, "gather_objects", lambda x: gathered.append(x) or [x])
+            agreement.join(self.cfg)
+            patch.setattr(agreement, "gather_objects", lambda x: [x, gathered[0]])
+            agreement.join(cfg)
+
+
+FIELDS = [
+    (stage, field.name)
+    for stage in STAGES
+    for field in dataclasses.fields(stage.Config)
+    if field.init
+]
+
+
+@pytest.mark.parametrize("stage, name", FIELDS)
+def test_every_flag_that_matters_is_compared(stage, name, monkeypatch):
+    """Rank 1 has another value of one flag: the message says rank, flag and both values; a place on
+    a node's disk may differ."""
+    cfg = stage.Config()
+    changed = dataclasses.replace(cfg, **{name: another(getattr(cfg, name))})
+    if name in FREE:
+        Planned(changed).together_with(cfg, monkeypatch)
+        return
+    flag = "--" + name.replace("_", "-")
+    theirs, ours = getattr(changed, name), getattr(cfg, name)
+    with pytest.raises(InputError) as refused:
+        Planned(changed).together_with(cfg, monkeypatch)
+    said = str(refused.value)
+    assert said.startswith("rank 1 (") and f"has {flag} {theirs} where rank 0 has {ours}" in said
+
+
+def test_another_script_is_another_start(monkeypatch):
+    """Stage 1 on one node, stage 2 on the other."""
+    with pytest.raises(InputError, match="--objective ce where rank 0 has None"):
+        Planned(pretrain.Config()).together_with(contrastive.Config(), monkeypatch)
+
+
+def test_a_long_value_is_shown_in_brief(monkeypatch):
+    """A prompt of a thousand words is no flood."""
+    cfg = contrastive.Config(subsets="x," * 9000)
+    with pytest.raises(InputError) as refused:
+        Planned(cfg).together_with(contrastive.Config(), monkeypatch)
+    assert len(str(refused.value)) < 500
+
+
+def fails():
+    raise InputError("pairs.jsonl, line 3: no query")
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_an_error_of_one_rank_is_an_error_of_all(monkeypatch, culprit):
+    """The rank that failed, the same words on all; rank 0's own, which all would have said, as it
+    is."""
+    gathered = []
+    with monkeypatch.context() as patch:
+        patch.setattr(agreement, "gather_objects", lambda x: gathered.append(x) or [x])
+        agreement.together(lambda: "fine")
+        with pytest.raises(InputError):
+            agreement.together(fails)
+    fine, failed = gathered
+    everyone = [failed, fine] if culprit == 0 else [fine, failed]
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: everyone)
+    for work in (fails, lambda: "fine"):
+        with pytest.raises(InputError, match="pairs.jsonl, line 3") as told:
+            agreement.together(work)
+        assert str(told.value).startswith("rank 1 (" if culprit else "pairs.jsonl")

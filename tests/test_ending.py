@@ -1,0 +1,239 @@
+"""How a process ends: whatever ends it ends it soon, with one line or the traceback, and nobody is
+left behind. The limits are far above what is needed: they are there for what would hang."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ends
+import pytest
+import torch
+from checks import equal, expect
+from safetensors.torch import load_file
+
+from plumbing import checkpoint, ending, ranks, start
+from plumbing.errors import InputError
+from tools import check, explain, export, figures, generate, look, merge, search
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LIMIT = 100  # seconds
+
+
+def begin(*words, **options):
+    """A process in a group of its own, in the background; both its outputs in one pipe each."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    words = [sys.executable, *map(str, words)]
+    return subprocess.Popen(words, cwd=ROOT, text=True, start_new_session=True, **pipes)
+
+
+def finish(process):
+    """-> (status, stdout, stderr). Fails where the process hangs, or leaves processes behind."""
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+        for _ in range(100):  # a loader process looks every half second whether its rank is there
+            if not alive(process.pid):
+                return process.returncode, out, err
+            time.sleep(0.1)
+        pytest.fail("processes are left behind")
+    finally:
+        if alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def alive(group):
+    """Whether a process of the group is there."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+def test_an_error_that_nobody_expects_ends_all_ranks_with_its_traceback(tmp_path):
+    """On rank 0 of two, with loader processes: it printed the traceback, and hung for ever."""
+    status, _, err = finish(begin(*TORCHRUN, "tests/ends.py", "error", tmp_path))
+    assert status == 1 and "RuntimeError: CUDA error: an illegal memory access" in err, err
+
+
+def test_a_loader_process_that_is_killed_is_one_clear_line(tmp_path):
+    """By the system, where memory is short. And no progress bar in a log file."""
+    status, out, err = finish(begin("tests/ends.py", "worker", tmp_path))
+    equal((status, err.count("\n")), (1, 1), err)
+    assert "a loader process has ended (signal 9" in err and "fewer --workers" in err, err
+    assert "step     1/4" in out and "%|" not in out + err and "\r" not in out + err, out + err
+
+
+def test_errors_name_the_command(monkeypatch):
+    """`python -m tools.merge` is merge, a stage is its file."""
+    for path, name in (("/x/tools/merge.py", "merge"), ("pretrain.py", "pretrain.py")):
+        monkeypatch.setattr(sys, "argv", [path])
+        equal(ending.script_name(), name, path)
+
+
+def test_a_rank_without_torchrun_is_one_clear_line(monkeypatch):
+    """RANK alone waited for an address, or was a KeyError of torch."""
+    for name in ranks.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="RANK is set, but not WORLD_SIZE, LOCAL_RANK, MASTER_A"):
+        ranks.setup()
+    values = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    for name, value in {**values, "MASTER_PORT": "x"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="MASTER_PORT=x: not a number"):
+        ranks.setup()
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(InputError, match="RANK=2 is not below WORLD_SIZE=2"):
+        ranks.setup()
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    """`python -m tools.check talks.jsonl | head -1`, and its help (argparse itself takes no
+    notice): not a word, and the status that any program has there."""
+    (tmp_path / "pairs.jsonl").write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n')
+    cases = {("tools.look", "--help"): 0, ("tools.check", tmp_path / "pairs.jsonl"): 141}
+    for words, expected in cases.items():
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = begin("-u", "-m", *words, stdout=writer)
+        os.close(writer)
+        status, _, err = finish(process)
+        equal((status, err), (expected, ""), words)
+
+
+# ----------------------------------------------------------------------------------------- signals
+
+
+def wait_for(process, word):
+    """Until the process prints a line with `word`."""
+    deadline = time.time() + LIMIT
+    while time.time() < deadline:
+        if select.select([process.stdout], [], [], 1)[0] and word in process.stdout.readline():
+            return
+    pytest.fail(f"no {word}")
+
+
+def check_ended(process, number):
+    """One line, and the status that a shell gives."""
+    status, _, err = finish(process)
+    line = f"ended by {signal.Signals(number).name}\n"
+    assert status == 128 + number and err.count("\n") == 1 and err.endswith(line), (status, err)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.5])
+def test_a_signal_while_torch_is_imported(seconds, tmp_path):
+    """It was a KeyboardInterrupt somewhere in torch, with 40 lines."""
+    process = begin("pretrain.py", "--out", tmp_path, "--model", "no-such-folder/x")
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    check_ended(process, signal.SIGINT)
+
+
+def test_a_signal_within_one_call_of_c(tmp_path):
+    """Which may last for minutes, and Python's own handler waits for its end."""
+    process = begin("tests/ends.py", "deaf", tmp_path)
+    wait_for(process, "deaf")
+    process.send_signal(signal.SIGTERM)
+    check_ended(process, signal.SIGTERM)
+
+
+def test_a_signal_while_a_model_is_evaluated_by_two_workers():
+    """To the rank and to its workers, as from a terminal."""
+    words = ["--model", "toy-random", "--subsets", "vqa,ground", "--limit", 2000, "--workers", 2]
+    process = begin("evaluate.py", *words)
+    wait_for(process, "-- in distribution")
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    check_ended(process, signal.SIGINT)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "contrastive"])
+def test_a_step_that_takes_too_long_is_left(tmp_path, name, capsys):
+    """Between two chunks, with the state before it saved; resumed, the run is the uninterrupted
+    one, bit for bit. The handlers are those of before."""
+    stage, flags = ends.WAYS[name]
+    flags = [*flags, "--steps", "3", "--workers", "0"]
+    handlers = [signal.getsignal(s) for s in ending.SIGNALS]
+    equal(ends.left(stage, [*flags, "--out", f"{tmp_path}/a"]), 130, "SIGINT")
+    equal([signal.getsignal(s) for s in ending.SIGNALS], handlers, "ending.forget_signals")
+    assert "step 2 is left, the state before it saved" in capsys.readouterr().out
+    assert (tmp_path / "a/checkpoints/step-00000001").exists()
+    stage.main(stage.Config.parse([*flags, "--out", f"{tmp_path}/a", "--resume"]))
+    stage.main(stage.Config.parse([*flags, "--out", f"{tmp_path}/b"]))
+    equal([signal.getsignal(s) for s in ending.SIGNALS], handlers, "ending.forget_signals")
+    for part in ("model.safetensors",):
+        a, b = (Path(tmp_path, x, part).read_bytes() for x in "ab")
+        assert a == b, f"{part}: the left step has left something"
+
+
+def test_a_short_step_is_finished(monkeypatch, tmp_path, capsys):
+    """A signal in the midst of it, and time enough: the step counts."""
+    stage, flags = ends.WAYS["pretrain"]
+    monkeypatch.setattr(ends, "TOO_LONG", 1000.0)
+    equal(ends.left(stage, [*flags, "--workers", "0", "--out", str(tmp_path)]), 130, "SIGINT")
+    assert "stopped by a signal after step 2" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints/step-00000002").exists()
+
+
+def test_all_ranks_leave_the_step_that_one_of_them_leaves(tmp_path):
+    """The signal reaches rank 1 alone, in both stages and where the model is sharded."""
+    status, out, err = finish(begin(*TORCHRUN, "tests/ends.py", "leave", tmp_path))
+    equal(status, 0, err)
+    equal(out.count("step 2 is left, the state before it saved"), 3, out)
+    for name in ends.WAYS:
+        saved = tmp_path / name / "checkpoints/step-00000001/weights.safetensors"
+        expect(load_file(saved), "nothing", "weights", name)
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(shared, tmp_path):
+    """The step after it was left: the state is the same."""
+    folder = tmp_path / "checkpoints/step-00000003"
+    folder.mkdir(parents=True)
+    (folder / "mark").touch()
+    cfg = ends.pretrain.Config(out=str(tmp_path))
+    checkpoint.save_checkpoint(shared, [torch.optim.SGD(shared.parameters(), 0.1)], cfg, 3)
+    equal([path.name for path in folder.parent.iterdir()], ["step-00000003"], "no other")
+    assert (folder / "mark").exists()
+
+
+# -------------------------------------------------------------------------------------------- help
+
+COMMANDS = [check, explain, export, figures, generate, look, merge, search]
+SCRIPTS = ["pretrain.py", "contrastive.py", "evaluate.py"]
+
+
+def test_every_script_begins_with_start():
+    """In front of torch: a signal, or --help, may come first."""
+    files = [ROOT / name for name in SCRIPTS] + [Path(c.__file__) for c in COMMANDS]
+    mains = [p for p in ROOT.glob("tools/*.py") if "__main__" in p.read_text()]
+    equal(set(mains) - set(files), set(), "COMMANDS")
+    for path in files:
+        imports = [x for x in path.read_text().splitlines() if x.startswith(("import ", "from "))]
+        expect(imports[0].startswith("import plumbing.start"), imports[0], start.__name__, path)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *(c.__name__ for c in COMMANDS)])
+def test_help_is_answered_without_torch(script):
+    """Within two seconds, then; it took ten. And it is the help of the script's own parser."""
+    words = [script] if script.endswith(".py") else ["-m", script]
+    said = []
+    for extra in ({}, {start.FULL_HELP: "1"}):
+        if extra and script not in ("evaluate.py", "tools.merge"):
+            continue  # with torch it takes its time: two of them will do
+        command = [sys.executable, "-X", "importtime", *words, "--help"]
+        environment = {**os.environ, "COLUMNS": "100", **extra}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
+        )
+        equal(("torch._C" in done.stderr, done.returncode), (bool(extra), 0), done.stderr[-2000:])
+        said.append(done.stdout)
+    assert said[0].startswith("usage: ") and "--help" in said[0] and said[0] == said[-1], said

@@ -1,0 +1,478 @@
+"""Every flag of every script and command: the values that it takes, those that it refuses, and the
+company in which it does nothing. Refused means: before any work, one line that names the flag, its
+value and the way out. (Help, and where flags of earlier versions went: test_scripts.py.)"""
+
+import ast
+import dataclasses
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from checks import equal, expect, toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import contrastive
+import evaluate
+import model
+import pretrain
+from plumbing import combinations, config
+from plumbing.config import CHUNK_TOKENS, KEEP_GRAPHS, in_range, kind_of, option, refuse_impossible
+from plumbing.errors import InputError
+from plumbing.template import STYLES
+from tools import explain, export, figures, generate, search
+
+CONFIGS = {
+    "pretrain": pretrain.Config,
+    "contrastive": contrastive.Config,
+    "evaluate": evaluate.Config,
+    "search": search.Config,
+    "explain": explain.Config,
+    "generate": generate.Config,
+    "export": export.Config,
+    "figures": figures.Config,
+}
+WORDS = {"export": ["DIR"], "figures": ["DIR"]}  # what a command cannot do without
+LORA, SERVER = ["--lora-rank", "4"], ["--server", "http://localhost:8000/v1"]
+COMPANY = {  # the flags beside which a flag does something
+    "lora_alpha": LORA,
+    "lora_dropout": LORA,
+    "dora": LORA,
+    "image_root": ["--data", "MMEB"],
+    "split": ["--data", "MMEB"],
+    "api_key": SERVER,
+    "timeout": SERVER,
+}
+
+
+class Flag(NamedTuple):
+    """A flag of a command."""
+
+    command: str
+    field: dataclasses.Field
+
+    def parse(self, *words):
+        """The command's Config, from these words and those that it needs."""
+        company = COMPANY.get(self.field.name, [])
+        if self.command == "pretrain" and self.field.name == "attn":
+            company = ["--no-compress"]
+        needed = [*WORDS.get(self.command, []), *company]
+        return CONFIGS[self.command].parse([*needed, *map(str, words)])
+
+
+def all_flags(*kinds):
+    """Every flag of these kinds; all there are, without kinds."""
+    for command, cfg in CONFIGS.items():
+        for field in dataclasses.fields(cfg):
+            has_default = field.default is not dataclasses.MISSING
+            if field.init and has_default and (not kinds or kind_of(field) in kinds):
+                yield Flag(command, field)
+
+
+def named(flag):
+    """The name of a test's case."""
+    return f"{flag.command} {option(flag.field.name)}" if isinstance(flag, Flag) else None
+
+
+def limits(field):
+    """-> (least, most, above) of a number; each may be None."""
+    return tuple(field.metadata[name] for name in ("least", "most", "above"))
+
+
+def refused(make, *parts):
+    """make() raises InputError, in one short line that holds the parts."""
+    with pytest.raises(InputError) as caught:
+        make()
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 400, line
+    for part in parts:
+        assert part in line, f"{part!r} is not in: {line}"
+
+
+# ------------------------------------------------------------------------------- the values of one
+
+
+@pytest.mark.parametrize("flag", list(all_flags(int, float)), ids=named)
+def test_every_number_has_a_range_and_keeps_to_it(flag):
+    """The numbers at its ends are taken; those beyond them, no number at all, NaN and infinity are
+    not: on the command line and in Python alike."""
+    field, name = flag.field, option(flag.field.name)
+    least, most, above = limits(field)
+    whole = kind_of(field) is int
+    expect((least is None) != (above is None), limits(field), "least= or above=", f"{named(flag)}")
+    lowest, highest = (least if above is None else above), (most or config.MOST_WHOLE)
+    good, bad = [lowest + (above is not None) * 1e-9, highest], [lowest - 1, highest * 2 + 1]
+    if not whole:
+        good, bad = (
+            [float(x) for x in good],
+            [*bad[: 1 + bool(most)], math.nan, math.inf, -math.inf],
+        )
+    for value in good:
+        expect(in_range(field, value), f"{value} refused", config.range_of(field), named(flag))
+    for value in bad:
+        refused(lambda: flag.parse(f"{name}={value}"), name, f"must be {config.range_of(field)}")
+        refused(lambda: dataclasses.replace(flag.parse(), **{field.name: value}), name, "must be")
+    for text in ("x", "", "1e999999x", "9" * 5000):
+        with pytest.raises((SystemExit, InputError)):
+            flag.parse(f"{name}={text}")
+
+
+def test_a_number_without_a_range_would_be_found():
+    """Negative control of the first line above, and of the range itself."""
+
+    @dataclasses.dataclass
+    class Config(config.CommandLine):
+        rate: float = config.flag(1.0, "has none")
+        clip: float = config.flag(1.0, "has one", least=0)
+
+    rate, clip = dataclasses.fields(Config)
+    equal(limits(rate), (None, None, None), "nothing declared")
+    equal([in_range(clip, x) for x in (-1, 0, 5.5, math.nan)], [False, True, True, False], "clip")
+
+
+@pytest.mark.parametrize("flag", list(all_flags()), ids=named)
+def test_each_flag_arrives_as_a_user_spells_it(flag):
+    """`--name value`, the last of its choices; `--name` and `--no-name` where it is a switch."""
+    field, name = flag.field, option(flag.field.name)
+    value = "x"
+    if kind_of(field) in (int, float):
+        value = 1 if in_range(field, 1) else 0.5
+    if field.metadata["choices"]:
+        value = field.metadata["choices"][-1]
+    if name == "--server":
+        value = "http://x"
+    cases = [([name, str(value)], value)]
+    if kind_of(field) is bool:
+        cases = [([name], True), ([f"--no-{name[2:]}"], False)]
+    for words, want in cases:
+        equal(getattr(flag.parse(*words), field.name), want, words)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_unknown_abbreviated_or_no_choice_ends_a_command_with_one_line(name, capsys):
+    """Status 2, without the usage of forty flags; a value of 100,000 characters is not repeated."""
+    cfg = CONFIGS[name]
+    equal(cfg.parse(WORDS.get(name, [])), cfg(*WORDS.get(name, [])), "no flags: the defaults")
+    cases = [["--nonsense", "1"], ["--mode", "3"], ["x" * 100_000, "--no-such"]]
+    if "pooling" in {f.name for f in dataclasses.fields(cfg)}:
+        cases += [["--pooling", "max"], ["--pooling", "max" * 100_000]]
+    for words in cases:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cfg.parse([*WORDS.get(name, []), *words])
+        said = capsys.readouterr().err
+        equal((end.value.code, said.count("\n")), (2, 1), said)
+        expect(len(said) < 400 and "error: " in said, len(said), "< 400 characters", said[:400])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"batch": "8"}, {"batch": 8.0}, {"batch": True}, {"batch": None}, {"lr": "1e-3"},
+        {"lr": 1j}, {"dora": 1}, {"dora": "yes"}, {"model": None}, {"model": 3}, {"model": b"toy"},
+        {"data": ["a.jsonl"]}, {"steps": np.float32(3)}, {"compress_tokens": "4"},
+        {"pooling": "max"}, {"schedule": "Cosine"}, {"prompt": ""},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_of_another_kind_is_refused_in_python(flags):
+    """What argparse cannot let through, a notebook can."""
+    (name,) = flags
+    refused(lambda: contrastive.Config(**flags), option(name))
+
+
+def test_what_python_calls_a_number_or_a_path_is_taken():
+    """numpy's numbers, a whole number for a rate, a pathlib.Path, None for "the default"."""
+    cfg = contrastive.Config(batch=np.int64(64), lr=1, compress_tokens=None, out=Path("a/b"))
+    equal((cfg.batch, cfg.lr, cfg.compress_tokens, cfg.out), (64, 1, None, "a/b"), "as given")
+
+
+@pytest.mark.parametrize("text", [os.fsdecode(b"caf\xe9"), "a\0b"], ids=ascii)
+def test_text_that_is_none_is_refused(text):
+    """Bytes that are no UTF-8, which print would end with; a NUL, which no file's name has."""
+    for name in ("model", "data", "out"):
+        refused(lambda name=name: pretrain.Config(**{name: text}), f"--{name}", "no text")
+    refused(lambda: search.Config(text=text * 1000), "--text", "no text")
+
+
+# ------------------------------------------------------------------------------ flags beside others
+
+ALONE = [  # (command, words that are refused, the rule's flag, a part of what is said)
+    ("pretrain", "--dora", "dora", "--lora-rank 16 would"),
+    ("pretrain", "--lora-alpha 32", "lora_alpha", "--lora-alpha 32: LoRA is off"),
+    ("contrastive", "--lora-dropout 0", "lora_dropout", "LoRA is off"),
+    ("contrastive", "--save-every 0 --keep 3", "keep", "makes no checkpoints"),
+    ("pretrain", "--image-root pictures", "image_root", "the toy world draws its pictures"),
+    ("evaluate", "--image-root pictures", "image_root", "--data is where others are"),
+    ("search", "--min-pixels 9000 --max-pixels 5000", "max_pixels", "below --min-pixels 9000"),
+    ("contrastive", "--data pairs.jsonl --subsets A", "subsets", "pairs.jsonl is none"),
+    ("evaluate", "--data birds --subsets A", "subsets", "chooses sets of MMEB or shapes"),
+    ("explain", "--data pairs.jsonl --subsets A", "subsets", "pairs.jsonl is none"),
+    ("contrastive", "--split diverse_instruction", "split", "is of MMEB-train"),
+    ("contrastive", "--data pairs.jsonl --split diverse_instruction", "split", "is of MMEB-train"),
+    ("contrastive", "--data birds --split diverse_instruction", "split", "is of MMEB-train"),
+    ("pretrain", "--data talks.jsonl --caption", "caption", "a file brings its own dialogues"),
+    ("explain", "--data talks.jsonl --caption", "caption", "a file brings its own dialogues"),
+    ("pretrain", "--data talks.jsonl --texts 0.5", "texts", "--texts 0.5: goes with --data shapes"),
+    ("pretrain", "--caption --turns 2", "turns", "a caption is one turn"),
+    ("pretrain", "--data birds --turns 2", "turns", "a caption is one turn"),
+    ("pretrain", "--objective kl --max-length 90", "objective", "the same answers"),
+    ("pretrain", "--objective kl --no-compress", "objective", "its own teacher"),
+    ("pretrain", "--attn flash_attention_2", "attn", "the compression mask needs --attn sdpa"),
+    ("pretrain", "--compress-tokens 0", "compress_tokens", "add --no-compress if that is meant"),
+    ("evaluate", "--data MMEB-eval --seed 3", "seed", "draws the toy world's sets"),
+    ("generate", "--api-key abc", "api_key", "no server is asked"),
+    ("generate", "--timeout 5", "timeout", "no server is asked"),
+]
+TOGETHER = [  # the same flags in company in which they do something
+    ("pretrain", "--dora --lora-alpha 32 --lora-dropout 0 --lora-rank 4"),
+    ("pretrain", "--lora-rank 4 --freeze-vision --muon-lr 0.01"),
+    ("contrastive", "--save-every 5 --keep 3"),
+    ("pretrain", "--image-root pictures --data talks.jsonl --turns 2"),
+    ("search", "--min-pixels 5000 --max-pixels 9000"),
+    ("search", "--min-pixels 5000"),
+    ("contrastive", "--subsets classify:500,vqa"),
+    ("contrastive", "--data MMEB-train --split diverse_instruction --subsets mmeb20"),
+    ("evaluate", "--data TIGER-Lab/MMEB-eval --subsets A:10 --limit 5"),
+    ("evaluate", "--seed 3 --subsets vqa"),
+    ("pretrain", "--caption --texts 0.5 --question-first 1"),
+    ("pretrain", "--objective kl"),
+    ("pretrain", "--attn flash_attention_2 --no-compress"),
+    ("pretrain", "--compress-tokens 0 --no-compress"),
+    ("contrastive", "--compress-tokens 0 --pooling last --attn flash_attention_2"),
+    ("contrastive", "--keep-graphs 0 --vision-cache off --freeze-vision --no-mask-false-negatives"),
+    ("contrastive", "--lora-alpha 64"),  # the default, spelled out
+    ("generate", "--api-key abc --timeout 5 --server http://h:1/v1"),
+]
+
+
+@pytest.fixture
+def birds(tmp_path, monkeypatch):
+    """The working folder has a folder of pictures with captions in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / "metadata.csv").write_text("file_name,text\n")
+
+
+@pytest.mark.parametrize("command, words, flag, says", ALONE)
+def test_a_flag_that_does_nothing_is_refused(birds, command, words, flag, says):
+    """Who gives a flag wants it to do something."""
+    refused(lambda: CONFIGS[command].parse(words.split()), option(flag), says)
+
+
+@pytest.mark.parametrize("command, words", TOGETHER)
+def test_a_flag_that_does_something_is_taken(birds, command, words):
+    """Negative control: the rules forbid nothing else."""
+    CONFIGS[command].parse(words.split())
+
+
+def test_every_rule_has_its_row():
+    """In the table above; of a flag with several rules, as many rows."""
+    rules = [rule.flag for group in combinations.RULES.values() for rule in group]
+    rows = [flag for _, _, flag, _ in ALONE]
+    for flag in set(rules):
+        expect(rows.count(flag) >= rules.count(flag), flag, "a row for each rule", "ALONE")
+
+
+def test_what_only_the_model_decides_is_refused_when_it_is_loaded(embedder):
+    """An adapter of its own and LoRA flags; none, and --no-merge; K = 0, and the mask."""
+    plain = model.load("toy-random", 0, device="cpu")  # K = 0
+    for loaded, cfg, says in (
+        (embedder, contrastive.Config(merge=False), "--no-merge: the model is no LoRA adapter"),
+        (embedder, contrastive.Config(vision_cache="off"), "the tower is trained, and not frozen"),
+        (plain, pretrain.Config(), "K = 0, as the model or its --prompt has it"),
+        (plain, pretrain.Config(compress=False, pooling="last"), "stage 1 makes no embedder"),
+    ):
+        refused(lambda x=loaded, c=cfg: model.choose_trained(x, c), says)
+    model.choose_trained(plain, pretrain.Config(compress=False))
+    model.choose_trained(embedder, pretrain.Config(lora_rank=2))
+    for cfg in (
+        pretrain.Config(lora_rank=2),
+        contrastive.Config(merge=False, lora_rank=4, dora=True),
+    ):
+        refused(lambda c=cfg: model.choose_trained(embedder, c), "a LoRA adapter of its own")
+    model.choose_trained(embedder, contrastive.Config(merge=False, vision_cache="host"))
+    model.choose_trained(toy(), contrastive.Config(vision_cache="off", freeze_vision=True))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "contrastive"])
+def test_explain_takes_the_flags_of_its_stage_only(stage):
+    """--temperature means nothing in stage 1, --no-compress nothing in stage 2."""
+    words = {"pretrain": ["--temperature", "0.1"], "contrastive": ["--no-compress"]}[stage]
+    refused(lambda: explain.main([stage, *words]), words[0], f"{stage} has none")
+    refused(lambda: explain.main(["evaluate" * 100]), "the stage is pretrain or contrastive")
+
+
+# ---------------------------------------------------------------------------------- hints that help
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 30, 127])
+@pytest.mark.parametrize("block", [1, 4, 32, 33])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_batch_that_is_proposed_is_a_good_one(batch, block, world):
+    """ "try N": with N, and the same blocks and ranks, nothing is refused any more."""
+    cfg = contrastive.Config(batch=batch, block=block)
+    try:
+        refuse_impossible(cfg, world)
+    except InputError as e:
+        proposed = int(re.search(r"try (\d+)", str(e))[1])
+        assert proposed > batch, e
+        refuse_impossible(dataclasses.replace(cfg, batch=proposed), world)
+
+
+def test_blocks_of_nothing_are_refused_without_a_hint_that_does_not_help():
+    """`--batch 7 --block 0` was told to try 9."""
+    refused(
+        lambda: contrastive.Config.parse(["--batch", "7", "--block", "0"]), "--block 0 must be 1"
+    )
+
+
+# ------------------------------------------------------------------------ files, before the work
+
+
+@pytest.mark.parametrize("where", ["folder", "folder/", "file/x.json", "pipe", "no/way/\0"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    where, tmp_path, monkeypatch
+):
+    """evaluate's --json and search's --out: a folder, below a file, a pipe."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_for", pytest.fail)
+    monkeypatch.setattr(model, "load_for", pytest.fail)
+    Path("folder").mkdir()
+    Path("file").write_text("whole")
+    os.mkfifo("pipe")
+    Path("a.png").write_bytes(b"")
+    refused(lambda: evaluate.main(evaluate.Config(json=where)), "--json")
+    refused(lambda: search.main(search.Config(images=".", text="x", out=where)), "--out")
+    words = dict(images=".", model="toy", out=where)
+    refused(lambda: generate.generate(generate.Config(**words)), "--out")
+    equal(Path("file").read_text(), "whole", "what was there")
+    equal(sorted(os.listdir()), ["a.png", "file", "folder", "pipe"], "and nothing new")
+
+
+# -------------------------------------------------------------------- flags that no code would read
+
+# Who looks at all flags alike, and uses none of them.
+CHECKERS = ("dataclasses", "plumbing.config", "plumbing.combinations", "plumbing.agreement")
+
+
+def watched(cfg_class):
+    """-> (a Config whose fields are watched, the names that were read)."""
+    names = set()
+
+    class Watched(cfg_class):
+        def __getattribute__(self, name):
+            if sys._getframe(1).f_globals["__name__"] not in CHECKERS:
+                names.add(name)
+            return super().__getattribute__(name)
+
+    return Watched, names
+
+
+def run_stages(folder):
+    """Every script on the toy model, a step or a query of each. -> {command: names read}."""
+    read = {}
+
+    def run(command, main, **flags):
+        cfg, names = watched(CONFIGS[command])
+        try:
+            main(cfg(**flags))
+        except InputError:  # the run that finds a checkpoint, and no --resume
+            pass
+        read[command] = read.get(command, set()) | names
+
+    small = dict(steps=2, workers=0, save_every=1, lora_rank=2)
+    first, second = str(folder / "first"), str(folder / "second")
+    run("pretrain", pretrain.main, batch=2, out=first, **small)
+    run("contrastive", contrastive.main, batch=4, block=2, model=first, out=second, **small)
+    for command, stage in (("pretrain", pretrain), ("contrastive", contrastive)):
+        (folder / "begun" / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
+        run(command, stage.main, model="toy", workers=0, out=str(folder / "begun"))
+    scores = str(folder / "scores.json")
+    run("evaluate", evaluate.main, model="toy", subsets="vqa", limit=1, workers=0, json=scores)
+    export.export(folder / "toy", 2)
+    pictures, found = str(folder / "toy" / "captions"), str(folder / "x.png")
+    run("search", search.main, model="toy", images=pictures, text="x", workers=0, out=found)
+    for walk in (explain.explain_pretrain, explain.explain_contrastive):
+        run("explain", lambda cfg, walk=walk: walk(cfg, "cpu"), model="toy")
+    asked = folder / "asked.txt"
+    asked.write_text("a?\nb?\nc?\n")
+    for server in ("", "http://127.0.0.1:9/v1"):
+        flags = dict(images=pictures, model="toy", out=str(folder / "d.jsonl"), wait=0.0)
+        flags.update(server=server, questions=str(asked), max_tokens=3)
+        run("generate", generate.generate, **flags)
+    return read
+
+
+def test_every_flag_is_read_by_the_command_that_takes_it(tmp_path, monkeypatch):
+    """`--help` offers only what a command looks at: each is run, and what it reads is noted."""
+    monkeypatch.chdir(tmp_path)
+    read = run_stages(tmp_path)
+    for command, names in read.items():
+        fields = {f.name for f in dataclasses.fields(CONFIGS[command]) if f.init}
+        equal(fields - names, set(), f"{command}: flags that nothing reads")
+
+
+def test_a_flag_that_nothing_reads_would_be_found():
+    """Negative control: a Config of which one flag is read, and then all are compared."""
+    cfg, names = watched(search.Config)
+    made = cfg(text="x")
+    equal((made.text, dataclasses.asdict(made)["top"]), ("x", 8), "as given, and the default")
+    equal(names & {"text", "top"}, {"text"}, "asdict reads everything, and uses nothing")
+
+
+# -------------------------------------------------------------------------------- how they are said
+
+
+def test_flags_are_declared_in_words_that_need_no_import():
+    """`--help` reads them without running a line (torch takes seconds): literals, and the numbers
+    in them are those of the code."""
+    root = Path(config.__file__).parent.parent
+    files = [root / "plumbing" / "config.py"]
+    files += [Path(sys.modules[cfg.__module__].__file__) for cfg in CONFIGS.values()]
+    calls = 0
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+                if getattr(node.value.func, "id", "") in ("flag", "word"):
+                    for value in [*node.value.args, *(k.value for k in node.value.keywords)]:
+                        ast.literal_eval(value)
+                    calls += 1
+    expect(calls > 70, calls, "> 70", "the form of a declaration")
+    fields = {f.name: f.metadata for f in dataclasses.fields(contrastive.Config) if f.init}
+    equal(fields["prompt"]["choices"], list(STYLES), "plumbing/template.py")
+    for name, numbers in (("chunk_tokens", CHUNK_TOKENS), ("keep_graphs", KEEP_GRAPHS)):
+        said = [int(x) for x in re.findall(r"\d+", fields[name]["description"])]
+        equal(said, list(numbers.values()), name)
+
+
+MANY = int(os.environ.get("FUZZ", 0))
+ODD = st.sampled_from(["-1", "0", "1", "nan", "inf", "1e400", "", "x", "-", "--", "=", "9" * 400,
+                       "\udce9", "\0", "a b", "{x}", "%s", "toy", "shapes", "1.5"])  # fmt: skip
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_any_words_become_a_config_or_one_line(command):
+    """FUZZ=20000 by hand."""
+    cfg = CONFIGS[command]
+    names = [option(f.name) for f in dataclasses.fields(cfg) if f.init]
+    word = st.sampled_from(names) | ODD | st.text(max_size=5)
+
+    @settings(max_examples=MANY or 60, derandomize=not MANY, deadline=None, database=None)
+    @given(st.lists(word, max_size=6))
+    def check(words):
+        try:
+            made = cfg.parse(words)
+        except InputError as e:
+            assert len(str(e)) < 500 and "\n" not in str(e), e
+        except SystemExit as e:
+            assert e.code in (0, 2)
+        else:
+            assert made == dataclasses.replace(made)
+
+    check()

@@ -1,0 +1,527 @@
+"""Folders of models: from elsewhere, damaged, absurd; adapters and their bases, wherever they are
+moved; what is written is whole or not there. (Code and pickles in them: test_safety.py. Random
+damage: test_folder_fuzz.py.)"""
+
+import json
+import os
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from checks import close, equal, expect, toy
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, BertConfig, GPT2Config, Qwen2Config
+
+import contrastive
+import model
+import pretrain
+from data import Item
+from plumbing import folders
+from plumbing.config import TrainingFlags
+from plumbing.errors import InputError
+from plumbing.formats import IMAGE
+from tools import explain, merge
+
+TEXTS = ["a red circle", "two"]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A saved embedder."""
+    folder = tmp_path_factory.mktemp("good") / "m"
+    model.save(toy(), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """A copy of one's own."""
+    return shutil.copytree(good, tmp_path / "m")
+
+
+def change(file, **fields):
+    """Sets fields of a JSON file; a field with dots is inside of others."""
+    whole = json.loads(file.read_text()) if file.exists() else {}
+    for key, value in fields.items():
+        *above, last = key.split("__")
+        inner = whole
+        for part in above:
+            inner = inner[part]
+        inner[last] = value
+    file.write_text(json.dumps(whole))
+
+
+def refused(name, *words):
+    """`load` says each of these in one short line."""
+    with pytest.raises(InputError) as error:
+        model.load(name, device="cpu")
+    said = str(error.value)
+    for word in words:
+        expect(re.search(word, said), said, word, "what load says")
+    expect(len(said) < 600 and "\n" not in said, said, "one line", "errors.brief")
+
+
+def moved_adapter(base, folder):
+    """A LoRA adapter of `base` that does something, saved. -> its vectors of TEXTS."""
+    embedder = model.load(base, device="cpu").eval()
+    torch.manual_seed(0)
+    model.choose_trained(embedder, TrainingFlags(model=str(base), lora_rank=2, lora_dropout=0.0))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in embedder.named_parameters():
+            if "lora_B" in name:  # it starts as zero, and would change nothing
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    model.save(embedder, folder)
+    return embedder.encode(TEXTS)
+
+
+# -------------------------------------------------------------------------- absurd, before building
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("text_config__num_hidden_layers", 10**6, ["num_hidden_layers is 1,000,000", "files have"]),
+    ("vision_config__depth", 10**9, ["depth is 1,000,000,000"]),
+    ("text_config__vocab_size", 10**9, ["vocab_size is 1,000,000,000", "482 rows"]),
+    ("text_config__hidden_size", 10**12, ["hidden_size"]),
+    ("vision_config__depth", 1, ["no place for 12 weights", "blocks.1"]),
+    ("vision_config__depth", 3, ["lack 12 weights", "blocks.2"]),
+    ("text_config__num_hidden_layers", 3, ["num_hidden_layers"]),
+    ("text_config__num_hidden_layers", "4", ["num_hidden_layers|str"]),
+    ("text_config__num_attention_heads", 0, ["division|num_attention_heads"]),
+    ("vision_config__mlp_ratio", 10**9, ["numbers by its config.json"]),
+    ("vision_config__in_channels", 10**9, ["numbers by its config.json"]),
+    ("model_type", "qwen99", ["qwen99"]),
+    ("model_type", 5, ["--model"]),
+])  # fmt: skip
+def test_a_config_that_its_files_do_not_hold_is_refused(folder, field, value, words):
+    """A million layers, a vocabulary of 10^9, layers too few or too many, wrong types: with the
+    number and the file, before anything is built."""
+    change(folder / "config.json", **{field: value})
+    refused(folder, *words)
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("image_processor__size", {"shortest_edge": 10**12, "longest_edge": 10**12}, ["_edge is 1,0"]),
+    ("image_processor__patch_size", 10**6, ["patch_size is 1,000,000; 0 to 256"]),
+    ("image_processor__merge_size", 10**6, ["merge_size is 1,000,000; 0 to 16"]),
+    ("image_processor__image_mean", [float("nan")] * 3, ["not finite", "processor"]),
+    ("image_processor__image_std", [0, 0, 0], ["not finite"]),
+    ("image_processor__image_std", "x", ["--model"]),
+])  # fmt: skip
+def test_a_processor_of_absurd_size_or_without_numbers_is_refused(folder, field, value, words):
+    """Pictures of 10^12 pixels from any small one; pixels that are NaN or infinite."""
+    change(folder / "processor_config.json", **{field: value})
+    (folder / "preprocessor_config.json").unlink()
+    refused(folder, *words)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.1.mlp.up_proj.weight", "visual"])
+def test_weights_that_are_not_finite_are_refused(folder, name):
+    """NaN anywhere on a text's or a picture's way: said when it is loaded, not in training."""
+    weights = load_file(folder / "model.safetensors")
+    key = next(key for key in weights if name in key)
+    weights[key][:] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "not finite: NaN or infinity")
+
+
+@pytest.mark.parametrize("config", [
+    BertConfig(num_hidden_layers=1, hidden_size=8, intermediate_size=8, vocab_size=9),
+    GPT2Config(n_layer=1, n_embd=8, vocab_size=9),
+    Qwen2Config(num_hidden_layers=1, hidden_size=8, intermediate_size=8, vocab_size=9),
+], ids=["bert", "gpt2", "qwen2"])  # fmt: skip
+def test_what_is_no_multimodal_model_is_said_in_one_sentence(tmp_path, config):
+    """Its kind, and what to take."""
+    config.save_pretrained(tmp_path)
+    save_file({"w": torch.zeros(9, 9)}, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(tmp_path, f"{config.model_type} is no multimodal LLM", "Take an image-text-to-text")
+
+
+def test_special_files_are_never_opened(folder):
+    """A pipe, for which one would wait for ever, a folder, a link to nothing."""
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)):
+        for name in ("nanocoma.json", "tokenizer.json", "model.safetensors"):
+            old = folder / name
+            kept = old.read_bytes()
+            old.unlink()
+            make(old)
+            refused(folder, f"its {name} is no ordinary file")
+            old.rmdir() if old.is_dir() else old.unlink()
+            old.write_bytes(kept)
+
+
+def test_a_tokenizer_that_lost_the_compression_tokens_is_refused(folder, good):
+    """K says four: rows made anew for them would be random numbers. So do other K than there are
+    tokens, and a tokenizer that knows more than there are rows for."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folders.TOY / name, folder / name)
+    refused(folder, "K = 4, but its tokenizer has 0 compression tokens", "saved with it")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(good / name, folder / name)
+    change(folder / "nanocoma.json", compress_tokens=2)
+    refused(folder, "K = 2, but its tokenizer has 4")
+    change(folder / "nanocoma.json", compress_tokens=4)
+    weights = load_file(folders.TOY / "model.safetensors")  # without the four rows
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    change(folder / "config.json", text_config__vocab_size=478)
+    refused(folder, "478 rows for tokens, none for '<|compress_")
+
+
+# ------------------------------------------------------------------------------ adapters, and bases
+
+
+@pytest.fixture(scope="module")
+def tree(good, tmp_path_factory):
+    """(a folder with an adapter whose base stands in it, as stage 2 leaves it, and one whose base
+    stands beside it; their vectors)."""
+    top = tmp_path_factory.mktemp("tree")
+    shutil.copytree(good, top / "out" / "stage2" / "merged")
+    shutil.copytree(good, top / "out" / "pretrain")
+    inside = moved_adapter(top / "out" / "stage2" / "merged", top / "out" / "stage2")
+    beside = moved_adapter(top / "out" / "pretrain", top / "out" / "lora")
+    expect(np.allclose(inside, beside), "differ", "equal", "one base, one adapter")
+    return top, inside
+
+
+@pytest.fixture
+def out(tree, tmp_path):
+    """A copy of its `out`, in another place; the first one is not there for the time."""
+    top, _ = tree
+    shutil.copytree(top / "out", tmp_path / "other")
+    (top / "out").rename(top / "away")
+    yield tmp_path / "other"
+    (top / "away").rename(top / "out")
+
+
+def test_an_adapter_is_right_wherever_it_is_moved(tree, out, tmp_path, monkeypatch):
+    """The base in it, or beside it, goes along; the working directory does not matter."""
+    _, want = tree
+    for cwd in (tmp_path, "/"):
+        monkeypatch.chdir(cwd)
+        for name in ("stage2", "lora"):
+            close(model.load(out / name, device="cpu").eval().encode(TEXTS), want, name, 1e-6)
+    monkeypatch.chdir(out)
+    close(model.load("lora", device="cpu").eval().encode(TEXTS), want, "a relative name", 1e-6)
+    (out / "stage2").rename(tmp_path / "renamed")
+    z = model.load(tmp_path / "renamed", device="cpu").eval().encode(TEXTS)
+    close(z, want, "only the adapter's folder, renamed", 1e-6)
+
+
+def test_a_copied_adapter_finds_its_base_where_it_was(tree, tmp_path, monkeypatch):
+    """Copied alone, and loaded from elsewhere, while the base stays."""
+    top, want = tree
+    shutil.copytree(top / "out" / "lora", tmp_path / "copy")
+    monkeypatch.chdir("/")
+    close(model.load(tmp_path / "copy", device="cpu").eval().encode(TEXTS), want, "lora", 1e-6)
+
+
+def test_another_base_under_an_adapter_is_refused(out):
+    """Another run used the folder: both digests are said, and no vector is made."""
+    embedder = model.load(out / "pretrain", device="cpu")
+    with torch.no_grad():
+        next(embedder.parameters()).add_(0.01)
+    model.save(embedder, out / "stage2" / "merged")
+    refused(out / "stage2", "base .*merged has other weights", "digest [0-9a-f]{16}, not [0-9a-f]")
+
+
+def test_a_folder_is_never_asked_for_on_the_hub(out, tmp_path, monkeypatch):
+    """A base that is gone is an error with its name, in the adapters of before, too. The hub is for
+    adapters that say so, or that other programs wrote, as VLM2Vec's."""
+    asked = []
+
+    def fetch(name, *_):
+        asked.append(name)
+        return str(out / "pretrain")
+
+    monkeypatch.setattr(folders, "fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(out / "lora", tmp_path / "lora")
+    refused(tmp_path / "lora", "its base is not there", "pretrain", "base_is_hub")
+    change(tmp_path / "lora" / "adapter_config.json", base_model_name_or_path="out/pretrain")
+    (tmp_path / "lora" / "nanocoma.json").write_text('{"compress_tokens": 4}')  # an old one
+    refused(tmp_path / "lora", "its base is not there")
+    equal(asked, [], "what anyone could register")
+    change(tmp_path / "lora" / "nanocoma.json", base_is_hub=True)
+    model.load(tmp_path / "lora", device="cpu")
+    (tmp_path / "lora" / "nanocoma.json").unlink()
+    model.load(tmp_path / "lora", device="cpu")
+    equal(asked, ["out/pretrain"] * 2, "said so; another program's")
+
+
+def test_an_adapter_cannot_replace_its_base(folder):
+    """--out equal to --model with --lora-rank: an error before training, and where it is saved,
+    that leaves the model as it was."""
+    embedder = model.load(folder, device="cpu").eval()
+    model.choose_trained(embedder, TrainingFlags(model=str(folder), lora_rank=2))
+    before = sorted(p.name for p in folder.iterdir())
+    cfg = contrastive.Config(model=str(folder), out=f"{folder}/../m", lora_rank=2, steps=1)
+    with pytest.raises(InputError, match="take another folder"):
+        contrastive.main(cfg)
+    with pytest.raises(InputError, match="the model that it is an adapter of; take another folder"):
+        model.save(embedder, folder)
+    equal(sorted(p.name for p in folder.iterdir()), before, "nothing lost")
+    model.load(folder, device="cpu")
+
+
+def test_peft_loads_our_adapter_by_itself(tree):
+    """On the base that transformers loads: the same hidden states."""
+    top, want = tree
+    mllm = AutoModelForImageTextToText.from_pretrained(top / "out" / "pretrain").eval()
+    ours = model.load(top / "out" / "lora", device="cpu").eval()
+    wrapped = peft.PeftModel.from_pretrained(mllm, top / "out" / "lora").eval()
+    inputs = ours.collate([Item(x) for x in TEXTS])
+    with torch.no_grad():
+        arguments = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        h = wrapped.base_model.model.model(**arguments).last_hidden_state
+    z = model.compression_pool(h, inputs["attention_mask"], 4)
+    close(torch.nn.functional.normalize(z, dim=-1), want, "peft", 1e-5)
+
+
+def test_stage_2_on_an_adapter_of_stage_1_can_be_moved(tmp_path, monkeypatch):
+    """Both stages with LoRA, in a folder of their own; then the result alone, elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    lora = dict(steps=1, lora_rank=2, workers=0)
+    pretrain.main(pretrain.Config(model="toy", batch=2, out="one", **lora))
+    contrastive.main(contrastive.Config(model="one", batch=4, block=4, out="two", **lora))
+    want = model.load("two", device="cpu").encode(TEXTS)
+    Path("two").rename("three")
+    shutil.rmtree("one")
+    monkeypatch.chdir("/")
+    close(model.load(tmp_path / "three", device="cpu").encode(TEXTS), want, "moved", 1e-6)
+
+
+def test_explaining_stage_2_writes_no_file(tree, tmp_path, monkeypatch):
+    """On an adapter, too, which stage 2 would merge first."""
+    monkeypatch.chdir(tmp_path)
+    explain.main(["contrastive", "--model", str(tree[0] / "out" / "lora")])
+    equal(list(tmp_path.iterdir()), [], "no file is written")
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("base_model_name_or_path", None, ["names no base model: None"]),
+    ("base_model_name_or_path", 5, ["names no base model: 5"]),
+    ("peft_type", "IA3", ["adapter of type 'IA3'; only plain LoRA"]),
+    ("r", 10**9, ["r is 1,000,000,000"]),
+    ("r", 0, ["r is 0"]),
+    ("r", "4", ["--model"]),
+    ("rank_pattern", {"q_proj": 10**9}, ["rank_pattern is 1,000,000,000"]),
+    ("layer_replication", [[0, 10**6]], ["only plain LoRA"]),
+    ("target_modules", "(.+)+(.+)+(.+)+x", ["repeats a group"]),
+    ("target_modules", ["q_proj"], ["no place for 24 of its adapter's weights"]),
+    ("target_modules", ["nothing"], ["--model"]),
+])  # fmt: skip
+def test_a_damaged_adapter_is_refused(tree, tmp_path, field, value, words):
+    """Wrong types, absurd ranks, a pattern that would never end, fewer layers than it was trained
+    on, another kind."""
+    shutil.copytree(tree[0] / "out" / "lora", tmp_path / "a")
+    change(tmp_path / "a" / "adapter_config.json", **{field: value})
+    refused(tmp_path / "a", *words)
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def test_merge_keeps_the_number_type_of_the_base(tmp_path, capsys):
+    """bfloat16 in, bfloat16 out; the rounding costs less than 1e-3 of the cosine."""
+    embedder = toy()
+    embedder.mllm.bfloat16()
+    model.save(embedder, tmp_path / "base")
+    want = moved_adapter(tmp_path / "base", tmp_path / "a")
+    merge.main([str(tmp_path / "a"), str(tmp_path / "m")])
+    types = {w.dtype for w in load_file(tmp_path / "m" / "model.safetensors").values()}
+    equal(types, {torch.bfloat16}, "the base's")
+    cosine = (model.load(tmp_path / "m", device="cpu").encode(TEXTS) * want).sum(1)
+    expect(cosine.min() > 0.999, cosine, "> 0.999", "rounded, and no more")
+
+
+def test_merge_refuses_to_replace_what_it_reads(out):
+    """OUT is IN, under another name too, or the model under the adapter."""
+    for target in ("stage2", "stage2/merged", "stage2/../stage2"):
+        with pytest.raises(InputError, match="OUT .* would replace .*take another"):
+            merge.main([str(out / "stage2"), str(out / target)])
+    model.load(out / "stage2", device="cpu")
+
+
+def test_merge_says_before_any_work_where_it_cannot_write(tmp_path, monkeypatch):
+    """OUT is a file, below a file, or has no name."""
+    monkeypatch.setattr(model, "load", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path / "file", tmp_path / "file" / "m", ""):
+        with pytest.raises(InputError, match="cannot be written"):
+            merge.main(["toy", str(target)])
+
+
+def test_an_export_that_is_written_again_leaves_nothing_of_the_first(good, tmp_path):
+    """sentence-transformers' files, an older model's shards and their index; what is the user's,
+    and the log, stays."""
+    target = tmp_path / "m"
+    merge.main([str(good), str(target), "--export", "sentence-transformers"])
+    for name in ("notes.txt", "log.jsonl", "model-00001-of-00002.safetensors",
+                 "model.safetensors.index.json", "adapter_config.json"):  # fmt: skip
+        (target / name).write_text("{}")
+    merge.main([str(good), str(target)])
+    names = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
+    equal(names - {p.name for p in good.iterdir()}, {"notes.txt", "log.jsonl"}, "what is left")
+
+
+def test_saved_files_have_ordinary_permissions(good, tmp_path):
+    """Those of the umask, and not the owner's alone, as safetensors writes them."""
+    old = os.umask(0o022)
+    try:
+        model.save(model.load(good, device="cpu"), tmp_path / "m")
+    finally:
+        os.umask(old)
+    modes = {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "m").iterdir()}
+    equal(set(modes.values()), {"0o644"}, modes)
+
+
+@pytest.mark.parametrize("limit", [100, 100_000])
+def test_a_full_disk_costs_nothing_of_what_was_whole(folder, limit):
+    """No file may grow beyond the limit: the first file, or the weights, cannot be written. One
+    line; the older model is as it was, and no part of the new one is left."""
+    embedder = model.load(folder, device="cpu").eval()
+    want = embedder.encode(TEXTS)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    try:
+        with pytest.raises(InputError, match="m: not written: .*What stood there is as it was"):
+            model.save(nudged(embedder), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    equal((list(folder.parent.iterdir()), [*folder.glob(".*")]), ([folder], []), "no part of it")
+    close(model.load(folder, device="cpu").eval().encode(TEXTS), want, "the older model", 0)
+
+
+def nudged(embedder):
+    """A model that is another one."""
+    with torch.no_grad():
+        next(embedder.parameters()).add_(1)
+    return embedder
+
+
+def test_what_cannot_be_written_is_one_line(shared, tmp_path):
+    """Below a file, in place of a file, where nobody may write, without a name."""
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path / "file", tmp_path / "file" / "m", "/proc/m", "", "  "):
+        with pytest.raises(InputError, match="not written|empty"):
+            model.save(shared, target)
+    equal((tmp_path / "file").read_text(), "x", "the file")
+
+
+# ------------------------------------------------------------------------ what users pass to `load`
+
+
+@pytest.mark.parametrize("name", [None, 5, b"toy", ["toy"], "", "a\0b", True, object()])
+def test_what_is_no_name_of_a_model_is_said(name):
+    """Wrong types, an empty name: never a number for an open file."""
+    refused(name, "--model")
+
+
+@pytest.mark.parametrize("options, word", [
+    (dict(device="gpu"), "device 'gpu'"),
+    (dict(device=3.5), "device 3.5"),
+    (dict(device="cuda"), "no GPU here"),
+    (dict(device="cpu", compress_tokens="4"), "--compress-tokens"),
+    (dict(device="cpu", max_length="x"), "max_length 'x': a whole number"),
+    (dict(device="cpu", max_length=-1), "max_length -1"),
+    (dict(device="cpu", max_pixels=2.5), "max_pixels 2.5"),
+    (dict(device="cpu", attn=None), "attn None"),
+    (dict(device="cpu", attn="fast"), "attn|fast"),
+])  # fmt: skip
+def test_a_wrong_option_of_load_is_named(options, word):
+    """Types and values that no model can have."""
+    with pytest.raises(InputError, match=word):
+        model.load("toy", **options)
+
+
+# ---------------------------------------------------------------------- what users pass to `encode`
+
+
+PICTURE = Image.new("RGB", (60, 40), "red")
+
+
+@pytest.fixture(scope="module")
+def red(tmp_path_factory):
+    """A picture's file."""
+    path = tmp_path_factory.mktemp("red") / "red.png"
+    PICTURE.save(path)
+    return path
+
+
+def test_encode_takes_what_sentence_transformers_takes(shared, red):
+    """A dict with a picture and a text, in either order; a tuple; a numpy picture; a path under
+    "image"; an array or generator of texts."""
+    both = shared.encode([Item(f"{IMAGE} what?", (PICTURE,))])[0]
+    array = np.asarray(PICTURE)
+    for image in (PICTURE, array, red, str(red), [red]):
+        one, other = {"image": image, "text": " what?"}, {"text": " what?", "image": image}
+        for x in (one, other, {"image": image, "text": f"{IMAGE} what?"}):
+            close(shared.encode([x])[0], both, x, 1e-6)
+    for x in ((PICTURE, " what?"), (" what?", array)):
+        close(shared.encode([x])[0], both, x, 1e-6)
+    alone = shared.encode([PICTURE])
+    for x in (array, {"image": array}, {"image": red, "text": None}, (array[..., :3])):
+        close(shared.encode([x]), alone, x, 1e-6)
+    texts = shared.encode(TEXTS)
+    for many in (np.array(TEXTS), (x for x in TEXTS), tuple(TEXTS), [{"text": x} for x in TEXTS]):
+        close(shared.encode(many), texts, many, 1e-6)
+    gray = np.full((40, 60), 7, np.uint8)
+    close(shared.encode([gray]), shared.encode([Image.fromarray(gray)]), "(H, W)", 1e-6)
+    for nothing in ([], (), np.array([]), iter(())):
+        equal(shared.encode(nothing).shape, (0, 128), "nothing in, nothing out")
+
+
+@pytest.mark.parametrize("items", [
+    "red", b"red", None, 5, 2.5, True, Path("a.png"), PICTURE, np.asarray(PICTURE), {"text": "red"},
+    torch.zeros(3, 8, 8), {"a", "b"}, Item("red"), np.array("red"), object(),
+], ids=lambda x: type(x).__name__)  # fmt: skip
+def test_a_single_input_is_no_list_and_is_told_so(shared, items):
+    """encode("red") would embed three letters."""
+    with pytest.raises(InputError, match=r"encode: takes a list; \[.* for a single one"):
+        shared.encode(items)
+
+
+@pytest.mark.parametrize("x", [
+    None, 5, b"red", True, [], ["red"], [["red"]], (), ("red", "blue"), (PICTURE, PICTURE, "x"),
+    torch.zeros(3, 8, 8), np.zeros((8, 8, 3), np.float32), np.zeros((3, 8, 8), np.uint8),
+    np.zeros((0, 8, 3), np.uint8), np.array(["a"]), {}, {"text": 5}, {"image": 5}, {"img": PICTURE},
+    {"text": "", "image": None}, {"image": [None]}, {"image": torch.zeros(3, 8, 8)},
+    {"role": "user", "content": []}, Item("red", "a.png"), Item(5), Item("red", (None,)), object(),
+    Item(IMAGE, ()), {"text": f"{IMAGE}{IMAGE}", "image": PICTURE}, {"image": "no.png"},
+], ids=lambda x: type(x).__name__)  # fmt: skip
+def test_what_is_no_input_is_told_the_right_form(shared, x):
+    """Numbers, tensors, lists in the list, other keys, pixels that are no bytes: one line."""
+    with pytest.raises(InputError) as error:
+        shared.encode(["red", x])
+    said = str(error.value)
+    expect(len(said) < 600, said, "one line", "errors.brief")
+    expect(re.search("Image.open|uint8|<image> for|no such picture|tuple", said), said, "", "form")
+
+
+@pytest.mark.parametrize("options", [dict(chunk_tokens=0), dict(chunk_tokens="x"),
+                                     dict(workers=-1), dict(workers="x")])  # fmt: skip
+def test_a_wrong_option_of_encode_is_named(shared, options):
+    """No endless loop over chunks of nothing."""
+    with pytest.raises(InputError, match=f"{next(iter(options))} .*: a whole number"):
+        shared.encode(["red"], **options)
+
+
+def test_an_encode_that_fails_leaves_the_mode_as_it_was(embedder):
+    """Training goes on with dropout where the caller catches the error; and a tower that was put
+    into evaluation mode stays in it."""
+    embedder.train()
+    tower = embedder.mllm.model.visual.eval()
+    for items in (["red", Path("no-such-picture.png")], ["red"], [None]):
+        try:
+            embedder.encode(items)
+        except InputError:
+            pass
+        equal(
+            (embedder.training, embedder.mllm.training, tower.training), (True, True, False), items
+        )

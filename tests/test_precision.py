@@ -1,0 +1,144 @@
+"""Pooling, unit length, scores and loss are float32 whatever surrounds them: hidden states in
+bfloat16, autocast, `torch.set_float32_matmul_precision`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import close, equal, expect
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import contrastive
+from data import Item
+from model import compression_pool, last_token_pool
+from plumbing import precision
+
+TAU = 0.03  # the official code's
+BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+def bfloat16():
+    """What a GPU does to the products inside."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+# ----------------------------------------------------------------------------------------- pooling
+
+
+def test_hidden_states_in_bfloat16_are_averaged_in_float32():
+    """The mean of K = 32 numbers of bfloat16 to 7 digits, not 3; and float64 stays float64."""
+    torch.manual_seed(0)
+    h, mask = torch.randn(4, 40, 8).bfloat16(), torch.ones(4, 40, dtype=torch.long)
+    for pool in (lambda h: compression_pool(h, mask, 32), lambda h: last_token_pool(h, mask)):
+        got = pool(h)
+        equal(got.dtype, torch.float32, "at_least_float32")
+        close(got, pool(h.double()), "the mean of the K hidden states", 1e-6)
+        equal(pool(h.double()).dtype, torch.float64, "wider stays wide")
+
+
+def test_an_embedding_has_unit_length_in_float32_though_the_model_runs_in_bfloat16(
+    embedder, monkeypatch
+):
+    """z is F.normalize of the float32 mean of what the last layer said in bfloat16."""
+    monkeypatch.setattr(embedder, "autocast", bfloat16)
+    inputs = embedder.collate([Item("a red circle"), Item("one"), Item("a longer text, too")])
+    said = {}
+    hidden = embedder.hidden
+
+    def noted(*args):
+        said["h"] = hidden(*args).bfloat16()  # as a model in bfloat16 says it
+        return said["h"]
+
+    monkeypatch.setattr(embedder, "hidden", noted)
+    with torch.no_grad():
+        z = embedder(inputs)
+    equal(z.dtype, torch.float32, "the loss takes float32")
+    close(z.double().norm(dim=1), torch.ones(3), "unit length", 1e-6)
+    mean = compression_pool(said["h"].double(), inputs["attention_mask"], embedder.K)
+    close(z, F.normalize(mean, dim=-1), "normalised after a mean in float32", 1e-6)
+
+
+# ------------------------------------------------------------------------------------ scores, loss
+
+
+def unit_vectors(n, D=64):
+    torch.manual_seed(n)
+    return F.normalize(torch.randn(n, D), dim=1)
+
+
+def loss_and_gradient(q, t):
+    """InfoNCE of 8 queries and 20 targets; all of it, the backward pass too."""
+    q, t = q.clone().requires_grad_(), t.clone().requires_grad_()
+    loss, _ = contrastive.info_nce(q, t, TAU)
+    loss.backward()
+    return loss.detach(), torch.cat([q.grad, t.grad])
+
+
+def check_in_bfloat16(step):
+    want = step(unit_vectors(8).double(), unit_vectors(20).double())
+    with bfloat16():
+        got = step(unit_vectors(8), unit_vectors(20))
+    close(got[0], want[0], "the loss, in nats", 1e-6)
+    close(got[1], want[1], "d loss / d embeddings", 1e-5)
+
+
+def test_scores_and_their_gradient_are_float32_inside_autocast():
+    """Both products, of scores and of their gradient, keep 7 digits inside bfloat16 autocast."""
+    check_in_bfloat16(loss_and_gradient)
+
+
+def test_the_autocast_check_fails_for_plain_products(monkeypatch):
+    """Negative control: q @ t.T inside autocast has 3 digits."""
+    monkeypatch.setattr(contrastive, "products", lambda q, t: (q @ t.T).float())
+    with pytest.raises(AssertionError, match="nats"):
+        check_in_bfloat16(loss_and_gradient)
+
+
+class Noted(TorchDispatchMode):
+    """The precision in force at each product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.seen.append([backend.fp32_precision for backend in BACKENDS])
+        return function(*args, **(kwargs or {}))
+
+
+def precisions(setting) -> list:
+    """Those of all products of a step, forward, backward and what the backward pass repeats."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        with Noted() as noted:
+            loss_and_gradient(unit_vectors(8), unit_vectors(20))
+        equal(torch.get_float32_matmul_precision(), setting, "the global setting is put back")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return noted.seen
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_no_product_of_the_loss_is_tf32(setting):
+    """Whatever `torch.set_float32_matmul_precision` says: IEEE float32 at each of the four
+    products (scores, scores again, two of the gradient), seen by the precision in force."""
+    seen = precisions(setting)
+    equal(seen, [["ieee", "ieee"]] * 4, "precision.full_float32")
+
+
+def test_the_check_of_tf32_fails_for_plain_products(monkeypatch):
+    """Negative control: q @ t.T takes what is set."""
+    monkeypatch.setattr(contrastive, "products", lambda q, t: q @ t.T)
+    expect("tf32" in precisions("high")[0], precisions("high"), "tf32", "is anything seen?")
+
+
+def test_the_products_are_those_of_plain_tensors_bit_for_bit():
+    """With full precision in force nothing changes: q @ t.T and its gradient."""
+    results = []
+    for products in (precision.products, lambda q, t: q @ t.T):
+        q, t = unit_vectors(8).requires_grad_(), unit_vectors(20).requires_grad_()
+        out = products(q, t)
+        out.square().sum().backward()
+        results.append(torch.cat([out.detach().flatten(), q.grad.flatten(), t.grad.flatten()]))
+    equal(results[0], results[1], "the same order of sums")

@@ -1,0 +1,133 @@
+"""A chat template is a stranger's program: what it may cost is limited, what it writes becomes a
+right row, or one clear line."""
+
+import pytest
+from checks import equal, expect
+
+from data import ANSWER, Item
+from plumbing.errors import InputError
+from plumbing.rendering import render
+from plumbing.template import as_chat, read_template
+
+CHATML = (
+    "{% for m in messages %}<|user|>{{ m.role }}\n{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|image_pad|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+)
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = {
+    "a loop in a loop": (LOOP, "2 s"),
+    "a loop that writes": (LOOP.replace("{% endfor %}", "x{% endfor %}"), "2 s|Memory"),
+    "a great number": ("{{ 10 ** (10 ** 10) }}", "2 s|Memory"),
+    "a long text": ("{{ 'a' * 10 ** 11 }}", "Memory"),
+    "a text of two million": ("{{ 'a' * 2000000 }}", "2,000,000 characters"),
+    "a range beyond the sandbox": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+    "a way out of the sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    "itself": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
+    "no jinja": ("{% for %}", "TemplateSyntaxError"),
+    "a million characters": ("a" * 1_000_001, "at most 1,000,000"),
+    "a number": (7, "no text"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_one_clear_line(name):
+    """It ends by itself, however it was meant; a limit far above what an honest one takes."""
+    template, says = HOSTILE[name]
+    with pytest.raises(InputError, match=says) as error:
+        (text,) = render(template, [as_chat(["a"])], {})
+        raise text if isinstance(text, InputError) else AssertionError(text)
+    expect(len(str(error.value)) < 300, str(error.value), "one short line", "errors.brief")
+
+
+class Processor:
+    """The shared processor with another chat template."""
+
+    image_token = "<|image_pad|>"
+
+    def __init__(self, processor, template):
+        self.tokenizer, self.chat_template = processor.tokenizer, template
+
+
+def words_of(shared, template) -> str:
+    """What a row with this template says: a picture, and two turns."""
+    collate = type(shared.collate).__new__(type(shared.collate))
+    vars(collate).update(vars(shared.collate))
+    collate.template = read_template(Processor(shared.processor, template), "chat")
+    row = collate.row(Item("a dog"), (("one?", "yes"), ("two?", "no")))
+    expect((row.tokens["roles"] == ANSWER).any(), row, "answers", "roles")
+    text = collate.tokenizer.decode(row.tokens["input_ids"])
+    return text.replace("<|compress_0|><|compress_1|><|compress_2|><|compress_3|>", "CODE")
+
+
+PLAIN = "U: a dog A: CODE<|im_end|> U: one? A: yes<|im_end|> U: two? A: no<|im_end|>"
+KINDS = {
+    "the last turn stays open": (
+        "{% for m in messages %}<|{{ m.role }}|>{% for c in m.content %}{{ c.text }}{% endfor %}"
+        "{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}",
+        "<|user|>a dog<|im_end|><|assistant|>CODE<|im_end|><|user|>one?<|im_end|><|assistant|>yes"
+        "<|im_end|><|user|>two?<|im_end|><|assistant|>no<|im_end|>",
+    ),
+    "no turn is ever closed: the tokenizer's own end does": (
+        "{% for m in messages %}{{ 'U: ' if m.role == 'user' else 'A: ' }}"
+        "{% for c in m.content %}{{ c.text }}{% endfor %}{{ ' ' }}{% endfor %}",
+        PLAIN,
+    ),
+    "contents are strings": (
+        "{% for m in messages %}{{ ('U: ' if m.role == 'user' else ' A: ') + m.content }}"
+        "{% if m.role != 'user' %}<|im_end|> {% endif %}{% endfor %}",
+        PLAIN,
+    ),
+    "contents are strings, and are written whatever they are": (
+        "{% for m in messages %}{{ 'U: ' if m.role == 'user' else ' A: ' }}{{ m.content }}"
+        "{% if m.role != 'user' %}<|im_end|> {% endif %}{% endfor %}",
+        PLAIN,
+    ),
+    "a system prompt that nobody asked for": (
+        "<|endoftext|><|user|>system\nBe good.<|im_end|>\n" + CHATML,
+        "<|endoftext|><|user|>user\na dog<|im_end|>\n<|user|>assistant\nCODE<|im_end|>\n"
+        "<|user|>user\none?<|im_end|>\n<|user|>assistant\nyes<|im_end|>\n"
+        "<|user|>user\ntwo?<|im_end|>\n<|user|>assistant\nno<|im_end|>",
+    ),
+    "a blank before the end": (
+        "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content[-1].text }}"
+        "{% else %}<|assistant|>{{ m.content[0].text + ' <|im_end|>' }}{% endif %}{% endfor %}",
+        "<|user|>a dog<|assistant|>CODE <|im_end|><|user|>one?<|assistant|>yes <|im_end|>"
+        "<|user|>two?<|assistant|>no <|im_end|>",
+    ),
+    "several templates": ({"tool_use": "x", "default": CHATML}, None),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_template_of_another_kind_makes_a_right_row(shared, name):
+    """What the row says, in words; of several templates the default."""
+    template, want = KINDS[name]
+    equal(words_of(shared, template), want or words_of(shared, CHATML), name)
+
+
+def test_a_template_without_pictures_leaves_them_to_the_processors_token(shared):
+    """Where the template writes nothing for a picture, the text holds the processor's own mark."""
+    blind = CHATML.replace("<|image_pad|>", "")
+    for template in (blind, "{% for m in messages %}<|user|>{{ m.content + '' }}{% endfor %}"):
+        got = read_template(Processor(shared.processor, template), "chat").picture
+        equal(got, Processor.image_token, template)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("", "no chat template"),
+        ({"tool_use": CHATML}, "no chat template"),
+        ("hello", "four turns become 'hello'"),
+        ("{% for m in messages[:1] %}" + CHATML + "{% endfor %}{{ messages }}", "four turns"),
+        ("{{ raise_exception('only one turn') }}", "only one turn"),
+        ("{{ messages[0].content[0].text }}", "each is wanted once"),
+    ],
+)
+def test_a_template_that_is_of_no_use_is_one_clear_line(shared, monkeypatch, template, says):
+    """It loses the words, says them twice, or refuses them."""
+    bare = Processor(shared.processor, template)
+    monkeypatch.setattr(bare.tokenizer, "chat_template", None)
+    with pytest.raises(InputError, match=says):
+        read_template(bare, "chat")

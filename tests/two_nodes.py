@@ -1,0 +1,97 @@
+"""What a user of two nodes without a shared disk does, one thing after the other in one process
+group; a script that test_two_nodes.py starts on each node, in a working folder of its own:
+
+    cd NODE && torchrun --nnodes 2 --node-rank R ... tests/two_nodes.py
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+
+import contrastive  # noqa: E402
+from plumbing import optim, ranks  # noqa: E402
+from plumbing.errors import InputError  # noqa: E402
+
+PAIRS = contrastive.Config(
+    model="toy-random", steps=3, batch=4, block=2, muon_lr=0.0, workers=0, save_every=1
+)
+LORA = dataclasses.replace(PAIRS, lora_rank=2)
+SHARDED = dataclasses.replace(PAIRS, fsdp=True)
+
+
+class Crash(Exception):
+    """Both nodes go down in the third step."""
+
+
+def crash(embedder, optimizers, cfg, step, *rest):
+    if step == 2:
+        raise Crash
+    return END_STEP(embedder, optimizers, cfg, step, *rest)
+
+
+END_STEP = optim.end_step
+
+
+def run(cfg, **changes) -> str:
+    """Stage 2 with these flags. -> how it ended."""
+    try:
+        contrastive.main(dataclasses.replace(cfg, **changes))
+    except InputError as e:
+        return str(e)
+    except Crash:
+        return "crashed"
+    except SystemExit as e:
+        return f"status {e.code}"
+    return "done"
+
+
+def crashing(cfg, out) -> str:
+    """The same, up to the third step."""
+    optim.end_step = crash
+    ended = run(cfg, out=out)
+    optim.end_step = END_STEP
+    return ended
+
+
+def main():
+    torch.set_num_threads(1)
+    ranks.setup()
+    me = ranks.rank()
+    Path("pairs.jsonl").write_text(json.dumps(dict(query={"text": "q"}, target={"text": f"{me}"})))
+    # Longer than --max-length lets it be.
+    long = dict(query={"text": "a red circle " * 20}, target={"text": "t"})
+    Path("shared.jsonl").write_text(json.dumps(long))
+    said = {}
+    for name, cfg in (("full", PAIRS), ("adapter", LORA), ("sharded", SHARDED)):
+        said[f"{name} whole"] = run(cfg, out=f"{name}-whole")
+        said[f"{name} crashes"] = crashing(cfg, f"{name}-broken")
+        said[f"{name} resumed"] = run(cfg, out=f"{name}-broken", resume=True)
+    said["finished"] = run(PAIRS, out="full-whole", resume=True)
+    # What differs between the nodes.
+    said["rate"] = run(PAIRS, out="bad", lr=1e-3 * (1 + me))
+    said["rank of LoRA"] = run(PAIRS, out="bad", lora_rank=2 * me)
+    if me == 0:
+        os.renames("adapter-whole", "out/pretrain")  # what stage 2 starts from where it is
+    said["default model"] = run(PAIRS, out="bad", model="")
+    said["data"] = run(PAIRS, out="bad", data="pairs.jsonl")
+    cfg = dataclasses.replace(PAIRS, data=f"{Path.cwd()}/shared.jsonl", max_length=40)
+    said["same data elsewhere"] = run(cfg, out=f"node-{me}")
+    said["no model"] = run(PAIRS, out="bad", model="toy-random" if me == 0 else "./nowhere")
+    if me == 0:
+        Path("file").touch()
+    said["out"] = run(PAIRS, out="file")
+    Path("said.json").write_text(json.dumps(said, indent=1))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # past the destructors of several runs, as in stages_on_ranks.py
+
+
+if __name__ == "__main__":
+    main()
