@@ -305,7 +305,7 @@ def test_check_reads_folders_in_mmebs_layout(tmp_path, capsys):
 
 
 def test_check_never_writes_over_its_source(tmp_path):
-    """Under any of its names: the file's, a link's, a folder's; neither does the list of bad ones."""
+    """Under any of its names: the file's, a link's, a folder's; nor does --list-bad."""
     export.export(str(tmp_path), n=2)
     talks, train = tmp_path / "dialogues.jsonl", tmp_path / "MMEB-train"
     (tmp_path / "link.jsonl").symlink_to(talks)
@@ -322,7 +322,7 @@ def test_check_never_writes_over_its_source(tmp_path):
 
 
 def test_a_copy_that_cannot_be_written_is_one_line_and_costs_nothing(tmp_path, monkeypatch):
-    """A full disk while it is written: the copy of before stays whole, and no part of the new one."""
+    """A full disk while it is written: the copy of before stays whole, no part of a new one."""
     export.export(str(tmp_path), n=2)
     clean = tmp_path / "c" / "good.jsonl"
     checked(tmp_path / "dialogues.jsonl", "--clean", clean)
