@@ -204,7 +204,8 @@ BAD_FILES = {
     "twomarks.jsonl": pair(text="<image> <image>", image="p.png"),
     "lostpicture.jsonl": pair(text="<image> a", image="lost.png"),
     "outside.jsonl": pair(text="<image> a", image="../p.png"),
-    "badpicture.jsonl": pair(text="<image> a", image="bad.png") * 16,
+    "badpicture.jsonl": pair(text="<image> a", image="bad.png") * 15
+    + pair(text="<image> a", image="bad.png").replace('"b"', '"c"'),  # not all targets one
     "surrogate.jsonl": pair(text="\ud800"),
     "oneturn.jsonl": talk("human"),
     "wrongfrom.jsonl": talk("gpt", "human"),

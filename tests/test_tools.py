@@ -304,6 +304,53 @@ def test_check_reads_folders_in_mmebs_layout(tmp_path, capsys):
     assert sorted(read) == ["classify", "ground", "i2t", "t2i"] and len(read["classify"]) == 3
 
 
+def test_check_never_writes_over_its_source(tmp_path):
+    """Under any of its names: the file's, a link's, a folder's; nor does --list-bad."""
+    export.export(str(tmp_path), n=2)
+    talks, train = tmp_path / "dialogues.jsonl", tmp_path / "MMEB-train"
+    (tmp_path / "link.jsonl").symlink_to(talks)
+    before = talks.read_bytes()
+    for words in (
+        (talks, "--clean", talks),
+        (talks, "--clean", tmp_path / "link.jsonl"),
+        (train, "--clean", train),
+        (talks, "--list-bad", talks),
+    ):
+        with pytest.raises(InputError, match="would be written over"):
+            checked(*words)
+    assert talks.read_bytes() == before
+
+
+def test_a_copy_that_cannot_be_written_is_one_line_and_costs_nothing(tmp_path, monkeypatch):
+    """A full disk while it is written: the copy of before stays whole, no part of a new one."""
+    export.export(str(tmp_path), n=2)
+    clean = tmp_path / "c" / "good.jsonl"
+    checked(tmp_path / "dialogues.jsonl", "--clean", clean)
+    before = clean.read_bytes()
+
+    def full(lines, chosen, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("plumbing.lines.Lines.copy", full)
+    with pytest.raises(InputError, match="--clean .*good.jsonl: not written: No space left"):
+        checked(tmp_path / "dialogues.jsonl", "--clean", clean)
+    assert clean.read_bytes() == before and [p.name for p in (tmp_path / "c").iterdir()] == [
+        "good.jsonl"
+    ]
+    with pytest.raises(InputError, match="--list-bad .*: not written"):
+        checked(tmp_path / "dialogues.jsonl", "--list-bad", clean / "below" / "x.jsonl")
+
+
+def test_one_wrong_root_is_said_once(tmp_path, capsys):
+    """With how many pictures are not there, and not twenty times."""
+    export.export(str(tmp_path), n=8)
+    (tmp_path / "empty").mkdir()
+    assert checked(tmp_path / "dialogues.jsonl", "--image-root", tmp_path / "empty") == 1
+    said = capsys.readouterr().out
+    assert said.count("no such picture") == 1 and "(so it is with 7 more)" in said, said
+
+
 def test_check_of_nothing_is_an_error(tmp_path):
     with pytest.raises(InputError, match="a folder without metadata.jsonl or metadata.csv"):
         checked(tmp_path)
