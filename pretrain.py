@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from data import ANSWER, COMPRESS, CONTENT, PAD, Row, read_dialogues
 from model import Embedder, choose_trained, load_for, save
 from plumbing import checkpoint, optim, ranks
-from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag
-from plumbing.errors import InputError
+from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag, refuse_idle_ranks
 from plumbing.formats import digest_of
 from plumbing.loader import prefetch
 from plumbing.log import Log
@@ -177,8 +176,7 @@ def main(cfg):
     # 1. The model, and what of it is trained.
     device = ranks.setup()
     rank, world = ranks.rank(), ranks.world()
-    if cfg.batch < world:
-        raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
+    refuse_idle_ranks(cfg, world)
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     # Before LoRA is added: the teacher is the model as it comes.
