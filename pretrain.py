@@ -45,7 +45,9 @@ class Config(TrainingFlags):
     compress: bool = flag(True, "off: no mask, plain instruction tuning (K tokens stay if K > 0)")
     turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the ablation", least=0)
     caption: bool = flag(False, "a full description in place of the dialogue (toy world)")
-    question_first: float = flag(0.0, "our idea: share with Q_1 before C", least=0, most=1)
+    question_first: float = flag(
+        0.0, "beyond the paper: share of dialogues with Q_1 before C", least=0, most=1
+    )
     texts: float = flag(0.0, "our idea: share about a text (toy world)", least=0, most=1)
     objective: str = flag("ce", "the answers, or the uncompressed model", ["ce", "kl"])
 
