@@ -23,11 +23,11 @@ import model  # noqa: E402
 import pretrain  # noqa: E402
 from plumbing import ending, loader, optim, ranks  # noqa: E402
 
-SMALL = "--model toy-random --steps 4 --batch 8 --workers 2 --chunk-tokens 100".split()
+SMALL = "--model toy-random --steps 4 --batch 4 --workers 2 --chunk-tokens 100".split()
 WAYS = {
     "pretrain": (pretrain, SMALL),
-    "contrastive": (contrastive, [*SMALL, "--block", "4", "--keep-graphs", "0"]),
-    "sharded": (contrastive, [*SMALL, *"--block 4 --muon-lr 0 --keep-graphs 0 --fsdp".split()]),
+    "contrastive": (contrastive, [*SMALL, "--block", "2", "--keep-graphs", "0"]),
+    "sharded": (contrastive, [*SMALL, *"--block 2 --muon-lr 0 --keep-graphs 0 --fsdp".split()]),
 }
 end_step = optim.end_step
 TOO_LONG = 0.0  # seconds: any step is, that meets a signal
