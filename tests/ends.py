@@ -4,10 +4,12 @@
 
 HOW: `error`, an exception that nobody expects, in rank 0's third step; `worker`, a loader process
 is killed, as the system does where memory is short; `deaf`, the main thread is inside one call of
-C; `leave`, the last rank alone gets a signal in a step that takes too long, each way to train."""
+C; `pool`, it has processes of another kind; `leave`, the last rank alone gets a signal in a step
+that takes too long, each way to train."""
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -102,6 +104,10 @@ def main(how, out):
     if how == "leave":
         return leave_steps(out)
     ending.watch_signals()
+    if how == "pool":
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            pool.map(abs, range(4))
+        return None
     if how == "deaf":
         print("deaf", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)

@@ -158,6 +158,12 @@ def test_a_signal_while_a_model_is_evaluated_by_two_workers():
     check_ended(process, signal.SIGINT)
 
 
+def test_a_pool_of_processes_can_still_be_ended(tmp_path):
+    """`multiprocessing` ends its own by SIGTERM, and waits for them."""
+    status, _, err = finish(begin("tests/ends.py", "pool", tmp_path))
+    equal((status, err), (0, ""), "ending.be_a_child")
+
+
 @pytest.mark.parametrize("name", ["pretrain", "contrastive"])
 def test_a_step_that_takes_too_long_is_left(tmp_path, name, capsys):
     """Between two chunks, with the state before it saved; resumed, the run is the uninterrupted
