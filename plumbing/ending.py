@@ -116,12 +116,15 @@ def watch_signals():
     )
 
 
-def be_a_child():
-    """What a forked process does first: it leaves signals to its parent, and ends with it."""
+def be_a_child(deaf=False):
+    """What a forked process does first: it leaves Ctrl-C to its parent, and ends with it. deaf: it
+    leaves SIGTERM to it too, for the parent still needs its work (a training step its batch)."""
     signal.set_wakeup_fd(-1)
-    for number in SIGNALS:  # they may reach all: a rank still needs its batch
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Trap: not for all. A multiprocessing.Pool is ended by SIGTERM, and joined.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     # A signal would be no help: what kills a rank with -9 sends none.
     threading.Thread(target=outlive_nobody, args=(os.getppid(),), daemon=True).start()
 
