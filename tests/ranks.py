@@ -5,6 +5,7 @@
 REFERENCES.pt holds what one process computed on the whole batch, the plain way; rank 0 writes how
 far each rank's gradient is from it in each setting."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
@@ -88,6 +90,8 @@ class Result(NamedTuple):
     grad: torch.Tensor  # all of it, flat
     columns: int = 0
     chunk_tokens: int = 0
+    queries: int = 0  # of this rank
+    sums: int = 0  # messages that sum gradients over ranks
 
 
 FLAGS = {
@@ -157,7 +161,8 @@ def step(embedder, batch, budget=SOME) -> Result:
     """contrastive.gradcache_step on one rank's batch."""
     embedder.zero_grad(set_to_none=True)
     out = contrastive.gradcache_step(embedder, batch, TEMPERATURE, budget)
-    return Result(out.loss, out.top1, gradient(embedder), out.columns, out.chunk_tokens)
+    grad, queries = gradient(embedder), len(batch.labels)
+    return Result(out.loss, out.top1, grad, out.columns, out.chunk_tokens, queries)
 
 
 def forwards(batch, budget) -> int:
@@ -207,9 +212,33 @@ def contrast(embedder, budget=SOME) -> Result:
     return step(embedder, batch_of(embedder, rank(), world()), budget)
 
 
+def unequal_share(embedder) -> contrastive.Batch:
+    """The global batch over ranks that get 1, 2, ... queries, and the last one all others."""
+    first = rank() * (rank() + 1) // 2
+    last = 16 if rank() == world() - 1 else first + rank() + 1
+    chosen = contrastive.draw(PAIRS, batch_config(), 0)[first:last]
+    cfg = dataclasses.replace(batch_config(), batch=len(chosen))
+    with mock.patch.object(contrastive, "draw", lambda *_: chosen):
+        return contrastive.local_batch(PAIRS, embedder.collate, cfg, 0, 0, 1)
+
+
+def counted(run, module, name) -> Result:
+    """What run() gives, and how often it called a function on the way."""
+    with mock.patch.object(module, name, side_effect=getattr(module, name)) as calls:
+        result = run()
+    return result._replace(sums=calls.call_count)
+
+
+def contrast_in_buckets(embedder) -> Result:
+    """Gradients are summed in messages of about 50,000 numbers."""
+    small = functools.partial(sum_gradients, bucket=50_000)
+    with mock.patch.object(plumbing.ranks, "sum_gradients", small):
+        return counted(lambda: contrast(embedder), torch.distributed, "all_reduce")
+
+
 def contrast_sharded(embedder) -> Result:
     sharding.shard(embedder)
-    return contrast(embedder)
+    return counted(lambda: contrast(embedder), _fsdp_param_group, "foreach_reduce")
 
 
 def contrast_short_of_memory(embedder, in_pass) -> Result:
@@ -252,6 +281,8 @@ class Setting(NamedTuple):
 SETTINGS = {
     "one chunk at a time": Setting("all", lambda e: contrast(e, Budget(1, 0))),
     "chunks, one graph kept": Setting("all", contrast),
+    "unequal queries": Setting("all", lambda e: step(e, unequal_share(e))),
+    "several buckets": Setting("all", contrast_in_buckets),
     "everything in one chunk": Setting("all", lambda e: contrast(e, Budget(MOST))),
     "float32": Setting("all, float32", contrast),
     "frozen vision, cached": Setting("frozen", lambda e: contrast(e, Budget(200, 1, "device"))),
@@ -307,6 +338,8 @@ def gaps(got, want) -> dict:
         "top1": abs(got.top1 - want.top1),
         "gap": distance(got.grad, want.grad),
         "chunk_tokens": got.chunk_tokens,
+        "queries": got.queries,
+        "sums": got.sums,
     }
 
 
