@@ -16,6 +16,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
@@ -303,6 +305,10 @@ SETTINGS = {
 }
 
 
+POLICIES = {  # of FSDP on a GPU
+    "bfloat16": sharding.PRECISION,
+    "wrong: sums in bfloat16": MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+}
 build_once = functools.cache(build)
 
 
@@ -343,6 +349,21 @@ def gaps(got, want) -> dict:
     }
 
 
+def error_of_sums(policy, chunks) -> float:
+    """A sharded layer's gradient over so many chunks, in bfloat16, against sums in float64."""
+    torch.manual_seed(0)
+    inputs, grads = torch.randn(2, world(), chunks, 16, 32).bfloat16()  # of all ranks
+    want = torch.einsum("rcno,rcni->oi", grads.double(), inputs.double()) / world()
+    layer = torch.nn.Linear(32, 32, bias=False)
+    mesh = init_device_mesh("cpu", (world(),))
+    fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for i in range(chunks):
+        out = layer(inputs[rank(), i])
+        layer.set_requires_gradient_sync(i == chunks - 1)
+        out.backward(grads[rank(), i])
+    return distance(layer.weight.grad.full_tensor().double(), want)
+
+
 def main(references_file, result_file):
     torch.set_num_threads(1)
     plumbing.ranks.setup()
@@ -355,6 +376,8 @@ def main(references_file, result_file):
             Path(result_file).write_text(json.dumps(result, indent=1))
 
     note("ranks", unlike_shares())
+    for name, policy in POLICIES.items():
+        note(name, {chunks: error_of_sums(policy, chunks) for chunks in (1, 96)})
     for name, setting in SETTINGS.items():
         got = setting.run(built(setting.reference))
         note(name, gaps(got, wanted[setting.reference]))

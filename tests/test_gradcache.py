@@ -582,6 +582,16 @@ def test_sharded_ranks_have_the_gradient_of_one_process(ranks_of, world):
     expect(ranks_of(world)["ranks"][0]["chunks"] > 2, "few chunks", "several", "ranks.SOME")
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_gradients_in_bfloat16_are_summed_in_float32(ranks_of, world):
+    """On a GPU --fsdp computes in bfloat16; of 96 chunks the sum is as good as of one. Negative
+    control: without reduce_dtype it is not."""
+    for mine in ranks_of(world)["bfloat16"]:
+        expect(mine["96"] < 1.2 * mine["1"], mine, "no growth with chunks", "sharding.PRECISION")
+    for mine in ranks_of(world)["wrong: sums in bfloat16"]:
+        expect(mine["96"] > 3 * mine["1"], mine, "growth with chunks", "does the check see it?")
+
+
 # -------------------------------------------------------------------------------- the batch's parts
 
 

@@ -29,6 +29,7 @@ from plumbing.errors import InputError
 from plumbing.formats import IMAGE, located
 from plumbing.images import open_image
 from plumbing.ranks import run_command
+from plumbing.template import starts_itself, write_prompt
 from plumbing.weights import load_adapter, load_mllm, place
 from tools.command_line import make_parser
 from tools.conversations import as_conversations
@@ -128,12 +129,14 @@ def ask_model(args):
     def prompt(chat):
         talk = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in chat]
         talk[0]["content"].insert(0, {"type": "image"})
-        return processor.apply_chat_template(talk, add_generation_prompt=True)
+        return write_prompt(processor, talk)
 
     @torch.no_grad()
     def replies(asked):
+        prompts = [prompt(chat) for _, chat in asked]
         inputs = processor(
-            text=[prompt(chat) for _, chat in asked],
+            text=prompts,
+            add_special_tokens=not starts_itself(processor, prompts[0]),
             images=[[picture] for picture, _ in asked],
             padding=True,
             padding_side="left",  # every reply begins in the same column
