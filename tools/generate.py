@@ -39,6 +39,7 @@ from plumbing.folders import place
 from plumbing.formats import IMAGE, located
 from plumbing.images import open_image
 from plumbing.ranks import run_command
+from plumbing.template import starts_itself, write_prompt
 from plumbing.weights import Options, load_mllm
 from plumbing.writing import append_whole, refuse_unwritable, written
 from tools.conversations import as_conversations
@@ -181,19 +182,17 @@ def ask_model(args):
     def prompt(chat):
         talk = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in chat]
         talk[0]["content"].insert(0, {"type": "image"})
-        return processor.apply_chat_template(talk, add_generation_prompt=True)
+        return write_prompt(processor, talk)
 
     @torch.no_grad()
     def replies(asked):
         prompts = [prompt(chat) for _, chat in asked]
-        first = processor.tokenizer.bos_token
         inputs = processor(
             text=prompts,
+            add_special_tokens=not starts_itself(processor, prompts[0]),
             images=[[picture] for picture, _ in asked],
             padding=True,
             padding_side="left",  # every reply begins in the same column
-            # Gemma 3's template writes the first token itself, and must not get two.
-            add_special_tokens=not (first and prompts[0].startswith(first)),
             return_tensors="pt",
         ).to(mllm.device)
         ids = mllm.generate(**inputs, max_new_tokens=args.max_tokens, **sampling)
