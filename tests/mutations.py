@@ -1,0 +1,17 @@
+"""One-line mistakes for mutate.py: (file, the text, which stands once in it, what stands there
+instead, the tests that should notice, as words for pytest)."""
+
+from typing import NamedTuple
+
+from mutations_five import FIVE
+from mutations_rooms import ROOMS
+
+
+class Mutation(NamedTuple):
+    file: str
+    old: str  # stands exactly once in the file
+    new: str
+    tests: str
+
+
+MUTATIONS = [Mutation(*m) for m in FIVE + ROOMS]
