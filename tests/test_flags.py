@@ -141,7 +141,7 @@ def test_each_flag_arrives_as_a_user_spells_it(flag):
     field, name = flag.field, option(flag.field.name)
     value = "x"
     if kind_of(field) in (int, float):
-        value = 1 if in_range(field, 1) else 0.5
+        value = 1 if in_range(field, 1) else field.metadata["least"]
     if field.metadata["choices"]:
         value = field.metadata["choices"][-1]
     if name == "--server":
@@ -311,7 +311,7 @@ def test_explain_takes_the_flags_of_its_stage_only(stage):
 # ---------------------------------------------------------------------------------- hints that help
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 30, 127])
+@pytest.mark.parametrize("batch", [2, 7, 30, 127])
 @pytest.mark.parametrize("block", [1, 4, 32, 33])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_batch_that_is_proposed_is_a_good_one(batch, block, world):
@@ -393,6 +393,7 @@ def run_stages(folder):
     for command, stage in (("pretrain", pretrain), ("contrastive", contrastive)):
         (folder / "begun" / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
         run(command, stage.main, model="toy", workers=0, out=str(folder / "begun"))
+        run(command, stage.main, model="toy", workers=0, steps=0, out=str(folder / "all"))
     scores = str(folder / "scores.json")
     run("evaluate", evaluate.main, model="toy", subsets="vqa", limit=1, workers=0, json=scores)
     export.export(folder / "toy", 2)
