@@ -42,7 +42,7 @@ class Wish(NamedTuple):
     time: float  # seconds, of time.monotonic
 
 
-pipes = []  # kept open, see watch_signals
+pipes = []  # kept open, see watch_signals; none: plumbing/start.py did not take this process over
 stop_asked = []  # the Wishes; looked at after each step, and between its chunks
 unwinding = threading.Event()  # a Stopped is on its way
 handlers_before = {}  # while a training run notes signals: what they did before, by number
@@ -144,6 +144,8 @@ leaving = threading.Lock()  # the line is printed once
 
 def leave(message="", status=1):
     """Ends this process with at most one line, which names the script, and an exit status."""
+    if not pipes:  # somebody else's process, a test's for one: it is told, and not ended
+        raise SystemExit(message or status)
     if not leaving.acquire(blocking=False):
         time.sleep(1)  # another thread is at it; unless nobody reads what it prints
         os._exit(status)
@@ -171,6 +173,8 @@ def script_name() -> str:
 def leave_by(error):
     """Ends this process by what nobody caught: one line for what a user can put right and for a
     signal, else the traceback."""
+    if not pipes:
+        raise error
     if isinstance(error, SystemExit):
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
