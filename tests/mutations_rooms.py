@@ -69,7 +69,6 @@ ROOMS = [
     ("plumbing/checkpoint.py", "write_json(Path(cfg.out, MARK), finished)", "pass", RESUME),
     ("plumbing/checkpoint.py", "    remove_checkpoints(cfg.out)\n    forget_signals()", "    forget_signals()", RESUME),
     ("plumbing/checkpoint.py", '    forget_signals()\n    say(f"saved', '    say(f"saved', ENDING),
-    ("plumbing/checkpoint.py", 'shutil.rmtree(f"{cfg.out}.part", ignore_errors=True)', "pass", DISK),
     ("plumbing/checkpoint.py", "return gather_objects(cause)[0]", "return gather_objects(cause)[-1]", f"{NODES} tests/test_torchrun.py"),
     ("plumbing/checkpoint.py", "if p.requires_grad or whole", "if p.requires_grad", DISK),
     ("plumbing/checkpoint.py", "if rank() == 0:\n        shutil.rmtree", "if rank() > 0:\n        shutil.rmtree", RESUME),
