@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 from checks import equal, expect
+from test_resume import Crash, crash_in
 
 import contrastive
 import data
 import pretrain
-from plumbing import checkpoint
+from plumbing import optim
 from plumbing.errors import InputError
 from plumbing.formats import Place, digest_of
 from plumbing.sampling import epoch_batch
@@ -135,10 +136,9 @@ def test_captions_skip_a_bad_picture_both_ways(tmp_path, files):
 
 
 @pytest.mark.parametrize("stage", [pretrain, contrastive])
-def test_a_run_goes_on_with_a_list_and_counts_what_it_skips(files, tmp_path, stage, monkeypatch):
+def test_a_run_goes_on_with_a_list_and_counts_what_it_skips(files, tmp_path, stage):
     """A picture breaks after the run began: it stops there; with the list of `check` --resume goes
     on, and log.jsonl counts per step, over all ranks, what stands in another's place."""
-    monkeypatch.setattr(checkpoint, "HARMLESS", (*checkpoint.HARMLESS, "skip_bad"))
     source = files / ("dialogues.jsonl" if stage is pretrain else "MMEB-train")
     flags = dict(model="toy-random", data=str(source), out=str(tmp_path / "out"), workers=0)
     flags.update(steps=6, save_every=1, batch=4, muon_lr=0.0)
@@ -150,16 +150,10 @@ def test_a_run_goes_on_with_a_list_and_counts_what_it_skips(files, tmp_path, sta
     else:
         examples = data.read_pairs(str(source))["classify"]
         broken = contrastive.draw({"classify": examples}, cfg, 4)[0][1]
-    begin_save = checkpoint.maybe_checkpoint
-
-    def stop_at_three(embedder, optimizers, cfg, step):
-        begin_save(embedder, optimizers, cfg, step)
-        if step == 2 and not cfg.resume:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "maybe_checkpoint", stop_at_three)
-    with pytest.raises(KeyboardInterrupt):
-        stage.main(cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "end_step", crash_in(3))
+        with pytest.raises(Crash):
+            stage.main(cfg)
     bad = spoil(files, examples, broken)
     with pytest.raises(InputError, match="not a readable picture"):
         stage.main(stage.Config(**flags, resume=True))
