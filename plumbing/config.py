@@ -55,9 +55,11 @@ def flag(default, description, choices=None, least=None, most=None, above=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def word(description):
-    """A field that is given without a name, as DIR in `python -m tools.export DIR`."""
-    return dataclasses.field(metadata={"description": description, "choices": None})
+def word(description, shown):
+    """A field that is given without a name, as DIR in `python -m tools.export DIR`. shown: what
+    `--help` calls it."""
+    metadata = {"description": description, "choices": None, "shown": shown}
+    return dataclasses.field(metadata=metadata)
 
 
 def option(name) -> str:
@@ -144,7 +146,8 @@ def add_flag(parser, field):
     text = (field.metadata["description"] + shown).replace("%", "%%")  # argparse formats it
     kind, name = kind_of(field), option(field.name)
     if field.default is dataclasses.MISSING:
-        parser.add_argument(field.name, help=field.metadata["description"])
+        shown = field.metadata["shown"]
+        parser.add_argument(field.name, metavar=shown, help=field.metadata["description"])
     elif kind is bool:
         action = argparse.BooleanOptionalAction
         parser.add_argument(name, default=field.default, help=text, action=action)

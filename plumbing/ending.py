@@ -42,7 +42,7 @@ class Wish(NamedTuple):
     time: float  # seconds, of time.monotonic
 
 
-pipes = []  # kept open, see watch_signals; none: plumbing/start.py did not take this process over
+pipes = []  # kept open, see watch_signals; empty in a process that is not ours to end
 stop_asked = []  # the Wishes; looked at after each step, and between its chunks
 unwinding = threading.Event()  # a Stopped is on its way
 handlers_before = {}  # while a training run notes signals: what they did before, by number
@@ -143,9 +143,10 @@ leaving = threading.Lock()  # the line is printed once
 
 
 def leave(message="", status=1):
-    """Ends this process with at most one line, which names the script, and an exit status."""
-    if not pipes:  # somebody else's process, a test's for one: it is told, and not ended
-        raise SystemExit(message or status)
+    """Ends this process with at most one line, which names the script, and an exit status. In
+    somebody else's process (a test, a notebook) it is a SystemExit."""
+    if not pipes:
+        raise SystemExit(f"{script_name()}: {message}" if message else status)
     if not leaving.acquire(blocking=False):
         time.sleep(1)  # another thread is at it; unless nobody reads what it prints
         os._exit(status)
@@ -173,7 +174,7 @@ def script_name() -> str:
 def leave_by(error):
     """Ends this process by what nobody caught: one line for what a user can put right and for a
     signal, else the traceback."""
-    if not pipes:
+    if not pipes and not isinstance(error, InputError):
         raise error
     if isinstance(error, SystemExit):
         if isinstance(error.code, str):

@@ -58,8 +58,9 @@ class Layout(NamedTuple):
         kind} of the columns to read."""
         for name in (*self.texts, *self.lists):
             if schema.names.count(name) != 1:
+                count = "several columns" if name in schema.names else "no column"
                 there = brief(", ".join(schema.names))
-                raise InputError(f"{file}: no column {name}, or several; it has {there}")
+                raise InputError(f"{file}: {count} {name}; it has {there}")
         known = (*self.texts, *self.lists, *self.maybe)
         stems = tuple(name[:3] for name in known)
         for name in schema.names:

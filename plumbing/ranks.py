@@ -158,15 +158,23 @@ def check_environment(devices):
 def run(main, config):
     """main(config) of a script, and the end of the process, whatever ends it: one clear line where
     a user can put it right, else the traceback. torchrun then ends the ranks that are left."""
-    try:
-        main(config.parse())
+
+    def whole(argv):
+        main(config.parse(argv))
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    run_command(whole)
+
+
+def run_command(main):
+    """main(argv) of a command that parses its own words; what main returns is the exit status."""
+    try:
+        leave(status=main(sys.argv[1:]) or 0)
     except BaseException as e:
         if reason := known_reason(e):
             leave(reason)
         leave_by(e)
-    leave(status=0)
 
 
 def known_reason(error) -> str:
@@ -181,11 +189,3 @@ def known_reason(error) -> str:
         lost = f"rank {rank()} lost the others ({cause:.80}): one of them ended first"
         return f"{lost}. --resume goes on from the last checkpoint"
     return ""
-
-
-def run_command(main):
-    """main(argv) of a command that parses its own words; what main returns is the exit status."""
-    try:
-        leave(status=main(sys.argv[1:]) or 0)
-    except BaseException as e:
-        leave_by(e)

@@ -16,12 +16,14 @@ import json
 import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError, brief
 from plumbing.first_pass import Listed
 from plumbing.formats import (
@@ -38,7 +40,6 @@ from plumbing.images import Images, open_image
 from plumbing.mmeb import eval_rows, train_rows
 from plumbing.ranks import run_command
 from plumbing.writing import refuse_unwritable, written
-from tools.command_line import make_parser
 
 WINDOW = 4096  # examples that wait for a thread at a time
 SHOWN = 20  # errors of a list that are printed
@@ -248,16 +249,21 @@ def check(source, image_root=None, outputs=Outputs()) -> int:  # noqa: B008
     return bad
 
 
+@dataclass
+class Config(CommandLine):
+    """Flags of the check."""
+
+    data: str = word("a list, a folder with captions, or one in MMEB's layout", "DATA")
+    image_root: str | None = flag(None, "where the pictures are (default: beside the list)")
+    clean: str | None = flag(None, "the copy without the bad examples")
+    list_bad: str | None = flag(None, "a file for the bad ones, for --skip-bad")
+
+
 def main(argv):
     """The command line."""
-    parser = make_parser("check", __doc__)
-    parser.add_argument("data", help="a list, a folder with captions, or one in MMEB's layout")
-    parser.add_argument("--image-root", help="where the pictures are (default: beside the list)")
-    parser.add_argument("--clean", metavar="OUT", help="the copy without the bad examples")
-    parser.add_argument("--list-bad", metavar="FILE", help="the bad ones, for --skip-bad FILE")
-    args = parser.parse_args(argv)
-    outputs = Outputs(args.clean, args.list_bad)
-    bad = check(args.data, args.image_root, outputs)
+    cfg = Config.parse(argv)
+    outputs = Outputs(cfg.clean, cfg.list_bad)
+    bad = check(cfg.data, cfg.image_root, outputs)
     return 1 if bad and outputs == Outputs() else 0
 
 

@@ -34,7 +34,7 @@ from toy.world import Shapes
 class Config(CommandLine):
     """Flags of the export."""
 
-    folder: str = word("where the files go")
+    folder: str = word("where the files go", "DIR")
     examples: int = flag(100, "examples of each kind", least=1, most=100_000)
 
 

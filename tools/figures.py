@@ -115,7 +115,7 @@ def draw(folder, contrastive="", seed=0, device=None, records_file=RECORDS) -> l
 class Config(CommandLine):
     """Flags of the figures."""
 
-    folder: str = word("where the figures go")
+    folder: str = word("where the figures go", "DIR")
     model: str = flag("out/contrastive", "stage 2's folder; stage 1's is `pretrain` beside it")
     seed: int = flag(0, "of the test scenes and queries", least=0, most=2_147_483_647)
 

@@ -7,12 +7,13 @@ the wrong ones. Writes out/shapes.png.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+from plumbing.config import CommandLine
 from plumbing.ranks import run_command
 from plumbing.writing import refuse_unwritable, written
-from tools.command_line import make_parser
 from toy.world import META_TASK, Shapes
 
 HEIGHT = 140  # pixels of an example on the sheet
@@ -55,9 +56,14 @@ def look(path="out/shapes.png"):
     print(f"wrote {path}")
 
 
+@dataclass
+class Config(CommandLine):
+    """No flags."""
+
+
 def main(argv):
     """The command line."""
-    make_parser("look", __doc__).parse_args(argv)
+    Config.parse(argv)
     look()
 
 

@@ -13,37 +13,41 @@ written into OUT; with --pooling last there is none).
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import os
+from dataclasses import dataclass
 
 import model
 from plumbing.adapters import origin_of
+from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError
 from plumbing.folders import refuse_unwritable
 from plumbing.ranks import run_command
-from tools.command_line import make_parser
 from tools.sentence_transformers_folder import save_sentence_transformers
+
+
+@dataclass
+class Config(CommandLine):
+    """Flags of the merge."""
+
+    source: str = word("a folder that a stage wrote", "IN")
+    target: str = word("the new folder", "OUT")
+    export: str | None = flag(None, "and this library too", ["sentence-transformers"])
 
 
 def main(argv):
     """The command line."""
-    parser = make_parser("merge", __doc__)
-    parser.add_argument("source", metavar="IN", help="a folder that a stage wrote")
-    parser.add_argument("target", metavar="OUT", help="the new folder")
-    parser.add_argument("--export", choices=["sentence-transformers"], help="and this library too")
-    args = parser.parse_args(argv)
-    refuse_unwritable(args.target)
+    cfg = Config.parse(argv)
+    refuse_unwritable(cfg.target)
     # On the CPU: a merge is a sum of matrices, and need not fit onto a GPU.
-    embedder = model.merge(model.load(args.source, device="cpu"))
+    embedder = model.merge(model.load(cfg.source, device="cpu"))
     embedder.mllm.to(embedder.mllm.config.dtype)  # as the files had it; a CPU works in float32
-    for kept in (args.source, origin_of(embedder.mllm).folder):
-        if os.path.realpath(args.target) == os.path.realpath(kept):
-            raise InputError(
-                f"OUT {args.target} would replace {kept}, which was read; take another"
-            )
-    if args.export:
-        save_sentence_transformers(embedder, args.target)
+    for kept in (cfg.source, origin_of(embedder.mllm).folder):
+        if os.path.realpath(cfg.target) == os.path.realpath(kept):
+            raise InputError(f"OUT {cfg.target} would replace {kept}, which was read; take another")
+    if cfg.export:
+        save_sentence_transformers(embedder, cfg.target)
     else:
-        model.save(embedder, args.target)
-    print(f"wrote {args.target}")
+        model.save(embedder, cfg.target)
+    print(f"wrote {cfg.target}")
 
 
 if __name__ == "__main__":
