@@ -495,16 +495,16 @@ FILES = [
         "plumbing/loader.py",
         '                self.close()\n                raise InputError(f"no loader',
         '                raise InputError(f"no loader',
-        "tests/test_loader.py tests/test_ending.py",
+        "tests/test_loader.py",
     ),
     (
         "plumbing/loader.py", "            its.close()\n", "",
-        "tests/test_ending.py tests/test_loader.py",
+        "tests/test_ending.py::test_a_loader_process_that_is_killed_is_one_clear_line",
     ),
     (
         "plumbing/loader.py", "except OSError:\n                self.explain_end_of(number)",
         "except EOFError:\n                self.explain_end_of(number)",
-        "tests/test_ending.py tests/test_loader.py",
+        "tests/test_ending.py::test_a_loader_process_that_is_killed_is_one_clear_line",
     ),
     (
         "plumbing/loader.py", "min(failures, key=lambda f: f.row)",
@@ -522,15 +522,15 @@ FILES = [
     ),
     (
         "plumbing/loader.py", "if code == -signal.SIGKILL:", "if code == signal.SIGKILL:",
-        "tests/test_ending.py",
+        "tests/test_ending.py::test_a_loader_process_that_is_killed_is_one_clear_line",
     ),
     (
         "plumbing/loader.py", "self.processes.pop(number)", "self.processes[number]",
-        "tests/test_ending.py",
+        "tests/test_ending.py::test_a_loader_process_that_is_killed_is_one_clear_line",
     ),
     (
         "plumbing/loader.py", "            os.waitpid(process, 0)\n", "",
-        "tests/test_loader.py tests/test_ending.py",
+        "tests/test_loader.py",
     ),
     (
         "plumbing/loader.py", "        for pipe in self.pipes:\n            pipe.close()",
@@ -539,11 +539,11 @@ FILES = [
     ),
     (
         "plumbing/loader.py", "            other.close()\n", "            pass\n",
-        "tests/test_loader.py tests/test_ending.py",
+        "tests/test_loader.py",
     ),
     (
         "plumbing/loader.py", "be_a_child(deaf=True)", "be_a_child(deaf=False)",
-        "tests/test_ending.py tests/test_loader.py",
+        "tests/test_ending.py::test_a_signal_while_a_model_is_evaluated_by_two_workers",
     ),
     (
         "plumbing/loader.py", "pack(frame if share.number == 0 else None, tensors)",
@@ -556,7 +556,7 @@ FILES = [
     ),
     (
         "plumbing/loader.py", "except MemoryError:", "except BufferError:",
-        "tests/test_loader.py tests/test_ending.py",
+        "tests/test_loader.py",
     ),
     (
         "plumbing/loader.py", "reduction.send_handle(pipe, file, None)\n        os.close(file)",
@@ -577,7 +577,7 @@ FILES = [
         "plumbing/loader.py",
         'raise InputError(f"no memory for a batch ({e}): try fewer --workers") from None',
         "raise",
-        "tests/test_loader.py tests/test_ending.py",
+        "tests/test_loader.py",
     ),
     (
         "plumbing/loader.py", "Packer(file, tensors).dump(x)", "Packer(file, [*tensors]).dump(x)",

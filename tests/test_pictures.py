@@ -695,10 +695,10 @@ def test_a_damaged_member_is_refused(tmp_path):
         open_zip(path).read("b.png")
     path = zip_of(tmp_path / "x.zip", {"b.png": os.urandom(99) * 50})
     content = bytearray(open(path, "rb").read())
-    content[40:60] = b"\xff" * 20
+    content[35] = 0xFF  # the packed content's first byte: no kind of block begins so
     open(path, "wb").write(content)
     open_zip.cache_clear()
-    with pytest.raises(InputError, match="x.zip:b.png: .*download the zip file again"):
+    with pytest.raises(InputError, match="x.zip:b.png: .*invalid block type; download"):
         open_zip(path).read("b.png")
 
 
