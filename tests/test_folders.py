@@ -261,7 +261,7 @@ def test_an_adapter_cannot_replace_its_base(folder):
     model.choose_trained(embedder, TrainingFlags(model=str(folder), lora_rank=2))
     before = sorted(p.name for p in folder.iterdir())
     cfg = contrastive.Config(model=str(folder), out=f"{folder}/../m", lora_rank=2, steps=1)
-    with pytest.raises(InputError, match="take another folder"):
+    with pytest.raises(InputError, match="take another --out"):
         contrastive.main(cfg)
     with pytest.raises(InputError, match="the model that it is an adapter of; take another folder"):
         model.save(embedder, folder)
