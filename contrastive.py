@@ -287,7 +287,8 @@ def main(cfg):
     ranks.say(f"loss sees N = {shares} (chance loss ln N = {math.log(N):.2f})")
     log = Log(cfg, start)
     embedder.train()
-    for step, batch in log.steps(prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)):
+    batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)
+    for step, batch in log.steps(batches):
         with checkpoint.kept(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)

@@ -28,8 +28,7 @@ import torch.nn.functional as F
 from data import ANSWER, COMPRESS, CONTENT, PAD, Row, read_dialogues
 from model import Embedder, choose_trained, load_for, save
 from plumbing import checkpoint, optim, ranks
-from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag
-from plumbing.errors import InputError
+from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag, refuse_idle_ranks
 from plumbing.formats import Place, digest_of
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
@@ -47,7 +46,9 @@ class Config(TrainingFlags):
     compress: bool = flag(True, "off: no mask, plain instruction tuning (K tokens stay if K > 0)")
     turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the ablation", least=0)
     caption: bool = flag(False, "a full description in place of the dialogue (toy world)")
-    question_first: float = flag(0.0, "our idea: share with Q_1 before C", least=0, most=1)
+    question_first: float = flag(
+        0.0, "beyond the paper: share of dialogues with Q_1 before C", least=0, most=1
+    )
     texts: float = flag(0.0, "our idea: share about a text (toy world)", least=0, most=1)
     objective: str = flag("ce", "the answers, or the uncompressed model", ["ce", "kl"])
 
@@ -178,8 +179,7 @@ def main(cfg):
     # 1. The model, and what of it is trained.
     device = checkpoint.begin(cfg)
     rank, world = ranks.rank(), ranks.world()
-    if cfg.batch < world:
-        raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
+    refuse_idle_ranks(cfg, world)
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     # Before LoRA is added: the teacher is the model as it comes.

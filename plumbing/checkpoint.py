@@ -161,7 +161,6 @@ def try_to_save(save, embedder, cfg, options) -> str:
         save(embedder, cfg.out, **options)
     except (OSError, RuntimeError, SafetensorError, InputError) as e:
         cause = brief(e)
-        shutil.rmtree(f"{cfg.out}.part", ignore_errors=True)
     return gather_objects(cause)[0]
 
 

@@ -268,6 +268,12 @@ class TrainingFlags(Flags):
     fitting: int = dataclasses.field(default=0, init=False)
 
 
+def refuse_idle_ranks(cfg, world):
+    """InputError where stage 1's batch has less examples than there are ranks."""
+    if cfg.batch < world:
+        raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
+
+
 def refuse_impossible(cfg, world):
     """Impossible combinations of stage 2's flags with the number of ranks, with the way out."""
     # A batch that both the blocks and the ranks divide.

@@ -42,7 +42,7 @@ class Wish(NamedTuple):
     time: float  # seconds, of time.monotonic
 
 
-pipes = []  # kept open, see watch_signals
+pipes = []  # kept open, see watch_signals; none: plumbing/start.py did not take this process over
 stop_asked = []  # the Wishes; looked at after each step, and between its chunks
 unwinding = threading.Event()  # a Stopped is on its way
 handlers_before = {}  # while a training run notes signals: what they did before, by number
@@ -116,12 +116,15 @@ def watch_signals():
     )
 
 
-def be_a_child():
-    """What a forked process does first: it leaves signals to its parent, and ends with it."""
+def be_a_child(deaf=False):
+    """What a forked process does first: it leaves Ctrl-C to its parent, and ends with it. deaf: it
+    leaves SIGTERM to it too, for the parent still needs its work (a training step its batch)."""
     signal.set_wakeup_fd(-1)
-    for number in SIGNALS:  # they may reach all: a rank still needs its batch
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Trap: not for all. A multiprocessing.Pool is ended by SIGTERM, and joined.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     # A signal would be no help: what kills a rank with -9 sends none.
     threading.Thread(target=outlive_nobody, args=(os.getppid(),), daemon=True).start()
 
@@ -141,6 +144,8 @@ leaving = threading.Lock()  # the line is printed once
 
 def leave(message="", status=1):
     """Ends this process with at most one line, which names the script, and an exit status."""
+    if not pipes:  # somebody else's process, a test's for one: it is told, and not ended
+        raise SystemExit(message or status)
     if not leaving.acquire(blocking=False):
         time.sleep(1)  # another thread is at it; unless nobody reads what it prints
         os._exit(status)
@@ -168,6 +173,8 @@ def script_name() -> str:
 def leave_by(error):
     """Ends this process by what nobody caught: one line for what a user can put right and for a
     signal, else the traceback."""
+    if not pipes:
+        raise error
     if isinstance(error, SystemExit):
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)

@@ -226,7 +226,7 @@ class Team:
 def work(make, share, pipe, pipes_of_rank):
     """A worker's life: batch after batch, until its rank is gone. Never returns."""
     try:
-        be_a_child()
+        be_a_child(deaf=True)
         for other in pipes_of_rank:
             other.close()
         torch.set_num_threads(1)  # the rank's other threads are not here

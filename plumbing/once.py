@@ -3,6 +3,7 @@
 
 import os
 from datetime import timedelta
+from functools import lru_cache
 
 import torch.distributed as dist
 
@@ -19,15 +20,20 @@ def ranks_of_node() -> list:
     return list(range(first, first + size))
 
 
+@lru_cache(1)  # Trap: torch gives a second group of the same ranks the first one's addresses
+def group_of_node(world):
+    """A group of its own: it may wait longer than a step's sums may, and it joins only the ranks of
+    this node. One that ends is noticed at once, by its closed connection."""
+    return dist.new_group(ranks_of_node(), LONGEST, "gloo", use_local_synchronization=True)
+
+
 def once_a_node(work):
     """work() on the first rank of each node. -> what it returned, on all ranks of the node; or its
     InputError, on all of them alike."""
     ranks = ranks_of_node()
     if not dist.is_initialized() or len(ranks) == 1:
         return work()
-    # A group of its own: it may wait longer than a step's sums may, and it joins only the ranks of
-    # this node. One that ends is noticed at once, by its closed connection.
-    group = dist.new_group(ranks, LONGEST, "gloo", use_local_synchronization=True)
+    group = group_of_node(dist.group.WORLD)
     answer = [None, None]  # what was returned, or the error
     if rank() == ranks[0]:
         try:
@@ -35,7 +41,6 @@ def once_a_node(work):
         except InputError as e:
             answer[1] = e
     dist.broadcast_object_list(answer, ranks[0], group)
-    dist.destroy_process_group(group)
     if answer[1]:
         raise answer[1]
     return answer[0]

@@ -9,6 +9,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from plumbing.families import vision_tower
 from plumbing.ranks import gather_objects, world
 
+# Trap: without reduce_dtype the gradients of all chunks are summed in bfloat16 until they are
+# reduced, and the error grows with their number: 0.2 % of the gradient at 1, 1 % at 96, 2 % at 384.
+PRECISION = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
 
 def shard(embedder):
     """Each decoder layer is a unit of its own; all else is one more, gathered by every forward, so
@@ -16,7 +20,7 @@ def shard(embedder):
     units = [*embedder.mllm.get_decoder().layers, embedder]
     for unit in units:
         if embedder.device.type == "cuda":
-            fully_shard(unit, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+            fully_shard(unit, mp_policy=PRECISION)
         else:
             fully_shard(unit, mesh=init_device_mesh("cpu", (world(),)))
 

@@ -103,6 +103,23 @@ def as_chat(contents) -> list:
     return [{"role": role, "content": x} for role, x in zip(roles, contents, strict=False)]
 
 
+def write_prompt(processor, chat) -> str:
+    """A chat, and how the assistant's answer begins; an InputError where the template fails."""
+    variables = processor.tokenizer.special_tokens_map
+    template = chat_template(processor)
+    (text,) = render(template, [chat], variables, add_generation_prompt=True)
+    if isinstance(text, InputError):
+        raise text
+    return text
+
+
+def starts_itself(processor, prompt) -> bool:
+    """Whether a prompt brings the token that a tokenizer may put in front (Gemma 3's <bos>): two of
+    them are one too many."""
+    start = processor.tokenizer.bos_token
+    return bool(start) and prompt.startswith(start)
+
+
 class SpecialTokens:
     """Tokens that stand for themselves: a tokenizer cuts a text at them before all else.
 

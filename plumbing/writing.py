@@ -1,6 +1,7 @@
 """Files that a command writes: refused before the work where they cannot be written, and never half
 there. (Models: weights.py; checkpoints: checkpoint.py.)"""
 
+import errno
 import os
 import stat
 from contextlib import contextmanager, suppress
@@ -59,11 +60,12 @@ def told(path, name):
 
 def append_whole(path, line, name):
     """One more line at the end of a file, or none of it: a half-written one is cut off again."""
-    with told(path, name), open(path, "ab") as file:
+    # Without a buffer: what is left in one would be written when the file is closed.
+    with told(path, name), open(path, "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
-            file.write(line)
-            file.flush()
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             with suppress(OSError):
                 os.truncate(path, size)

@@ -4,10 +4,12 @@
 
 HOW: `error`, an exception that nobody expects, in rank 0's third step; `worker`, a loader process
 is killed, as the system does where memory is short; `deaf`, the main thread is inside one call of
-C; `leave`, the last rank alone gets a signal in a step that takes too long, each way to train."""
+C; `pool`, it has processes of another kind; `leave`, the last rank alone gets a signal in a step
+that takes too long, each way to train."""
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -23,11 +25,11 @@ import model  # noqa: E402
 import pretrain  # noqa: E402
 from plumbing import ending, loader, optim, ranks  # noqa: E402
 
-SMALL = "--model toy-random --steps 4 --batch 8 --workers 2 --chunk-tokens 100".split()
+SMALL = "--model toy-random --steps 4 --batch 4 --workers 2 --chunk-tokens 100".split()
 WAYS = {
     "pretrain": (pretrain, SMALL),
-    "contrastive": (contrastive, [*SMALL, "--block", "4", "--keep-graphs", "0"]),
-    "sharded": (contrastive, [*SMALL, *"--block 4 --muon-lr 0 --keep-graphs 0 --fsdp".split()]),
+    "contrastive": (contrastive, [*SMALL, "--block", "2", "--keep-graphs", "0"]),
+    "sharded": (contrastive, [*SMALL, *"--block 2 --muon-lr 0 --keep-graphs 0 --fsdp".split()]),
 }
 end_step = optim.end_step
 TOO_LONG = 0.0  # seconds: any step is, that meets a signal
@@ -102,6 +104,10 @@ def main(how, out):
     if how == "leave":
         return leave_steps(out)
     ending.watch_signals()
+    if how == "pool":
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            pool.map(abs, range(4))
+        return None
     if how == "deaf":
         print("deaf", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)

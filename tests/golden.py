@@ -35,6 +35,7 @@ import evaluate  # noqa: E402
 import model  # noqa: E402
 import pretrain  # noqa: E402
 from data import Item, read_dialogues  # noqa: E402
+from plumbing.errors import InputError  # noqa: E402
 from toy.world import Shapes  # noqa: E402
 
 STAGES = {"pretrain": pretrain, "contrastive": contrastive, "evaluate": evaluate}
@@ -203,7 +204,8 @@ BAD_FILES = {
     "twomarks.jsonl": pair(text="<image> <image>", image="p.png"),
     "lostpicture.jsonl": pair(text="<image> a", image="lost.png"),
     "outside.jsonl": pair(text="<image> a", image="../p.png"),
-    "badpicture.jsonl": pair(text="<image> a", image="bad.png") * 16,
+    "badpicture.jsonl": pair(text="<image> a", image="bad.png") * 15
+    + pair(text="<image> a", image="bad.png").replace('"b"', '"c"'),  # not all targets one
     "surrogate.jsonl": pair(text="\ud800"),
     "oneturn.jsonl": talk("human"),
     "wrongfrom.jsonl": talk("gpt", "human"),
@@ -287,7 +289,7 @@ def answer(stage, words) -> str:
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             module.main(module.Config.parse(words))
-    except model.InputError as e:
+    except InputError as e:
         return str(e).replace(f"{Path.cwd()}/", "").replace(str(HERE.parent), "ROOT")
     except SystemExit:
         return said.getvalue().splitlines()[-1].partition("error: ")[2]

@@ -5,6 +5,7 @@
 REFERENCES.pt holds what one process computed on the whole batch, the plain way; rank 0 writes how
 far each rank's gradient is from it in each setting."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -15,6 +16,9 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
@@ -88,6 +92,8 @@ class Result(NamedTuple):
     grad: torch.Tensor  # all of it, flat
     columns: int = 0
     chunk_tokens: int = 0
+    queries: int = 0  # of this rank
+    sums: int = 0  # messages that sum gradients over ranks
 
 
 FLAGS = {
@@ -157,7 +163,8 @@ def step(embedder, batch, budget=SOME) -> Result:
     """contrastive.gradcache_step on one rank's batch."""
     embedder.zero_grad(set_to_none=True)
     out = contrastive.gradcache_step(embedder, batch, TEMPERATURE, budget)
-    return Result(out.loss, out.top1, gradient(embedder), out.columns, out.chunk_tokens)
+    grad, queries = gradient(embedder), len(batch.labels)
+    return Result(out.loss, out.top1, grad, out.columns, out.chunk_tokens, queries)
 
 
 def forwards(batch, budget) -> int:
@@ -207,9 +214,33 @@ def contrast(embedder, budget=SOME) -> Result:
     return step(embedder, batch_of(embedder, rank(), world()), budget)
 
 
+def unequal_share(embedder) -> contrastive.Batch:
+    """The global batch over ranks that get 1, 2, ... queries, and the last one all others."""
+    first = rank() * (rank() + 1) // 2
+    last = 16 if rank() == world() - 1 else first + rank() + 1
+    chosen = contrastive.draw(PAIRS, batch_config(), 0)[first:last]
+    cfg = dataclasses.replace(batch_config(), batch=len(chosen))
+    with mock.patch.object(contrastive, "draw", lambda *_: chosen):
+        return contrastive.local_batch(PAIRS, embedder.collate, cfg, 0, 0, 1)
+
+
+def counted(run, module, name) -> Result:
+    """What run() gives, and how often it called a function on the way."""
+    with mock.patch.object(module, name, side_effect=getattr(module, name)) as calls:
+        result = run()
+    return result._replace(sums=calls.call_count)
+
+
+def contrast_in_buckets(embedder) -> Result:
+    """Gradients are summed in messages of about 50,000 numbers."""
+    small = functools.partial(sum_gradients, bucket=50_000)
+    with mock.patch.object(plumbing.ranks, "sum_gradients", small):
+        return counted(lambda: contrast(embedder), torch.distributed, "all_reduce")
+
+
 def contrast_sharded(embedder) -> Result:
     sharding.shard(embedder)
-    return contrast(embedder)
+    return counted(lambda: contrast(embedder), _fsdp_param_group, "foreach_reduce")
 
 
 def contrast_short_of_memory(embedder, in_pass) -> Result:
@@ -252,6 +283,8 @@ class Setting(NamedTuple):
 SETTINGS = {
     "one chunk at a time": Setting("all", lambda e: contrast(e, Budget(1, 0))),
     "chunks, one graph kept": Setting("all", contrast),
+    "unequal queries": Setting("all", lambda e: step(e, unequal_share(e))),
+    "several buckets": Setting("all", contrast_in_buckets),
     "everything in one chunk": Setting("all", lambda e: contrast(e, Budget(MOST))),
     "float32": Setting("all, float32", contrast),
     "frozen vision, cached": Setting("frozen", lambda e: contrast(e, Budget(200, 1, "device"))),
@@ -272,6 +305,10 @@ SETTINGS = {
 }
 
 
+POLICIES = {  # of FSDP on a GPU
+    "bfloat16": sharding.PRECISION,
+    "wrong: sums in bfloat16": MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+}
 build_once = functools.cache(build)
 
 
@@ -307,7 +344,24 @@ def gaps(got, want) -> dict:
         "top1": abs(got.top1 - want.top1),
         "gap": distance(got.grad, want.grad),
         "chunk_tokens": got.chunk_tokens,
+        "queries": got.queries,
+        "sums": got.sums,
     }
+
+
+def error_of_sums(policy, chunks) -> float:
+    """A sharded layer's gradient over so many chunks, in bfloat16, against sums in float64."""
+    torch.manual_seed(0)
+    inputs, grads = torch.randn(2, world(), chunks, 16, 32).bfloat16()  # of all ranks
+    want = torch.einsum("rcno,rcni->oi", grads.double(), inputs.double()) / world()
+    layer = torch.nn.Linear(32, 32, bias=False)
+    mesh = init_device_mesh("cpu", (world(),))
+    fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for i in range(chunks):
+        out = layer(inputs[rank(), i])
+        layer.set_requires_gradient_sync(i == chunks - 1)
+        out.backward(grads[rank(), i])
+    return distance(layer.weight.grad.full_tensor().double(), want)
 
 
 def main(references_file, result_file):
@@ -322,6 +376,8 @@ def main(references_file, result_file):
             Path(result_file).write_text(json.dumps(result, indent=1))
 
     note("ranks", unlike_shares())
+    for name, policy in POLICIES.items():
+        note(name, {chunks: error_of_sums(policy, chunks) for chunks in (1, 96)})
     for name, setting in SETTINGS.items():
         got = setting.run(built(setting.reference))
         note(name, gaps(got, wanted[setting.reference]))

@@ -1,5 +1,6 @@
 """Precision@1: a hit is a query whose right candidate is nearer than every other one."""
 
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from checks import close, equal, expect
 
 import evaluate
-from data import Item, Task
+from data import Item, Task, read_tasks
+from plumbing import retrieval, table
+from plumbing.errors import InputError
 
 
 def unit(x):
@@ -179,3 +182,138 @@ def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monk
         got = evaluate.score(shared, task, cfg)
         equal(got["p_at_1"], 0.0, warning)
         expect(warning in got.get("warning", ""), got, warning, "the reader must see it")
+
+
+# ------------------------------------------------------------------------------ one's own data
+
+
+def places_in_loops(q, c, candidates, rights, pool, tie=1e-6):
+    """Wrong ones that are not beaten by the best right one, of each query."""
+    found = []
+    for i, rows in enumerate(candidates):
+        right, others = rows[: rights[i]], rows[rights[i] :]
+        wrong = {r for r in (others or pool) if r not in right}
+        best = max(float(c[r] @ q[i]) for r in right)
+        found.append(sum(not best > float(c[r] @ q[i]) + tie for r in wrong))
+    return found
+
+
+def own_case(seed, n=600, m=80, D=12):
+    """Queries with one to three right rows; every third has candidates of its own."""
+    rng = np.random.default_rng(seed)
+    c, q, candidates, rights = unit(rng.standard_normal((m, D))), [], [], []
+    for i in range(n):
+        rows, P = rng.choice(m, 12, replace=False).tolist(), int(rng.integers(1, 4))
+        candidates.append(rows if i % 3 == 0 else rows[:P])
+        rights.append(P)
+        q.append(c[rows[0]] + 0.6 * rng.standard_normal(D))
+    return unit(np.array(q)), c, candidates, rights, list(range(m))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_places_equal_a_loop(seed):
+    """Against all targets but its own right ones, or against its own candidates; with ties; more
+    queries than a block."""
+    case = own_case(seed)
+    case[1][7] = case[1][9]  # two targets alike
+    equal(retrieval.places(*case).tolist(), places_in_loops(*case), "rank of the best right one")
+
+
+def test_with_one_right_candidate_it_is_the_papers_precision():
+    """Two routes to one number, for collapsed embeddings and NaN too."""
+    for q, c, candidates in (random_case(signal=2), random_case(signal=20), collapsed()):
+        for spoil in (False, True):
+            if spoil:
+                q = q.copy()
+                q[::4] = math.nan
+            got = retrieval.measures(q, c, candidates, [1] * len(q), [0])
+            close(got["p_at_1"], evaluate.precision_at_1(q, c, candidates), f"NaN: {spoil}", 1e-12)
+
+
+def test_recall_counts_the_first_k():
+    """A query whose right target is third of all: no hit, but recalled at 5; one that is eighth:
+    at 10. Two right targets: the better one counts. By chance 1 / 12, and 2 / 12."""
+    c = unit(np.stack([np.cos(np.arange(12) / 12), np.sin(np.arange(12) / 12)], 1))
+    q, pool = c[[0, 0, 0, 0]], list(range(12))
+    got = retrieval.measures(q, c, [[0], [2], [7], [11, 0]], [1, 1, 1, 2], pool)
+    equal([got[k] for k in ("p_at_1", "recall_at_5", "recall_at_10")], [0.5, 0.75, 1.0], "in order")
+    close(got["chance"], (3 / 12 + 2 / 12) / 4, "right ones among all", 1e-12)
+
+
+def own_pairs(folder):
+    """Four pairs: an equal target twice, two right ones, candidates of its own."""
+    rows = [
+        {"query": {"text": "one"}, "target": {"text": "1"}},
+        {"query": {"text": "eins"}, "target": {"text": "1"}},
+        {"query": {"text": "two"}, "target": [{"text": "2"}, {"text": "zwei"}]},
+        {"query": {"text": "three"}, "target": {"text": "3"}, "negatives": [{"text": "4"}]},
+    ]
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_ones_own_pairs_are_compared_with_all_targets_or_their_own_candidates(tmp_path, shared):
+    """Four distinct targets, of which a query's own right ones are no rivals; hard negatives where
+    the line has some. --limit cuts the queries, and not the targets."""
+    (task,) = read_tasks(own_pairs(tmp_path))
+    equal((task.name, task.meta_task, task.ood), ("pairs", "Retrieval", False), "a set")
+    equal([text for text, _ in task.pool], ["1", "2", "zwei", "3"], "distinct, in their order")
+    equal([[x.text for x in items] for _, items in task.queries],
+          [["1"], ["1"], ["2", "zwei"], ["3", "4"]], "right ones first")  # fmt: skip
+    got = evaluate.score(shared, task, evaluate.Config(workers=0))
+    close(got["chance"], (1 / 4 + 1 / 4 + 2 / 4 + 1 / 2) / 4, "right ones among all", 1e-9)
+    equal((got["queries"], got["recall_at_10"]), (4, 1.0), "there are no ten")
+    (few,) = read_tasks(own_pairs(tmp_path), limit=2)
+    equal((len(few.queries), len(few.pool)), (2, 4), "limit=2")
+    equal(evaluate.score(shared, few, evaluate.Config(workers=0))["queries"], 2, "limit=2")
+    with pytest.raises(InputError, match="--subsets A: chooses sets of MMEB or shapes"):
+        read_tasks(own_pairs(tmp_path), subsets="A")
+
+
+def test_own_data_go_through_the_script_to_the_table_and_the_json(tmp_path, capsys):
+    """Pairs, then pictures with captions; Recall@5 and 10 stand behind the queries. A picture that
+    is lost is named before anything is embedded."""
+    from tools.export import export_captions
+
+    scores = tmp_path / "s.json"
+    flags = dict(model="toy-random", workers=0, json=str(scores))
+    evaluate.main(evaluate.Config(data=own_pairs(tmp_path), **flags))
+    line = next(x for x in capsys.readouterr().out.splitlines() if "pairs (Retrieval)" in x)
+    expect(line.split()[4:6] == ["4", "R@5"] and "R@10 100.0" in line, line, "4 R@5 ... R@10", "")
+    row = json.loads(scores.read_text())["sets"]["pairs"]
+    equal(set(row) >= {"p_at_1", "recall_at_5", "recall_at_10", "queries"}, True, str(row))
+    export_captions(tmp_path, 3)
+    evaluate.main(evaluate.Config(data=str(tmp_path / "captions"), **flags))
+    equal(
+        list(json.loads(scores.read_text())["sets"]), ["captions_i2t", "captions_t2i"], "both ways"
+    )
+    (tmp_path / "captions" / "00001.png").unlink()
+    with pytest.raises(InputError, match="00001.png: no such picture"):
+        read_tasks(str(tmp_path / "captions"))
+
+
+def test_a_toy_set_has_as_many_queries_as_its_cap_says():
+    """`vqa:500` is 500, `vqa` 100; --limit cuts both."""
+    for subsets, limit, want in (("vqa:500", 0, 500), ("vqa", 0, 100), ("vqa:500", 20, 20),
+                                 ("vqa:5", 20, 5), ("vqa", 300, 300)):  # fmt: skip
+        (task,) = read_tasks(subsets=subsets, limit=limit)
+        equal(len(task.queries), want, f"--subsets {subsets} --limit {limit}")
+
+
+def test_scores_that_cannot_be_written_leave_the_old_ones(tmp_path, shared, monkeypatch):
+    """The disk is full at the end: one line, and the file of before."""
+    file = tmp_path / "s.json"
+    file.write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    cfg = evaluate.Config(json=str(file))
+    table.refuse_json(cfg)
+    monkeypatch.setattr(table, "versions", dict)
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    means = {"meta_tasks": {}, "ind": None, "ood": None, "overall": None}
+    with pytest.raises(InputError, match="--json .*s.json: not written: No space left on device"):
+        table.write_json(cfg, shared, {}, means)
+    equal((file.read_text(), len(list(tmp_path.iterdir()))), ("old", 1), "and no half of a new one")

@@ -44,6 +44,15 @@ def test_stage_1_without_the_mask(capsys, place):
     assert "with the mask off" not in said
 
 
+def test_stage_1_without_a_code_is_shown_as_it_is_trained(capsys, place):
+    """K = 0: training uses no mask, so that none is drawn and nothing is compared with it off."""
+    explain.main(["--compress-tokens", "0", "--pooling", "last"])
+    said = capsys.readouterr().out
+    drawn = re.findall(r"^  [hxCQA] ([#.]+)$", said, re.MULTILINE)
+    assert drawn == ["#" * (i + 1) + "." * (len(drawn) - 1 - i) for i in range(len(drawn))]
+    assert "with the mask off" not in said
+
+
 def test_stage_2_is_walked_through(capsys, place):
     """Several chunks, and a gradient that is the whole batch's."""
     explain.main(["contrastive", "--model", "toy-random"])

@@ -8,6 +8,7 @@ SmolVLM2, Gemma 3, InternVL. Tiny random models with the interface of the releas
 
 import copy
 import math
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -19,9 +20,11 @@ from transformers.utils import is_torchvision_available
 
 import contrastive
 import model
+import plumbing.families
 import pretrain
 from data import COMPRESS, CONTENT, PAD, QUESTION, Item
 from plumbing.config import TrainingFlags
+from plumbing.errors import InputError
 from plumbing.memory import Budget
 from plumbing.template import STYLES
 from plumbing.weights import Settings
@@ -167,6 +170,19 @@ def test_the_picture_reaches_the_questions_only_through_the_code(loaded):
     assert got > 1e-3, f"got {got:.1e}: the picture does not reach the questions through C"
     got = influence(loaded, cut_code=True, compress=False)
     assert got > 1e-3, f"got {got:.1e}: this test would not notice a missing mask"
+
+
+def test_a_family_whose_text_sees_pictures_past_the_mask_is_refused():
+    """Mllama's cross-attention looks at the picture itself: stage 1's mask is refused; without one
+    nothing is."""
+    decoder = torch.nn.ModuleDict({"layers": torch.nn.ModuleList()})
+    decoder.layers.append(torch.nn.ModuleDict({"cross_attn": torch.nn.Linear(2, 2)}))
+    mllm = SimpleNamespace(get_decoder=lambda: decoder, config=SimpleNamespace(model_type="mllama"))
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    with pytest.raises(InputError, match="mllama: its text sees pictures by cross-attention"):
+        plumbing.families.attention_mask(mllm, {"attention_mask": mask[0, 0]}, mask)
+    plain = torch.ones(1, 2)
+    assert plumbing.families.attention_mask(mllm, {"attention_mask": plain}, None) is plain
 
 
 def test_a_mask_that_hides_nothing_changes_nothing(loaded):

@@ -116,7 +116,7 @@ def test_a_full_disk_costs_log_lines_and_not_the_run(disk, whole, monkeypatch, c
 
     at_step(monkeypatch, 2, fill)
     at_step(monkeypatch, 3, filler.unlink)
-    train(out=str(out), save_every=0)
+    train(out=str(out), save_every=0, keep=2)
     said = capsys.readouterr().out
     assert said.count("lacks lines from here on") == 1 and "No space left" in said, said
     lines = (out / "log.jsonl").read_text().splitlines()[1:]

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import contrastive
 from plumbing.errors import InputError
+from plumbing.families import vision_tower
 from plumbing.memory import Budget, token_chunks, until_it_fits
 
 
@@ -422,6 +423,53 @@ def test_the_dropout_check_fails_without_replay(dropping, monkeypatch, trained):
     check_dropout(embedder, want, after, budget)
 
 
+# ------------------------------------------------------------------- dropout inside a frozen tower
+
+
+@pytest.fixture(scope="module")
+def tower_that_drops():
+    """An embedder in training mode whose frozen vision tower has dropout 0.5 in it (families other
+    than Qwen have some), and its whole batch in one graph."""
+    embedder = ranks.build("frozen")
+    vision_tower(embedder.mllm).merger.mlp.append(nn.Dropout(0.5))
+    embedder.train()
+    return embedder, ranks.whole_batch(embedder)
+
+
+REMEMBERED = SOME._replace(keep_graphs=0, vision_cache="device")
+
+
+def test_a_frozen_tower_drops_nothing(tower_that_drops):
+    """It is in evaluation mode while the rest is trained: what the vision cache remembers of the
+    first pass is what the second would have computed."""
+    embedder, want = tower_that_drops
+    equal(vision_tower(embedder.mllm).training, False, "Embedder.train")
+    equal(embedder.mllm.model.language_model.training, True, "the rest is trained")
+    for cache in ("off", "device"):
+        got = ranks.step(
+            embedder, ranks.batch_of(embedder), REMEMBERED._replace(vision_cache=cache)
+        )
+        check_step(got, want, f"vision cache {cache}")
+
+
+def test_the_check_of_the_frozen_tower_fails_in_training_mode(tower_that_drops):
+    """Negative control: a tower that drops."""
+    embedder, want = tower_that_drops
+    vision_tower(embedder.mllm).train()
+    try:
+        got = ranks.step(embedder, ranks.batch_of(embedder), REMEMBERED)
+    finally:
+        embedder.train()
+    gap = distance(got.grad, want.grad)
+    expect(gap > 0.01, f"gap {gap:.1e}", "> 0.01", "does the tower drop anything?")
+
+
+def test_a_tower_that_is_trained_goes_into_training_mode(embedder):
+    """Nothing is frozen: everything trains."""
+    embedder.train()
+    equal(vision_tower(embedder.mllm).training, True, "families.rest_frozen_tower")
+
+
 # ------------------------------------------------------------------------------------ several ranks
 
 
@@ -464,7 +512,7 @@ def check_rank(results, name, bound):
     top1 = max(mine["top1"] for mine in of_ranks)
     expect(gap <= bound, f"{name}: gap {gap:.1e}", f"<= {bound}", "d loss / d weights")
     expect(loss <= 10 * bound, loss, f"<= {10 * bound}", f"{name}: mean over all queries")
-    expect(top1 < 1e-9, top1, 0, f"{name}: hits over all ranks")
+    expect(top1 < 1e-6, top1, 0, f"{name}: hits over all ranks")
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -480,8 +528,12 @@ def test_ranks_together_have_the_gradient_of_one_process(ranks_of, world):
     equal(results["ranks"][-1]["pictures"], 0, "the last rank has text alone")
     for name in ("one chunk at a time", "chunks, one graph kept", "everything in one chunk"):
         check_rank(results, name, 1e-10)
-    check_rank(results, "frozen vision, cached", 1e-10)
-    check_rank(results, "LoRA", 1e-10)
+    for name in ("unequal queries", "several buckets", "frozen vision, cached", "LoRA"):
+        check_rank(results, name, 1e-10)
+    queries = [mine["queries"] for mine in results["unequal queries"]]
+    expect(len(set(queries)) == world and sum(queries) == 16, queries, "unequal", "unequal_share")
+    buckets = {mine["sums"] for mine in results["several buckets"]}
+    expect(len(buckets) == 1 and min(buckets) > 2, buckets, "as many on all ranks", "sum_gradients")
     check_rank(results, "float32", 1e-5)
 
 
@@ -521,8 +573,23 @@ def test_stage_1_and_evaluation_are_the_same_on_several_ranks(ranks_of, world):
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_ranks_have_the_gradient_of_one_process(ranks_of, world):
     """--fsdp (FSDP2): the same gradient to 1e-10, though the ranks have different numbers of chunks
-    and only some of them see pictures."""
+    and only some of them see pictures. A step reduces each unit's gradient once: in the backward
+    pass of the last chunk."""
     check_rank(ranks_of(world), "sharded", 1e-10)
+    units = len(ranks.built("all").mllm.get_decoder().layers) + 1  # see sharding.shard
+    sums = [mine["sums"] for mine in ranks_of(world)["sharded"]]
+    equal(sums, [units] * world, "one reduction of each unit a step")
+    expect(ranks_of(world)["ranks"][0]["chunks"] > 2, "few chunks", "several", "ranks.SOME")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_gradients_in_bfloat16_are_summed_in_float32(ranks_of, world):
+    """On a GPU --fsdp computes in bfloat16; of 96 chunks the sum is as good as of one. Negative
+    control: without reduce_dtype it is not."""
+    for mine in ranks_of(world)["bfloat16"]:
+        expect(mine["96"] < 1.2 * mine["1"], mine, "no growth with chunks", "sharding.PRECISION")
+    for mine in ranks_of(world)["wrong: sums in bfloat16"]:
+        expect(mine["96"] > 3 * mine["1"], mine, "growth with chunks", "does the check see it?")
 
 
 # -------------------------------------------------------------------------------- the batch's parts

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -51,6 +52,10 @@ class Answer(BaseHTTPRequestHandler):
             return
         if files is None or isinstance(wrong, tuple):
             status, head["X-Error-Code"] = wrong or (404, "RepoNotFound")
+            if status == 429:
+                head["Retry-After"] = 1
+                self.server.refusals -= 1
+                self.server.trouble = self.server.trouble if self.server.refusals else {}
         elif asked == "resolve":
             body, start, cut = files[path], self.headers["Range"], wrong
             head["ETag"] = f'"{repo}-{path}"'.replace("/", "-")
@@ -88,11 +93,13 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         self.repos, self.trouble, self.sent, self.log = {}, {}, [], home / "stderr"
+        self.home, self.refusals = home, 0  # how many 429 are still to come
         self.url = f"http://127.0.0.1:{self.server_port}"
         env = {k: v for k, v in os.environ.items() if not re.match("(?i)hf_|hugg|rank$|.*proxy", k)}
         env["HF_ENDPOINT"], env["HF_HOME"] = self.url, str(home)
         env["HF_HUB_DISABLE_XET"] = env["HF_HUB_DISABLE_TELEMETRY"] = "1"
         env["TQDM_POSITION"] = "-1"  # bars without a terminal
+        self.env = env
         self.child = subprocess.Popen(
             [sys.executable, "-c", CHILD],
             stdin=subprocess.PIPE,
@@ -134,7 +141,7 @@ def hub(tmp_path_factory):
     files |= {f"images_zip/{n}.zip": archive.getvalue() for n in "AB"}
     row = dict(qry_text=["q"], qry_img_path=[""], tgt_text=[["t"]], tgt_img_path=[[""]])
     files |= {f"{n}/test-0.parquet": table(**row) for n in "AB"}
-    for name in "set eval here cut half gated denied token down mute typo".split():
+    for name in "set eval here cut half busy ranks gated denied token down mute typo".split():
         hub.repos[f"datasets/team/{name}"] = files
         hub.repos[f"models/team/{name}"] = {"model.safetensors": b"#"}
     yield hub
@@ -217,6 +224,65 @@ def test_what_cannot_be_had_is_one_line_with_the_way_out(hub, data):
         says = f"InputError: --{'data' if data else 'model'} team/{name}: .*{says.format(page)}"
         expect(re.match(says, str(got)) and "\n" not in got, got, says, "fetch")
         equal([said, hub.files()], ["", []], "nothing but the error")
+
+
+def test_a_hub_that_was_asked_too_often_is_waited_for(hub):
+    """429 at the state of the repository, for which the library does not wait, and at a file's."""
+    places = {"GET /api/datasets/team/busy/revision": 2, "HEAD /datasets/team/busy/resolve": 0}
+    for asked, lines in places.items():
+        hub.trouble, hub.refusals = {asked: (429, "")}, 2
+        got, said = hub.ask(PAIRS.format("busy", "A"))
+        equal(got, READ, f"after 429 at {asked}")
+        equal(hub.trouble, {}, "both refusals were met")
+        equal(said.count("asked too often"), lines, f"lines that say so in {said}")
+        shutil.rmtree(hub.home / "hub")
+
+
+RANKS = """import time, torch.distributed as dist
+import data
+from plumbing import hub, ranks
+ranks.setup()
+here, was = ranks.rank(), hub.fetch_here
+def slow(*words):
+    assert here == 0, "only the first rank of a node asks the hub"
+    time.sleep(3)
+    return was(*words)
+hub.fetch_here = slow
+for name in ("team/ranks", "team/nowhere"):
+    try:
+        pairs = data.read_pairs(name, subsets="A")
+        print(f"rank {here}: {len(pairs['A'])} pairs", flush=True)
+    except ValueError as e:
+        print(f"rank {here}: {e}", flush=True)
+dist.barrier()
+ranks.leave(status=0)
+"""
+
+
+def test_of_the_ranks_of_a_node_one_fetches_and_the_others_wait(hub, tmp_path):
+    """Longer than a step's collectives may (here 1 s of patience for 3 s); an error reaches all."""
+    script = tmp_path / "script.py"
+    script.write_text(RANKS.replace("ranks.setup()", PATIENCE))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    env = {**hub.env, "PYTHONPATH": str(Path(model.__file__).parent), "OMP_NUM_THREADS": "1"}
+    hub.sent.clear()
+    done = subprocess.run([*launch, script], env=env, capture_output=True, text=True, timeout=240)
+    equal(done.returncode, 0, done.stderr[-3000:])
+    for rank in range(2):
+        expect(f"rank {rank}: 1 pairs" in done.stdout, done.stdout, "the data", "once_a_node")
+        error = f"rank {rank}: --data team/nowhere: no such folder, and not at"
+        expect(error in done.stdout, done.stdout, "the error on each rank", "once_a_node")
+    equal(hub.files(), [LIST, ZIP], "nothing twice")
+
+
+PATIENCE = "ranks.PATIENCE = ranks.timedelta(seconds=1); ranks.setup()"
 
 
 def test_an_unknown_subset_is_an_error_before_anything_is_fetched(hub):

@@ -158,3 +158,52 @@ def test_the_command_line_searches(folder, tmp_path, capsys, monkeypatch):
     both = search.Config.parse([*words, "--query-image", "x.png", "--text", "what is it?"])
     query = search.query_of(both)
     assert query == Item(f"{IMAGE} what is it?", ("x.png",)), query
+
+
+def test_its_own_picture_and_index_are_not_found_where_the_folder_is_the_working_folder(
+    folder, shared, capsys, monkeypatch
+):
+    """`--images .`, three times: the sheet and the index of the first are no pictures of it."""
+    monkeypatch.chdir(folder)
+    for images in (".", "./", "unter ordner/.."):
+        cfg = search.Config(images=images, text="two", out="out/search.png", top=20)
+        search.search(shared, cfg)
+        said = capsys.readouterr().out
+        assert "12 pictures in" in said and "search.png\n" in said, said
+        assert said.count(".PNG") + said.count("\u732b") == 12 and said.count("search.png") == 1, (
+            said
+        )
+    assert len(indices(folder)) == 1 and not list(folder.glob("*.npz")), "beside it"
+    assert "0 of them new" in said
+
+
+def test_a_search_that_cannot_be_is_refused_before_anything_is_loaded(folder, monkeypatch):
+    """A picture that is not there (without a word of --image-root, which a search has not), a sheet
+    of no kind, no folder, nothing asked."""
+    monkeypatch.setattr(model, "load_for", pytest.fail)
+    good = dict(images=str(folder), text="x", out=str(folder.parent / "x.png"))
+    for flags, says in (
+        (dict(query_image="gone.png"), "--query-image gone.png: no such file$"),
+        (dict(out="x.xyz"), "no kind of picture; end it with .png"),
+        (dict(out="x"), "no kind of picture; end it with .png"),
+        (dict(images="gone"), "no such folder, or no pictures"),
+        (dict(text=""), "a search needs --images"),
+    ):
+        with pytest.raises(InputError, match=says):
+            search.main(search.Config(**good | flags))
+
+
+def test_an_index_that_cannot_be_written_costs_nothing_but_itself(folder, shared, capsys):
+    """Its name is taken by a folder: the search says so, and finds."""
+    key = search.fingerprint(shared, IMAGE)
+    (folder.parent / f"pictures.index-{key}.npz").mkdir()
+    said = run(folder, shared, capsys, text="two", top=3)
+    assert "the index" in said and "a folder" in said and "wrote " in said, said
+    assert not list(folder.parent.glob(".*part*")), "nothing is left over"
+
+
+def test_a_long_name_and_a_long_text_are_printed_in_200_characters(folder, shared, capsys):
+    """The text is the sheet's title, too."""
+    (folder / "3.PNG").rename(folder / f"{'x' * 240}.png")
+    said = run(folder, shared, capsys, text="two " * 5000, top=20)
+    assert max(map(len, said.splitlines())) < 230 and "xxx\u2026" in said, said

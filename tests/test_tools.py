@@ -3,6 +3,11 @@
 import base64
 import io
 import json
+import re
+import resource
+import runpy
+import signal
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,7 +61,8 @@ def pictures(folder, n=6):
 
 
 def generate(*words):
-    generator.main([str(word) for word in words])
+    """The exit status of `python -m tools.generate`."""
+    return generator.main([str(word) for word in words])
 
 
 def checked(*words):
@@ -148,9 +154,64 @@ def test_a_reply_that_is_cut_off_fails(tmp_path):
     folder, asked = pictures(tmp_path / "p", 2), tmp_path / "q.txt"
     asked.write_text("describe the picture.\nwhat is in the picture?\nhow many objects are there?")
     flags = ["--images", folder, "--model", "toy", "--out", tmp_path / "d.jsonl"]
-    generate(*flags, "--questions", asked, "--max-tokens", 2, "--wait", 0)
+    status = generate(*flags, "--questions", asked, "--max-tokens", 2, "--wait", 0)
     assert "cut off" in lines(tmp_path / "d.jsonl.failed.jsonl")[0]["error"]
-    assert not (tmp_path / "d.jsonl").read_text()
+    assert status == 1 and not (tmp_path / "d.jsonl").exists(), "nothing came of it"
+
+
+@pytest.mark.parametrize(
+    "reply", ["<|assistant|> a dog", " <|im_start|>assistant\na dog", "</s>x", "<start_of_turn>a",
+              "[INST] a", "<think>a dog?</think> a dog"]
+)  # fmt: skip
+def test_a_reply_that_begins_with_a_templates_own_token_is_no_answer(reply):
+    """The server and the model disagree about the template: that must not be learned."""
+    with pytest.raises(InputError, match="begins with a template's own token"):
+        play(generator.interview(["a?", "b?", "c?"]), "fine", reply, "fine")
+    _, turns = play(generator.interview(["a?", "b?", "c?"]), "a < b", "<b>bold</b>", "<3")
+    assert [answer for _, answer in turns] == ["a < b", "<b>bold</b>", "<3"], "negative control"
+
+
+def test_a_model_that_writes_a_templates_token_first_makes_no_answer(tmp_path, monkeypatch):
+    """In this process too, where decoding would hide the token."""
+    folder, asked = pictures(tmp_path / "p", 1), tmp_path / "q.txt"
+    asked.write_text(QUESTIONS)
+    load = generator.load_mllm
+
+    def load_and_spoil(*args):
+        mllm, processor, has_adapter = load(*args)
+        first = processor.tokenizer.convert_tokens_to_ids("<|assistant|>")
+        make = mllm.generate
+
+        def spoiled(**inputs):
+            ids = make(**inputs)
+            ids[:, inputs["input_ids"].shape[1]] = first
+            return ids
+
+        mllm.generate = spoiled
+        return mllm, processor, has_adapter
+
+    monkeypatch.setattr(generator, "load_mllm", load_and_spoil)
+    flags = ["--images", folder, "--model", "toy", "--out", tmp_path / "d.jsonl", "--wait", 0]
+    assert generate(*flags, "--questions", asked) == 1
+    (failure,) = lines(tmp_path / "d.jsonl.failed.jsonl")
+    assert "template's own token: <|assistant|>" in failure["error"], failure
+
+
+def test_a_full_disk_costs_no_dialogue_that_is_there(tmp_path):
+    """A line that does not fit is cut off again, and one line says so."""
+    out, limit = tmp_path / "d.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    turns = [("what?", "a dog")]
+    generator.append_dialogue(out, "0.png", turns)
+    whole = out.read_bytes()
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else it would end the process
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limit[1]))
+        with pytest.raises(InputError, match="--out .*d.jsonl: not written: .*stays as it was"):
+            generator.append_dialogue(out, "1.png", turns)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, old)
+    assert out.read_bytes() == whole
 
 
 # ------------------------------------------------------------------------------- a server elsewhere
@@ -212,8 +273,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # conftest.py: offline
+def server():
+    """On this machine: it must be asked although HF_HUB_OFFLINE is set, see conftest.py."""
     server = Server()
     yield server
     server.shutdown()
@@ -247,16 +308,79 @@ def test_a_server_that_misbehaves_costs_a_retry_and_what_always_fails_is_listed(
     assert {w for w, _ in server.seen} == {41} and len(lines(out)) == 12
 
 
-def test_a_dead_server_ends_the_run_soon(tmp_path, monkeypatch):
-    """Fifty failures and no success: the address is wrong, not the pictures."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+@pytest.mark.parametrize(
+    "address",
+    [
+        "localhost:8000",
+        "ftp://x/v1",
+        "http://",
+        "http://a b/",
+        "http://h:99999/v1",
+        "http://\u732b/",
+    ],
+)
+def test_a_server_that_is_no_url_is_refused(tmp_path, address):
+    """Before any picture is looked for."""
+    flags = ["--images", tmp_path / "no", "--model", "m", "--out", tmp_path / "d.jsonl"]
+    with pytest.raises(InputError, match="no URL; http://localhost:8000/v1 is one"):
+        generate(*flags, "--server", address)
+
+
+def test_a_server_that_is_not_there_ends_the_run_at_the_first_connection(tmp_path, capsys):
+    """Not after 50 pictures, three times each."""
+    folder = pictures(tmp_path / "p", 3)
+    flags = ["--images", folder, "--model", "m", "--out", tmp_path / "d.jsonl"]
+    with pytest.raises(InputError, match="--server .*not reached.*is it running"):
+        generate(*flags, "--server", "http://127.0.0.1:9/v1", "--batch", 1, "--wait", 600)
+    assert "wrote" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("d.jsonl*")), "nothing was made"
+
+
+@pytest.mark.parametrize("what", ["nothing", "404", "not text"])
+def test_a_server_that_answers_with_nothing_ends_with_status_1(tmp_path, capsys, what, monkeypatch):
+    """An empty answer, an unknown model, an answer of another kind."""
+    answers = {
+        "nothing": b"",
+        "not text": b'{"choices": [{"message": {"content": [1]}}]}',
+        "404": b'{"error": "no such model"}',
+    }
+
+    class Odd(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(404 if what == "404" else 200)
+            self.end_headers()
+            self.wfile.write(answers[what])
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    folder = pictures(tmp_path / "p", 2)
+    flags = ["--images", folder, "--model", "m", "--out", tmp_path / "d.jsonl", "--wait", 0]
+    flags += ["--server", f"http://127.0.0.1:{server.server_port}/v1"]
+    try:
+        if what == "404":
+            with pytest.raises(InputError, match="404 Not Found: .*no such model"):
+                generate(*flags)
+        else:
+            assert generate(*flags) == 1
+            assert "the server's answer is no" in str(lines(tmp_path / "d.jsonl.failed.jsonl"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "wrote" not in capsys.readouterr().out
+
+
+def test_pictures_are_sent_with_no_more_than_max_pixels(tmp_path, server):
+    """--max-pixels, for a server: the width tells which size arrived."""
     folder = tmp_path / "p"
     folder.mkdir()
-    for i in range(60):
-        Image.new("RGB", (32, 32)).save(folder / f"{i}.png")
+    Image.new("RGB", (400, 100)).save(folder / "a.png")
     flags = ["--images", folder, "--model", "m", "--out", tmp_path / "d.jsonl"]
-    with pytest.raises(InputError, match="50 pictures failed and none did not"):
-        generate(*flags, "--server", "http://127.0.0.1:9/v1", "--timeout", 1)
+    assert generate(*flags, "--server", server.url, "--max-pixels", 10_000) == 0
+    assert {width for width, _ in server.seen} == {200}, "200 x 50"
 
 
 # ------------------------------------------------------------------------------------ checking data
@@ -302,6 +426,53 @@ def test_check_reads_folders_in_mmebs_layout(tmp_path, capsys):
     checked(train, "--clean", tmp_path / "clean")
     read = data.read_pairs(str(tmp_path / "clean"), str(train))
     assert sorted(read) == ["classify", "ground", "i2t", "t2i"] and len(read["classify"]) == 3
+
+
+def test_check_never_writes_over_its_source(tmp_path):
+    """Under any of its names: the file's, a link's, a folder's; nor does --list-bad."""
+    export.export(str(tmp_path), n=2)
+    talks, train = tmp_path / "dialogues.jsonl", tmp_path / "MMEB-train"
+    (tmp_path / "link.jsonl").symlink_to(talks)
+    before = talks.read_bytes()
+    for words in (
+        (talks, "--clean", talks),
+        (talks, "--clean", tmp_path / "link.jsonl"),
+        (train, "--clean", train),
+        (talks, "--list-bad", talks),
+    ):
+        with pytest.raises(InputError, match="would be written over"):
+            checked(*words)
+    assert talks.read_bytes() == before
+
+
+def test_a_copy_that_cannot_be_written_is_one_line_and_costs_nothing(tmp_path, monkeypatch):
+    """A full disk while it is written: the copy of before stays whole, no part of a new one."""
+    export.export(str(tmp_path), n=2)
+    clean = tmp_path / "c" / "good.jsonl"
+    checked(tmp_path / "dialogues.jsonl", "--clean", clean)
+    before = clean.read_bytes()
+
+    def full(lines, chosen, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("plumbing.lines.Lines.copy", full)
+    with pytest.raises(InputError, match="--clean .*good.jsonl: not written: No space left"):
+        checked(tmp_path / "dialogues.jsonl", "--clean", clean)
+    assert clean.read_bytes() == before and [p.name for p in (tmp_path / "c").iterdir()] == [
+        "good.jsonl"
+    ]
+    with pytest.raises(InputError, match="--list-bad .*: not written"):
+        checked(tmp_path / "dialogues.jsonl", "--list-bad", clean / "below" / "x.jsonl")
+
+
+def test_one_wrong_root_is_said_once(tmp_path, capsys):
+    """With how many pictures are not there, and not twenty times."""
+    export.export(str(tmp_path), n=8)
+    (tmp_path / "empty").mkdir()
+    assert checked(tmp_path / "dialogues.jsonl", "--image-root", tmp_path / "empty") == 1
+    said = capsys.readouterr().out
+    assert said.count("no such picture") == 1 and "(so it is with 7 more)" in said, said
 
 
 def test_check_of_nothing_is_an_error(tmp_path):
@@ -449,10 +620,59 @@ def test_each_command_explains_itself_on_one_page(name, capsys):
     assert end.value.code == 2
 
 
-def test_every_command_is_here():
-    """A file in tools/ with a command line has its help tested above, and no other has."""
-    files = {path.stem for path in Path(look.__file__).parent.glob("*.py")}
-    commands = {
-        name for name in files if "__main__" in Path(look.__file__).with_stem(name).read_text()
-    }
+def test_every_command_is_here(monkeypatch, capsys):
+    """A file in tools/ with a command line has its help tested above, and no other has; `python -m
+    tools` lists them all, each with what it does."""
+    room = Path(look.__file__).parent
+    files = {path.stem for path in room.glob("*.py") if path.stem.isidentifier()} - {"__main__"}
+    commands = {name for name in files if "__main__" in (room / f"{name}.py").read_text()}
     assert commands == set(HELP), commands ^ set(HELP)
+    monkeypatch.setattr(sys, "argv", ["tools"])
+    runpy.run_path(str(room / "__main__.py"), run_name="__main__")
+    listed = dict(re.findall(r"^    (\w+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert set(listed) == commands and all(len(text) > 20 for text in listed.values()), listed
+    monkeypatch.setattr(sys, "argv", ["tools", "serch"])
+    with pytest.raises(SystemExit, match="no command in serch\n"):
+        runpy.run_path(str(room / "__main__.py"), run_name="__main__")
+
+
+# ---------------------------------------------------------------------------------------- exporting
+
+
+def test_export_writes_every_format_and_they_read_back(tmp_path, capsys):
+    """Dialogues, pairs, captions twice, MMEB's two layouts: the toy world's own examples. An
+    evaluation set keeps its meta-task."""
+    export.main([str(tmp_path / "toy"), "--examples", "3"])
+    top = str(tmp_path / "toy")
+    talks, toy = data.read_dialogues(f"{top}/dialogues.jsonl"), data.read_dialogues()
+    assert [talks[i].turns for i in range(3)] == [toy[i].turns for i in range(3)]
+    (pairs,) = data.read_pairs(f"{top}/pairs.jsonl").values()
+    sets = data.read_pairs()
+    want = [sets[task][i].query.text for i in range(3) for task in sets]
+    assert [pair.query.text for pair in pairs] == want
+    for folder in ("captions", "captions-csv"):
+        captions = data.read_dialogues(f"{top}/{folder}")
+        assert [d.turns[0][1] for d in captions] == [scene(i).describe() for i in range(3)]
+        assert len(data.read_pairs(f"{top}/{folder}")) == 2
+    assert {len(x) for x in data.read_pairs(f"{top}/MMEB-train").values()} == {3}
+    kinds = {(t.name, t.meta_task, t.ood) for t in data.read_tasks(f"{top}/MMEB-eval")}
+    assert kinds == {(t.name, t.meta_task, t.ood) for t in data.read_tasks()}
+    for file in ("MMEB-train", "MMEB-eval", "captions", "captions-csv", "pairs.jsonl"):
+        assert checked(f"{top}/{file}") == 0, file
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": 1}', '{"a": {"meta_task": "Cooking"}}',
+                                  '{"a": {"meta_task": "VQA", "odd": true}}'])  # fmt: skip
+def test_what_sets_json_may_not_say_is_one_line(tmp_path, text):
+    """The meta-tasks of one's own sets: of MMEB's four, or Other."""
+    (tmp_path / "sets.json").write_text(text)
+    with pytest.raises(InputError, match="sets.json: "):
+        data.read_tasks(str(tmp_path))
+
+
+def test_export_into_a_place_that_is_none_is_one_line(tmp_path):
+    """Below a file."""
+    (tmp_path / "file").write_text("whole")
+    with pytest.raises(InputError, match="not written"):
+        export.main([str(tmp_path / "file" / "x")])
+    assert (tmp_path / "file").read_text() == "whole"

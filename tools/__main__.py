@@ -1,4 +1,5 @@
-"""`python -m tools`: the list of the commands, each with the first lines of its docstring."""
+"""What the room says of itself where no command is named: the list of them, each with the first
+lines of its docstring."""
 
 import ast
 import sys
@@ -32,4 +33,4 @@ def listing() -> str:
 if set(sys.argv[1:]) <= {"--help", "-h"}:
     print(listing())
 else:
-    sys.exit(f"python -m tools: no command in {' '.join(sys.argv[1:]):.100}\n{listing()}")
+    sys.exit(f"tools: no command in {' '.join(sys.argv[1:]):.100}\n{listing()}")

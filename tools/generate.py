@@ -39,6 +39,7 @@ from plumbing.folders import place
 from plumbing.formats import IMAGE, located
 from plumbing.images import open_image
 from plumbing.ranks import run_command
+from plumbing.template import starts_itself, write_prompt
 from plumbing.weights import Options, load_mllm
 from plumbing.writing import append_whole, refuse_unwritable, written
 from tools.conversations import as_conversations
@@ -159,20 +160,20 @@ def converse(replies, talks) -> dict:
 # ------------------------------------------------------------------------------------- who is asked
 
 
-def ask_model(args):
-    """-> function([(picture, chat)]) -> replies, of an MLLM in this process, all in a batch."""
-    path = place(args.model)
-    options = Options(max_pixels=args.max_pixels)
+def load_asked(args) -> tuple:
+    """-> (the MLLM that is asked in this process, its processor)."""
+    path, options = place(args.model), Options(max_pixels=args.max_pixels)
     mllm, processor, has_adapter = load_mllm(path, args.model, options)
     if has_adapter:  # which may have taught the rows of new tokens
         add_compression_tokens(mllm, processor.tokenizer, 0)
         load_adapter(mllm, path)
-    ends = mllm.generation_config.eos_token_id  # one or several
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    ends.add(processor.tokenizer.eos_token_id)
-    added = processor.tokenizer.added_tokens_decoder  # a template's own tokens are among them
-    own = {token_id for token_id, token in added.items() if token.special} - ends
-    mllm = mllm.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return mllm.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def ask_model(args):
+    """-> function([(picture, chat)]) -> replies, of an MLLM in this process, all in a batch."""
+    mllm, processor = load_asked(args)
+    read = reply_reader(mllm, processor.tokenizer)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": False}
     if args.temperature:
@@ -181,34 +182,43 @@ def ask_model(args):
     def prompt(chat):
         talk = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in chat]
         talk[0]["content"].insert(0, {"type": "image"})
-        return processor.apply_chat_template(talk, add_generation_prompt=True)
+        return write_prompt(processor, talk)
 
     @torch.no_grad()
     def replies(asked):
         prompts = [prompt(chat) for _, chat in asked]
-        first = processor.tokenizer.bos_token
         inputs = processor(
             text=prompts,
+            add_special_tokens=not starts_itself(processor, prompts[0]),
             images=[[picture] for picture, _ in asked],
             padding=True,
             padding_side="left",  # every reply begins in the same column
-            # Gemma 3's template writes the first token itself, and must not get two.
-            add_special_tokens=not (first and prompts[0].startswith(first)),
             return_tensors="pt",
         ).to(mllm.device)
         ids = mllm.generate(**inputs, max_new_tokens=args.max_tokens, **sampling)
-        ids = ids[:, inputs["input_ids"].shape[1] :]
-        texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers = []
-        for row, text in zip(ids.tolist(), texts, strict=True):
-            if row[0] in own:  # `skip_special_tokens` has hidden it
-                token = processor.tokenizer.decode(row[:1])
-                answers.append(InputError(f"the reply begins with a template's own token: {token}"))
-            else:  # a reply is whole when its end was written; the others are cut off
-                answers.append(text if ends & set(row) else CutOff(text))
-        return answers
+        return [read(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
 
     return replies
+
+
+def reply_reader(mllm, tokenizer):
+    """-> function(a reply's ids) -> its text; or the error, where it is cut off, or begins with a
+    token of the template."""
+    ends = mllm.generation_config.eos_token_id  # one or several
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    ends.add(tokenizer.eos_token_id)
+    added = tokenizer.added_tokens_decoder  # a template's own tokens are among them
+    own = {token_id for token_id, token in added.items() if token.special} - ends
+
+    def read(ids):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if ids[0] in own:  # decoding has hidden it
+            token = tokenizer.decode(ids[:1])
+            return InputError(f"the reply begins with a template's own token: {token}")
+        # A reply is whole when its end was written; the others are cut off.
+        return text if ends & set(ids) else CutOff(text)
+
+    return read
 
 
 def ask_server(args):
