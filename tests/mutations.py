@@ -3,6 +3,7 @@ instead, the tests that should notice, as words for pytest)."""
 
 from typing import NamedTuple
 
+from mutations_files import FILES
 from mutations_five import FIVE
 from mutations_rooms import ROOMS
 
@@ -14,4 +15,4 @@ class Mutation(NamedTuple):
     tests: str
 
 
-MUTATIONS = [Mutation(*m) for m in FIVE + ROOMS]
+MUTATIONS = [Mutation(*m) for m in FIVE + ROOMS + FILES]

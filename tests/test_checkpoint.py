@@ -163,7 +163,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(shared, tmp_path, mo
 def test_other_data_are_not_resumed_with(tmp_path, monkeypatch):
     """The same name, the same number of lines, another word: not the same run."""
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n')
+    line = '{"query": {"text": "q"}, "target": {"text": "t"}}\n'
+    pairs.write_text(line + line.replace('"t"', '"u"').replace('"q"', '"p"'))
     cfg = contrastive.Config(model="toy-random", steps=2, batch=4, block=4, workers=0, save_every=1)
     cfg = dataclasses.replace(cfg, muon_lr=0.0, data=str(pairs), out=str(tmp_path / "out"))
     with monkeypatch.context() as patch:

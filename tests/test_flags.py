@@ -477,9 +477,12 @@ def run_stages(folder):
     first, second = str(folder / "first"), str(folder / "second")
     run("pretrain", pretrain.main, batch=2, out=first, **small)
     run("contrastive", contrastive.main, batch=4, block=2, model=first, out=second, **small)
+    whole = dict(model="toy-random", steps=0, workers=0, freeze_vision=True)
+    run("pretrain", pretrain.main, out=str(folder / "whole"), **whole)
     for command, stage in (("pretrain", pretrain), ("contrastive", contrastive)):
         (folder / "begun" / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
         run(command, stage.main, model="toy", workers=0, out=str(folder / "begun"))
+        run(command, stage.main, model="toy", workers=0, steps=0, out=str(folder / "all"))
     scores = str(folder / "scores.json")
     run("evaluate", evaluate.main, model="toy", subsets="vqa", limit=1, workers=0, json=scores)
     export.export(folder / "toy", 2)

@@ -3,6 +3,7 @@ them. (What ends a worker, or its rank: test_ending.py.)"""
 
 import os
 import time
+import weakref
 from pathlib import Path
 
 import families
@@ -89,6 +90,83 @@ def test_the_first_error_counts(workers):
         list(loader.prefetch(make, range(2), workers))
     tried = loader.prefetch(lambda i: loader.try_each(bad, range(5), True), range(1), workers)
     equal([str(x) for x in next(tried)], ["None"] * 3 + ["row 3", "row 4"], "try_each")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_each_row_is_made_once(workers, tmp_path):
+    """By the worker whose turn it is, one row after the other: the work is shared, not repeated."""
+
+    def row(x):
+        with open(tmp_path / f"{x}", "a") as file:
+            file.write(f"{os.getpid()} ")
+        return x
+
+    batches = loader.prefetch(
+        lambda i: loader.each(row, range(9 * i, 9 * i + 9)), range(2), workers
+    )
+    equal(list(batches), [list(range(9)), list(range(9, 18))], "order")
+    makers = [(tmp_path / f"{x}").read_text().split() for x in range(18)]
+    equal([len(pids) for pids in makers], [1] * 18, "Share.take")
+    equal(len({pids[0] for pids in makers}), workers, "each worker has its share")
+    equal(
+        [makers[x] == makers[x + workers] for x in range(9 - workers)], [True] * (9 - workers), ""
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_is_not_kept_behind_its_users_back(workers):
+    """What was yielded is freed as soon as its user lets it go: the next one needs the room."""
+    batches = loader.prefetch(lambda i: torch.zeros(3), range(4), workers)
+    for x in batches:
+        there = weakref.ref(x)
+        del x
+        assert there() is None
+
+
+def test_the_workers_hold_no_more_with_each_batch():
+    """Descriptors of a worker and of its rank, which may have a thousand; and where there are fewer
+    rows than workers."""
+
+    def held(_):
+        return loader.each(lambda x: (len(os.listdir("/proc/self/fd")), torch.zeros(9)), range(2))
+
+    theirs, ours = [], []
+    for made in loader.prefetch(held, range(12), 3):
+        theirs.append([count for count, _ in made])
+        ours.append(holdings()[0])
+    equal(theirs[-1], theirs[2], "answer: os.close")
+    equal(ours[-1], ours[2], "Team.share_of: os.close")
+
+
+def test_no_workers_are_left_where_one_cannot_be_forked(monkeypatch):
+    """As where a limit on processes is met: those before it are ended."""
+    there, calls, fork = holdings(), [], os.fork
+
+    def limited():
+        calls.append(1)
+        if len(calls) > 2:
+            raise BlockingIOError("no more processes")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", limited)
+    with pytest.raises(InputError, match="no loader process 3: no more .*; fewer --workers"):
+        next(loader.prefetch(batch, range(3), 4))
+    equal(holdings()[1], there[1], "Team.close")
+
+
+@pytest.mark.parametrize(("what", "says"), [("make", "out of memory in a"), ("send", "no memory")])
+def test_memory_that_is_short_in_a_worker_is_one_clear_line(what, says, monkeypatch):
+    """While a batch is made, and while it is written for the rank."""
+
+    def make(i):
+        if what == "make":
+            raise MemoryError
+        return torch.zeros(3)
+
+    if what == "send":
+        monkeypatch.setattr(os, "memfd_create", lambda name: os.open("/dev/full", os.O_WRONLY))
+    with pytest.raises(InputError, match=f"{says}.*try fewer --workers"):
+        list(loader.prefetch(make, range(2), 2))
 
 
 def test_an_error_of_another_kind_in_a_worker_shows_where_it_was():

@@ -13,6 +13,7 @@ import subprocess
 import tracemalloc
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -238,6 +239,18 @@ def test_limits_hold_for_every_format_before_its_pixels_are_decoded(tmp_path, mo
         open_image(Image.new("RGB", (0, 3)))
 
 
+@pytest.mark.parametrize(
+    ("most", "beyond"),
+    [((200, 1), (201, 1)), ((1, 200), (1, 201)), ((10_000, 10_000), (10_000, 10_001)),
+     ((1, 1), (0, 5))],
+)  # fmt: skip
+def test_the_limits_of_a_size_are_where_they_are_said_to_be(most, beyond):
+    """1e8 pixels, 200:1 lying or standing; something at all."""
+    images_module.refuse_size(most)
+    with pytest.raises(ValueError, match=f"{beyond[0]} x {beyond[1]} pixels; at most 1e8 and 200"):
+        images_module.refuse_size(beyond)
+
+
 def test_only_the_first_of_many_frames_is_decoded():
     """A GIF and a TIFF of 200 frames."""
     frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(200)]
@@ -296,6 +309,15 @@ def test_a_picture_is_turned_as_exif_says(kind, turn):
     for ref in (io.BytesIO(whole), Image.open(io.BytesIO(whole))):
         image = open_image(ref)
         assert (image.size, image.tobytes()) == (want.size, want.tobytes())
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "I;16"])
+def test_a_picture_of_another_mode_is_turned_too(mode):
+    """Its EXIF is read before its pixels become other ones."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encoded("PNG", Image.new(mode, (40, 20)), exif=exif)
+    assert open_image(io.BytesIO(whole)).size == (20, 40)
 
 
 @pytest.mark.parametrize("what", ODD)
@@ -363,6 +385,23 @@ def test_transparent_is_white_in_every_mode():
         assert image.getpixel((0, 0)) == (255, 255, 255), mode
 
 
+def test_a_key_of_16_bits_is_one_of_the_colours_high_bytes():
+    """PNG of three colours of 16 bits: Pillow keeps their high bytes, and the key as it was."""
+
+    def chunk(kind, content):
+        check = struct.pack(">L", zlib.crc32(kind + content))
+        return struct.pack(">L", len(content)) + kind + content + check
+
+    pixels = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1334, 0x5678, 0x9ABC)
+    whole = b"\x89PNG\r\n\x1a\n" + b"".join([
+        chunk(b"IHDR", struct.pack(">LLBBBBB", 2, 1, 16, 2, 0, 0, 0)),
+        chunk(b"tRNS", pixels[:6]), chunk(b"IDAT", zlib.compress(b"\0" + pixels)),
+        chunk(b"IEND", b""),
+    ])  # fmt: skip
+    image = open_image(io.BytesIO(whole))
+    assert [image.getpixel((i, 0)) for i in range(2)] == [(255, 255, 255), (0x13, 0x56, 0x9A)]
+
+
 def test_whole_numbers_are_of_8_or_of_16_bits():
     """ "I;16" has 16, and so has PNG; mode "I" by its range: 0 to 255 came out black."""
     grey = np.array([[0, 100, 200, 255]])
@@ -373,8 +412,10 @@ def test_whole_numbers_are_of_8_or_of_16_bits():
         assert got == grey[0].tolist(), f"{mode} times {scale}: got {got}"
     dark = Image.fromarray(np.array([[0, 255]], np.uint16))  # known to be 16 bits: it is dark
     assert open_image(io.BytesIO(encoded("PNG", dark))).getpixel((1, 0)) == (0, 0, 0)
-    with pytest.raises(InputError, match="its pixels go from -1 to 70000; save it with 8 or 16"):
-        open_image(Image.fromarray(np.array([[-1, 70000]], np.int32)))
+    for low, high in ((-1, 70000), (-1, 255), (0, 65536)):
+        says = f"its pixels go from {low} to {high}; save it with 8 or 16"
+        with pytest.raises(InputError, match=says):
+            open_image(Image.fromarray(np.array([[low, high]], np.int32)))
     keyed = encoded(
         "PNG", Image.fromarray(np.array([[40000, 20000]], np.uint16)), transparency=40000
     )
@@ -453,6 +494,11 @@ def test_the_hub_caches_own_links_are_followed(tmp_path):
     for root in (snapshot, snapshot / "images"):
         assert found(Images(root), "A/a.png") == (40, 20)
         assert found(Images(root), "A/b.png") == "outside"
+    own = tmp_path / "mine" / "snapshots" / "monday"  # a name is no cache
+    own.mkdir(parents=True)
+    picture_at(tmp_path / "mine" / "blobs" / "s.png")
+    (own / "s.png").symlink_to("../../blobs/s.png")
+    assert found(Images(own), "s.png") == "outside"
 
 
 def test_what_leaves_the_root_is_refused(tmp_path):
@@ -472,10 +518,37 @@ def test_what_leaves_the_root_is_refused(tmp_path):
         "../../etc/passwd", str(secret), "/etc/passwd", f"{root}/../secret/s.png",
         "file.png", "images/file.png",
         "A/file.png", "folder/s.png", "A/folder/s.png", f"{root}/folder/s.png",
+        "images/../../nothing/there.png",
     ):  # fmt: skip
         assert found(images, path) == "outside", path
+    (root / "dangling.png").symlink_to("images/A/gone.png")
+    assert found(Images(root), "dangling.png") == "missing"
     (root / "inner.png").symlink_to("images/A/a.png")  # a link that stays inside
     assert found(Images(root), "inner.png") == (40, 20)
+
+
+def test_each_of_many_links_is_looked_at(tmp_path):
+    """Their hashes are searched, wherever they stand in the folder; a neighbour whose name begins
+    like the root's is outside."""
+    secret = picture_at(tmp_path / "root-2" / "s.png")
+    (tmp_path / "root").mkdir()
+    for i in range(40):
+        (tmp_path / "root" / f"{i}.png").symlink_to(secret)
+    images = Images(tmp_path / "root")
+    for i in range(40):
+        assert found(images, f"{i}.png") == "outside", i
+
+
+def test_what_is_lost_is_named_in_brief_and_counted(tmp_path):
+    """What is nowhere, what leads nowhere; and what lies outside."""
+    (tmp_path / "dangling.png").symlink_to("gone.png")
+    images = Images(tmp_path)
+    for path in ("x" * 5000, "dangling.png"):
+        images.find(path)
+    assert [len(str(name)) <= 200 for name in images.lost] == [True, True]
+    with pytest.raises(InputError) as caught:
+        images.find("../" + "x" * 5000)
+    assert len(str(caught.value)) < 200 + len(str(tmp_path)) + 150
 
 
 def test_a_wrong_root_is_said_once(tmp_path):
@@ -488,6 +561,7 @@ def test_folders_are_listed_once_for_all_look_ups(tmp_path, monkeypatch):
     """The disk is asked once a folder and not for each picture; what is newer is still found."""
     for i in range(30):
         picture_at(tmp_path / f"part{i % 3}" / f"{i}.png")
+    top = picture_at(tmp_path / "top.png")
     images, listed = Images(tmp_path), []
     images.find("part0/0.png")
 
@@ -501,6 +575,7 @@ def test_folders_are_listed_once_for_all_look_ups(tmp_path, monkeypatch):
             patch.setattr(os.path, name, lambda *_: pytest.fail("the disk was asked again"))
         for i in range(30):
             assert images.find(f"part{i % 3}/{i}.png") == f"{tmp_path}/part{i % 3}/{i}.png"
+        assert images.find("top.png") == images.find("./top.png") == str(top)
     assert len(listed) == 2, "one for each of the other folders"
     picture_at(tmp_path / "part0" / "new.png")
     assert found(images, "part0/new.png") == (40, 20)
@@ -529,10 +604,11 @@ CONTENTS = {
 
 
 def test_zips_are_read_as_zipfile_reads_them(tmp_path, monkeypatch):
-    """Stored and deflated, with bytes before the zip and a comment after it, with 64-bit numbers;
-    of two members of one name the last."""
+    """Stored and deflated, with bytes before the zip and a comment after it, with 64-bit numbers,
+    with a comment on each member, with another zip in it; of two members of one name the last."""
     path = tmp_path / "x.zip"
-    for change in ("stored", "deflated", "before", "comment", "wide", "doubled"):
+    inner = zip_of(tmp_path / "inner.zip", {"other": b"1"})
+    for change in ("stored", "deflated", "before", "comment", "wide", "doubled", "noted"):
         if change == "wide":
             monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
             monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
@@ -546,6 +622,11 @@ def test_zips_are_read_as_zipfile_reads_them(tmp_path, monkeypatch):
                 archive.comment = b"a comment PK" * 9
                 if change == "doubled":
                     archive.writestr("b", b"the last one")
+        if change == "noted":
+            with zipfile.ZipFile(path, "a") as archive:
+                for member in archive.infolist():
+                    member.comment = b"a note"
+                archive.write(inner, "inner.zip")
         open_zip.cache_clear()
         index = open_zip(str(path))
         with zipfile.ZipFile(path) as archive:
@@ -554,6 +635,21 @@ def test_zips_are_read_as_zipfile_reads_them(tmp_path, monkeypatch):
         assert "c" not in index and len(index.names) >= len(CONTENTS)
         with pytest.raises(InputError, match="x.zip:c: no such member"):
             index.read("c")
+
+
+def test_other_programs_names_and_fields_are_read(tmp_path):
+    """Names in the old code page; 64-bit numbers behind another field, as Info-ZIP writes them."""
+    path = tmp_path / "x.zip"
+    zip_of(path, {"A/x.png": b"1"})
+    path.write_bytes(path.read_bytes().replace(b"A/x.png", b"A/\x81.png"))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["A/ü.png"]
+    assert open_zip(str(path)).read("A/ü.png") == b"1"
+    times = struct.pack("<HHLL", 0x5455, 8, 7, 7)
+    numbers = zips.wide_numbers(times + struct.pack("<HHQQ", 1, 16, 2**33, 5) + times)
+    assert [next(numbers), next(numbers)] == [2**33, 5]
+    with pytest.raises(ValueError, match="damaged"):
+        next(numbers)
 
 
 def changed_entry(path, offset, value):
@@ -569,6 +665,8 @@ def changed_entry(path, offset, value):
     ("offset", "value", "says"),
     [
         (8, struct.pack("<H", 1), "is encrypted"),
+        (8, struct.pack("<H", 0x801), "is encrypted"),
+        (46, b"a", "no such member"),
         (10, struct.pack("<H", 14), "is packed by method 14; zip it with deflate"),
         (16, b"\1\2\3\4", r"is damaged \(length or checksum\)"),
         (20, struct.pack("<L", 10**8), "is cut off"),
@@ -587,6 +685,24 @@ def test_hostile_members_are_refused(tmp_path, offset, value, says):
         open_zip(path).read("b.png")
 
 
+def test_a_damaged_member_is_refused(tmp_path):
+    """One that stands under another name than the table says; bytes that deflate cannot have
+    written."""
+    path = zip_of(tmp_path / "x.zip", {"b.png": b"1"})
+    content = open(path, "rb").read()
+    open(path, "wb").write(content.replace(b"b.png", b"c.png", 1))
+    open_zip.cache_clear()
+    with pytest.raises(InputError, match="x.zip:b.png: is not where the zip's table says"):
+        open_zip(path).read("b.png")
+    path = zip_of(tmp_path / "x.zip", {"b.png": os.urandom(99) * 50})
+    content = bytearray(open(path, "rb").read())
+    content[35] = 0xFF  # the packed content's first byte: no kind of block begins so
+    open(path, "wb").write(content)
+    open_zip.cache_clear()
+    with pytest.raises(InputError, match="x.zip:b.png: .*invalid block type; download"):
+        open_zip(path).read("b.png")
+
+
 def test_a_member_is_unpacked_no_further_than_its_table_says(tmp_path):
     """A megabyte that says it has ten bytes: eleven are unpacked."""
     path = zip_of(tmp_path / "x.zip", {"b.png": b"x" * 10**6})
@@ -599,16 +715,40 @@ def test_a_member_is_unpacked_no_further_than_its_table_says(tmp_path):
     assert most < 500_000
 
 
-def test_what_is_no_zip_is_said(tmp_path):
-    """Text, an empty file, a zip that was cut off, a pipe."""
+def test_what_is_no_zip_is_said(tmp_path, monkeypatch):
+    """Text, an empty file, a zip that was cut off or damaged, a table of absurd size, a pipe."""
     whole = open(zip_of(tmp_path / "whole.zip", CONTENTS), "rb").read()
     for name, content in (("a", b"hello"), ("b", b""), ("c", whole[:-30]), ("d", whole[-60:])):
         (tmp_path / f"{name}.zip").write_bytes(content)
         with pytest.raises(InputError, match=f"{name}.zip: .*download the zip file again"):
             open_zip(str(tmp_path / f"{name}.zip"))
+    (tmp_path / "f.zip").write_bytes(whole[:-10] + struct.pack("<LLH", 10, 0, 0))
+    with pytest.raises(InputError, match="f.zip: .*download the zip file again"):
+        open_zip(str(tmp_path / "f.zip"))
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    wide = open(zip_of(tmp_path / "wide.zip", CONTENTS), "rb").read()
+    (tmp_path / "e.zip").write_bytes(wide.replace(b"PK\6\6", b"PK\6\5"))
+    with pytest.raises(InputError, match="e.zip: has a damaged table of members"):
+        open_zip(str(tmp_path / "e.zip"))
+    monkeypatch.setattr(zips, "MOST_TABLE", 100)  # bytes
+    with pytest.raises(InputError, match="whole.zip: has a table of .* bytes that begins at"):
+        open_zip(str(tmp_path / "whole.zip"))
     os.mkfifo(tmp_path / "pipe.zip")
     with pytest.raises(InputError, match="pipe.zip: is a pipe"):
         open_zip(str(tmp_path / "pipe.zip"))
+
+
+def test_a_zip_is_indexed_with_its_subset(tmp_path, monkeypatch):
+    """Before any picture is looked for: of a node's ranks only one tries the rows, and the others
+    fork workers, too."""
+    for subset in ("A", "B"):
+        zip_of(tmp_path / "images_zip" / f"{subset}.zip", {f"{subset}/a.png": encoded("PNG")})
+    images = Images(tmp_path)
+    for subset in ("A", "B"):
+        images.prepare(subset)
+    monkeypatch.setattr(zips, "read_table", lambda file: pytest.fail("the table is read too late"))
+    for subset in ("A", "B"):
+        assert found(images, f"{subset}/a.png", subset) == (40, 20)
 
 
 def test_a_zip_is_indexed_once_and_before_the_workers_are_forked(tmp_path, monkeypatch):
