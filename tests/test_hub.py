@@ -264,19 +264,24 @@ def test_the_hubs_own_time_is_waited_for_an_hour_at_most(wrapped, monkeypatch, c
     slept = []
     monkeypatch.setattr(hub_room.time, "sleep", slept.append)
 
-    def ask():
-        response = answers.pop(0)
-        if response is None:
-            return "here"
-        raise asked_too_often(response, wrapped)
+    def asking(*answers):
+        due = iter(answers)
 
-    answers = [Answered(429, 7), Answered(429, 99_999), Answered(429, "soon"), None]
+        def ask():
+            response = next(due)
+            if response is None:
+                return "here"
+            raise asked_too_often(response, wrapped)
+
+        return ask
+
+    ask = asking(Answered(429, 7), Answered(429, 99_999), Answered(429, "soon"), None)
     equal(hub_room.patiently(ask), "here", "in the end")
     equal(slept, [7, hub_room.LONGEST_WAIT, hub_room.WAITS[2]], "seconds")
-    for answers, waits in (([Answered(429)] * 9, hub_room.WAITS), ([Answered(500)], ())):
+    for answer, waits in ((Answered(429), hub_room.WAITS), (Answered(500), ())):
         slept.clear()
         with pytest.raises((HfHubHTTPError, LocalEntryNotFoundError)):
-            hub_room.patiently(ask)
+            hub_room.patiently(asking(*[answer] * 9))
         equal(slept, list(waits), "seconds")
 
 

@@ -394,7 +394,11 @@ def test_captions_that_leave_nothing_to_tell_apart_are_said(place, files, texts,
     jsonl(place, *records, name="metadata.jsonl")
     digest_of(data.read_pairs(str(place)).values())
     said = capsys.readouterr().out.splitlines()
-    equal([bool(re.search(s, line)) for s, line in zip(says, said, strict=True)], [True] * len(says), said)
+    equal(
+        [bool(re.search(s, line)) for s, line in zip(says, said, strict=True)],
+        [True] * len(says),
+        said,
+    )
 
 
 def test_a_batch_of_one_is_refused():
