@@ -3,6 +3,7 @@ answers of two ranks; with processes: test_two_nodes.py."""
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 
@@ -73,6 +74,18 @@ def test_another_script_is_another_start(monkeypatch):
         Planned(pretrain.Config()).together_with(contrastive.Config(), monkeypatch)
 
 
+def test_the_script_is_compared_too(monkeypatch):
+    """Of two that have the same flags."""
+    gathered, cfg = [], pretrain.Config()
+    monkeypatch.setattr(sys, "argv", ["/a/other.py"])
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: gathered.append(x) or [x])
+    agreement.join(cfg)
+    monkeypatch.setattr(sys, "argv", ["/b/pretrain.py"])
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: [x, gathered[0]])
+    with pytest.raises(InputError, match="has the script other.py where rank 0 has pretrain.py"):
+        agreement.join(cfg)
+
+
 def test_a_long_value_is_shown_in_brief(monkeypatch):
     """A prompt of a thousand words is no flood."""
     cfg = contrastive.Config(subsets="x," * 9000)
@@ -102,3 +115,14 @@ def test_an_error_of_one_rank_is_an_error_of_all(monkeypatch, culprit):
         with pytest.raises(InputError, match="pairs.jsonl, line 3") as told:
             agreement.together(work)
         assert str(told.value).startswith("rank 1 (" if culprit else "pairs.jsonl")
+
+
+def test_what_rank_0_alone_does_the_others_are_told(monkeypatch):
+    """And do not do: only its disk counts."""
+    done = []
+    for me in (0, 1):
+        everyone = iter([[("node", None)] * 2, ["what rank 0 found", None]])
+        monkeypatch.setattr(agreement, "gather_objects", lambda x, e=everyone: next(e))
+        monkeypatch.setattr(agreement, "rank", lambda me=me: me)
+        assert agreement.by_rank_0(lambda me=me: done.append(me)) == "what rank 0 found"
+    assert done == [0]
