@@ -349,8 +349,7 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/lines.py", 'path.endswith(".json") and file.read(BLOCK).lstrip()[:1] == b"["',
-        'path.endswith(".json")',
+        "plumbing/lines.py", 'path.endswith(".json") and is_array:', 'path.endswith(".json"):',
         "tests/test_lists.py",
     ),
     (

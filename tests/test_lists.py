@@ -1,6 +1,8 @@
 """Lists, as a careless user writes them: what no code would read is refused and not dropped, and
 the message names file, line, field, and what is meant. What is read right: test_data.py."""
 
+import codecs
+import io
 import json
 import os
 import zlib
@@ -17,8 +19,9 @@ from data import Item
 from plumbing import lines
 from plumbing.errors import InputError
 from plumbing.formats import choose, digest_of
-from plumbing.lines import open_lines
-from plumbing.mmeb import last_loaded, training_mix
+from plumbing.images import Images
+from plumbing.lines import open_lines, parse_json
+from plumbing.mmeb import eval_rows, last_loaded, training_mix
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
 MORE = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "there"}]
@@ -233,9 +236,10 @@ def test_a_list_that_becomes_shorter_is_an_error_and_no_other_example(place):
     path = jsonl(place, *[PAIR] * 3)
     pairs = data.read_pairs(path)["list"]
     assert pairs[2].query.text == "<image> x"
-    os.truncate(path, 100)
-    with pytest.raises(InputError, match="has become shorter since"):
-        pairs[2]
+    for size in (os.path.getsize(path) - 5, 100):  # within its line, before it
+        os.truncate(path, size)
+        with pytest.raises(InputError, match="has become shorter since"):
+            pairs[2]
 
 
 # ------------------------------------------------------------------------------------ MMEB's tables
@@ -343,6 +347,17 @@ def test_other_files_are_other_data(tmp_path):
     assert len(sets["A"]) == len(list(sets["A"])) == 4
     few = data.read_pairs(str(tmp_path), subsets="A:3")["A"]
     assert len(few) == len(list(few)) == 3
+
+
+def test_what_is_read_in_turn_is_what_is_read_one_by_one(tmp_path):
+    """The first pass takes a range of rows at a time, wherever it begins."""
+    names = [f"q{i}" for i in range(9)]
+    long = {name: column[:1] * 9 for name, column in TRAIN.items()}
+    write(tmp_path / "A" / "original-0.parquet", {**long, "qry": names})
+    pairs = data.read_pairs(str(tmp_path))["A"]
+    for indices in (range(0, 4), range(4, 9), range(7, 9)):
+        got = [query.text for query, *_ in pairs.source.read(indices)]
+        equal(got, [pairs[i].query.text for i in indices], f"{indices}")
 
 
 def test_the_split_is_the_files_that_are_named_so(tmp_path):
@@ -467,6 +482,23 @@ def test_a_batch_of_one_is_refused():
 # -------------------------------------------------------------------------------------- a long list
 
 
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"a": "1"}\n{"a": "2"}\n'),
+        ("a.json", b'{"a": "1"}\n{"a": "2"}\n'),
+        ("a.json", b'[{"a": "1"}, {"a": "2"}]'),
+        ("a.csv", b'a\n1\n2\n'),
+    ],
+)  # fmt: skip
+def test_a_list_begins_as_windows_programs_write_it(tmp_path, mark, content, name):
+    """With the mark of UTF-8 or without; and JSON a line may be called .json, too."""
+    (tmp_path / name).write_bytes(mark + content)
+    found = open_lines(tmp_path / name)
+    equal([parse_json(found.line(i)) for i in range(len(found))], [{"a": "1"}, {"a": "2"}], name)
+
+
 def test_of_a_list_only_the_places_of_its_lines_are_kept(place):
     """16 bytes a line, blank ones are passed over; the digest is that of the lines' bytes."""
     path = place / "long.jsonl"
@@ -477,6 +509,9 @@ def test_of_a_list_only_the_places_of_its_lines_are_kept(place):
     equal([len(found), sum(sizes), found.where(1)], [2, 16, f"{path}, line 4"], "Lines")
     equal(found.line(1), line, "read when asked for")
     equal(found.digest, zlib.crc32(line + b"\n" + line), "of the bytes")
+    copy = io.BytesIO()
+    found.copy([1, 0], copy)
+    equal(copy.getvalue(), (line + b"\n") * 2, "each a whole line, the last one too")
 
 
 def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_named(
@@ -507,3 +542,5 @@ def test_one_evaluation_set_at_a_time_is_in_memory(tmp_path):
     (_, three) = first.queries[0]
     assert three[0] == one[0] and three[0] is not one[0]
     equal(last_loaded.cache_info().currsize, 1, "tables in memory")
+    rows = eval_rows([tmp_path / "A" / "test-0.parquet"], "A", Images(tmp_path))
+    assert rows[0][1][0] is rows[1][1][0], "contents_of"
