@@ -132,9 +132,10 @@ def open_lines(path) -> Lines:
     hint = "Choose shapes, a .jsonl, a folder"
     file = open_file(path, f"--data {brief(path)}", "list", hint)
     try:
+        is_array = file.read(BLOCK).removeprefix(BOM_UTF8).lstrip()[:1] == b"["
         if path.endswith(".csv"):
             lines = Lines(path, "line", file, csv_rows(path), tempfile.TemporaryFile())
-        elif path.endswith(".json") and file.read(BLOCK).lstrip()[:1] == b"[":
+        elif path.endswith(".json") and is_array:
             lines = Lines(path, "example", file, array_elements(path), tempfile.TemporaryFile())
         else:
             file.seek(0)

@@ -14,6 +14,7 @@ from PIL import Image
 import data
 import pretrain
 from data import Item
+from plumbing import mmeb
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE, digest_of
 from plumbing.images import Images, open_image
@@ -208,6 +209,41 @@ def test_bad_parquet_is_named(tmp_path):
     write_pairs(path, columns=COLUMNS[:3])
     with pytest.raises(InputError, match="original.*no column pos_image_path; it has qry"):
         data.read_pairs(str(tmp_path))
+
+
+MMEB_36 = {  # VLM2Vec, Table 1: the trained sets with the rows that are used, and the others
+    "Classification": (
+        {"ImageNet-1K": 100_000, "N24News": 50_000, "HatefulMemes": 10_000, "VOC2007": 10_000,
+         "SUN397": 20_000},
+        {"Place365", "ImageNet-A", "ImageNet-R", "ObjectNet", "Country211"},
+    ),
+    "VQA": (
+        {"OK-VQA": 10_000, "A-OKVQA": 20_000, "DocVQA": 40_000, "InfographicsVQA": 25_000,
+         "ChartQA": 28_000, "Visual7W": 70_000},
+        {"ScienceQA", "VizWiz", "GQA", "TextVQA"},
+    ),
+    "Retrieval": (
+        {"VisDial": 130_000, "CIRR": 30_000, "VisualNews_t2i": 100_000, "VisualNews_i2t": 100_000,
+         "MSCOCO_t2i": 100_000, "MSCOCO_i2t": 120_000, "NIGHTS": 20_000, "WebQA": 20_000},
+        {"FashionIQ", "Wiki-SS-NQ", "OVEN", "EDIS"},
+    ),
+    "Grounding": ({"MSCOCO": 100_000}, {"RefCOCO", "RefCOCO-Matching", "Visual7W-Pointing"}),
+}  # fmt: skip
+
+
+def test_mmebs_36_sets_are_those_of_the_papers_table():
+    """Their meta-tasks, which are never trained on, and what `--subsets mmeb20` takes of each."""
+    caps = {}
+    for kind, (trained, others) in MMEB_36.items():
+        for name in (*trained, *others):
+            assert mmeb.meta_task_of(name) == (kind, name in others), name
+        caps.update(trained)
+    known = [subset.name for subset in mmeb.MMEB]
+    assert sorted(known) == sorted([*caps, *(x for _, others in MMEB_36.values() for x in others)])
+    caps["ImageNet_1K"] = caps.pop("ImageNet-1K")  # its name in MMEB-train
+    mix = dict(word.split(":") for word in mmeb.training_mix().split(","))
+    assert {name: int(rows) for name, rows in mix.items()} == caps
+    assert mmeb.meta_task_of("a set of one's own") == ("Other", False)
 
 
 def test_a_set_of_several_parquet_files_is_read_whole(tmp_path):

@@ -72,7 +72,8 @@ def test_a_loader_process_that_is_killed_is_one_clear_line(tmp_path):
     """By the system, where memory is short. And no progress bar in a log file."""
     status, out, err = finish(begin("tests/ends.py", "worker", tmp_path))
     equal((status, err.count("\n")), (1, 1), err)
-    assert "a loader process has ended (signal 9" in err and "fewer --workers" in err, err
+    says = "a loader process has ended (signal 9, as the system sends where memory is short)"
+    assert f"{says}: try fewer --workers" in err, err
     assert "step     1/4" in out and "%|" not in out + err and "\r" not in out + err, out + err
 
 

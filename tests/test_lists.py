@@ -1,6 +1,8 @@
 """Lists, as a careless user writes them: what no code would read is refused and not dropped, and
 the message names file, line, field, and what is meant. What is read right: test_data.py."""
 
+import codecs
+import io
 import json
 import os
 import re
@@ -18,8 +20,9 @@ from data import Item
 from plumbing import lines
 from plumbing.errors import InputError
 from plumbing.formats import choose, digest_of
-from plumbing.lines import open_lines
-from plumbing.mmeb import training_mix
+from plumbing.images import Images
+from plumbing.lines import open_lines, parse_json
+from plumbing.mmeb import eval_rows, last_loaded, training_mix
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
 MORE = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "there"}]
@@ -243,9 +246,10 @@ def test_a_list_that_becomes_shorter_is_an_error_and_no_other_example(place):
     path = jsonl(place, *[PAIR] * 3)
     pairs = data.read_pairs(path)["list"]
     assert pairs[2].query.text == "<image> x"
-    os.truncate(path, 100)
-    with pytest.raises(InputError, match="has become shorter since"):
-        pairs[2]
+    for size in (os.path.getsize(path) - 5, 100):  # within its line, before it
+        os.truncate(path, size)
+        with pytest.raises(InputError, match="has become shorter since"):
+            pairs[2]
 
 
 # ------------------------------------------------------------------------------------ MMEB's tables
@@ -254,6 +258,8 @@ TRAIN = {"qry": ["q", "r"], "qry_image_path": ["", ""], "pos_text": ["t", "u"]}
 TRAIN["pos_image_path"] = ["", ""]
 EVAL = {"qry_text": ["q"], "qry_img_path": [""], "tgt_text": [["t", "u"]]}
 EVAL["tgt_img_path"] = [["", ""]]
+TEXT, LONG = pyarrow.string(), pyarrow.int32()
+LISTS = pyarrow.list_(TEXT)
 
 
 def write(path, columns):
@@ -293,6 +299,109 @@ def test_a_bad_table_of_candidates_is_told_by_column(tmp_path, change, says):
     write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
     with pytest.raises(InputError, match=says):
         data.read_tasks(str(tmp_path))
+
+
+@pytest.mark.parametrize("columns", [["t"], []])
+def test_a_row_without_its_candidates_is_refused(tmp_path, columns):
+    """No text at all, or one for two pictures."""
+    write(tmp_path / "A" / "test-0.parquet", {**EVAL, "tgt_text": pyarrow.array([columns], LISTS)})
+    with pytest.raises(InputError, match="test-0.parquet, row 1: tgt_text and tgt_img_path must"):
+        data.read_tasks(str(tmp_path))[0].queries[0]
+
+
+def test_columns_are_read_however_they_are_stored(tmp_path):
+    """Long strings, as polars writes them; and dictionaries, as pandas does for categories."""
+    rows = []
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(LONG, TEXT)):
+        one = {name: pyarrow.array(column).cast(kind) for name, column in TRAIN.items()}
+        write(tmp_path / "A" / "original-0.parquet", one)
+        rows.append(list(data.read_pairs(str(tmp_path))["A"]))
+        for lists in (pyarrow.list_(kind), pyarrow.large_list(kind)):
+            many = {}
+            for name in EVAL:
+                column = pyarrow.array(EVAL[name])
+                many[name] = column.cast(lists if name.startswith("tgt") else kind)
+            write(tmp_path / "A" / "test-0.parquet", many)
+            (query, candidates) = data.read_tasks(str(tmp_path))[0].queries[0]
+            equal([query.text, *(x.text for x in candidates)], ["q", "t", "u"], f"{lists}")
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    """Which one would be read?"""
+    names, columns = [*TRAIN, "qry"], [*TRAIN.values(), ["x", "y"]]
+    table = pyarrow.Table.from_arrays([pyarrow.array(x) for x in columns], names)
+    (tmp_path / "A").mkdir()
+    pq.write_table(table, tmp_path / "A" / "original-0.parquet")
+    with pytest.raises(InputError, match="several columns qry"):
+        data.read_pairs(str(tmp_path))
+
+
+def test_other_columns_are_let_be(tmp_path):
+    """Nothing of them is read, so that the files of a set may differ in them."""
+    for i in range(2):
+        own = {f"own_{i}": pyarrow.array([i, "ab"[i]][i : i + 1] * 2)}
+        write(tmp_path / "A" / f"original-{i}.parquet", {**TRAIN, **own})
+    pairs = data.read_pairs(str(tmp_path))["A"]
+    equal([pair.query.text for pair in pairs], ["q", "r", "q", "r"], "Table.load: columns")
+    assert pairs.source.raw.load().column_names == list(TRAIN)
+
+
+def test_other_files_are_other_data(tmp_path):
+    """The digest is of all files of a set, and a subset takes as many rows as is said."""
+    for i in range(2):
+        write(tmp_path / "A" / f"original-{i}.parquet", TRAIN)
+    sets = data.read_pairs(str(tmp_path))
+    write(tmp_path / "A" / "original-0.parquet", {**TRAIN, "qry": ["quite another one" * 9, "r"]})
+    assert digest_of(sets.values()) != digest_of(data.read_pairs(str(tmp_path)).values())
+    assert len(sets["A"]) == len(list(sets["A"])) == 4
+    few = data.read_pairs(str(tmp_path), subsets="A:3")["A"]
+    assert len(few) == len(list(few)) == 3
+
+
+def test_what_is_read_in_turn_is_what_is_read_one_by_one(tmp_path):
+    """The first pass takes a range of rows at a time, wherever it begins."""
+    names = [f"q{i}" for i in range(9)]
+    long = {name: column[:1] * 9 for name, column in TRAIN.items()}
+    write(tmp_path / "A" / "original-0.parquet", {**long, "qry": names})
+    pairs = data.read_pairs(str(tmp_path))["A"]
+    for indices in (range(0, 4), range(4, 9), range(7, 9)):
+        got = [query.text for query, *_ in pairs.source.read(indices)]
+        equal(got, [pairs[i].query.text for i in indices], f"{indices}")
+
+
+def test_the_split_is_the_files_that_are_named_so(tmp_path):
+    """MMEB-train has each set twice, with other instructions."""
+    write(tmp_path / "A" / "original-0.parquet", TRAIN)
+    write(tmp_path / "A" / "diverse_instruction-0.parquet", {**TRAIN, "qry": ["v", "w"]})
+    for split, want in (("original", ["q", "r"]), ("diverse_instruction", ["v", "w"])):
+        pairs = data.read_pairs(str(tmp_path), split=split)["A"]
+        equal([pair.query.text for pair in pairs], want, split)
+
+
+def test_a_negative_is_a_text_or_a_picture_or_both(place):
+    """Either column may be empty in a row."""
+    Image.new("RGB", (8, 8)).save(place / "n.png")
+    negatives = {"neg_text": ["n", ""], "neg_image_path": ["", "n.png"]}
+    write(place / "neg" / "A" / "original-0.parquet", {**TRAIN, **negatives})
+    pairs = data.read_pairs(str(place / "neg"), image_root=str(place))["A"]
+    texts = [[(x.text, len(x.images)) for x in pair.negatives] for pair in pairs]
+    equal(texts, [[("n", 0)], [("<image>", 1)]], "neg_text, neg_image_path")
+
+
+def test_of_a_set_that_is_evaluated_only_what_is_scored_is_looked_up(tmp_path):
+    """--limit and --subsets A:rows; the query's picture too, and the others are counted."""
+    rows = {"qry_text": ["<|image_1|>"] * 3, "qry_img_path": ["a.png", "b.png", "c.png"]}
+    rows.update(tgt_text=[["t", "u"]] * 3, tgt_img_path=[["", ""]] * 3)
+    write(tmp_path / "A" / "test-0.parquet", rows)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"b.png: no such picture \(and 1 more are missing\)"):
+        data.read_tasks(str(tmp_path))
+    for words in ({"limit": 1}, {"subsets": "A:1"}, {"subsets": "A:1", "limit": 2}):
+        (task,) = data.read_tasks(str(tmp_path), **words)
+        equal(len(task.queries), 1, f"{words}")
+        query, candidates = task.queries[0]
+        equal([len(query.images), len(candidates)], [1, 2], "the query's own picture")
 
 
 def test_files_of_one_set_must_agree(tmp_path):
@@ -409,6 +518,23 @@ def test_a_batch_of_one_is_refused():
 # -------------------------------------------------------------------------------------- a long list
 
 
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"a": "1"}\n{"a": "2"}\n'),
+        ("a.json", b'{"a": "1"}\n{"a": "2"}\n'),
+        ("a.json", b'[{"a": "1"}, {"a": "2"}]'),
+        ("a.csv", b'a\n1\n2\n'),
+    ],
+)  # fmt: skip
+def test_a_list_begins_as_windows_programs_write_it(tmp_path, mark, content, name):
+    """With the mark of UTF-8 or without; and JSON a line may be called .json, too."""
+    (tmp_path / name).write_bytes(mark + content)
+    found = open_lines(tmp_path / name)
+    equal([parse_json(found.line(i)) for i in range(len(found))], [{"a": "1"}, {"a": "2"}], name)
+
+
 def test_of_a_list_only_the_places_of_its_lines_are_kept(place):
     """16 bytes a line, blank ones are passed over; the digest is that of the lines' bytes."""
     path = place / "long.jsonl"
@@ -419,6 +545,9 @@ def test_of_a_list_only_the_places_of_its_lines_are_kept(place):
     equal([len(found), sum(sizes), found.where(1)], [2, 16, f"{path}, line 4"], "Lines")
     equal(found.line(1), line, "read when asked for")
     equal(found.digest, zlib.crc32(line + b"\n" + line), "of the bytes")
+    copy = io.BytesIO()
+    found.copy([1, 0], copy)
+    equal(copy.getvalue(), (line + b"\n") * 2, "each a whole line, the last one too")
 
 
 def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_named(
@@ -458,3 +587,6 @@ def test_one_evaluation_set_at_a_time_is_in_memory(tmp_path):
     second.queries[0]
     (_, three) = first.queries[0]
     assert three[0] == one[0] and three[0] is not one[0]
+    equal(last_loaded.cache_info().currsize, 1, "tables in memory")
+    rows = eval_rows([tmp_path / "A" / "test-0.parquet"], "A", Images(tmp_path))
+    assert rows[0][1][0] is rows[1][1][0], "contents_of"
