@@ -162,7 +162,7 @@ def program(module):
     if module == "__main__":
         spec = sys.modules["__main__"].__spec__
         module = spec.name if spec else ""
-    return f"python -m {module}" if module.startswith("tools.") else None
+    return f"python -m {module}" if module.startswith(("tools.", "toy.")) else None
 
 
 @dataclasses.dataclass

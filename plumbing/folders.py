@@ -112,7 +112,8 @@ def reading(folder):
         # Trap: the tokenizers' Rust code panics with what is no Exception, and cannot be imported.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        raise InputError(f"--model {folder}: {type(e).__name__}: {brief(e)}") from e
+        text = f"--model {folder}: {type(e).__name__}: {brief(e)}"
+        raise InputError(f"{text} (is its config, tokenizer or a weight damaged?)") from e
 
 
 def refuse_hostile(folder):

@@ -9,13 +9,16 @@ The first writes config, tokenizer, image processor and random weights; the othe
 weights in toy/mllm were made: by stage 1 with the mask off, that is, plain instruction tuning.
 """
 
-import sys
+from dataclasses import dataclass
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from plumbing.config import CommandLine, word
 from plumbing.families import images_only
+from plumbing.folders import refuse_unwritable
+from plumbing.ranks import run_command
 from plumbing.template import SUMMARIZE
 from toy.world import Shapes
 
@@ -105,6 +108,20 @@ def build_toy():
     return transformers.Qwen2VLForConditionalGeneration(config), processor
 
 
-if __name__ == "__main__":
+@dataclass
+class Config(CommandLine):
+    """Where it goes."""
+
+    folder: str = word("the new folder", "DIR")
+
+
+def main(argv):
+    """The command line."""
+    cfg = Config.parse(argv)
+    refuse_unwritable(cfg.folder)
     for part in build_toy():
-        part.save_pretrained(sys.argv[1])
+        part.save_pretrained(cfg.folder)
+
+
+if __name__ == "__main__":
+    run_command(main)
