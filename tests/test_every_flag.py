@@ -317,9 +317,10 @@ def base(tmp_path_factory):
 
 
 CASES = [(stage, *rest) for stages, *rest in TABLE for stage in stages]
+NAMES = [f"{stage}-{'-'.join(more) or 'alike'}" for stage, _, more, _ in CASES]
 
 
-@pytest.mark.parametrize(("stage", "both", "more", "moves"), CASES)
+@pytest.mark.parametrize(("stage", "both", "more", "moves"), CASES, ids=NAMES)
 def test_a_flag_moves_what_it_should_and_nothing_else(
     stage, both, more, moves, base, files, tmp_path, monkeypatch
 ):
