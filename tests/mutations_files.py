@@ -533,20 +533,12 @@ FILES = [
         "tests/test_loader.py",
     ),
     (
-        "plumbing/loader.py", "            other.close()\n", "            pass\n",
-        "tests/test_loader.py",
-    ),
-    (
         "plumbing/loader.py", "be_a_child(deaf=True)", "be_a_child(deaf=False)",
-        "tests/test_ending.py::test_a_signal_while_a_model_is_evaluated_by_two_workers",
+        "tests/test_loader.py",
     ),
     (
         "plumbing/loader.py", "pack(frame if share.number == 0 else None, tensors)",
         "pack(None if share.number == 0 else frame, tensors)",
-        "tests/test_loader.py",
-    ),
-    (
-        "plumbing/loader.py", "share.count, share.made = 0, {}", "share.made = {}",
         "tests/test_loader.py",
     ),
     (
@@ -732,7 +724,7 @@ FILES = [
     ),
     (
         "plumbing/mmeb.py", ' for name in names] + ["images.zip"]', " for name in names]",
-        "tests/test_hub.py",
+        "tests/test_lists.py tests/test_hub.py",
     ),
     (
         "plumbing/mmeb.py", "        refuse_part_of_mix(source, files_of)\n",
@@ -976,7 +968,7 @@ FILES = [
     (
         "plumbing/retrieval.py", "image_root, subsets, limit).items():",
         "image_root, subsets).items():",
-        "tests/test_evaluate.py tests/test_data.py",
+        "tests/test_evaluate.py tests/test_lists.py",
     ),
     (
         "plumbing/retrieval.py", 'named[name] = (x["meta_task"], x.get("ood", False))',

@@ -16,7 +16,7 @@ from PIL import Image
 import contrastive
 import data
 from data import Item
-from plumbing import lines
+from plumbing import lines, mmeb
 from plumbing.errors import InputError
 from plumbing.formats import choose, digest_of
 from plumbing.images import Images
@@ -145,6 +145,10 @@ def test_an_array_is_read_a_block_at_a_time(place, monkeypatch):
     path = place / "talks.json"
     path.write_text(json.dumps(records))
     monkeypatch.setattr(lines, "BLOCK", 7)
+    with open(path) as file:
+        blocks = lines.Blocks(file)
+        blocks.peek()
+        equal(blocks.text, path.read_text()[:7], "what is in memory")
     assert [d.id for d in data.read_dialogues(str(path))] == [str(i) for i in range(60)]
 
 
@@ -441,6 +445,20 @@ def test_bad_subsets_are_told_as_they_were_written(subsets, says):
     with pytest.raises(InputError, match=says):
         choose(subsets, ["A", "B"])
     assert choose("A:3, B", ["A", "B"]) == {"A": 3, "B": None}
+
+
+def test_of_the_hub_the_lists_and_pictures_of_the_subsets_are_asked_for(tmp_path, monkeypatch):
+    """Of each its own zip, and the one of all; without --subsets all there are."""
+    for name in "AB":
+        write(tmp_path / name / "test-0.parquet", EVAL)
+    asked = []
+    monkeypatch.setattr(mmeb, "fetch", lambda *words: asked.append(words) or str(tmp_path))
+    for subsets, names in (("A:3, B", "AB"), ("", "*")):
+        root, found = mmeb.find_subsets("org/name", subsets, "test-*.parquet")
+        equal((root, sorted(found)), (tmp_path, ["A", "B"]), "what was fetched")
+        zips = [f"images_zip/{name}.zip" for name in names] + ["images.zip"]
+        lists = [f"{name}/test-*.parquet" for name in names]
+        equal(asked.pop(), ("org/name", "dataset", zips, lists), "hub.fetch")
 
 
 def test_a_part_of_mmeb_is_told_with_the_words_that_take_it(tmp_path):
