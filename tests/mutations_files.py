@@ -746,8 +746,7 @@ FILES = [
         "tests/test_data.py tests/test_lists.py",
     ),
     (
-        "plumbing/parquet.py", 'refuse_special(file, kind="list")',
-        'refuse_special(os.path.dirname(file) and file, kind="file")',
+        "plumbing/parquet.py", 'refuse_special(file, kind="list")', "refuse_special(file)",
         "tests/test_lists.py tests/test_pictures.py",
     ),
     (
@@ -1082,10 +1081,6 @@ FILES = [
         "plumbing/template.py", 'is_python = "\'type\':" in texts[0] or "\'role\':" in texts[0]',
         'is_python = "\'role\':" in texts[0]',
         "tests/test_rendering.py tests/test_template.py",
-    ),
-    (
-        "plumbing/template.py", "chats, processor.tokenizer.special_tokens_map)", "chats, {})",
-        "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (
         "plumbing/template.py", "        if len(pieces) == 5:\n", "        if len(pieces) >= 5:\n",

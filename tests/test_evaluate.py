@@ -403,3 +403,5 @@ def test_the_json_holds_the_scores_and_what_they_belong_to(tmp_path, flags):
         "partial": flags != {}, "config": asdict(cfg), "versions": table.versions(),
     }  # fmt: skip
     equal(got, want, "table.write_json")
+    with pytest.raises(InputError, match="--json .*: a folder; give the path of a file"):
+        table.refuse_json(evaluate.Config(json=str(tmp_path)))

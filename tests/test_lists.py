@@ -5,6 +5,7 @@ import codecs
 import io
 import json
 import os
+import sys
 import zlib
 
 import pyarrow
@@ -319,6 +320,26 @@ def test_columns_are_read_however_they_are_stored(tmp_path):
             (query, candidates) = data.read_tasks(str(tmp_path))[0].queries[0]
             equal([query.text, *(x.text for x in candidates)], ["q", "t", "u"], f"{lists}")
     assert rows[0] == rows[1] == rows[2]
+
+
+def test_what_is_no_parquet_file_is_said(tmp_path, monkeypatch):
+    """Text, nothing, a cut-off file, a folder, a pipe; and where pyarrow is missing, what to do."""
+    file = tmp_path / "A" / "original-0.parquet"
+    write(file, TRAIN)
+    for content in (b"no parquet", b"", file.read_bytes()[:-9]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="original-0.parquet: not a readable parquet file: "):
+            data.read_pairs(str(tmp_path))
+    file.unlink()
+    for make in (os.mkdir, os.mkfifo):
+        make(file)
+        with pytest.raises(InputError, match="a list must be an ordinary file"):
+            data.read_pairs(str(tmp_path))
+        file.rename(tmp_path / make.__name__)
+    write(file, TRAIN)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="MMEB's parquet files needs pyarrow: pip install pyarrow"):
+        data.read_pairs(str(tmp_path))
 
 
 def test_a_column_that_stands_twice_is_refused(tmp_path):
