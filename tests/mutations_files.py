@@ -743,38 +743,38 @@ FILES = [
     ),
     (
         "plumbing/parquet.py", 'needs("pyarrow",', 'needs("parquet",',
-        "tests/test_data.py tests/test_lists.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", 'refuse_special(file, kind="list")', "refuse_special(file)",
-        "tests/test_lists.py tests/test_pictures.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "except (OSError, ValueError, NotImplementedError) as e:",
         "except (OSError, NotImplementedError) as e:",
-        "tests/test_data.py tests/test_lists.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "if types.is_dictionary(inner):",
         "if types.is_dictionary(arrow_type):",
-        "tests/test_data.py tests/test_lists.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", " or types.is_large_string(inner)", "",
-        "tests/test_data.py tests/test_lists.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "if schema.names.count(name) != 1:", "if name not in schema.names:",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "if name not in known and name.startswith(stems):",
         "if name not in known and name in stems:",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "if kinds[name] != want:", 'if kinds[name] not in (want, "list"):',
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "if kinds is not None and found != kinds:",
@@ -784,20 +784,20 @@ FILES = [
     (
         "plumbing/parquet.py", "self.digest += os.path.getsize(file)",
         "self.digest = os.path.getsize(file)",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "rows + (self.ends[-1] if self.ends else 0)",
         "rows + sum(self.ends)",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "        return self.ends[-1]\n", "        return self.ends[0]\n",
-        "tests/test_data.py tests/test_lists.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "row {i + 1 - (self", "row {i - (self",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "bisect_right(self.ends, i)", "bisect_right(self.ends, i + 1)",
@@ -806,16 +806,16 @@ FILES = [
     (
         "plumbing/parquet.py", "tables(list(self.files), columns=self.columns, memory_map=True)",
         "tables(list(self.files), memory_map=True)",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", "read_table(list(self.files))",
         "read_table(list(self.files), columns=self.columns)",
-        "tests/test_tools.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/parquet.py", 'pyarrow().array(chosen, "int64")', "pyarrow().array(chosen)",
-        "tests/test_tools.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/ranks.py", "return dist.get_rank() if dist.is_initialized() else 0", "return 0",
@@ -1094,7 +1094,7 @@ FILES = [
     (
         "plumbing/template.py", "variables, add_generation_prompt=True)",
         "variables, add_generation_prompt=False)",
-        "tests/test_template.py",
+        "tests/test_rendering.py",
     ),
     (
         "plumbing/template.py", "        raise text\n    return text",
@@ -1104,28 +1104,28 @@ FILES = [
     (
         "plumbing/template.py", "return bool(start) and prompt.startswith(start)",
         "return bool(start)",
-        "tests/test_tools.py",
+        "tests/test_rendering.py",
     ),
     (
         "plumbing/template.py",
         "for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}",
         "for i, t in self.tokenizer.added_tokens_decoder.items()}",
-        "tests/test_one_piece.py",
+        "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (
         "plumbing/template.py", "key=lambda token: -len(token.content)",
         "key=lambda token: len(token.content)",
-        "tests/test_one_piece.py tests/test_template.py",
+        "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (
         "plumbing/template.py", 'left = r"\\s*" if token.lstrip else ""',
         'left = r"\\s*" if token.rstrip else ""',
-        "tests/test_one_piece.py tests/test_rendering.py",
+        "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (
         "plumbing/template.py", "cut = found.start() if found else len(text)",
         "cut = found.end() if found else len(text)",
-        "tests/test_one_piece.py",
+        "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (
         "plumbing/template.py", "cut = found.end() if found else 0",
@@ -1134,11 +1134,11 @@ FILES = [
     ),
     (
         "plumbing/template.py", "ends = [0, *(found.end() for", "ends = [0, *(found.start() for",
-        "tests/test_one_piece.py tests/test_template.py",
+        "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (
         "plumbing/template.py", "        return text[:kept]\n", "        return text[:end]\n",
-        "tests/test_one_piece.py",
+        "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (
         "plumbing/template.py", "return self.tokenizer(text, add_special_tokens=False).input_ids",
@@ -1412,49 +1412,49 @@ FILES = [
     (
         "plumbing/writing.py", '        open(part, "ab").close()\n        os.unlink(part)',
         '        open(part, "ab").close()',
-        "tests/test_flags.py",
+        "tests/test_writing.py",
     ),
     (
         "plumbing/writing.py", "os.replace(part, os.path.realpath(path))", "os.replace(part, path)",
-        "tests/test_evaluate.py",
+        "tests/test_writing.py",
     ),
     (
         "plumbing/writing.py",
         "            with suppress(OSError):  # "
         "renamed, or never there\n                os.unlink(part)",
         "            pass",
-        "tests/test_evaluate.py",
+        "tests/test_writing.py",
     ),
     (
         "plumbing/writing.py", ".part{real.suffix}", ".part",
-        "tests/test_search.py",
+        "tests/test_writing.py",
     ),
     (
         "plumbing/writing.py", "if real.exists() and not stat.S_ISREG(real.stat().st_mode):",
         "if real.is_dir():",
-        "tests/test_flags.py",
+        "tests/test_writing.py",
     ),
     (
         "plumbing/writing.py", "    real.parent.mkdir(parents=True, exist_ok=True)\n", "",
-        "tests/test_evaluate.py",
+        "tests/test_writing.py",
     ),
     (
         "plumbing/writing.py", "reason = e.strerror or str(e)", "reason = e.filename or str(e)",
-        "tests/test_evaluate.py",
+        "tests/test_writing.py",
     ),
     (
         "plumbing/writing.py", 'raise InputError(f"{name} {brief(path)}: {e}; give',
         'raise InputError(f"{brief(path)}: {e}; give',
-        "tests/test_flags.py",
+        "tests/test_writing.py",
     ),
     (
         "plumbing/writing.py", "                os.truncate(path, size)\n",
         "                pass\n",
-        "tests/test_full_disk.py",
+        "tests/test_writing.py",
     ),
     (
         "plumbing/writing.py", "if file.write(line) < len(line):", "if file.write(line) < 1:",
-        "tests/test_full_disk.py",
+        "tests/test_writing.py",
     ),
     (
         "plumbing/zips.py", "@lru_cache(64)\n", "",

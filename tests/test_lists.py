@@ -23,6 +23,7 @@ from plumbing.formats import choose, digest_of
 from plumbing.images import Images
 from plumbing.lines import open_lines, parse_json
 from plumbing.mmeb import eval_rows, last_loaded, training_mix
+from plumbing.parquet import Layout, Table
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
 MORE = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "there"}]
@@ -434,6 +435,22 @@ def test_a_row_is_told_by_its_own_file(tmp_path):
     write(tmp_path / "A" / "original-1.parquet", {**TRAIN, "pos_text": ["t", ""]})
     with pytest.raises(InputError, match="original-1.parquet, row 2: "):
         data.read_pairs(str(tmp_path))
+    for i in range(4):
+        write(tmp_path / "B" / f"{i}.parquet", {name: x * (i + 1) for name, x in TRAIN.items()})
+    table = Table(sorted((tmp_path / "B").iterdir()), Layout(tuple(TRAIN)))
+    rows = [f"{tmp_path}/B/{i}.parquet, row {k + 1}" for i in range(4) for k in range(2 * i + 2)]
+    equal([table.where(i) for i in range(len(table))], rows, "Table.where")
+
+
+def test_a_copy_of_some_rows_has_all_of_their_columns(tmp_path):
+    """Those that nobody here reads, too; and of no row it has the columns."""
+    own = {**TRAIN, "own": [1.5, 2.5]}
+    write(tmp_path / "a.parquet", own)
+    table = Table([tmp_path / "a.parquet"], Layout(tuple(TRAIN)))
+    for chosen in ([1], []):
+        table.copy(chosen, tmp_path / "b.parquet")
+        want = {name: [column[i] for i in chosen] for name, column in own.items()}
+        equal(pq.read_table(tmp_path / "b.parquet").to_pydict(), want, f"{chosen}")
 
 
 def test_missing_pictures_of_mmeb_are_known_before_training_and_scoring(tmp_path):
