@@ -205,83 +205,83 @@ FILES = [
     ),
     (
         "plumbing/inputs.py", "{why}: {brief(repr(x), 80)}; each", "{why}: {x!r}; each",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "isinstance(x, Image.Image | os.PathLike | np.ndarray)",
         "isinstance(x, Image.Image | str | np.ndarray)",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "x.shape[2] in (3, 4)", "x.shape[2] == 3",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "if x.dtype != np.uint8 or not colours", "if not colours",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", 'if not x or not x.keys() <= {"image", "text"}:',
         'if not x.keys() & {"image", "text"}:',
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "if len(texts) == len(pictures) == 1:",
         "if isinstance(x[0], str) and len(texts) == len(pictures) == 1:",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "text = IMAGE * len(pictures) + text",
         "text = text + IMAGE * len(pictures)",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "if not text and not pictures:", "if not text and pictures == ():",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "elif not isinstance(pictures, list | tuple):",
         "elif not isinstance(pictures, list):",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "isinstance(x, str) or is_picture(x) for x in pictures):",
         "is_picture(x) for x in pictures):",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "items.ndim in (2, 3) and items.dtype == np.uint8", "items.ndim == 3",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "isinstance(x, str) or is_picture(x) for", "True for",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "str | bytes | dict | Image.Image | os.PathLike | torch.Tensor",
         "str | dict | Image.Image | os.PathLike",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "(not is_whole or value < least)", "(not is_whole or value <= least)",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", " and not isinstance(value, bool)", "",
-        "tests/test_folders.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "part.training = mode", "part.training = modes[0][1]",
-        "tests/test_embedder.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "    module.eval()\n", "",
-        "tests/test_embedder.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/inputs.py", "with evaluating(module), torch.no_grad():",
         "with evaluating(module):",
-        "tests/test_embedder.py",
+        "tests/test_inputs.py",
     ),
     (
         "plumbing/lines.py", "self.length, self.get, self.source = length, get, source",
@@ -867,11 +867,11 @@ FILES = [
     (
         "plumbing/ranks.py", "buckets.append([])\n            size = 0",
         "buckets = [[]]\n            size = 0",
-        "tests/test_gradcache.py",
+        "tests/test_ranks.py",
     ),
     (
         "plumbing/ranks.py", "            p.grad = torch.zeros_like(p)\n", "            continue\n",
-        "tests/test_gradcache.py",
+        "tests/test_ranks.py",
     ),
     (
         "plumbing/ranks.py",
@@ -887,21 +887,21 @@ FILES = [
         "plumbing/ranks.py",
         "if missing := [name for name in TORCHRUN if not os.environ.get(name)]:",
         "if missing := [name for name in TORCHRUN[:2] if not os.environ.get(name)]:",
-        "tests/test_ending.py",
+        "tests/test_ranks.py",
     ),
     (
         "plumbing/ranks.py", 'int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"])',
         'int(os.environ["RANK"]) > int(os.environ["WORLD_SIZE"])',
-        "tests/test_ending.py",
+        "tests/test_ranks.py",
     ),
     (
         "plumbing/ranks.py", 'int(os.environ["LOCAL_RANK"]) >= devices',
         'int(os.environ["LOCAL_RANK"]) > devices',
-        "tests/test_ending.py",
+        "tests/test_ranks.py",
     ),
     (
         "plumbing/ranks.py", "if not os.environ[name].isdecimal():", "if not os.environ[name]:",
-        "tests/test_ending.py",
+        "tests/test_ranks.py",
     ),
     (
         "plumbing/ranks.py", "            leave(reason)\n", "            print(reason)\n",
@@ -910,17 +910,17 @@ FILES = [
     (
         "plumbing/ranks.py", "isinstance(error, torch.OutOfMemoryError)",
         "isinstance(error, MemoryError)",
-        "tests/test_ending.py",
+        "tests/test_ranks.py",
     ),
     (
         "plumbing/ranks.py", "lost = isinstance(error, RuntimeError) and world() > 1",
         "lost = isinstance(error, RuntimeError) and world() > 2",
-        "tests/test_ending.py",
+        "tests/test_ranks.py",
     ),
     (
         "plumbing/ranks.py", "leave(status=main(sys.argv[1:]) or 0)",
         "leave(status=main(sys.argv[1:]) and 0)",
-        "tests/test_ending.py",
+        "tests/test_ranks.py",
     ),
     (
         "plumbing/rendering.py", " or len(template) > LONGEST:", ":",
