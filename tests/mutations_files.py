@@ -286,32 +286,32 @@ FILES = [
     (
         "plumbing/lines.py", "self.length, self.get, self.source = length, get, source",
         "self.length, self.get, self.source = length, get, Source()",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", "        return self.length\n", "        return max(self.length, 1)\n",
-        "tests/test_data.py tests/test_lists.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", "if not 0 <= i < self.length:", "if not 0 <= i <= self.length:",
-        "tests/test_data.py tests/test_lists.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", "return Lazy(self.length, lambda i: f(self.get(i)), self.source)",
         "return Lazy(self.length, lambda i: f(self.get(i)))",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", "self.source._replace(**known)", "Source(**known)",
-        "tests/test_lists.py tests/test_skip_bad.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", "min(n or self.length, self.length)", "n or self.length",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", "            yield e\n", "            raise e\n",
-        "tests/test_lists.py tests/test_skip_bad.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", "self.digest = zlib.crc32(line, self.digest)",
@@ -337,12 +337,12 @@ FILES = [
     ),
     (
         "plumbing/lines.py", "{self.unit} {self.numbers[i]}", "{self.unit} {i + 1}",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", 'file.write(self.line(i).rstrip(b"\\r\\n") + b"\\n")',
         "file.write(self.line(i))",
-        "tests/test_tools.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", "if len(line) < self.sizes[i]:", "if not line:",
@@ -358,7 +358,7 @@ FILES = [
     ),
     (
         "plumbing/lines.py", "    if not lines:\n", "    if lines is None:\n",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", "            file.seek(0)\n", "",
@@ -370,7 +370,7 @@ FILES = [
     ),
     (
         "plumbing/lines.py", "line.removeprefix(BOM_UTF8).decode()", "line.decode()",
-        "tests/test_lists.py tests/test_data.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/lines.py", ' or b"\\\\uD" in line', "",
@@ -1262,45 +1262,45 @@ FILES = [
     (
         "plumbing/weights.py", '            if name != "attn":\n',
         '            if name == "max_length":\n',
-        "tests/test_folders.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", "whole_number(name, value, 0)", "whole_number(name, value, -1)",
-        "tests/test_folders.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", "except (RuntimeError, TypeError) as e:", "except TypeError as e:",
-        "tests/test_folders.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", 'K = 0 if style == "vlm2vec" else DEFAULT_K', "K = DEFAULT_K",
-        "tests/test_embedder.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", 'pooling = "mean" if K else "last"', 'pooling = "mean"',
-        "tests/test_embedder.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", 'least = 1 if pooling == "mean" else 0', "least = 0",
-        "tests/test_safety.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", 'agreed("prompt", asked.style, stored, name) or "chat"',
         'agreed("prompt", asked.style, stored, name) or "coma"',
-        "tests/test_embedder.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", "if stored.get(key, asked) != asked:",
         "if stored.get(key) and not asked:",
-        "tests/test_safety.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", 'Path(folder, "config.json").exists()', "Path(folder).exists()",
-        "tests/test_scripts.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", 'if name == "toy" else ""', 'if name != "toy" else ""',
-        "tests/test_scripts.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", "    mllm.origin = origin\n",
@@ -1332,7 +1332,7 @@ FILES = [
     ),
     (
         "plumbing/weights.py", "torch.manual_seed(0)", "torch.manual_seed(torch.initial_seed())",
-        "tests/test_families.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", 'if missing := sorted(loaded["missing_keys"]):',
@@ -1374,7 +1374,7 @@ FILES = [
     (
         "plumbing/weights.py", "for p in embedder.parameters() if p.requires_grad)",
         "for p in embedder.parameters())",
-        "tests/test_embedder.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", "        origin_of(embedder.mllm).refuse_in_its_place(path)\n",

@@ -141,6 +141,14 @@ def test_llavas_own_list_is_one_json_array(place, name):
             data.read_dialogues(str(path))
 
 
+@pytest.mark.parametrize("half", [r"\ud800", r"\uD800", r"\uDFFF"])
+def test_half_a_surrogate_pair_is_no_text(half):
+    """Good JSON, which no tokenizer takes; a whole pair is a character."""
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        parse_json(f'{{"text": "{half}"}}'.encode())
+    equal(parse_json(rb'{"text": "\uD83D\uDC31"}'), {"text": "\U0001f431"}, "a whole one")
+
+
 def test_an_array_is_read_a_block_at_a_time(place, monkeypatch):
     """Whatever falls on the edge of a block: 60 elements in blocks of 7 characters."""
     records = [{**DIALOGUE, "id": str(i)} for i in range(60)]
@@ -179,6 +187,7 @@ def test_a_damaged_array_is_told_by_its_example(place, text, says):
         ("file_name,text,text\na.png,a,b\n", "two columns .* one name"),
         ("file_name,text,label\na.png,a,b\n", 'line 2: unknown key "label"'),
         ("file_name,text\na.png\n", 'line 2: needs "text"'),
+        ('file_name,text\na.png,"a dog\nb.png,"a cat"\n', "after line"),
     ],
 )
 def test_a_csv_loses_nothing(place, text, says):
