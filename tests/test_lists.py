@@ -306,10 +306,14 @@ def test_a_bad_table_of_candidates_is_told_by_column(tmp_path, change, says):
         data.read_tasks(str(tmp_path))
 
 
-@pytest.mark.parametrize("columns", [["t"], []])
-def test_a_row_without_its_candidates_is_refused(tmp_path, columns):
-    """No text at all, or one for two pictures."""
-    write(tmp_path / "A" / "test-0.parquet", {**EVAL, "tgt_text": pyarrow.array([columns], LISTS)})
+@pytest.mark.parametrize(("texts", "paths"), [(["t"], ["", ""]), ([], [""]), ([], []), (["t"], [])])
+def test_a_row_without_its_candidates_is_refused(tmp_path, texts, paths):
+    """None at all, or one text for two pictures."""
+    lists = {
+        "tgt_text": pyarrow.array([texts], LISTS),
+        "tgt_img_path": pyarrow.array([paths], LISTS),
+    }
+    write(tmp_path / "A" / "test-0.parquet", {**EVAL, **lists})
     with pytest.raises(InputError, match="test-0.parquet, row 1: tgt_text and tgt_img_path must"):
         data.read_tasks(str(tmp_path))[0].queries[0]
 
