@@ -199,6 +199,14 @@ def out(tree, tmp_path):
     (top / "away").rename(top / "out")
 
 
+def test_the_base_of_an_adapter_is_looked_at_as_closely(out):
+    """It came from elsewhere, too: its list of files may not lead out of it."""
+    index = out / "pretrain" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "/etc/weights.safetensors"}}))
+    with pytest.raises(InputError, match="lie outside of the folder"):
+        model.load(str(out / "lora"), device="cpu")
+
+
 def test_an_adapter_is_right_wherever_it_is_moved(tree, out, tmp_path, monkeypatch):
     """The base in it, or beside it, goes along; the working directory does not matter."""
     _, want = tree
