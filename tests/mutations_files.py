@@ -1309,7 +1309,7 @@ FILES = [
     ),
     (
         "plumbing/weights.py", "for folder in {path, base}:", "for folder in {path}:",
-        "tests/test_safety.py",
+        "tests/test_folders.py::test_the_base_of_an_adapter_is_looked_at_as_closely",
     ),
     (
         "plumbing/weights.py", "        refuse_larger_than_its_files(base, config)\n", "",
@@ -1345,7 +1345,7 @@ FILES = [
         'loaded["unexpected_keys"] if re.search(r"\\.\\d+\\.", key)):',
         "if unused := sorted(key for key in "
         'loaded["unexpected_keys"] if re.search(r"^\\d+\\.", key)):',
-        "tests/test_safety.py",
+        "tests/test_folders.py",
     ),
     (
         "plumbing/weights.py", 'dtype="auto",', "dtype=torch.float32,",
@@ -1364,7 +1364,7 @@ FILES = [
     (
         "plumbing/weights.py", "    collate.max_length = 0  # whatever",
         "    collate.max_pixels = 0  # whatever",
-        "tests/test_template.py",
+        "tests/test_settings.py",
     ),
     (
         "plumbing/weights.py", "if not torch.cat(z).isfinite().all():",
@@ -1379,7 +1379,7 @@ FILES = [
     (
         "plumbing/weights.py", "        origin_of(embedder.mllm).refuse_in_its_place(path)\n",
         "        pass\n",
-        "tests/test_folders.py",
+        "tests/test_folders.py::test_an_adapter_cannot_replace_its_base",
     ),
     (
         "plumbing/weights.py", "    if not str(path).strip():\n", "    if not str(path):\n",
@@ -1388,7 +1388,7 @@ FILES = [
     (
         "plumbing/weights.py", "embedder.mllm.origin = Origin.of(os.path.abspath(path), path)",
         "embedder.mllm.origin = Origin.of(path, path)",
-        "tests/test_folders.py",
+        "tests/test_folders.py::test_what_was_saved_is_the_base_of_what_follows_anywhere",
     ),
     (
         "plumbing/weights.py", "embedder.mllm.save_pretrained(folder, state_dict=weights)",

@@ -199,6 +199,14 @@ def out(tree, tmp_path):
     (top / "away").rename(top / "out")
 
 
+def test_what_was_saved_is_the_base_of_what_follows_anywhere(tmp_path, monkeypatch):
+    """--out may be relative; the working directory of the next command is another one."""
+    monkeypatch.chdir(tmp_path)
+    embedder = toy()
+    model.save(embedder, "m")
+    equal(embedder.mllm.origin.name, str(tmp_path / "m"), "Origin.of: os.path.abspath")
+
+
 def test_the_base_of_an_adapter_is_looked_at_as_closely(out):
     """It came from elsewhere, too: its list of files may not lead out of it."""
     index = out / "pretrain" / "model.safetensors.index.json"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from checks import equal, toy
 
+import model
 from plumbing import weights
 from plumbing.errors import InputError
 from plumbing.weights import Options, Settings, describe, device_of, draw_weights, settings
@@ -83,6 +84,12 @@ def test_a_device_is_one_of_this_machine():
                        ([1], r"device \[1\]: ")):  # fmt: skip
         with pytest.raises(InputError, match=says):
             device_of(name)
+
+
+def test_a_model_is_tried_whatever_length_its_rows_may_have():
+    """Rows of two tokens would be refused; the model is none the worse."""
+    embedder = model.load("toy-random", 4, device="cpu", max_length=2)
+    equal(embedder.collate.max_length, 2, "prove")
 
 
 def test_random_weights_are_the_same_whatever_was_drawn_before(shared):
