@@ -31,7 +31,7 @@ def has_captions(cfg) -> bool:
 
 def has_sets(cfg) -> bool:
     """Whether the data are sets with names: of the toy world, or in MMEB's layout."""
-    return is_toy(cfg) or not (cfg.data.endswith(".jsonl") or has_captions(cfg))
+    return is_toy(cfg) or not (cfg.data.endswith((".jsonl", ".json", ".csv")) or has_captions(cfg))
 
 
 NO_LORA = "LoRA is off; --lora-rank 16 would switch it on"

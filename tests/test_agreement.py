@@ -1,7 +1,9 @@
 """What ranks must hold alike is compared, field by field, before the first step. Here with planned
 answers of two ranks; with processes: test_two_nodes.py."""
 
+import copy
 import dataclasses
+import sys
 
 import pytest
 
@@ -53,7 +55,8 @@ def test_every_flag_that_matters_is_compared(stage, name, monkeypatch):
     """Rank 1 has another value of one flag: the message says rank, flag and both values; a place on
     a node's disk may differ."""
     cfg = stage.Config()
-    changed = dataclasses.replace(cfg, **{name: another(getattr(cfg, name))})
+    changed = copy.copy(cfg)  # past the checks of one's own flags
+    setattr(changed, name, another(getattr(cfg, name)))
     if name in FREE:
         Planned(changed).together_with(cfg, monkeypatch)
         return
@@ -69,6 +72,18 @@ def test_another_script_is_another_start(monkeypatch):
     """Stage 1 on one node, stage 2 on the other."""
     with pytest.raises(InputError, match="--objective ce where rank 0 has None"):
         Planned(pretrain.Config()).together_with(contrastive.Config(), monkeypatch)
+
+
+def test_the_script_is_compared_too(monkeypatch):
+    """Of two that have the same flags."""
+    gathered, cfg = [], pretrain.Config()
+    monkeypatch.setattr(sys, "argv", ["/a/other.py"])
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: gathered.append(x) or [x])
+    agreement.join(cfg)
+    monkeypatch.setattr(sys, "argv", ["/b/pretrain.py"])
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: [x, gathered[0]])
+    with pytest.raises(InputError, match="has the script other.py where rank 0 has pretrain.py"):
+        agreement.join(cfg)
 
 
 def test_a_long_value_is_shown_in_brief(monkeypatch):
@@ -100,3 +115,14 @@ def test_an_error_of_one_rank_is_an_error_of_all(monkeypatch, culprit):
         with pytest.raises(InputError, match="pairs.jsonl, line 3") as told:
             agreement.together(work)
         assert str(told.value).startswith("rank 1 (" if culprit else "pairs.jsonl")
+
+
+def test_what_rank_0_alone_does_the_others_are_told(monkeypatch):
+    """And do not do: only its disk counts."""
+    done = []
+    for me in (0, 1):
+        everyone = iter([[("node", None)] * 2, ["what rank 0 found", None]])
+        monkeypatch.setattr(agreement, "gather_objects", lambda x, e=everyone: next(e))
+        monkeypatch.setattr(agreement, "rank", lambda me=me: me)
+        assert agreement.by_rank_0(lambda me=me: done.append(me)) == "what rank 0 found"
+    assert done == [0]

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import contrastive
 import pretrain
@@ -136,10 +137,34 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path, monkeypatch,
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "checkpoints").exists()
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(shared, tmp_path, monkeypatch):
+    """All of its files; what a kill left half of an earlier one is no hindrance."""
+    folder = tmp_path / "checkpoints"
+    (folder / "part" / "weights.safetensors").mkdir(parents=True)
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def flush(fd):
+        done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    def rename(old, new):
+        done.append(Path(new).name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    sgd = torch.optim.SGD(shared.parameters(), 0.1)
+    checkpoint.save_checkpoint(shared, [sgd], pretrain.Config(out=str(tmp_path)), 3)
+    names = sorted(path.name for path in (folder / "step-00000003").iterdir())
+    assert names == ["optimizer.pt", "state.json", "weights.safetensors"]
+    assert sorted(done[-4:-1]) == names and done[-1] == "step-00000003", done
+
+
 def test_other_data_are_not_resumed_with(tmp_path, monkeypatch):
     """The same name, the same number of lines, another word: not the same run."""
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n')
+    line = '{"query": {"text": "q"}, "target": {"text": "t"}}\n'
+    pairs.write_text(line + line.replace('"t"', '"u"').replace('"q"', '"p"'))
     cfg = contrastive.Config(model="toy-random", steps=2, batch=4, block=4, workers=0, save_every=1)
     cfg = dataclasses.replace(cfg, muon_lr=0.0, data=str(pairs), out=str(tmp_path / "out"))
     with monkeypatch.context() as patch:

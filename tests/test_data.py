@@ -16,7 +16,7 @@ import pretrain
 from data import Item
 from plumbing import mmeb
 from plumbing.errors import InputError
-from plumbing.formats import IMAGE
+from plumbing.formats import IMAGE, digest_of
 from plumbing.images import Images, open_image
 from tools.export import export
 from toy.world import Shapes
@@ -122,13 +122,19 @@ def test_a_bad_line_is_named_before_training(tmp_path, second, says):
 
 
 def test_missing_pictures_are_named_before_training(tmp_path):
-    """All lines are looked up first; the message counts them."""
-    lines = [{"id": "1", "image": "gone.png", "conversations": TALK}] * 3
+    """All lines are looked up first; the message names the first one, and counts them."""
+    lines = [{"id": "1", "image": f"gone{i}.png", "conversations": TALK} for i in range(3)]
     out = tmp_path / "out"
     cfg = pretrain.Config(data=talks(tmp_path, *lines), out=str(out), workers=0)
-    with pytest.raises(InputError, match=r"gone.png: no such picture \(and 2 more are missing"):
+    with pytest.raises(InputError, match=r"gone0.png: no such picture \(and 2 more are missing"):
         pretrain.main(cfg)
     assert not (out / "log.jsonl").exists()
+    two = {"image": ["a.png", "b.png"]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"query": two, "target": {"text": "y"}}))
+    pairs = data.read_pairs(str(tmp_path / "pairs.jsonl"))
+    with pytest.raises(InputError, match=r"a.png: no such picture \(and 1 more are missing"):
+        digest_of(pairs.values())
+    assert pairs["pairs"][0].query.text == IMAGE * 2, "pictures without a text are they alone"
 
 
 def test_the_ablations_of_stage_1_change_what_is_asked(tmp_path):

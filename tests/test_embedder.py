@@ -1,5 +1,6 @@
 """The embedder: what goes in is one vector, whatever stands beside it, before and after saving."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import families
@@ -10,8 +11,11 @@ from checks import close, equal, expect, toy
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+import contrastive
 import model
+import pretrain
 from data import Item
+from plumbing import families as families_of_models
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
@@ -146,6 +150,26 @@ def test_encode_leaves_no_trace(embedder):
         dropped = embedder(embedder.collate([Item("red")]))
     expect(np.abs(dropped[0].numpy() - want[0]).max() > 1e-3, "equal", "different",
            "negative control: in training mode dropout matters")  # fmt: skip
+
+
+def test_all_that_is_made_on_the_way_is_made_where_the_model_is(monkeypatch):
+    """As on a GPU: the device "meta" holds shapes alone, and takes no tensor from another one."""
+    embedder = model.load("toy-random", compress_tokens=4, prompt="vlm2vec", pooling="mean")
+    embedder.to("meta")
+    equal(embedder.device.type, "meta", "where its weights are")
+    # There is no autocast for meta, and the library reads numbers of a mask of padding.
+    monkeypatch.setattr(embedder, "autocast", nullcontext)
+    mask_of = pretrain.compression_mask
+    monkeypatch.setattr(
+        families_of_models, "attention_mask", lambda _, x, mask: mask_of(x["roles"])
+    )
+    rows = [embedder.collate.row(Item(text)) for text in ("red", "a longer one")]
+    inputs = embedder.collate.pad_rows(rows, embedder.device)
+    z = embedder(inputs)
+    equal((z.device.type, z.shape), ("meta", (2, 128)), "the embeddings")
+    labels = pretrain.answer_labels(inputs["input_ids"], inputs["roles"])
+    equal(labels.device.type, "meta", "stage 1")
+    equal(contrastive.paper_info_nce(z, z, 0.03).device.type, "meta", "stage 2")
 
 
 # ------------------------------------------------------------------------------------ save and load

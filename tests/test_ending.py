@@ -6,7 +6,9 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ends
@@ -114,7 +116,188 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
         equal((status, err), (expected, ""), words)
 
 
+class Ended(BaseException):
+    """In the place of os._exit: (status)."""
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """This process looks like one that plumbing/start.py took over."""
+    monkeypatch.setattr(ending, "pipes", [None])
+    monkeypatch.setattr(ending, "leaving", threading.Lock())
+
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+
+
+WAYS_OUT = [  # what ends a process, its status, what stderr says
+    (SystemExit(0), 0, ""),
+    (SystemExit(None), 0, ""),
+    (SystemExit(3), 3, ""),
+    (SystemExit("no such word"), 1, "no such word\n"),
+    (ending.Stopped(signal.SIGTERM), 143, "x.py: ended by SIGTERM\n"),
+    (ending.Stopped(signal.SIGINT), 130, "x.py: ended by SIGINT\n"),
+    (KeyboardInterrupt(), 130, "x.py: ended by SIGINT\n"),
+    (InputError("line 3: no query"), 1, "x.py: line 3: no query\n"),
+    (ZeroDivisionError("x"), 1, "Traceback"),
+    (BrokenPipeError(32, "of a server"), 1, "Traceback"),  # both outputs are read
+]
+
+
+@pytest.mark.parametrize("error, status, says", WAYS_OUT, ids=lambda x: repr(x)[:30])
+def test_each_way_out_has_its_status_and_its_words(error, status, says, ours, monkeypatch, capfd):
+    """On stderr; a traceback only of what a user cannot put right."""
+    monkeypatch.setattr(sys, "argv", ["/somewhere/x.py"])
+    with pytest.raises(Ended) as end:
+        try:
+            raise error  # as an error that has a traceback
+        except BaseException as e:
+            ending.leave_by(e)
+    out, err = capfd.readouterr()
+    equal((end.value.args, out), ((status,), ""), err)
+    if says == "Traceback":
+        expect("Traceback" in err and type(error).__name__ in err, err, "the traceback", "leave_by")
+    else:
+        equal(err, says, "leave_by")
+
+
+def test_a_process_of_ours_ends_with_its_parent(ours, monkeypatch):
+    """However that ended."""
+
+    def sleep(seconds):
+        raise TimeoutError
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(TimeoutError):
+        ending.outlive_nobody(os.getppid())
+    with pytest.raises(Ended):
+        ending.outlive_nobody(os.getppid() + 1)
+
+
+def test_start_takes_over_scripts_of_ours_and_nothing_else(monkeypatch):
+    """Signals and errors from the first moment; help before anything heavy."""
+    taken = []
+    monkeypatch.setattr(start, "watch_signals", lambda: taken.append("signals"))
+    monkeypatch.setattr(start, "leave", lambda status: taken.append(f"help, {status}"))
+    hook = sys.excepthook
+    main = sys.modules["__main__"]
+    for file, word, want in (
+        (ROOT / "pretrain.py", "--steps", ["signals"]),
+        (ROOT / "pretrain.py", "-h", ["signals", "help, 0"]),
+        (ROOT / "tools" / "look.py", "--help", ["signals", "help, 0"]),
+        (ROOT / "tests" / "ends.py", "-h", []),
+        ("/elsewhere/pretrain.py", "-h", []),
+        ("", "-h", []),
+    ):
+        monkeypatch.setattr(main, "__file__", str(file), raising=False)
+        monkeypatch.setattr(sys, "argv", [str(file), word])
+        monkeypatch.setattr(sys, "excepthook", hook)
+        taken.clear()
+        start.begin()
+        equal((taken, sys.excepthook is not hook), (want, bool(want)), (file, word))
+
+
 # ----------------------------------------------------------------------------------------- signals
+
+
+class Clock:
+    """In the place of the module `time`."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class Pipe:
+    """[(second, number), ...]: signals as they arrive."""
+
+    def __init__(self, clock, *signals):
+        self.clock, self.signals = clock, list(signals)
+
+    def recv(self, size):
+        self.clock.now, number = self.signals.pop(0)
+        return bytes([number])
+
+
+INT, TERM, CHILD = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD
+ARRIVE = [  # (does a run note signals, what arrives when, when it ends, how)
+    (False, [(1, TERM)], 1 + ending.UNWIND, ("ended by SIGTERM", 143)),
+    (False, [(1, CHILD), (2, INT)], 2 + ending.UNWIND, ("ended by SIGINT", 130)),
+    (True, [(1, INT), (1.1, INT), (9, TERM)], 9, ("ended by a second SIGTERM", 143)),
+    (True, [(1, TERM), (2.9, TERM), (3.1, INT)], 3.1, ("ended by a second SIGINT", 130)),
+]
+
+
+@pytest.mark.parametrize("noted, arrive, at, how", ARRIVE)
+def test_a_thread_ends_what_the_main_thread_cannot(noted, arrive, at, how, monkeypatch):
+    """A command has three seconds for its files; a training run goes on after a first signal, which
+    may come twice at once (the terminal's, and torchrun's), and ends by a later one."""
+    clock = Clock()
+
+    def leave(*words):
+        raise Ended(*words)
+
+    monkeypatch.setattr(ending, "time", clock)
+    monkeypatch.setattr(ending, "leave", leave)
+    monkeypatch.setattr(ending, "handlers_before", {INT: None} if noted else {})
+    with pytest.raises(Ended) as end:
+        ending.obey(Pipe(clock, *arrive))
+    equal((end.value.args, clock.now), (how, at), "ending.obey")
+
+
+def test_the_first_signal_counts(monkeypatch):
+    """Of a training run's, for the time that a step may take; of a command's a second one does not
+    break into what the first one began."""
+    clock = Clock()
+    monkeypatch.setattr(ending, "time", clock)
+    monkeypatch.setattr(ending, "stop_asked", [])
+    with monkeypatch.context() as patch:
+        patch.setattr(ending, "handlers_before", {INT: None})
+        assert not ending.overdue()
+        ending.on_signal(TERM, None)
+        clock.sleep(ending.LEAVE_STEP - 1)
+        ending.on_signal(INT, None)
+        assert [wish.number for wish in ending.stop_asked] == [TERM, INT] and not ending.overdue()
+        clock.sleep(1.5)
+        assert ending.overdue()
+    monkeypatch.setattr(ending, "unwinding", threading.Event())
+    with pytest.raises(ending.Stopped) as stopped:
+        ending.on_signal(TERM, None)
+    assert stopped.value.number == TERM
+    ending.on_signal(INT, None)
+
+
+def test_a_run_in_another_thread_leaves_signals_alone():
+    """As a notebook's may be: Python lets the main thread alone set handlers."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(ending.note_signals).result()
+    equal(ending.handlers_before, {}, "none was set")
+
+
+@pytest.mark.parametrize("others, step, saved", [(1, 3, [4]), (0, 3, []), (0, 4, [5]), (0, 9, [])])
+def test_a_signal_to_another_rank_ends_this_one_too(
+    others, step, saved, shared, tmp_path, monkeypatch
+):
+    """After the step, saved. Without one a checkpoint is made every --save-every steps, but for the
+    last one, after which the model is."""
+    monkeypatch.setattr(checkpoint, "all_sum", lambda mine: mine + others)
+    cfg = pretrain.Config(out=str(tmp_path), steps=10, save_every=5)
+    status = None
+    try:
+        with checkpoint.kept(shared, [torch.optim.SGD(shared.parameters(), 0.1)], cfg, step):
+            pass
+    except SystemExit as end:
+        status = end.code
+    equal(status, 143 if others else None, "checkpoint.stop")
+    names = [folder.name for folder in checkpoint.checkpoints_in(tmp_path)]
+    equal(names, [f"step-{n:08d}" for n in saved], "checkpoint.kept")
 
 
 def wait_for(process, word):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from checks import equal, expect, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,15 @@ import evaluate
 import model
 import pretrain
 from plumbing import combinations, config
-from plumbing.config import CHUNK_TOKENS, KEEP_GRAPHS, in_range, kind_of, option, refuse_impossible
+from plumbing.config import (
+    CHUNK_TOKENS,
+    KEEP_GRAPHS,
+    in_range,
+    kind_of,
+    option,
+    refuse_idle_ranks,
+    refuse_impossible,
+)
 from plumbing.errors import InputError
 from plumbing.template import STYLES
 from tools import explain, export, figures, generate, search
@@ -107,10 +116,12 @@ def test_every_number_has_a_range_and_keeps_to_it(flag):
     expect((least is None) != (above is None), limits(field), "least= or above=", f"{named(flag)}")
     lowest, highest = (least if above is None else above), (most or config.MOST_WHOLE)
     good, bad = [lowest + (above is not None) * 1e-9, highest], [lowest - 1, highest * 2 + 1]
+    if above is not None:
+        bad.append(above)
     if not whole:
         good, bad = (
             [float(x) for x in good],
-            [*bad[: 1 + bool(most)], math.nan, math.inf, -math.inf],
+            [*bad[: 1 + bool(most)], *bad[2:], math.nan, math.inf, -math.inf],
         )
     for value in good:
         expect(in_range(field, value), f"{value} refused", config.range_of(field), named(flag))
@@ -129,10 +140,16 @@ def test_a_number_without_a_range_would_be_found():
     class Config(config.CommandLine):
         rate: float = config.flag(1.0, "has none")
         clip: float = config.flag(1.0, "has one", least=0)
+        share: float = config.flag(0.5, "has two ends", least=0, most=1)
+        lr: float = config.flag(0.5, "not zero", above=0)
 
-    rate, clip = dataclasses.fields(Config)
+    rate, clip, share, lr = dataclasses.fields(Config)
     equal(limits(rate), (None, None, None), "nothing declared")
     equal([in_range(clip, x) for x in (-1, 0, 5.5, math.nan)], [False, True, True, False], "clip")
+    equal([in_range(share, x) for x in (-0.1, 0, 1, 1.5)], [False, True, True, False], "share")
+    equal([in_range(lr, x) for x in (0, 1e-9, math.inf)], [False, True, False], "lr")
+    words = [config.range_of(field) for field in (clip, share, lr)]
+    equal(words, ["0 or more", "0 to 1", "above 0"], "range_of")
 
 
 @pytest.mark.parametrize("flag", list(all_flags()), ids=named)
@@ -141,7 +158,7 @@ def test_each_flag_arrives_as_a_user_spells_it(flag):
     field, name = flag.field, option(flag.field.name)
     value = "x"
     if kind_of(field) in (int, float):
-        value = 1 if in_range(field, 1) else 0.5
+        value = next(x for x in (1, 2, 0.5) if in_range(field, x))
     if field.metadata["choices"]:
         value = field.metadata["choices"][-1]
     if name == "--server":
@@ -200,6 +217,36 @@ def test_text_that_is_none_is_refused(text):
     refused(lambda: search.Config(text=text * 1000), "--text", "no text")
 
 
+@dataclasses.dataclass
+class Small(config.CommandLine):
+    """A Config of a command that has none of its own."""
+
+    folder: str = config.word("where", "DIR")
+    share: float = config.flag(0.5, "100 % of it", least=0, most=1)
+
+
+def test_help_is_the_docstring_as_it_stands_and_each_flag_with_its_default(capsys, monkeypatch):
+    """With the program as it is started; a % is a %."""
+    for cfg, name, says in (
+        (Small, "", ["usage: ", "DIR", "--share SHARE", "100 % of it (default: 0.5)", __doc__]),
+        (search.Config, "python -m tools.search", ["--top TOP", search.__doc__]),
+    ):
+        monkeypatch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as end:
+            cfg.parse(["--help"])
+        said = capsys.readouterr().out
+        equal(end.value.code, 0, said)
+        for part in (name, *says):
+            expect(part.strip() in said, said, part, "Parser")
+
+
+def test_what_suits_the_device_is_the_default():
+    """Of kinds without a number of their own that of a CPU."""
+    for device, want in (("cpu", 1024), ("cuda", 8192), ("mps", 1024)):
+        equal(config.by_device(None, CHUNK_TOKENS, torch.device(device)), want, device)
+        equal(config.by_device(7, CHUNK_TOKENS, torch.device(device)), 7, "what is given")
+
+
 # ------------------------------------------------------------------------------ flags beside others
 
 ALONE = [  # (command, words that are refused, the rule's flag, a part of what is said)
@@ -216,6 +263,8 @@ ALONE = [  # (command, words that are refused, the rule's flag, a part of what i
     ("contrastive", "--split diverse_instruction", "split", "is of MMEB-train"),
     ("contrastive", "--data pairs.jsonl --split diverse_instruction", "split", "is of MMEB-train"),
     ("contrastive", "--data birds --split diverse_instruction", "split", "is of MMEB-train"),
+    ("contrastive", "--data pairs.json --split diverse_instruction", "split", "is of MMEB-train"),
+    ("evaluate", "--data pairs.csv --subsets A", "subsets", "pairs.csv is none"),
     ("pretrain", "--data talks.jsonl --caption", "caption", "a file brings its own dialogues"),
     ("explain", "--data talks.jsonl --caption", "caption", "a file brings its own dialogues"),
     ("pretrain", "--data talks.jsonl --texts 0.5", "texts", "--texts 0.5: goes with --data shapes"),
@@ -236,6 +285,7 @@ TOGETHER = [  # the same flags in company in which they do something
     ("pretrain", "--image-root pictures --data talks.jsonl --turns 2"),
     ("search", "--min-pixels 5000 --max-pixels 9000"),
     ("search", "--min-pixels 5000"),
+    ("search", "--min-pixels 5000 --max-pixels 5000"),
     ("contrastive", "--subsets classify:500,vqa"),
     ("contrastive", "--data MMEB-train --split diverse_instruction --subsets mmeb20"),
     ("evaluate", "--data TIGER-Lab/MMEB-eval --subsets A:10 --limit 5"),
@@ -300,6 +350,26 @@ def test_what_only_the_model_decides_is_refused_when_it_is_loaded(embedder):
     model.choose_trained(toy(), contrastive.Config(vision_cache="off", freeze_vision=True))
 
 
+def test_what_lora_is_asked_for_reaches_its_matrices(embedder):
+    """Scale, dropout, DoRA, and of the model the language's attention alone."""
+    flags = dict(lora_rank=4, lora_alpha=6, lora_dropout=0.25, dora=True)
+    model.choose_trained(embedder, pretrain.Config(**flags))
+    layers = {n: m for n, m in embedder.named_modules() if hasattr(m, "lora_A") and m.lora_A}
+    for name, layer in layers.items():
+        (scale,), (dropout,) = layer.scaling.values(), layer.lora_dropout.values()
+        got = (layer.lora_A["default"].out_features, scale, dropout.p, *layer.use_dora.values())
+        equal(got, (4, 6 / 4, 0.25, True), name)
+    equal({name.split(".")[-1] for name in layers}, {f"{x}_proj" for x in "qkvo"}, "which")
+    expect(not any("visual" in name for name in layers), layers.keys(), "no tower", "which")
+
+
+def test_a_package_that_only_one_flag_needs_is_named_where_it_is_missing(embedder, monkeypatch):
+    """With the command that installs it."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    cfg = pretrain.Config(lora_rank=4)
+    refused(lambda: model.choose_trained(embedder, cfg), "--lora-rank needs peft: pip install peft")
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "contrastive"])
 def test_explain_takes_the_flags_of_its_stage_only(stage):
     """--temperature means nothing in stage 1, --no-compress nothing in stage 2."""
@@ -311,7 +381,7 @@ def test_explain_takes_the_flags_of_its_stage_only(stage):
 # ---------------------------------------------------------------------------------- hints that help
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 30, 127])
+@pytest.mark.parametrize("batch", [2, 3, 7, 30, 127])
 @pytest.mark.parametrize("block", [1, 4, 32, 33])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_batch_that_is_proposed_is_a_good_one(batch, block, world):
@@ -323,6 +393,23 @@ def test_the_batch_that_is_proposed_is_a_good_one(batch, block, world):
         proposed = int(re.search(r"try (\d+)", str(e))[1])
         assert proposed > batch, e
         refuse_impossible(dataclasses.replace(cfg, batch=proposed), world)
+    else:
+        equal((batch % block, batch % world), (0, 0), "what blocks and ranks divide")
+
+
+def test_a_rank_without_an_example_is_refused():
+    """In stage 1, too; with the batch that does."""
+    refuse_idle_ranks(pretrain.Config(batch=3), 3)
+    refused(lambda: refuse_idle_ranks(pretrain.Config(batch=2), 3), "--batch 2", "try 3")
+
+
+def test_sharding_is_refused_where_it_does_not_go():
+    """With Muon, with LoRA, on one rank."""
+    good = dict(fsdp=True, muon_lr=0.0)
+    for flags, world in (({"muon_lr": 0.02}, 2), ({"lora_rank": 2}, 2), ({}, 1)):
+        cfg = contrastive.Config(**{**good, **flags})
+        refused(lambda c=cfg, w=world: refuse_impossible(c, w), "--fsdp is for full fine-tuning")
+    refuse_impossible(contrastive.Config(**good), 2)
 
 
 def test_blocks_of_nothing_are_refused_without_a_hint_that_does_not_help():
@@ -390,9 +477,12 @@ def run_stages(folder):
     first, second = str(folder / "first"), str(folder / "second")
     run("pretrain", pretrain.main, batch=2, out=first, **small)
     run("contrastive", contrastive.main, batch=4, block=2, model=first, out=second, **small)
+    whole = dict(model="toy-random", steps=0, workers=0, freeze_vision=True)
+    run("pretrain", pretrain.main, out=str(folder / "whole"), **whole)
     for command, stage in (("pretrain", pretrain), ("contrastive", contrastive)):
         (folder / "begun" / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
         run(command, stage.main, model="toy", workers=0, out=str(folder / "begun"))
+        run(command, stage.main, model="toy", workers=0, steps=0, out=str(folder / "all"))
     scores = str(folder / "scores.json")
     run("evaluate", evaluate.main, model="toy", subsets="vqa", limit=1, workers=0, json=scores)
     export.export(folder / "toy", 2)

@@ -22,7 +22,7 @@ import contrastive
 import model
 import pretrain
 from data import Item
-from plumbing import folders
+from plumbing import folders, hub
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
@@ -89,6 +89,8 @@ def moved_adapter(base, folder):
     ("vision_config__depth", 10**9, ["depth is 1,000,000,000"]),
     ("text_config__vocab_size", 10**9, ["vocab_size is 1,000,000,000", "482 rows"]),
     ("text_config__hidden_size", 10**12, ["hidden_size"]),
+    ("text_config__vocab_size", float("nan"), ["vocab_size is nan"]),
+    ("vision_config__depth", 300, ["depth is 300", "files have", "weights"]),
     ("vision_config__depth", 1, ["no place for 12 weights", "blocks.1"]),
     ("vision_config__depth", 3, ["lack 12 weights", "blocks.2"]),
     ("text_config__num_hidden_layers", 3, ["num_hidden_layers"]),
@@ -110,6 +112,8 @@ def test_a_config_that_its_files_do_not_hold_is_refused(folder, field, value, wo
     ("image_processor__size", {"shortest_edge": 10**12, "longest_edge": 10**12}, ["_edge is 1,0"]),
     ("image_processor__patch_size", 10**6, ["patch_size is 1,000,000; 0 to 256"]),
     ("image_processor__merge_size", 10**6, ["merge_size is 1,000,000; 0 to 16"]),
+    ("image_processor__merge_size", -1, ["merge_size is -1; 0 to 16"]),
+    ("image_processor__image_grid_pinpoints", [[336, 10**6]], ["pinpoints is 1,000,000"]),
     ("image_processor__image_mean", [float("nan")] * 3, ["not finite", "processor"]),
     ("image_processor__image_std", [0, 0, 0], ["not finite"]),
     ("image_processor__image_std", "x", ["--model"]),
@@ -119,6 +123,61 @@ def test_a_processor_of_absurd_size_or_without_numbers_is_refused(folder, field,
     change(folder / "processor_config.json", **{field: value})
     (folder / "preprocessor_config.json").unlink()
     refused(folder, *words)
+
+
+def test_an_edge_is_an_edge_where_nothing_says_that_it_is_an_area(tmp_path):
+    """The Qwen family's "edges" are areas, and their processors have a merge_size."""
+    size = {"size": {"longest_edge": 1_000_000}}
+    for numbers, good in (({**size, "merge_size": 2}, True), (size, False)):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(numbers))
+        if good:
+            folders.refuse_absurd_processor(tmp_path)
+            continue
+        with pytest.raises(InputError, match="longest_edge is 1,000,000; 0 to 10,000"):
+            folders.refuse_absurd_processor(tmp_path)
+
+
+def test_a_json_file_of_a_gigabyte_is_not_read(folder, monkeypatch):
+    """The limit is lowered here, and said."""
+    monkeypatch.setattr(folders, "LONGEST_JSON", 100)
+    refused(folder, r"\.json: [\d,]+ bytes, at most 100")
+
+
+def test_the_digest_changes_with_any_weight(tmp_path):
+    """Of a large file it takes samples, from its first byte to its last; with its name and size."""
+    path = tmp_path / "a.safetensors"
+    digests = set()
+    for place in (None, 0, 500_000, 999_999):
+        path.write_bytes(bytes(1_000_000))
+        if place is not None:
+            with open(path, "r+b") as file:
+                file.seek(place)
+                file.write(b"x")
+        digests.add(folders.digest_of_weights(tmp_path))
+    path.write_bytes(bytes(1_000_001))
+    digests.add(folders.digest_of_weights(tmp_path))
+    path.rename(tmp_path / "b.safetensors")
+    digests.add(folders.digest_of_weights(tmp_path))
+    equal(len(digests), 6, "nothing, three places, the size, the name")
+    equal(folders.digest_of_weights(tmp_path) in digests, True, "and with nothing else")
+
+
+def test_what_the_libraries_raise_is_the_folders_fault():
+    """Also a panic in Rust, which is no Exception. No more: memory that is short, a signal, one's
+    own errors stay what they are."""
+
+    class PanicException(BaseException):
+        pass
+
+    for error in (KeyError("x"), PanicException("x")):
+        with pytest.raises(InputError, match=f"--model m: {type(error).__name__}: "):
+            with folders.reading("m"):
+                raise error
+    for error in (torch.OutOfMemoryError("x"), KeyboardInterrupt(), InputError("mine")):
+        with pytest.raises(type(error)) as same:
+            with folders.reading("m"):
+                raise error
+        expect(same.value is error, same.value, error, "as it is")
 
 
 @pytest.mark.parametrize("name", ["embed_tokens.weight", "layers.1.mlp.up_proj.weight", "visual"])
@@ -229,6 +288,27 @@ def test_an_adapter_is_right_wherever_it_is_moved(tree, out, tmp_path, monkeypat
     close(z, want, "only the adapter's folder, renamed", 1e-6)
 
 
+def test_a_base_that_was_named_from_the_working_folder_is_found_from_any(folder, monkeypatch):
+    """An adapter remembers the whole path, and can be trained on, wherever it stands."""
+    monkeypatch.chdir(folder.parent)
+    want = moved_adapter("m", "lora")
+    Path("far/off").mkdir(parents=True)
+    Path("lora").rename("far/off/lora")
+    monkeypatch.chdir("/")
+    embedder = model.load(folder.parent / "far/off/lora", device="cpu").eval()
+    close(embedder.encode(TEXTS), want, "the absolute path", 1e-6)
+    trained = [name for name, p in embedder.named_parameters() if p.requires_grad]
+    expect(trained and all("lora_" in n or "token" in n for n in trained), trained, "LoRA", "alone")
+
+
+def test_an_adapter_of_the_toy_remembers_its_weights(good, tmp_path, monkeypatch):
+    """Another version of this repository may bring another toy."""
+    moved_adapter("toy", tmp_path / "a")
+    model.load(tmp_path / "a", device="cpu")
+    monkeypatch.setattr(folders, "TOY", good)
+    refused(tmp_path / "a", "its base .* has other weights than it was trained on")
+
+
 def test_a_copied_adapter_finds_its_base_where_it_was(tree, tmp_path, monkeypatch):
     """Copied alone, and loaded from elsewhere, while the base stays."""
     top, want = tree
@@ -270,14 +350,24 @@ def test_a_folder_is_never_asked_for_on_the_hub(out, tmp_path, monkeypatch):
     equal(asked, ["out/pretrain"] * 2, "said so; another program's")
 
 
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere", "a/b/c", "../x"])
+def test_a_path_is_never_asked_for_on_the_hub(name, monkeypatch):
+    """What is no id, an owner and a name."""
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    refused(name, "no such folder; choose toy, a folder, or a hub id")
+
+
 def test_an_adapter_cannot_replace_its_base(folder):
     """--out equal to --model with --lora-rank: an error before training, and where it is saved,
     that leaves the model as it was."""
     embedder = model.load(folder, device="cpu").eval()
     model.choose_trained(embedder, TrainingFlags(model=str(folder), lora_rank=2))
     before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(InputError, match="take another --out"):
+        cfg = TrainingFlags(model=str(folder), lora_rank=2, out=f"{folder}/../m")
+        model.choose_trained(model.load(folder, device="cpu"), cfg)
     cfg = contrastive.Config(model=str(folder), out=f"{folder}/../m", lora_rank=2, steps=1)
-    with pytest.raises(InputError, match="take another folder"):
+    with pytest.raises(InputError, match="take another --out"):
         contrastive.main(cfg)
     with pytest.raises(InputError, match="the model that it is an adapter of; take another folder"):
         model.save(embedder, folder)
@@ -329,6 +419,11 @@ def test_explaining_stage_2_writes_no_file(tree, tmp_path, monkeypatch):
     ("rank_pattern", {"q_proj": 10**9}, ["rank_pattern is 1,000,000,000"]),
     ("layer_replication", [[0, 10**6]], ["only plain LoRA"]),
     ("target_modules", "(.+)+(.+)+(.+)+x", ["repeats a group"]),
+    ("target_modules", "(q_proj)*", ["repeats a group"]),
+    ("target_modules", "(q_proj){1,9}", ["repeats a group"]),
+    ("exclude_modules", "(q_proj)*", ["repeats a group"]),
+    ("rank_pattern", {"(q_proj)*": 2}, ["repeats a group"]),
+    ("alpha_pattern", {"(q_proj)*": 2}, ["repeats a group"]),
     ("target_modules", ["q_proj"], ["no place for 24 of its adapter's weights"]),
     ("target_modules", ["nothing"], ["--model"]),
 ])  # fmt: skip
@@ -397,6 +492,16 @@ def test_saved_files_have_ordinary_permissions(good, tmp_path):
     equal(set(modes.values()), {"0o644"}, modes)
 
 
+def test_a_new_folder_that_cannot_be_written_is_not_there(tmp_path):
+    """Not an empty one, which would be taken for a model's; other errors are told as they are."""
+    for error, told in ((OSError(28, "No space left"), InputError), (KeyError("x"), KeyError)):
+        with pytest.raises(told):
+            with folders.written_beside(tmp_path / "new") as part:
+                (part / "config.json").touch()
+                raise error
+        equal(list(tmp_path.iterdir()), [], "what is left")
+
+
 @pytest.mark.parametrize("limit", [100, 100_000])
 def test_a_full_disk_costs_nothing_of_what_was_whole(folder, limit):
     """No file may grow beyond the limit: the first file, or the weights, cannot be written. One
@@ -406,7 +511,7 @@ def test_a_full_disk_costs_nothing_of_what_was_whole(folder, limit):
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     try:
-        with pytest.raises(InputError, match="m: not written: .*What stood there is as it was"):
+        with pytest.raises(InputError, match="m: not written: .*as it was; .* MB are free"):
             model.save(nudged(embedder), folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
@@ -436,7 +541,7 @@ def test_what_cannot_be_written_is_one_line(shared, tmp_path):
 @pytest.mark.parametrize("name", [None, 5, b"toy", ["toy"], "", "a\0b", True, object()])
 def test_what_is_no_name_of_a_model_is_said(name):
     """Wrong types, an empty name: never a number for an open file."""
-    refused(name, "--model")
+    refused(name, "--model" if name == "a\0b" else "is no name of a model")
 
 
 @pytest.mark.parametrize("options, word", [

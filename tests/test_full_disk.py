@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import model
 import pretrain
-from plumbing import checkpoint, optim
+from plumbing import checkpoint, optim, outfolder
 from plumbing.errors import InputError
 from plumbing.log import Log, earlier_lines
 
@@ -138,6 +139,35 @@ def test_an_out_that_vanishes_costs_what_was_in_it(tmp_path, whole, monkeypatch)
     train(out=str(out))
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert (out / "finished.json").exists()
+
+
+def test_the_room_that_is_said_is_that_of_what_is_saved(embedder):
+    """All weights, also those that are frozen; of an adapter its own."""
+    whole = sum(p.nbytes for p in embedder.parameters())
+    model.choose_trained(embedder, dataclasses.replace(CONFIG, freeze_vision=True))
+    assert checkpoint.weight_of(embedder) == whole
+    model.choose_trained(embedder, dataclasses.replace(CONFIG, lora_rank=2))
+    trained = sum(p.nbytes for p in embedder.parameters() if p.requires_grad)
+    assert checkpoint.weight_of(embedder) == trained < whole / 10
+
+
+def test_that_rank_0_cannot_write_is_known_to_all(monkeypatch):
+    """It alone writes; the others could."""
+    monkeypatch.setattr(checkpoint, "gather_objects", lambda mine: ["No space left", mine])
+    assert checkpoint.try_to_save(lambda *_: None, None, CONFIG, {}) == "No space left"
+
+
+def test_what_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
+    """A small file is written beside, and renamed."""
+    outfolder.write_json(tmp_path / "state.json", {"step": 1})
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(outfolder.os, "replace", refuse)
+    with pytest.raises(OSError):
+        outfolder.write_json(tmp_path / "state.json", {"step": 2})
+    assert json.loads((tmp_path / "state.json").read_text()) == {"step": 1}
 
 
 def test_a_line_that_the_disk_refuses_is_said_once(tmp_path, capsys):

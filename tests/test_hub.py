@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from checks import close, equal, expect
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image
 
 import model
+from plumbing import hub as hub_room
 from plumbing.config import TrainingFlags
 
 SHA = "0123456789" * 4
@@ -236,6 +238,51 @@ def test_a_hub_that_was_asked_too_often_is_waited_for(hub):
         equal(hub.trouble, {}, "both refusals were met")
         equal(said.count("asked too often"), lines, f"lines that say so in {said}")
         shutil.rmtree(hub.home / "hub")
+
+
+class Answered:
+    """A hub's answer; a 429 with the time that it asks for."""
+
+    def __init__(self, status, wait=None):
+        self.status_code, self.request = status, None
+        self.headers = {} if wait is None else {"Retry-After": str(wait)}
+
+
+def asked_too_often(response, wrapped):
+    """The library's error for it; wrapped: as the cause of another one."""
+    error = HfHubHTTPError("no", response=response)
+    if not wrapped:
+        return error
+    outer = LocalEntryNotFoundError("no")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_hubs_own_time_is_waited_for_an_hour_at_most(wrapped, monkeypatch, capsys):
+    """Without one ever longer ones, 14 minutes in all; what is no 429 is told at once."""
+    slept = []
+    monkeypatch.setattr(hub_room.time, "sleep", slept.append)
+
+    def asking(*answers):
+        due = iter(answers)
+
+        def ask():
+            response = next(due)
+            if response is None:
+                return "here"
+            raise asked_too_often(response, wrapped)
+
+        return ask
+
+    ask = asking(Answered(429, 7), Answered(429, 99_999), Answered(429, "soon"), None)
+    equal(hub_room.patiently(ask), "here", "in the end")
+    equal(slept, [7, hub_room.LONGEST_WAIT, hub_room.WAITS[2]], "seconds")
+    for answer, waits in ((Answered(429), hub_room.WAITS), (Answered(500), ())):
+        slept.clear()
+        with pytest.raises((HfHubHTTPError, LocalEntryNotFoundError)):
+            hub_room.patiently(asking(*[answer] * 9))
+        equal(slept, list(waits), "seconds")
 
 
 RANKS = """import time, torch.distributed as dist

@@ -5,6 +5,7 @@ import codecs
 import io
 import json
 import os
+import re
 import sys
 import zlib
 
@@ -62,6 +63,10 @@ DIALOGUES = {
     "a picture in an answer": (turn(1, value="<image>"), r"conversations\[1\] has <image>"),
     "a blank answer": (turn(3, value=" \n"), r'conversations\[3\] .*"value".* not blank'),
     "an answer that is a number": (turn(1, value=2), r'conversations\[1\] .*"value", a string'),
+    "a question without an answer": (
+        {**DIALOGUE, "conversations": TALK + MORE[:1]},
+        '"conversations" must be a list of questions and answers in turn',
+    ),
     "no picture at all": ({"conversations": MORE}, 'has no "image".* nothing to compress'),
     "an id of another type": ({**DIALOGUE, "id": ["1"]}, '"id" must be a string or a number'),
     "a number as picture": ({**DIALOGUE, "image": 0}, '"image" a path'),
@@ -221,6 +226,8 @@ def test_a_list_that_is_something_else_is_called_what_it_is(place):
     """A folder, a pipe, nothing, a folder of lists, MMEB's layout; with the stage that takes it."""
     (place / "folder.jsonl").mkdir()
     os.mkfifo(place / "pipe.jsonl")
+    (place / "link").mkdir()
+    (place / "link" / "metadata.jsonl").symlink_to("nowhere")
     pairs = place / "mmeb" / "A" / "original-0.parquet"
     write(pairs, TRAIN)
     other = place / "lists"
@@ -231,6 +238,9 @@ def test_a_list_that_is_something_else_is_called_what_it_is(place):
             ("folder.jsonl", "a folder without metadata|no <subset>"),
             ("pipe.jsonl", "is a pipe"),
             ("no.jsonl", "no such list"),
+            ("no.json", "no such list"),
+            ("no.csv", "no such list"),
+            ("link", "metadata.jsonl.* is a symbolic link to nowhere, which is not there"),
             ("lists", "name .*my.jsonl"),
         ):
             with pytest.raises(InputError, match=says):
@@ -541,6 +551,32 @@ def test_one_such_list_among_others_is_said(tmp_path, capsys):
     write(tmp_path / "B" / "original-0.parquet", TRAIN)
     digest_of(data.read_pairs(str(tmp_path)).values())
     assert "every target of its list is the same" in capsys.readouterr().out
+    write(tmp_path / "B" / "original-0.parquet", {**TRAIN, "pos_text": ["u", "u"]})
+    digest_of(data.read_pairs(str(tmp_path)).values())
+    assert capsys.readouterr().out.count("every target of its list is the same") == 2
+
+
+@pytest.mark.parametrize(
+    "files, texts, says",
+    [
+        (["a.png", "b.png"], ["a dog", "a cat"], []),
+        (["a.png", "b.png"], ["a dog", "a dog"], ["is the same, a dog"]),
+        (["a.png", "a.png"], ["a dog", "a cat"], ["is the same, .*a.png"]),
+        (["a.png", "a.png"], ["a dog", "a dog"], ["same, a dog", "same, .*a.png"]),
+    ],
+)
+def test_captions_that_leave_nothing_to_tell_apart_are_said(place, files, texts, says, capsys):
+    """One caption for all pictures, one picture for all captions: each way by itself."""
+    Image.new("RGB", (32, 32), "blue").save(place / "b.png")
+    records = [{"file_name": f, "text": t} for f, t in zip(files, texts, strict=True)]
+    jsonl(place, *records, name="metadata.jsonl")
+    digest_of(data.read_pairs(str(place)).values())
+    said = capsys.readouterr().out.splitlines()
+    equal(
+        [bool(re.search(s, line)) for s, line in zip(says, said, strict=True)],
+        [True] * len(says),
+        said,
+    )
 
 
 def test_a_batch_of_one_is_refused():
@@ -589,6 +625,14 @@ def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_name
     """The same line as without workers; lost pictures are counted over all workers."""
     from plumbing import first_pass
 
+    asked = []
+
+    def prefetch(make, jobs, workers):
+        asked.append(workers)
+        return ahead(make, jobs, workers)
+
+    ahead = first_pass.prefetch
+    monkeypatch.setattr(first_pass, "prefetch", prefetch)
     monkeypatch.setattr(first_pass, "FEW", 10)
     monkeypatch.setattr(first_pass, "WINDOW", 5)
     lost = {**PAIR, "query": {"text": "<image>", "image": "gone.png"}}
@@ -598,6 +642,8 @@ def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_name
     path = jsonl(place, *[PAIR] * 12, {"query": 1}, *[PAIR] * 7, {"target": 1})
     with pytest.raises(InputError, match='line 13: needs "query" and "target"'):
         data.read_pairs(path)
+    data.read_pairs(jsonl(place, *[PAIR] * 10))
+    assert asked[0] > 0 and asked[1] > 0 and asked[2] == 0, "a short list needs no processes"
 
 
 def test_one_evaluation_set_at_a_time_is_in_memory(tmp_path):

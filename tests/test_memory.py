@@ -6,7 +6,7 @@ import torch
 from checks import equal, expect
 
 from plumbing.errors import InputError
-from plumbing.memory import meeting, token_chunks, until_it_fits
+from plumbing.memory import answering, meeting, token_chunks, until_it_fits
 
 
 def check_chunks(chunks_of):
@@ -118,3 +118,24 @@ def test_the_meeting_changes_neither_loss_nor_gradient():
     (2 * again).backward()
     equal(again.detach(), loss.detach(), "the loss")
     equal(z.grad, want, "its gradient")
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_what_a_tower_said_is_given_back_once_and_then_forgotten(where):
+    """Two pictures of one chunk, told apart; after the second pass nothing is kept, and the tower
+    is itself again. A chunk that comes with a graph only is computed."""
+    tower = torch.nn.Linear(2, 3)
+    one, two = torch.randn(2, 1, 2)
+    outputs = {}
+    with torch.no_grad(), answering(tower, outputs, 0, where):
+        want = [tower(one), tower(two)]
+    expect(not torch.equal(*want), want, "two outputs", "the test would be too easy")
+    with answering(tower, outputs, 0, where):
+        got = [tower(one), tower(two)]
+    for ours, theirs in zip(got, want, strict=True):
+        equal(ours, theirs, "what it said in the first pass, in its order")
+        expect(not ours.requires_grad, "a graph", "none", "recalled, and not computed")
+    equal(outputs, {}, "nothing waits any longer")
+    equal("forward" in vars(tower), False, "memory.answering: the tower's own forward")
+    with answering(tower, outputs, 7, where):
+        expect(tower(one).requires_grad, "no graph", "a graph", "a chunk that comes once")

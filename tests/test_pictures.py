@@ -74,6 +74,7 @@ def special_files(folder) -> dict:
         "is a URL; save it as a file": "data:image/png;base64,iVBORw0KGgo=",
         "is a URL; save it as a file and": "https://example.org/a.png",
         "no such file": folder / "gone.png",
+        "no such file ": f"{folder}/not-at-the-beginning://a.png",
     }
 
 
@@ -104,7 +105,7 @@ def test_every_name_can_be_printed():
     for name in (os.fsdecode(b"\xff.png"), "\ud800.png", "\x1b[31m\0.png", "a\nb.png"):
         brief(name).encode()  # print would raise
         assert brief(name).isprintable() and brief(name).endswith(".png")
-    assert len(brief("x" * 5000)) == 200
+    assert len(brief("x" * 5000)) == 200 and brief("two\n  lines") == "two lines"
 
 
 def test_special_files_as_pictures_are_named_at_once(tmp_path, shared):

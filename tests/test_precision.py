@@ -1,4 +1,4 @@
-"""Pooling, unit length, scores and loss are float32 whatever surrounds them: hidden states in
+"""Pooling, unit length, scores and losses are float32 whatever surrounds them: hidden states in
 bfloat16, autocast, `torch.set_float32_matmul_precision`."""
 
 import pytest
@@ -8,9 +8,11 @@ from checks import close, equal, expect
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import contrastive
+import pretrain
 from data import Item
-from model import compression_pool, last_token_pool
+from model import choose_trained, compression_pool, last_token_pool
 from plumbing import precision
+from plumbing.config import TrainingFlags
 
 TAU = 0.03  # the official code's
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -142,3 +144,27 @@ def test_the_products_are_those_of_plain_tensors_bit_for_bit():
         out.square().sum().backward()
         results.append(torch.cat([out.detach().flatten(), q.grad.flatten(), t.grad.flatten()]))
     equal(results[0], results[1], "the same order of sums")
+
+
+# ---------------------------------------------------------------------------------------- stage 1
+
+
+def test_the_losses_of_stage_1_are_float32_though_logits_are_bfloat16():
+    """Cross-entropy and the divergence from the teacher: 6 digits, not 3."""
+    torch.manual_seed(0)
+    logits, reference = torch.randn(2, 64, 400).bfloat16()
+    labels = torch.randint(400, (64,))
+    for loss in (
+        lambda x: pretrain.answer_loss(x, labels),
+        lambda x: pretrain.distillation_loss(x, reference.to(x.dtype)),
+    ):
+        got = loss(logits)
+        equal(got.dtype, torch.float32, "a sum of many numbers")
+        close(got, loss(logits.float()), "the loss of the same logits", 1e-6)
+
+
+def test_what_is_trained_is_float32_and_what_is_frozen_is_left(embedder):
+    """Of a checkpoint in bfloat16: steps of 1e-4 would be lost in its 3 digits."""
+    choose_trained(embedder.bfloat16(), TrainingFlags(freeze_vision=True))
+    found = {(p.requires_grad, p.dtype) for p in embedder.parameters()}
+    equal(found, {(True, torch.float32), (False, torch.bfloat16)}, "model.choose_trained")

@@ -2,9 +2,11 @@
 memory, a folder that another process writes. (Killed and resumed, bit for bit: test_checkpoint.py;
 on two nodes: test_two_nodes.py.)"""
 
+import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -19,7 +21,8 @@ from test_safety import Bomb, exploded
 
 import contrastive
 import model
-from plumbing import checkpoint, optim, outfolder
+import pretrain
+from plumbing import checkpoint, folders, optim, outfolder
 from plumbing.errors import InputError
 
 LINES = [
@@ -149,6 +152,11 @@ def other_shapes(optimizer):
     return optimizer
 
 
+def other_name(optimizer):
+    optimizer["param_groups"][0]["params"][0] = "x"
+    return optimizer
+
+
 DAMAGE = {
     "an empty folder": lambda f: [path.unlink() for path in f.iterdir()],
     "a file in its place": lambda f: (shutil.rmtree(f), f.write_text("")),
@@ -177,6 +185,7 @@ DAMAGE = {
     "an optimiser of other weights": change_optimizer(
         lambda o: {"state": o["state"], "param_groups": o["param_groups"][1:]}
     ),
+    "an optimiser of a weight by another name": change_optimizer(other_name),
     "an optimiser of other shapes": change_optimizer(other_shapes),
 }
 
@@ -282,6 +291,7 @@ def test_resume_where_there_is_nothing_says_so(config, tmp_path, capsys):
     with pytest.raises(InputError, match="holds a model, and no checkpoint to go on from"):
         train(config(out=str(out), resume=True, lr=0.1))
     assert (out / "adapter_model.safetensors").read_bytes() == before
+    checkpoint.refuse_taken(config(out=str(out), lr=0.1))  # without --resume it is replaced
 
 
 def test_a_finished_run_is_not_trained_again(config, runs, tmp_path, capsys):
@@ -308,6 +318,57 @@ def test_a_finished_run_is_not_trained_again(config, runs, tmp_path, capsys):
         with pytest.raises(Crash):
             train(cfg, resume=False)
     assert not (out / "finished.json").exists()
+
+
+# Flags that may be others in the run that goes on.
+FREE = {"out", "resume", "workers", "save_every", "keep", "skip_bad"}
+FREE |= {"chunk_tokens", "checkpointing"}  # they round
+
+
+@pytest.mark.parametrize("stage", [pretrain, contrastive])
+def test_another_value_of_any_flag_is_another_run(stage):
+    """Each is refused by its name, with both values; so are other weights at the start, other data
+    and another number of ranks. What an older version did not know was as it is by default."""
+    cfg = stage.Config()
+    flags = dataclasses.asdict(cfg)
+    fields = {f.name: f.default for f in dataclasses.fields(cfg) if f.name != "fitting"}
+    for name, default in fields.items():
+        changed = checkpoint.State(1, {**flags, name: "other"}, 1, {})
+        older = checkpoint.State(1, {k: v for k, v in flags.items() if k != name}, 1, {})
+        checkpoint.refuse_another_run(older, cfg)
+        mine = copy.copy(cfg)
+        setattr(mine, name, "other")
+        if name in FREE:
+            checkpoint.refuse_another_run(changed, cfg)
+            checkpoint.refuse_another_run(older, mine)
+            continue
+        with pytest.raises(InputError, match=f"not the same run: {name} was 'other', is "):
+            checkpoint.refuse_another_run(changed, cfg)
+        if name not in ("model_digest", "data_digest"):
+            was = re.escape(repr(default))
+            with pytest.raises(InputError, match=f"not the same run: {name} was {was}, is 'other'"):
+                checkpoint.refuse_another_run(older, mine)
+    with pytest.raises(InputError, match="not the same run: world was 2, is 1"):
+        checkpoint.refuse_another_run(checkpoint.State(1, flags, 2, {}), cfg)
+
+
+def test_another_run_is_refused_before_the_model_is_loaded(stopped, monkeypatch):
+    """In time: stage 2 would have written OUT/merged by then."""
+    monkeypatch.setattr(contrastive, "load_for", pytest.fail)
+    with pytest.raises(InputError, match="not the same run: lr was 0.003, is 0.1"):
+        train(stopped, lr=0.1)
+
+
+def test_a_finished_run_with_other_data_is_another_run(config, runs):
+    """They are read last."""
+    cfg = config(out=str(runs / "whole"), resume=True)
+    flags = json.loads((runs / "whole" / "finished.json").read_text())["config"]
+    for name in ("model", "model_digest", "data_digest"):
+        setattr(cfg, name, flags[name])
+    assert checkpoint.is_finished(cfg)
+    cfg.data_digest += 1
+    with pytest.raises(InputError, match="not the same run: data_digest was"):
+        checkpoint.is_finished(cfg)
 
 
 def test_a_model_that_was_trained_again_in_between_is_refused(tmp_path, config):
@@ -340,6 +401,10 @@ def test_the_digest_of_an_adapter_changes_with_its_base(tmp_path, runs, monkeypa
             save_file({"w": torch.full((9,), value)}, folder / "model.safetensors")
             digests.add(checkpoint.digest_of_model(str(adapter)))
         assert len(digests) == 2, name
+    toy, drawn = checkpoint.digest_of_model("toy"), checkpoint.digest_of_model("toy-random")
+    monkeypatch.setattr(folders, "TOY", base)
+    assert checkpoint.digest_of_model("toy") != toy
+    assert checkpoint.digest_of_model("toy-random") == drawn, "its weights are drawn, and not read"
 
 
 def test_chunks_and_checkpointing_may_change_and_it_is_said(stopped, capsys):
@@ -427,6 +492,16 @@ def test_a_second_run_into_the_same_out_is_refused_while_the_first_lives(tmp_pat
     os.waitpid(first, 0)
     outfolder.take(cfg)
     outfolder.take(cfg)  # this process' own: a run after a run
+    second = os.fork()
+    if second == 0:
+        try:
+            outfolder.take(cfg)
+        except InputError as e:
+            os.write(writing, str(e).encode())
+        os._exit(0)
+    os.waitpid(second, 0)
+    os.write(writing, b"end")
+    assert f"in use by another run (process {os.getpid()} on " in os.read(reading, 999).decode()
 
 
 OUTS = {
@@ -439,7 +514,7 @@ OUTS = {
     "/dev/null": "cannot be written",
     "/proc/nowhere": "cannot be written",
     "x" * 300: "cannot be written",
-    "nul\0": "cannot be written",
+    "nul\0": "is no text",
     "start": "would overwrite start",
     "link_to_start": "would overwrite start",
     "adapter": "would overwrite adapter",
@@ -459,9 +534,9 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(out, tmp_path, monkeyp
     Path("adapter").mkdir()
     Path("adapter/adapter_config.json").write_text('{"base_model_name_or_path": "start"}')
     start = out if out == "adapter" else "start"
-    cfg = contrastive.Config(model=start, out=out)
+    cfg = contrastive.Config(model=start)
     with pytest.raises(InputError, match=OUTS[out]) as refused:
-        contrastive.main(cfg)
+        contrastive.main(dataclasses.replace(cfg, out=out))
     assert len(str(refused.value)) < 600
 
 

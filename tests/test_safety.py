@@ -109,7 +109,7 @@ def damaged(weights):
 def test_damaged_weights_are_an_error(folder, way):
     name, content = list(damaged((folder / "model.safetensors").read_bytes()))[way]
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match="--model"):
+    with pytest.raises(InputError, match=f"--model {folder}: model.safetensors: "):
         model.load(folder, device="cpu")
         pytest.fail(name)
 
@@ -184,10 +184,16 @@ def test_a_folder_that_is_written_again_holds_nothing_of_the_first_run(adapter, 
 
 
 def test_an_adapter_of_another_model_is_an_error(adapter, tmp_path):
-    """Names that fit nothing: an error, not a warning and the base model's embeddings."""
+    """Names that fit nothing, a layer that it lacks: an error, not a warning and the base model's
+    embeddings, or random numbers."""
     other = shutil.copytree(adapter[1], tmp_path / "other")
     weights = load_file(other / "adapter_model.safetensors")
     save_file({k.replace("layers.", "blocks."): v for k, v in weights.items()},
               other / "adapter_model.safetensors")  # fmt: skip
     with pytest.raises(InputError, match="not an adapter of this model"):
+        model.load(other, device="cpu")
+    fewer = {k: v for k, v in weights.items() if "layers.1." not in k}
+    assert 0 < len(fewer) < len(weights)
+    save_file(fewer, other / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="not an adapter of this model: .*missing adapter keys"):
         model.load(other, device="cpu")

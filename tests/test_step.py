@@ -1,10 +1,11 @@
-"""The optimiser's step where the numbers are not: nothing is trained with them."""
+"""The optimiser's step: rates, seeds, what each optimiser trains, clipping; where a number is not
+finite nothing is trained with it."""
 
 import math
 
 import pytest
 import torch
-from checks import equal
+from checks import close, equal
 from torch import nn
 
 from plumbing import optim
@@ -28,3 +29,99 @@ def test_a_step_with_a_number_that_is_not_finite_changes_no_weight(loss, gradien
     with pytest.raises(InputError, match=r"step 7.*loss .*gradient norm .*\['a', 'b'\]"):
         optim.end_step(net, optimizers, cfg, 6, loss, ["a", "b"])
     equal(net.weight.detach(), before, "no step was taken")
+
+
+# ---------------------------------------------------------------------------------- rates and seeds
+
+RISE = [0.5, 1]  # a warm-up of two steps of ten
+RATES = {
+    "linear": [*RISE, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0],
+    "cosine": [*RISE, 1, 0.96194, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.03806, 0],
+}
+
+
+@pytest.mark.parametrize("schedule", RATES)
+def test_the_rate_rises_to_its_peak_and_ends_at_zero(schedule):
+    """Of each of ten steps, and of the one behind the last; the first step trains, too."""
+    cfg = TrainingFlags(steps=10, warmup=0.2, schedule=schedule)
+    close([optim.rate_at(step, 0.3, cfg) / 0.3 for step in range(11)], RATES[schedule], schedule)
+    at_once = TrainingFlags(steps=10, warmup=0.0, schedule=schedule)
+    equal(optim.rate_at(0, 0.3, at_once), 0.3, "without a warm-up")
+    equal(optim.rate_at(0, 0.3, TrainingFlags(steps=1)), 0.3, "a run of one step")
+
+
+def test_dropout_is_another_one_in_each_step_on_each_rank_and_for_each_seed(monkeypatch):
+    """begin_step seeds it, with a function of the three alone."""
+    drawn = {}
+    for seed in (0, 1):
+        for rank in (0, 1):
+            for step in (0, 1):
+                monkeypatch.setattr(optim, "rank", lambda rank=rank: rank)
+                optimizers = [torch.optim.SGD(nn.Linear(1, 1).parameters())]
+                optim.begin_step(optimizers, step, TrainingFlags(seed=seed))
+                drawn[seed, rank, step] = torch.rand(1).item()
+    equal(len(set(drawn.values())), 8, f"eight numbers that differ: {drawn}")
+    optim.begin_step(optimizers, 1, TrainingFlags(seed=1))
+    equal(torch.rand(1).item(), drawn[1, 1, 1], "the same ones again")
+
+
+# --------------------------------------------------------------------------------- the optimisers
+
+
+class Net(nn.Module):
+    """One weight of each kind that a model has, by the names they have there."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = dict(
+            embed_tokens=(7, 4), proj=(4, 4), norm=(4,), patch=(4, 3, 2, 2), lm_head=(7, 4)
+        )
+        for name, size in sizes.items():
+            setattr(self, name, nn.Parameter(torch.randn(size)))
+        self.frozen = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+
+
+def by_optimizer(net, cfg) -> dict:
+    """{an optimiser's name: (names of what it trains, its group's settings)}."""
+    found, names = {}, {p: name for name, p in net.named_parameters()}
+    for optimizer in optim.make_optimizers(net, cfg):
+        (group,) = optimizer.param_groups
+        found[type(optimizer).__name__] = {names[p] for p in group["params"]}, group
+    return found
+
+
+def test_muon_trains_the_matrices_inside_and_adamw_all_else():
+    """Not the rows of tables, of either end, nor what is no matrix; what is frozen neither. Without
+    --muon-lr AdamW trains all. Both decay weights."""
+    net = Net()
+    found = by_optimizer(net, TrainingFlags(lr=0.1, muon_lr=0.2, weight_decay=0.3))
+    equal(found["Muon"][0], {"proj"}, "Muon")
+    equal(found["AdamW"][0], {"embed_tokens", "norm", "patch", "lm_head"}, "AdamW")
+    equal([group["weight_decay"] for _, group in found.values()], [0.3, 0.3], "both decay")
+    equal(found["AdamW"][1]["betas"], (0.9, 0.98), "AdamW's averages")
+    alone = by_optimizer(net, TrainingFlags(muon_lr=0.0))
+    equal({k: v[0] for k, v in alone.items()}, {"AdamW": {n for n, p in net.named_parameters()
+          if p.requires_grad}}, "--muon-lr 0")  # fmt: skip
+
+
+def test_each_optimiser_has_a_rate_of_its_own():
+    """Of its own peak, along one schedule; begin_step says AdamW's."""
+    cfg = TrainingFlags(lr=0.1, muon_lr=0.2, steps=10, warmup=0.2)
+    optimizers = optim.make_optimizers(Net(), cfg)
+    close(optim.begin_step(optimizers, 0, cfg), 0.05, "half of AdamW's peak")
+    rates = {type(x).__name__: x.param_groups[0]["lr"] for x in optimizers}
+    close([rates["AdamW"], rates["Muon"]], [0.05, 0.1], "half of each peak")
+
+
+@pytest.mark.parametrize(("clip", "factor"), [(1.0, 0.2), (10.0, 1.0), (0.0, 1.0)])
+def test_a_step_clips_the_gradient_says_its_norm_and_leaves_none(clip, factor):
+    """A gradient (3, 4), of norm 5: cut to norm 1, or left where it is small, or clip is 0."""
+    net = nn.Linear(2, 1, bias=False)
+    before = net.weight.detach().clone()
+    net.weight.grad = torch.tensor([[3.0, 4.0]])
+    optimizers = [torch.optim.SGD(net.parameters(), lr=1.0)]
+    norm = optim.end_step(net, optimizers, TrainingFlags(clip=clip), 0, 1.0, [])
+    close(norm, 5.0, "before clipping")
+    close(before - net.weight, factor * torch.tensor([[3.0, 4.0]]), "what SGD took", 1e-4)
+    equal(net.weight.grad, None, "the next backward pass begins with none")

@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -127,7 +128,9 @@ def run_contrastive(job):
         words.remove("bare")
     steps, curve = [], []
 
+    @contextmanager
     def look(embedder, optimizers, cfg, step):
+        yield
         if (step + 1) % (cfg.steps // CURVE) == 0 and step + 1 < cfg.steps:
             embedder.eval()
             with torch.random.fork_rng([]):
@@ -137,7 +140,7 @@ def run_contrastive(job):
             embedder.train()
             steps.append(step + 1)
 
-    checkpoint.maybe_checkpoint = look  # the "once in a while" place of the loop
+    checkpoint.kept = look  # the "once in a while" place of the loop
     with tempfile.TemporaryDirectory() as out:
         words += ["--model", job["init"], "--seed", str(job["seed"]), "--out", out]
         cfg = contrastive.Config.parse(words)

@@ -1,0 +1,93 @@
+"""What a run says of its steps: on the screen, by a clock that the test turns, and in log.jsonl.
+(A disk that refuses it: test_full_disk.py.)"""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import transformers
+from checks import equal, expect
+
+from plumbing import log
+from plumbing.config import TrainingFlags
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still: clock[0] is the time in seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(log.time, "time", lambda: now[0])
+    return now
+
+
+def test_a_line_says_speed_waiting_and_what_is_left_of_the_run(tmp_path, clock):
+    """Resumed at step 10 of 40; 20 steps took 60 s, 15 of them were waited for batches."""
+    logged = log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 10)
+    clock[0] += 60
+    logged.waited = 15.0
+    line = logged.line(29, (6, "pairs"), {"loss": 1.5, "lr": 0.002})
+    want = "step    30/40 | loss 1.500 | lr 2.0e-03 | 2 pairs/s | waits 25% | eta 0.5m"
+    equal(line, want, "3 s a step, of which ten are left")
+
+
+def test_the_time_that_steps_wait_is_that_of_their_batches_but_the_first(tmp_path, clock):
+    """Three batches of 2 s each, steps of 5 s; the first batch is not made ahead."""
+
+    def batches():
+        for i in range(3):
+            clock[0] += 2
+            yield i
+
+    logged = log.Log(TrainingFlags(steps=5, out=str(tmp_path)), 2)
+    seen = []
+    for step, batch in logged.steps(batches()):
+        seen.append((step, batch))
+        clock[0] += 5
+    equal(seen, [(2, 0), (3, 1), (4, 2)], "from the step it begins at to the last")
+    equal(logged.waited, 4.0, "seconds")
+
+
+def run(out, steps, start=0, cut=0):
+    """A log of a run of so many steps. -> its lines in log.jsonl."""
+    logged = log.Log(TrainingFlags(steps=steps, out=str(out)), start)
+    for step in range(start, steps):
+        logged(step, (1, "pairs"), {"loss": 0.0, "lr": 1e-3, "cut": cut, "skipped": 0})
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("steps", "want"),
+    [(5, [1, 2, 3, 4, 5]), (45, [*range(4, 45, 4), 45]), (610, [*range(20, 610, 20), 610])],
+)
+def test_ten_to_thirty_lines_of_a_run_are_shown_and_the_last_step_always(
+    tmp_path, capsys, steps, want
+):
+    """Of short runs a line for each tenth, of long ones for every 20 steps."""
+    run(tmp_path, steps)
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step ")]
+    equal([int(x[5:].split("/")[0]) for x in lines], want, "steps that are shown")
+
+
+def test_each_step_is_a_line_of_the_file_under_the_flags_and_the_versions(tmp_path):
+    """Steps count from 1. A loss of zero is a number; `cut` stands there where something was cut.
+    Another run from the start begins the file anew, one that goes on goes on with it."""
+    header, *lines = run(tmp_path, 3)
+    equal(header["config"]["steps"], 3, "the flags")
+    equal(header["world"], 1, "ranks")
+    found = {name: header.get(name) for name in ("torch", "transformers", "numpy")}
+    want = {m.__name__: m.__version__ for m in (torch, transformers, numpy)}
+    equal(found, want, "what the numbers depend on")
+    equal(lines, [{"step": i, "loss": 0.0, "lr": 1e-3} for i in (1, 2, 3)], "nothing was cut")
+    equal([x["step"] for x in run(tmp_path, 4, start=2)[1:]], [1, 2, 3, 4], "from step 2 on")
+    header, *lines = run(tmp_path, 2, cut=7)
+    equal([x["cut"] for x in lines], [7, 7], "begun anew")
+
+
+def test_the_bar_goes_from_where_the_run_goes_on(tmp_path, monkeypatch):
+    """On a terminal; the bar itself is tqdm's."""
+    made = []
+    monkeypatch.setattr(log, "tqdm", lambda **settings: made.append(settings))
+    log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 10)
+    expect(made[0]["total"] == 40 and made[0]["initial"] == 10, made, "10 of 40", "Log.__init__")
