@@ -2,8 +2,12 @@
 
 import json
 import math
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 from checks import close, equal, expect
 
@@ -238,6 +242,8 @@ def test_recall_counts_the_first_k():
     got = retrieval.measures(q, c, [[0], [2], [7], [11, 0]], [1, 1, 1, 2], pool)
     equal([got[k] for k in ("p_at_1", "recall_at_5", "recall_at_10")], [0.5, 0.75, 1.0], "in order")
     close(got["chance"], (3 / 12 + 2 / 12) / 4, "right ones among all", 1e-12)
+    got = retrieval.measures(q, c, [[4], [5], [9], [10]], [1] * 4, pool)
+    equal([got["recall_at_5"], got["recall_at_10"]], [0.25, 0.75], "fifth, sixth, tenth, eleventh")
 
 
 def own_pairs(folder):
@@ -317,3 +323,85 @@ def test_scores_that_cannot_be_written_leave_the_old_ones(tmp_path, shared, monk
     with pytest.raises(InputError, match="--json .*s.json: not written: No space left on device"):
         table.write_json(cfg, shared, {}, means)
     equal((file.read_text(), len(list(tmp_path.iterdir()))), ("old", 1), "and no half of a new one")
+
+
+def mmeb_folder(folder, *names):
+    """A folder in MMEB's layout: sets of three queries with two candidates each."""
+    columns = {"qry_text": ["q"] * 3, "qry_img_path": [""] * 3}
+    columns.update(tgt_text=[["t", "u"]] * 3, tgt_img_path=[["", ""]] * 3)
+    for name in names:
+        (folder / name).mkdir()
+        pq.write_table(pyarrow.table(columns), folder / name / "test-0.parquet")
+    return folder
+
+
+def test_a_set_s_meta_task_is_mmebs_or_what_sets_json_says(tmp_path):
+    """And whether it is out of distribution: what the means are over."""
+    folder = mmeb_folder(tmp_path, "GQA", "CIRR", "mine", "yours", "nobody's")
+    named = {"mine": {"meta_task": "VQA", "ood": True}, "yours": {"meta_task": "Grounding"}}
+    (folder / "sets.json").write_text(json.dumps(named))
+    got = {task.name: (task.meta_task, task.ood) for task in read_tasks(str(folder))}
+    want = {"GQA": ("VQA", True), "CIRR": ("Retrieval", False), "mine": ("VQA", True)}
+    want.update({"yours": ("Grounding", False), "nobody's": ("Other", False)})
+    equal(got, want, "retrieval.read_named, mmeb.meta_task_of")
+    equal([len(task.queries) for task in read_tasks(str(folder), limit=2)], [2] * 5, "limit")
+
+
+def test_a_right_target_that_stands_twice_is_one(tmp_path, shared):
+    """In one line, or right and "wrong" at once: it is no rival of itself, and no better chance."""
+    same = {"query": {"text": "two"}, "target": [{"text": "2"}, {"text": "2"}]}
+    own = {"query": {"text": "3"}, "target": {"text": "3"}}
+    own["negatives"] = [{"text": "4"}, {"text": "4"}, {"text": "5"}]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (same, own)))
+    (task,) = read_tasks(str(file))
+    equal((list(task.rights), [x.text for x in task.pool]), ([1, 1], ["2", "3"]), "distinct")
+    got = evaluate.score(shared, task, evaluate.Config(workers=0))
+    close(got["chance"], (1 / 2 + 1 / 3) / 2, "distinct candidates", 1e-9)
+    c = unit(np.eye(3))
+    equal(retrieval.places(c[:1], c, [[0, 0, 1]], [1], [0, 1, 2]).tolist(), [0], "no rival")
+
+
+def test_places_do_not_depend_on_the_block(monkeypatch):
+    """Queries are scored a block at a time, each against all targets."""
+    q, c, candidates = random_case(n=60, m=40, k=1)
+    rights, pool = [1] * 60, sorted({row for rows in candidates for row in rows})
+    whole = retrieval.places(q, c, candidates, rights, pool)
+    monkeypatch.setattr(retrieval, "BLOCK", 7)
+    equal(retrieval.places(q, c, candidates, rights, pool).tolist(), whole.tolist(), "BLOCK")
+
+
+def test_what_stands_on_the_screen_is_what_was_measured():
+    """In percent; a dash where there is nothing to average; behind it recall, and a warning."""
+    row = {"p_at_1": 0.256, "chance": 0.125, "queries": 40}
+    equal(table.line("GQA", row).split(), ["GQA", "25.6", "12.5"], "line")
+    equal(table.line("OOD", None).split(), ["OOD", "-"], "line")
+    row.update(recall_at_5=0.5, recall_at_10=0.75, warning="collapsed")
+    equal(table.ending(row).split(), ["40", "R@5", "50.0", "R@10", "75.0", "collapsed"], "ending")
+    for flags, note in (
+        ({}, ""), ({"limit": 20}, " (partial: --limit 20)"),
+        ({"subsets": "vqa"}, " (partial: --subsets)"),
+        ({"limit": 5, "subsets": "vqa"}, " (partial: --limit 5, --subsets)"),
+    ):  # fmt: skip
+        equal(table.partial_note(evaluate.Config(**flags)), note, f"{flags}")
+        expect(f"x 100{note} " in table.head(note), table.head(note), note, "head")
+
+
+@pytest.mark.parametrize("flags", [{}, {"limit": 5}, {"subsets": "vqa"}])
+def test_the_json_holds_the_scores_and_what_they_belong_to(tmp_path, flags):
+    """Field by field; a mean over no sets is null."""
+    cfg = evaluate.Config(model="toy-random", json=str(tmp_path / "s.json"), **flags)
+    embedder = SimpleNamespace(style="coma", pooling="mean", K=3)
+    sets = {"vqa": {"p_at_1": 0.5, "chance": 0.1, "queries": 10}}
+    mean = {"p_at_1": 0.5, "chance": 0.1}
+    means = {"meta_tasks": {"VQA": mean}, "ind": mean, "ood": None, "overall": mean}
+    table.write_json(cfg, embedder, sets, means)
+    got = json.loads((tmp_path / "s.json").read_text())
+    want = {
+        "sets": sets, "meta_tasks": {"VQA": 0.5}, "ind": 0.5, "ood": None, "overall": 0.5,
+        "model": "toy-random", "prompt": "coma", "pooling": "mean", "K": 3,
+        "partial": flags != {}, "config": asdict(cfg), "versions": table.versions(),
+    }  # fmt: skip
+    equal(got, want, "table.write_json")
+    with pytest.raises(InputError, match="--json .*: a folder; give the path of a file"):
+        table.refuse_json(evaluate.Config(json=str(tmp_path)))

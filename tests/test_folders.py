@@ -258,6 +258,22 @@ def out(tree, tmp_path):
     (top / "away").rename(top / "out")
 
 
+def test_what_was_saved_is_the_base_of_what_follows_anywhere(tmp_path, monkeypatch):
+    """--out may be relative; the working directory of the next command is another one."""
+    monkeypatch.chdir(tmp_path)
+    embedder = toy()
+    model.save(embedder, "m")
+    equal(embedder.mllm.origin.name, str(tmp_path / "m"), "Origin.of: os.path.abspath")
+
+
+def test_the_base_of_an_adapter_is_looked_at_as_closely(out):
+    """It came from elsewhere, too: its list of files may not lead out of it."""
+    index = out / "pretrain" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "/etc/weights.safetensors"}}))
+    with pytest.raises(InputError, match="lie outside of the folder"):
+        model.load(str(out / "lora"), device="cpu")
+
+
 def test_an_adapter_is_right_wherever_it_is_moved(tree, out, tmp_path, monkeypatch):
     """The base in it, or beside it, goes along; the working directory does not matter."""
     _, want = tree
@@ -347,7 +363,7 @@ def test_an_adapter_cannot_replace_its_base(folder):
     embedder = model.load(folder, device="cpu").eval()
     model.choose_trained(embedder, TrainingFlags(model=str(folder), lora_rank=2))
     before = sorted(p.name for p in folder.iterdir())
-    with pytest.raises(InputError, match="take another folder"):
+    with pytest.raises(InputError, match="take another --out"):
         cfg = TrainingFlags(model=str(folder), lora_rank=2, out=f"{folder}/../m")
         model.choose_trained(model.load(folder, device="cpu"), cfg)
     cfg = contrastive.Config(model=str(folder), out=f"{folder}/../m", lora_rank=2, steps=1)

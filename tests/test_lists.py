@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import sys
 import zlib
 
 import pyarrow
@@ -17,12 +18,13 @@ from PIL import Image
 import contrastive
 import data
 from data import Item
-from plumbing import lines
+from plumbing import lines, mmeb
 from plumbing.errors import InputError
 from plumbing.formats import choose, digest_of
 from plumbing.images import Images
 from plumbing.lines import open_lines, parse_json
 from plumbing.mmeb import eval_rows, last_loaded, training_mix
+from plumbing.parquet import Layout, Table
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
 MORE = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "there"}]
@@ -144,12 +146,24 @@ def test_llavas_own_list_is_one_json_array(place, name):
             data.read_dialogues(str(path))
 
 
+@pytest.mark.parametrize("half", [r"\ud800", r"\uD800", r"\uDFFF"])
+def test_half_a_surrogate_pair_is_no_text(half):
+    """Good JSON, which no tokenizer takes; a whole pair is a character."""
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        parse_json(f'{{"text": "{half}"}}'.encode())
+    equal(parse_json(rb'{"text": "\uD83D\uDC31"}'), {"text": "\U0001f431"}, "a whole one")
+
+
 def test_an_array_is_read_a_block_at_a_time(place, monkeypatch):
     """Whatever falls on the edge of a block: 60 elements in blocks of 7 characters."""
     records = [{**DIALOGUE, "id": str(i)} for i in range(60)]
     path = place / "talks.json"
     path.write_text(json.dumps(records))
     monkeypatch.setattr(lines, "BLOCK", 7)
+    with open(path) as file:
+        blocks = lines.Blocks(file)
+        blocks.peek()
+        equal(blocks.text, path.read_text()[:7], "what is in memory")
     assert [d.id for d in data.read_dialogues(str(path))] == [str(i) for i in range(60)]
 
 
@@ -178,6 +192,7 @@ def test_a_damaged_array_is_told_by_its_example(place, text, says):
         ("file_name,text,text\na.png,a,b\n", "two columns .* one name"),
         ("file_name,text,label\na.png,a,b\n", 'line 2: unknown key "label"'),
         ("file_name,text\na.png\n", 'line 2: needs "text"'),
+        ('file_name,text\na.png,"a dog\nb.png,"a cat"\n', "after line"),
     ],
 )
 def test_a_csv_loses_nothing(place, text, says):
@@ -301,10 +316,14 @@ def test_a_bad_table_of_candidates_is_told_by_column(tmp_path, change, says):
         data.read_tasks(str(tmp_path))
 
 
-@pytest.mark.parametrize("columns", [["t"], []])
-def test_a_row_without_its_candidates_is_refused(tmp_path, columns):
-    """No text at all, or one for two pictures."""
-    write(tmp_path / "A" / "test-0.parquet", {**EVAL, "tgt_text": pyarrow.array([columns], LISTS)})
+@pytest.mark.parametrize(("texts", "paths"), [(["t"], ["", ""]), ([], [""]), ([], []), (["t"], [])])
+def test_a_row_without_its_candidates_is_refused(tmp_path, texts, paths):
+    """None at all, or one text for two pictures."""
+    lists = {
+        "tgt_text": pyarrow.array([texts], LISTS),
+        "tgt_img_path": pyarrow.array([paths], LISTS),
+    }
+    write(tmp_path / "A" / "test-0.parquet", {**EVAL, **lists})
     with pytest.raises(InputError, match="test-0.parquet, row 1: tgt_text and tgt_img_path must"):
         data.read_tasks(str(tmp_path))[0].queries[0]
 
@@ -325,6 +344,26 @@ def test_columns_are_read_however_they_are_stored(tmp_path):
             (query, candidates) = data.read_tasks(str(tmp_path))[0].queries[0]
             equal([query.text, *(x.text for x in candidates)], ["q", "t", "u"], f"{lists}")
     assert rows[0] == rows[1] == rows[2]
+
+
+def test_what_is_no_parquet_file_is_said(tmp_path, monkeypatch):
+    """Text, nothing, a cut-off file, a folder, a pipe; and where pyarrow is missing, what to do."""
+    file = tmp_path / "A" / "original-0.parquet"
+    write(file, TRAIN)
+    for content in (b"no parquet", b"", file.read_bytes()[:-9]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="original-0.parquet: not a readable parquet file: "):
+            data.read_pairs(str(tmp_path))
+    file.unlink()
+    for make in (os.mkdir, os.mkfifo):
+        make(file)
+        with pytest.raises(InputError, match="a list must be an ordinary file"):
+            data.read_pairs(str(tmp_path))
+        file.rename(tmp_path / make.__name__)
+    write(file, TRAIN)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="MMEB's parquet files needs pyarrow: pip install pyarrow"):
+        data.read_pairs(str(tmp_path))
 
 
 def test_a_column_that_stands_twice_is_refused(tmp_path):
@@ -419,6 +458,22 @@ def test_a_row_is_told_by_its_own_file(tmp_path):
     write(tmp_path / "A" / "original-1.parquet", {**TRAIN, "pos_text": ["t", ""]})
     with pytest.raises(InputError, match="original-1.parquet, row 2: "):
         data.read_pairs(str(tmp_path))
+    for i in range(4):
+        write(tmp_path / "B" / f"{i}.parquet", {name: x * (i + 1) for name, x in TRAIN.items()})
+    table = Table(sorted((tmp_path / "B").iterdir()), Layout(tuple(TRAIN)))
+    rows = [f"{tmp_path}/B/{i}.parquet, row {k + 1}" for i in range(4) for k in range(2 * i + 2)]
+    equal([table.where(i) for i in range(len(table))], rows, "Table.where")
+
+
+def test_a_copy_of_some_rows_has_all_of_their_columns(tmp_path):
+    """Those that nobody here reads, too; and of no row it has the columns."""
+    own = {**TRAIN, "own": [1.5, 2.5]}
+    write(tmp_path / "a.parquet", own)
+    table = Table([tmp_path / "a.parquet"], Layout(tuple(TRAIN)))
+    for chosen in ([1], []):
+        table.copy(chosen, tmp_path / "b.parquet")
+        want = {name: [column[i] for i in chosen] for name, column in own.items()}
+        equal(pq.read_table(tmp_path / "b.parquet").to_pydict(), want, f"{chosen}")
 
 
 def test_missing_pictures_of_mmeb_are_known_before_training_and_scoring(tmp_path):
@@ -451,6 +506,20 @@ def test_bad_subsets_are_told_as_they_were_written(subsets, says):
     with pytest.raises(InputError, match=says):
         choose(subsets, ["A", "B"])
     assert choose("A:3, B", ["A", "B"]) == {"A": 3, "B": None}
+
+
+def test_of_the_hub_the_lists_and_pictures_of_the_subsets_are_asked_for(tmp_path, monkeypatch):
+    """Of each its own zip, and the one of all; without --subsets all there are."""
+    for name in "AB":
+        write(tmp_path / name / "test-0.parquet", EVAL)
+    asked = []
+    monkeypatch.setattr(mmeb, "fetch", lambda *words: asked.append(words) or str(tmp_path))
+    for subsets, names in (("A:3, B", "AB"), ("", "*")):
+        root, found = mmeb.find_subsets("org/name", subsets, "test-*.parquet")
+        equal((root, sorted(found)), (tmp_path, ["A", "B"]), "what was fetched")
+        zips = [f"images_zip/{name}.zip" for name in names] + ["images.zip"]
+        lists = [f"{name}/test-*.parquet" for name in names]
+        equal(asked.pop(), ("org/name", "dataset", zips, lists), "hub.fetch")
 
 
 def test_a_part_of_mmeb_is_told_with_the_words_that_take_it(tmp_path):

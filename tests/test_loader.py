@@ -2,6 +2,7 @@
 them. (What ends a worker, or its rank: test_ending.py.)"""
 
 import os
+import signal
 import time
 import weakref
 from pathlib import Path
@@ -20,7 +21,12 @@ from plumbing.errors import InputError
 def batch(i):
     """Three rows of floats, two numbers, and what is no tensor."""
     rows = loader.each(lambda x: {"x": torch.full((2, 3), float(x)), "n": x}, range(i, i + 3))
-    return {"rows": rows, "label": torch.tensor([i, 1]), "nothing": torch.empty(0, 4), "id": f"{i}"}
+    return {
+        "rows": rows,
+        "label": torch.tensor([i, 1]),
+        "nothing": torch.empty(0, 4).int(),
+        "id": f"{i}",
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 5])
@@ -138,6 +144,15 @@ def test_the_workers_hold_no_more_with_each_batch():
     equal(ours[-1], ours[2], "Team.share_of: os.close")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_no_worker(number):
+    """A terminal and torchrun send it to all of a group: the rank alone decides what is done."""
+    batches = loader.prefetch(lambda i: os.getpid(), range(9), 1)
+    worker = next(batches)
+    os.kill(worker, number)
+    equal(list(batches), [worker] * 8, "be_a_child")
+
+
 def test_no_workers_are_left_where_one_cannot_be_forked(monkeypatch):
     """As where a limit on processes is met: those before it are ended."""
     there, calls, fork = holdings(), [], os.fork
@@ -199,6 +214,12 @@ def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
         if any(windows.pictures[i] for i in window):
             windows.saw(window, [Row()] * len(window))
     equal(sizes, [256, 54, 20, 10, 1], "texts, then 10 pictures by the guess, then 20, one of 30")
+    windows = loader.Windows([2] * 25)
+    for window in windows:
+        sizes.append(len(window))
+        windows.saw(window, [InputError("a bad row"), *[Row()] * (len(window) - 1)])
+    equal(sizes[5:], [5, 20], "five rows of two by the guess; then of two in 50 bytes")
+    equal(list(map(len, loader.Windows([30, 30, 1]))), [1, 1, 1], "each is too much by itself")
 
 
 @torch.no_grad()

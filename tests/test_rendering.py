@@ -1,13 +1,17 @@
 """A chat template is a stranger's program: what it may cost is limited, what it writes becomes a
 right row, or one clear line."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 from checks import equal, expect
+from transformers import AddedToken
 
 from data import ANSWER, Item
 from plumbing.errors import InputError
 from plumbing.rendering import render
-from plumbing.template import as_chat, read_template
+from plumbing.template import SpecialTokens, as_chat, read_template, starts_itself, write_prompt
 
 CHATML = (
     "{% for m in messages %}<|user|>{{ m.role }}\n{% for c in m.content %}"
@@ -106,6 +110,50 @@ def test_a_template_of_another_kind_makes_a_right_row(shared, name):
     equal(words_of(shared, template), want or words_of(shared, CHATML), name)
 
 
+def test_a_prompt_ends_where_the_assistant_begins(shared):
+    """What a model is asked with; a template that fails is a clear line."""
+    opening = "{% if add_generation_prompt %}<|user|>assistant\n{% endif %}"
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a dog"}]}]
+    got = write_prompt(Processor(shared.processor, CHATML + opening), chat)
+    equal(got, "<|user|>user\na dog<|im_end|>\n<|user|>assistant\n", "add_generation_prompt")
+    with pytest.raises(InputError, match="the chat template: .*no dogs"):
+        write_prompt(Processor(shared.processor, "{{ raise_exception('no dogs') }}"), chat)
+
+
+@pytest.mark.parametrize(
+    ("start", "prompt", "want"),
+    [("<s>", "<s>a", True), ("<s>", "a<s>", False), ("<s>", "", False), (None, "a", False)],
+)
+def test_a_tokenizers_first_token_is_written_once(start, prompt, want):
+    """By the template or by the tokenizer."""
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(bos_token=start))
+    equal(starts_itself(processor, prompt), want, prompt)
+
+
+def test_a_text_is_cut_at_its_special_tokens(shared):
+    """The longest one that stands there, with the white space that it swallows; an added word that
+    is no special token is text."""
+    tokenizer = copy.deepcopy(shared.processor.tokenizer)
+    tokenizer.add_tokens(["dog"])
+    tokens = [AddedToken("<s>"), AddedToken("<s>!"), AddedToken("<left>", lstrip=True)]
+    tokens.append(AddedToken("<right>", rstrip=True))
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    special = SpecialTokens(SimpleNamespace(tokenizer=tokenizer, image_token="<|image_pad|>"))
+    equal("dog" in special.names_of_ids.values(), False, "t.special")
+    expect(special.behind not in ("<left>", "<right>", ""), special.behind, "one that swallows", "")
+    for text, first, behind, last, start in (
+        ("a<s>!b<s>c", ("a", "<s>!b<s>c"), ("a<s>!", "b<s>c"), ("a<s>!b<s>", "c"), ""),
+        ("a  <left> b", ("a", "  <left> b"), ("a  <left>", " b"), ("a  <left>", " b"), ""),
+        ("a <right> b", ("a ", "<right> b"), ("a <right> ", "b"), ("a <right> ", "b"), ""),
+        ("<s><s>!<s>b", ("", "<s><s>!<s>b"), ("<s>", "<s>!<s>b"), ("<s><s>!<s>", "b"), "<s><s>!"),
+        ("a dog", ("a dog", ""), ("", "a dog"), ("", "a dog"), ""),
+    ):
+        equal(special.cut_before_first(text), first, text)
+        equal(special.cut_behind_first(text), behind, text)
+        equal(special.cut_behind_last(text), last, text)
+        equal(special.start_of(text), start, text)
+
+
 def test_a_template_without_pictures_leaves_them_to_the_processors_token(shared):
     """Where the template writes nothing for a picture, the text holds the processor's own mark."""
     blind = CHATML.replace("<|image_pad|>", "")
@@ -123,6 +171,7 @@ def test_a_template_without_pictures_leaves_them_to_the_processors_token(shared)
         ("{% for m in messages[:1] %}" + CHATML + "{% endfor %}{{ messages }}", "four turns"),
         ("{{ raise_exception('only one turn') }}", "only one turn"),
         ("{{ messages[0].content[0].text }}", "each is wanted once"),
+        (CHATML + CHATML, "each is wanted once"),
     ],
 )
 def test_a_template_that_is_of_no_use_is_one_clear_line(shared, monkeypatch, template, says):

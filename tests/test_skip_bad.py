@@ -117,6 +117,22 @@ def test_of_mmebs_files_each_row_is_skipped_in_its_own_set(files):
         data.read_pairs(train, place)
 
 
+def test_of_a_set_of_several_files_each_row_is_skipped_in_its_own_file(files):
+    """The same rows again behind them, in a second file: the same picture is bad there, too."""
+    train = files / "MMEB-train"
+    (first,) = train.glob("classify/original*.parquet")
+    shutil.copy(first, first.with_name("original-second.parquet"))
+    whole = data.read_pairs(str(train), subsets="classify")["classify"]
+    bad = spoil(files, whole, 1)
+    pairs = data.read_pairs(str(train), Place(skip_bad=str(bad)), "classify")["classify"]
+    equal(pairs.source.skipped, {1, N + 1}, "bad_rows")
+    (last,) = [line for line in bad.read_text().splitlines() if "original-second" in line]
+    beyond = files / "beyond.jsonl"
+    beyond.write_text(json.dumps({**json.loads(last), "example": N + 1}) + "\n")
+    with pytest.raises(InputError, match="beyond.jsonl"):
+        data.read_pairs(str(train), Place(skip_bad=str(beyond)), "classify")
+
+
 def test_captions_skip_a_bad_picture_both_ways(tmp_path, files):
     """Picture -> captions and caption -> picture keep their lengths and draw all others as ever."""
     folder = tmp_path / "birds"

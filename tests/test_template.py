@@ -12,6 +12,7 @@ import data
 from data import COMPRESS, CONTENT, Item
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
+from plumbing.template import Part, Tokens, cut_apart, meeting, shorten, tokenize, tokens_in
 
 PICTURE = Image.new("RGB", (64, 64))  # 16 image tokens
 
@@ -95,6 +96,66 @@ def test_a_row_that_is_too_long_loses_text_and_never_pictures_or_code(shared):
     equal(both.length, 60, "two long texts: both give way")
     with pytest.raises(InputError, match="--max-length 12: .* lower --max-pixels"):
         at_most(shared, 12).row(item)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "turns", "text"),
+    [
+        (0, 3, "0123456789"), (26, 3, "0123456789"), (25, 2, "0123456789"),
+        (22, 2, "0123456789"), (21, 1, "0123456789"), (18, 1, "0123456789"),
+        (17, 1, "012346789"), (16, 1, "01236789"), (9, 1, "0"), (8, 1, ""),
+    ],
+)  # fmt: skip
+def test_later_turns_go_before_text_and_the_first_one_stays(max_length, turns, text):
+    """Three turns of four tokens, a picture of three, a code of one, ten tokens of text."""
+    parts = [Part(1, [-1] * 3), Part(1, list(range(10)), 0, True), Part(2, [-2])]
+    parts += [Part(3, [-3] * 4, turn) for turn in (1, 2, 3)]
+    short, cut = shorten(parts, max_length)
+    equal(cut, 26 - tokens_in(short), "how many tokens it cost")
+    equal(max(part.turn for part in short), turns, "turns that are left")
+    equal("".join(str(i) for i in short[1].content), text, "from the middle")
+    with pytest.raises(InputError, match="--max-length 7: 1 tokens too many without any text"):
+        shorten(parts, 7)
+
+
+def test_tokens_have_their_places_in_the_text(shared):
+    """Behind a special token or not; half a surrogate pair is no text."""
+    collate, text = shared.collate, "a dog,\na cat"
+    for begins_row in (True, False):
+        tokens = tokenize(collate.tokenizer, collate.template, text, begins_row)
+        equal((tokens.starts[0], tokens.ends[-1]), (0, len(text)), f"begins_row: {begins_row}")
+        pieces = [text[a:b] for a, b in zip(tokens.starts, tokens.ends, strict=True)]
+        equal("".join(pieces), text, "each character in one token")
+    with pytest.raises(InputError, match="half a surrogate pair"):
+        collate.row(Item("a \ud800 dog"))
+
+
+def test_texts_side_by_side_are_tokenized_as_one():
+    """But for two of a user's, a question and its answer; tokens stand by themselves."""
+    user, plain, ids = Part(1, "bb", by_user=True), Part(2, "aa"), Part(1, [7, 8])
+    for parts, sizes in (
+        ([plain, user, plain], [3]), ([user, user], [1, 1]), ([plain, user, user, plain], [2, 2]),
+        ([plain, ids, user], [1, 1, 1]), ([ids, ids], [1, 1]), ([], []),
+    ):  # fmt: skip
+        equal([len(group) for group in meeting(parts)], sizes, "meeting")
+
+
+def test_a_token_across_two_texts_belongs_to_the_users():
+    """One token over all three, or over two of them; no text gets tokens of another."""
+    user, plain = Part(1, "bb", by_user=True), Part(2, "aa")
+    for parts, places, want in (
+        ([plain, user, plain], [(0, 1), (1, 3), (3, 5), (5, 6)], [1, 2, 1]),
+        ([plain, user, plain], [(0, 6)], [0, 1, 0]),
+        ([plain, user, plain], [(0, 2), (2, 4), (4, 6)], [1, 1, 1]),
+        ([plain, plain, user], [(0, 1), (1, 6)], [1, 0, 1]),
+        ([user, plain], [(0, 3), (3, 4)], [1, 1]),
+        ([user, plain, plain], [(0, 5), (5, 6)], [1, 0, 1]),
+    ):
+        ids = list(range(len(places)))
+        tokens = Tokens(ids, [start for start, _ in places], [end for _, end in places])
+        got = cut_apart(parts, tokens)
+        equal([len(part.content) for part in got], want, f"{places}")
+        equal([i for part in got for i in part.content], ids, "each once, in order")
 
 
 def test_a_text_of_a_million_characters_goes_through(shared):

@@ -1,0 +1,94 @@
+"""What `encode` takes becomes a text and its pictures; what is none is refused. (With a model:
+test_folders.py.)"""
+
+import numpy as np
+import pytest
+import torch
+from checks import equal
+from PIL import Image
+
+from data import Item
+from plumbing.errors import InputError
+from plumbing.formats import IMAGE
+from plumbing.inputs import checked, content_of, evaluating, in_evaluation, listed, whole_number
+
+PICTURE = Image.new("RGB", (6, 4), "red")
+RGBA = np.asarray(PICTURE.convert("RGBA"))
+
+
+@pytest.mark.parametrize(
+    ("x", "text", "pictures"),
+    [
+        ("a", "a", 0), (PICTURE, IMAGE, 1), (RGBA, IMAGE, 1), (RGBA[..., 0], IMAGE, 1),
+        (("a", PICTURE), f"{IMAGE}a", 1), ((PICTURE, "a"), f"{IMAGE}a", 1),
+        ({"image": PICTURE}, IMAGE, 1), ({"text": "a"}, "a", 0), ({"image": "a.png"}, IMAGE, 1),
+        ({"text": "a", "image": [PICTURE, RGBA]}, f"{IMAGE}{IMAGE}a", 2),
+        ({"text": "a", "image": (PICTURE, "b.png")}, f"{IMAGE}{IMAGE}a", 2),
+        ({"text": f"a {IMAGE}", "image": PICTURE}, f"a {IMAGE}", 1),
+    ],
+)  # fmt: skip
+def test_an_input_is_a_text_with_marks_and_its_pictures(x, text, pictures):
+    """Pictures come first where the text has no marks for them."""
+    content = content_of(x)
+    equal((content.text, len(content.images)), (text, pictures), f"{x}")
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        {"text": "a", "label": 1}, {}, {"text": ""}, {"image": []}, {"text": "", "image": ()},
+        ("a", "b"), (PICTURE, PICTURE), RGBA.astype(np.float32), RGBA.astype(np.int64),
+        RGBA[..., :2], RGBA[None], RGBA[:0], 7, {"text": 7}, {"image": [7]}, None,
+        [["y" * 5000]],
+    ],
+)  # fmt: skip
+def test_what_is_no_input_is_refused_in_brief(x):
+    """A key that nothing reads, nothing at all, numbers that are no bytes, other shapes."""
+    with pytest.raises(InputError, match="^encode: ") as error:
+        content_of(x)
+    assert len(str(error.value)) < 400
+
+
+def test_an_item_is_checked():
+    """Its pictures may be paths as well; numbers are none."""
+    for images in ((), ("a.png",), [PICTURE, "b.png"]):
+        item = Item("a", images)
+        assert checked(item) is item
+    for item in (Item(7), Item("a", "b.png"), Item("a", (7,)), Item("a", ("b.png", None))):
+        with pytest.raises(InputError, match="an Item is Item"):
+            checked(item)
+
+
+def test_a_list_is_anything_with_elements_in_an_order():
+    """No set, whose order is another one each time; not one text, picture, dict or tensor."""
+    pictures = np.stack([RGBA[..., :3]] * 2)
+    for items, n in ((["a"], 1), (("a", "b"), 2), (np.array(["a", "b"]), 2), (pictures, 2),
+                     ((x for x in "ab"), 2), ({"a": 1, "b": 2}.keys(), 2)):  # fmt: skip
+        equal(len(listed(items, lambda x: x)), n, f"{items}")
+    for items in ("a", b"a", {"text": "a"}, PICTURE, {"a"}, frozenset("a"), torch.zeros(2), 7,
+                  RGBA, RGBA[..., 0], np.array("a")):  # fmt: skip
+        with pytest.raises(InputError, match="takes a list"):
+            listed(items, lambda x: x)
+
+
+def test_a_whole_number_has_a_least_value():
+    """Which it may have; True is no number; None is none asked for."""
+    for value in (None, 2, 3, np.int64(2)):
+        equal(whole_number("n", value, 2), value, "least 2")
+    for value in (1, -2, 2.0, True, "2"):
+        with pytest.raises(InputError, match="n .*: a whole number of at least"):
+            whole_number("n", value, 2 if value is not True else 0)
+
+
+def test_evaluation_leaves_each_part_in_its_own_mode():
+    """After an error, too; and there are no gradients in it."""
+    module = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
+    module.train()
+    module[1].eval()
+    before = [part.training for part in module.modules()]
+    with pytest.raises(KeyError), evaluating(module):
+        equal([part.training for part in module.modules()], [False] * 4, "eval")
+        raise KeyError
+    equal([part.training for part in module.modules()], before, "as it was")
+    seen = in_evaluation(lambda module: (module.training, torch.is_grad_enabled()))(module)
+    equal((seen, torch.is_grad_enabled()), ((False, False), True), "in_evaluation")

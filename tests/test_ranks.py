@@ -1,0 +1,106 @@
+"""Ranks, as far as one process shows them: gradients in several buckets, torchrun's environment,
+how a script ends. (With processes: test_gradcache.py, test_torchrun.py, test_ending.py.)"""
+
+import sys
+
+import pytest
+import torch
+from checks import equal
+
+from plumbing import ranks
+from plumbing.errors import InputError
+
+
+def parameters(*numbers):
+    """Parameters of so many numbers, each with a gradient of ones."""
+    made = [torch.nn.Parameter(torch.zeros(n)) for n in numbers]
+    for p in made:
+        p.grad = torch.ones_like(p)
+    return made
+
+
+@pytest.mark.parametrize("bucket", [1, 4, 5, 7, 100])
+def test_each_gradient_is_summed_once_in_whatever_bucket(bucket, monkeypatch):
+    """Two ranks, of which the other has the same; what no row touched counts as zero, and what is
+    frozen has none."""
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    sent = []
+    monkeypatch.setattr(ranks, "all_sum", lambda x: sent.append(len(x)) or x.mul_(2))
+    made = parameters(3, 2, 4, 1, 6)
+    made[1].grad = None
+    made[3].grad, made[3].requires_grad = None, False
+    ranks.sum_gradients(made, bucket)
+    for i, value in ((0, 2), (1, 0), (2, 2), (4, 2)):
+        equal(made[i].grad.tolist(), [value] * len(made[i]), f"parameter {i}")
+    equal(made[3].grad, None, "frozen")
+    equal(sum(sent), 15, "each number once")
+    assert max(sent) < bucket + 6
+
+
+def test_of_one_rank_all_is_its_own():
+    """No process group: nothing is sent, and gradients flow through."""
+    x = torch.ones(3, 2, requires_grad=True)
+    rows = ranks.gather_rows(x, [3])
+    (rows * torch.arange(6).view(3, 2)).sum().backward()
+    equal((rows.tolist(), x.grad.tolist()), ([[1, 1]] * 3, [[0, 1], [2, 3], [4, 5]]), "GatherRows")
+    equal((ranks.rank(), ranks.world(), ranks.gather_objects("a")), (0, 1, ["a"]), "one")
+    equal((ranks.all_sum(3), ranks.all_sum(torch.tensor(4)).item()), (3, 4), "all_sum")
+
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("change", "devices", "says"),
+    [
+        ({}, None, None),
+        ({}, 2, None),
+        ({}, 1, "this machine has 1 GPUs: torchrun --nproc-per-node 1"),
+        ({"RANK": "2"}, None, "RANK=2 is not below WORLD_SIZE=2"),
+        *(({name: "-1"}, None, f"{name}=-1: not a number") for name in list(WHOLE)[:3]),
+        ({"MASTER_PORT": "http"}, None, "MASTER_PORT=http: not a number; torchrun sets it"),
+        *(({name: ""}, None, f"RANK is set, but not {name}") for name in list(WHOLE)[1:]),
+    ],
+)
+def test_torchruns_environment_is_whole_or_refused(change, devices, says, monkeypatch):
+    """Each name, empty or no number; a rank beyond the others; more ranks than GPUs."""
+    for name, value in {**WHOLE, **change}.items():
+        monkeypatch.setenv(name, value)
+    if says is None:
+        return ranks.check_environment(devices)
+    with pytest.raises(InputError, match=says):
+        ranks.check_environment(devices)
+
+
+def test_two_errors_of_torch_have_a_clear_line(monkeypatch):
+    """Memory, with the way out; a peer that is gone, where there are peers; no other one."""
+    text = ranks.known_reason(torch.OutOfMemoryError("CUDA out of memory. " * 50))
+    assert "out of memory; halve --chunk-tokens" in text and len(text) < 250
+    gone = RuntimeError("[../gloo/pair.cc:1] Connection closed by peer\nmore")
+    equal(ranks.known_reason(gone), "", "one rank has no peers")
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    says = "rank 0 lost the others (Connection closed by peer): one of them ended first"
+    equal(ranks.known_reason(gone), f"{says}. --resume goes on from the last checkpoint", "lost")
+    equal(ranks.known_reason(RuntimeError("shapes differ")), "", "a mistake of ours")
+
+
+@pytest.mark.parametrize(("result", "status"), [(None, 0), (0, 0), (1, 1)])
+def test_what_a_command_returns_is_its_status(result, status, monkeypatch):
+    """It gets the words behind its name."""
+
+    class Left(Exception):
+        pass
+
+    def leave(reason=None, status=1):
+        raise Left(status)
+
+    def leave_by(error):
+        raise error
+
+    monkeypatch.setattr(ranks, "leave", leave)
+    monkeypatch.setattr(ranks, "leave_by", leave_by)
+    monkeypatch.setattr(sys, "argv", ["command", "a", "b"])
+    seen = []
+    with pytest.raises(Left) as left:
+        ranks.run_command(lambda words: seen.append(words) or result)
+    equal((left.value.args, seen), ((status,), [["a", "b"]]), "run_command")

@@ -1,0 +1,80 @@
+"""Files that a command writes: whole or not at all, under the name that was given, and nothing
+beside them."""
+
+import os
+import resource
+
+import pytest
+from checks import equal
+
+from plumbing.errors import InputError
+from plumbing.writing import append_whole, refuse_unwritable, written
+
+
+def test_a_file_is_there_when_all_of_it_is(tmp_path):
+    """In a folder that is made for it; while it is written it has another name, and its ending."""
+    path = tmp_path / "new" / "folder" / "scores.json"
+    with written(path, "--json") as part:
+        part.write_text("half")
+        equal((path.exists(), part.suffix), (False, ".json"), "part_of")
+    equal((path.read_text(), os.listdir(path.parent)), ("half", ["scores.json"]), "os.replace")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_was_there_stays_where_writing_fails(tmp_path, error):
+    """And no half of the new one beside it."""
+    path = tmp_path / "scores.json"
+    path.write_text("old")
+    with pytest.raises((InputError, KeyboardInterrupt)) as caught:
+        with written(path, "--json") as part:
+            part.write_text("half")
+            raise error
+    if isinstance(error, OSError):
+        says = f"--json {path}: not written: No space left on device. What was there stays as it"
+        assert says in str(caught.value)
+    equal((path.read_text(), os.listdir(tmp_path)), ("old", ["scores.json"]), "written")
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """To a file on another disk: that one is written."""
+    (tmp_path / "disk").mkdir()
+    file, link = tmp_path / "disk" / "real.json", tmp_path / "link.json"
+    link.symlink_to(file)
+    with written(link, "--json") as part:
+        part.write_text("new")
+    assert link.is_symlink()
+    equal((file.read_text(), os.listdir(file.parent)), ("new", ["real.json"]), "os.path.realpath")
+
+
+def test_what_cannot_be_written_is_refused_by_the_flag_s_name(tmp_path):
+    """A folder, a device or a pipe, below a file, nothing; and a try leaves nothing."""
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    for path, says in (
+        (tmp_path, "a folder; give the path of a file"),
+        (tmp_path / "pipe", r"no ordinary file \(a device or a pipe\); give the path"),
+        ("/dev/null", r"no ordinary file \(a device or a pipe\); give the path"),
+        (tmp_path / "file" / "below", "not written: (Not a directory|File exists)"),
+        ("", "an empty name; give the path"),
+    ):
+        with pytest.raises(InputError, match=f"--json .*: {says}"):
+            refuse_unwritable(path, "--json")
+    refuse_unwritable(tmp_path / "new" / "file.json", "--json")
+    equal(os.listdir(tmp_path / "new"), [], "what was tried is removed")
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
+    """Where the file may grow by less than a line; later lines follow the last whole one."""
+    path = tmp_path / "log.jsonl"
+    append_whole(path, b"first\n", "the log")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 4):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6 + room, limits[1]))
+        try:
+            with pytest.raises(InputError, match="the log .*log.jsonl: not written: "):
+                append_whole(path, b"second\n", "the log")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        equal(path.read_bytes(), b"first\n", f"room for {room} bytes")
+    append_whole(path, b"third\n", "the log")
+    equal(path.read_bytes(), b"first\nthird\n", "append_whole")
