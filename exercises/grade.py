@@ -160,6 +160,14 @@ def grade_class(cfg):
             print(f"{name:<{width}} {columns} {total:5.1f} {remark}", flush=True)
 
 
+def duration(word) -> float:
+    """Seconds, more than none, from the command line."""
+    seconds = float(word)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word} must be above 0")
+    return seconds
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog="python -m exercises.grade",
@@ -169,7 +177,7 @@ def main():
     )
     parser.add_argument("path", type=Path, help="a file, or a folder of submissions")
     parser.add_argument(
-        "--seconds", type=float, default=300, help="at most so long for each file, wall clock"
+        "--seconds", type=duration, default=300, help="at most so long for each file, wall clock"
     )
     parser.add_argument("--only", choices=ladder.EXERCISES, default="", help="one exercise")
     cfg = parser.parse_args()

@@ -207,3 +207,9 @@ def test_a_long_name_and_a_long_text_are_printed_in_200_characters(folder, share
     (folder / "3.PNG").rename(folder / f"{'x' * 240}.png")
     said = run(folder, shared, capsys, text="two " * 5000, top=20)
     assert max(map(len, said.splitlines())) < 230 and "xxx\u2026" in said, said
+
+
+def test_a_text_of_blanks_is_nothing_to_search_for():
+    """It was embedded, and eight pictures were found for it."""
+    with pytest.raises(InputError, match="needs --images DIR, and --text"):
+        search.refuse_no_search(search.Config(images=".", text=" \n"))

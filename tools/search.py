@@ -214,7 +214,7 @@ def search(embedder, cfg):
 
 def refuse_no_search(cfg):
     """InputError, before anything is loaded, where there is nothing to search for or in."""
-    if not cfg.images or not (cfg.text or cfg.query_image):
+    if not cfg.images or not (cfg.text.strip() or cfg.query_image):
         raise InputError("a search needs --images DIR, and --text TEXT or --query-image FILE")
     if cfg.query_image and not os.path.isfile(cfg.query_image):
         raise InputError(f"--query-image {brief(cfg.query_image)}: no such file")
