@@ -918,6 +918,10 @@ FILES = [
         "tests/test_ranks.py",
     ),
     (
+        "plumbing/ranks.py", "main(config.parse(argv))", "main(config.parse([]))",
+        "tests/test_scripts.py",
+    ),
+    (
         "plumbing/ranks.py", "leave(status=main(sys.argv[1:]) or 0)",
         "leave(status=main(sys.argv[1:]) and 0)",
         "tests/test_ranks.py",

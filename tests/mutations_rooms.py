@@ -128,7 +128,7 @@ ROOMS = [
     ("plumbing/config.py", "self.exit(2, f", "self.exit(1, f", FLAGS),
     ("plumbing/config.py", '.replace("%", "%%")  # argparse', "  # argparse", FLAGS),
     ("plumbing/config.py", "default=field.default, help=text, action=action", "default=False, help=text, action=action", FLAGS),
-    ("plumbing/config.py", 'module.startswith("tools.") else None', 'module.startswith("tool.") else None', FLAGS),
+    ("plumbing/config.py", 'module.startswith(("tools.", "toy.")) else None', 'module.startswith("tool.") else None', FLAGS),
     ("plumbing/config.py", "value = os.fspath(value)\n", "value = value\n", FLAGS),
     ("plumbing/config.py", "        refuse_combinations(self)\n", "", FLAGS),
     ("plumbing/config.py", 'name = each.partition("=")[0]', "name = each", "tests/test_scripts.py::test_a_flag_that_has_moved_says_where_it_went"),

@@ -4,24 +4,26 @@ import ast
 from pathlib import Path
 
 import mutate
-import pytest
 from checks import expect
 from mutations import MUTATIONS
 
 
-@pytest.mark.parametrize("number", range(len(MUTATIONS)))
-def test_a_planted_mistake_stands_once_and_is_python(number):
-    """Its text is in the file exactly once, and the file with the mistake is still a program."""
-    mutation = MUTATIONS[number]
-    mutate.line_of(mutation)
-    text = Path(mutate.ROOT, mutation.file).read_text()
-    ast.parse(text.replace(mutation.old, mutation.new))
-    hint = "a mistake that changes nothing"
-    expect(mutation.old != mutation.new, mutation.new, "another text", hint)
-    for word in mutation.tests.split():
-        file = word.partition("::")[0]
-        known = not file.endswith(".py") or Path(mutate.ROOT, file).exists()
-        expect(known, file, "a file of tests", "which tests should notice it?")
+def test_planted_mistakes_stand_once_and_are_python():
+    """Each one's text is in its file exactly once, the file with the mistake is still a program,
+    and the tests that should notice it are there."""
+    wrong = []
+    for number, mutation in enumerate(MUTATIONS):
+        try:
+            mutate.line_of(mutation)
+            text = Path(mutate.ROOT, mutation.file).read_text()
+            ast.parse(text.replace(mutation.old, mutation.new))
+        except (ValueError, SyntaxError) as e:
+            wrong.append(f"{number}: {e}")
+        files = [word.partition("::")[0] for word in mutation.tests.split()]
+        lost = [f for f in files if f.endswith(".py") and not Path(mutate.ROOT, f).exists()]
+        if lost or mutation.old == mutation.new:
+            wrong.append(f"{number}: {mutation.old}: changes nothing, or no tests {lost}")
+    expect(not wrong, wrong, "a list that fits", "tests/mutations_*.py: the code has moved on")
 
 
 def test_every_function_has_a_planted_mistake():
