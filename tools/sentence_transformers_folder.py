@@ -10,10 +10,13 @@ from plumbing.template import STYLES
 from plumbing.weights import write_model, write_settings
 
 # A chat template that writes what our Collator does: head, content with its pictures, end. Filled
-# in with three strings; %% is the % of Jinja.
-CHAT_TEMPLATE = """{%% set head, picture, end = %s, %s, %s %%}{{ head }}{%% for m in messages %%}\
+# in with five strings: head, what stands before a text and before a picture, one picture, the end.
+# %% is the % of Jinja.
+CHAT_TEMPLATE = """{%% set head, text, picture, one, end = %s, %s, %s, %s, %s %%}{{ head }}\
+{%% if messages[0].content is string or messages[0].content[0].type != "image" %%}{{ text }}\
+{%% else %%}{{ picture }}{%% endif %%}{%% for m in messages %%}\
 {%% if m.content is string %%}{{ m.content }}{%% else %%}{%% for part in m.content %%}\
-{%% if part.type == "image" %%}{{ picture }}{%% else %%}{{ part.text }}{%% endif %%}{%% endfor %%}\
+{%% if part.type == "image" %%}{{ one }}{%% else %%}{{ part.text }}{%% endif %%}{%% endfor %%}\
 {%% endif %%}{%% endfor %%}{{ end }}"""
 
 
@@ -21,10 +24,11 @@ def chat_template(embedder) -> str:
     """The template of this embedder: what stands around the content, up to its last code token."""
     collate, decode = embedder.collate, embedder.processor.tokenizer.decode
     template = collate.template
-    head = decode(template.head_ids) + template.before_text
-    end = STYLES[embedder.style] + template.after_text
-    end += decode(template.answer_ids + collate.compress_ids)
-    strings = [json.dumps(x, ensure_ascii=False) for x in (head, template.picture, end)]
+    head = decode(template.head_ids)
+    end = STYLES[embedder.style] + template.after_text + decode(template.answer_ids)
+    end += template.before_answer + decode(collate.compress_ids)
+    parts = (head, template.before_text, template.before_picture, template.picture, end)
+    strings = [json.dumps(x, ensure_ascii=False) for x in parts]
     return CHAT_TEMPLATE % tuple(strings)
 
 
