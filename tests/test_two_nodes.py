@@ -94,7 +94,8 @@ def test_the_same_data_and_an_out_of_another_name_are_no_difference(nodes):
 def test_the_log_counts_what_was_cut_on_all_nodes(nodes):
     """`cut` is the sum over ranks: of four equal pairs a step, two on each node."""
     collate = model.load("toy-random", device="cpu", max_length=40).collate
-    long = json.loads((nodes / "0" / "shared.jsonl").read_text())["query"]["text"]
+    line = (nodes / "0" / "shared.jsonl").read_text().splitlines()[0]
+    long = json.loads(line)["query"]["text"]
     cut = collate.row(Item(long)).cut
     lines = (nodes / "0" / "node-0" / "log.jsonl").read_text().splitlines()[1:]
     assert cut > 0 and [json.loads(line)["cut"] for line in lines] == [4 * cut] * 3

@@ -59,14 +59,20 @@ def crashing(cfg, out) -> str:
     return ended
 
 
+def write_pairs(file, query, target):
+    """Two pairs with one query: a list whose targets are all one is refused."""
+    lines = []
+    for text in (target, "u"):
+        lines.append(json.dumps(dict(query={"text": query}, target={"text": text})))
+    Path(file).write_text("\n".join(lines))
+
+
 def main():
     torch.set_num_threads(1)
     ranks.setup()
     me = ranks.rank()
-    Path("pairs.jsonl").write_text(json.dumps(dict(query={"text": "q"}, target={"text": f"{me}"})))
-    # Longer than --max-length lets it be.
-    long = dict(query={"text": "a red circle " * 20}, target={"text": "t"})
-    Path("shared.jsonl").write_text(json.dumps(long))
+    write_pairs("pairs.jsonl", "q", f"{me}")
+    write_pairs("shared.jsonl", "a red circle " * 20, "t")  # longer than --max-length lets it be
     said = {}
     for name, cfg in (("full", PAIRS), ("adapter", LORA), ("sharded", SHARDED)):
         said[f"{name} whole"] = run(cfg, out=f"{name}-whole")
