@@ -107,6 +107,9 @@ def kept(embedder, optimizers, cfg, step):
         # Nothing of the step is in the weights yet: only gradients are lost.
         save_checkpoint(embedder, optimizers, cfg, step)
         stop(f"stopped by a signal: step {step + 1} is left, the state before it saved")
+    except BaseException:
+        forget_signals()  # the run is over, and signals do again what they did before it
+        raise
     done = step + 1
     asked = all_sum(len(stop_asked))  # a signal may have reached one rank only
     due = cfg.save_every and done % cfg.save_every == 0 and done < cfg.steps

@@ -12,12 +12,21 @@ import pytest
 import torch
 from checks import toy
 
+from plumbing.ending import forget_signals
+
 torch.set_num_threads(1)
 
 
 def pytest_configure(config):
     for noise in ("The PEFT config's `base_model_name_or_path`", ".*gradient_checkpointing"):
         config.addinivalue_line("filterwarnings", f"ignore:{noise}")
+
+
+@pytest.fixture(autouse=True)
+def signals_of_ones_own():
+    """A run that ended in an error between two steps has left its handlers."""
+    yield
+    forget_signals()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@
 REFERENCES.pt holds what one process computed on the whole batch, the plain way; rank 0 writes how
 far each rank's gradient is from it in each setting."""
 
-import dataclasses
+import copy
 import functools
 import itertools
 import json
@@ -219,7 +219,8 @@ def unequal_share(embedder) -> contrastive.Batch:
     first = rank() * (rank() + 1) // 2
     last = 16 if rank() == world() - 1 else first + rank() + 1
     chosen = contrastive.draw(PAIRS, batch_config(), 0)[first:last]
-    cfg = dataclasses.replace(batch_config(), batch=len(chosen))
+    cfg = copy.copy(batch_config())
+    cfg.batch = len(chosen)  # a share may be one pair, a batch may not
     with mock.patch.object(contrastive, "draw", lambda *_: chosen):
         return contrastive.local_batch(PAIRS, embedder.collate, cfg, 0, 0, 1)
 

@@ -561,8 +561,8 @@ def test_one_such_list_among_others_is_said(tmp_path, capsys):
     [
         (["a.png", "b.png"], ["a dog", "a cat"], []),
         (["a.png", "b.png"], ["a dog", "a dog"], ["is the same, a dog"]),
-        (["a.png", "a.png"], ["a dog", "a cat"], ["is the same, .*a.png"]),
-        (["a.png", "a.png"], ["a dog", "a dog"], ["same, a dog", "same, .*a.png"]),
+        (["a.png", "a.png"], ["a dog", "a cat"], ["is the same, /"]),
+        (["a.png", "a.png"], ["a dog", "a dog"], ["same, a dog", "same, /"]),
     ],
 )
 def test_captions_that_leave_nothing_to_tell_apart_are_said(place, files, texts, says, capsys):
