@@ -331,6 +331,7 @@ def test_a_signal_within_one_call_of_c(tmp_path):
     """Which may last for minutes, and Python's own handler waits for its end."""
     process = begin("tests/ends.py", "deaf", tmp_path)
     wait_for(process, "deaf")
+    time.sleep(2)  # it says so just before
     process.send_signal(signal.SIGTERM)
     check_ended(process, signal.SIGTERM)
 

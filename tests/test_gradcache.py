@@ -579,7 +579,7 @@ def test_sharded_ranks_have_the_gradient_of_one_process(ranks_of, world):
     units = len(ranks.built("all").mllm.get_decoder().layers) + 1  # see sharding.shard
     sums = [mine["sums"] for mine in ranks_of(world)["sharded"]]
     equal(sums, [units] * world, "one reduction of each unit a step")
-    expect(ranks_of(world)["ranks"][0]["chunks"] > 2, "few chunks", "several", "ranks.SOME")
+    expect(ranks_of(world)["ranks"][0]["chunks"] > 1, "one chunk", "several", "ranks.SOME")
 
 
 @pytest.mark.parametrize("world", [2, 4])
