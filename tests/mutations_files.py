@@ -890,6 +890,10 @@ FILES = [
         "tests/test_ranks.py",
     ),
     (
+        "plumbing/ranks.py", "main(config.parse(argv))", "main(config.parse([]))",
+        "tests/test_ranks.py",
+    ),
+    (
         "plumbing/ranks.py", 'int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"])',
         'int(os.environ["RANK"]) > int(os.environ["WORLD_SIZE"])',
         "tests/test_ranks.py",
@@ -932,7 +936,7 @@ FILES = [
     ),
     (
         "plumbing/rendering.py", '"options": options}', '"options": {}}',
-        "tests/test_template.py",
+        "tests/test_rendering.py",
     ),
     (
         "plumbing/rendering.py", "    except EOFError:\n", "    except TimeoutError:\n",
@@ -971,7 +975,7 @@ FILES = [
     (
         "plumbing/retrieval.py", "image_root, subsets, limit).items():",
         "image_root, subsets).items():",
-        "tests/test_evaluate.py",
+        "tests/test_lists.py",
     ),
     (
         "plumbing/retrieval.py", 'named[name] = (x["meta_task"], x.get("ood", False))',

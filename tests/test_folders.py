@@ -363,7 +363,7 @@ def test_an_adapter_cannot_replace_its_base(folder):
     embedder = model.load(folder, device="cpu").eval()
     model.choose_trained(embedder, TrainingFlags(model=str(folder), lora_rank=2))
     before = sorted(p.name for p in folder.iterdir())
-    with pytest.raises(InputError, match="take another"):
+    with pytest.raises(InputError, match="take another folder"):
         cfg = TrainingFlags(model=str(folder), lora_rank=2, out=f"{folder}/../m")
         model.choose_trained(model.load(folder, device="cpu"), cfg)
     cfg = contrastive.Config(model=str(folder), out=f"{folder}/../m", lora_rank=2, steps=1)

@@ -2,6 +2,7 @@
 how a script ends. (With processes: test_gradcache.py, test_torchrun.py, test_ending.py.)"""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,3 +105,7 @@ def test_what_a_command_returns_is_its_status(result, status, monkeypatch):
     with pytest.raises(Left) as left:
         ranks.run_command(lambda words: seen.append(words) or result)
     equal((left.value.args, seen), ((status,), [["a", "b"]]), "run_command")
+    config = SimpleNamespace(parse=lambda words: {"flags": words})
+    with pytest.raises(Left) as left:
+        ranks.run(seen.append, config)
+    equal((left.value.args, seen[1:]), ((0,), [{"flags": ["a", "b"]}]), "run")
