@@ -25,6 +25,7 @@ from plumbing.adapters import find_base
 from plumbing.agreement import agree, by_rank_0, join, together
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
+from plumbing.files import refuse_special
 from plumbing.folders import digest_of_weights, place, read_json
 from plumbing.log import versions
 from plumbing.outfolder import MARK, take, write_json
@@ -322,10 +323,12 @@ def newest_whole(shapes, cfg):
 
 def read_tensors(folder, shapes) -> tuple:
     """(weights, optimiser states) of a checkpoint's folder, found to fit. Raises Damaged."""
+    path = folder / "optimizer.pt"
     try:
+        for file in (folder / "weights.safetensors", path):
+            refuse_special(file)  # a pipe in its place would be waited for
         weights = load_file(folder / "weights.safetensors")
         # No pickle is executed.
-        path = folder / "optimizer.pt"
         optimizer = torch.load(path, weights_only=True, map_location="cpu")
         # Weights that are not trained are not in it, and must not be.
         if differ := {(name, w.shape) for name, w in weights.items()} ^ shapes.items():

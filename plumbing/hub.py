@@ -11,7 +11,7 @@ import torch.distributed as dist
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils import enable_progress_bars
 
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
 from plumbing.once import once_a_node
 from plumbing.ranks import say
 
@@ -42,7 +42,8 @@ def fetch_here(name, kind, wanted, need) -> str:
         flag, choices, path = "--data", "shapes, a .jsonl", "datasets/"
     # A path that is not there must not be asked for at the hub.
     if name.count("/") != 1 or name[0] in "./":
-        raise InputError(f"{flag} {name}: no such folder; choose {choices}, a folder, or a hub id")
+        way = f"choose {choices}, a folder, or a hub id"
+        raise InputError(f"{flag} {brief(name)}: no such folder; {way}")
     page = f"{constants.ENDPOINT}/{path}{name}"
     download = partial(
         snapshot_download,
@@ -63,7 +64,7 @@ def fetch_here(name, kind, wanted, need) -> str:
         if type(e) is errors.LocalEntryNotFoundError:  # its cause says more
             e = e.__cause__ or e
         reason = f"no folder, and not fetched from {page}: {' '.join(str(e).split()):.500}"
-    raise InputError(f"{flag} {name}: {reason}")
+    raise InputError(f"{flag} {brief(name)}: {reason}")
 
 
 def patiently(ask):

@@ -646,3 +646,10 @@ def test_an_encode_that_fails_leaves_the_mode_as_it_was(embedder):
         equal(
             (embedder.training, embedder.mllm.training, tower.training), (True, True, False), items
         )
+
+
+def test_a_name_of_any_length_is_shown_in_brief():
+    """100,000 characters came back."""
+    with pytest.raises(InputError, match="no such folder") as refused:
+        model.load("y" * 100_000)
+    expect(len(str(refused.value)) < 400, len(str(refused.value)), "a line", "errors.brief")

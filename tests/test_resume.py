@@ -175,6 +175,10 @@ DAMAGE = {
     "no flags": change_state(config={}),
     "a world of text": change_state(world="1"),
     "no weights": lambda f: (f / "weights.safetensors").unlink(),
+    "weights that are a pipe": lambda f: (
+        (f / "weights.safetensors").unlink(),
+        os.mkfifo(f / "weights.safetensors"),
+    ),
     "half the weights": shortened("weights.safetensors"),
     "other weights": fewer_weights,
     "half an optimiser": shortened("optimizer.pt"),
