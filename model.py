@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Collator, Item, Row
-from plumbing import adapters, families, ranks, sharding, weights
+from plumbing import adapters, families, folders, ranks, sharding, weights
 from plumbing.config import CHUNK_TOKENS, by_device, refuse_for_model
 from plumbing.inputs import in_evaluation, listed, whole_number
 from plumbing.loader import Windows, prefetch, try_each
@@ -177,11 +177,11 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
     both where they contradict it. A model that is no embedder yet gets K new tokens. device: "cuda"
     if there is one. options: attn ("sdpa"), max_length, min_pixels, max_pixels."""
     device = weights.device_of(device)
-    path, options = weights.place(name), weights.Options(**options).checked()
+    path, options = folders.place(name), weights.Options(**options).checked()
     asked = weights.Settings(compress_tokens, pooling, prompt)
     settings = weights.settings(name, path, asked)  # K, pooling, style
     mllm, processor, has_adapter = weights.load_mllm(path, name, options)
-    with weights.reading(name):
+    with folders.reading(name):
         weights.refuse_lost_tokens(path, mllm, processor.tokenizer, settings.K)
         # Before the adapter: it holds the new tokens' embedding rows.
         add_compression_tokens(mllm, processor.tokenizer, settings.K)

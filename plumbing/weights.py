@@ -19,7 +19,7 @@ from plumbing import folders
 from plumbing.adapters import Origin, find_base, origin_of
 from plumbing.errors import InputError, brief
 from plumbing.families import load_processor
-from plumbing.folders import digest_of_weights, place, read_json, reading, written_beside  # noqa: F401  asked for here, too
+from plumbing.folders import read_json, reading, written_beside
 from plumbing.formats import IMAGE, Content
 from plumbing.inputs import evaluating, whole_number
 from plumbing.log import versions
