@@ -300,7 +300,7 @@ def main(cfg):
             cut = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
             numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
             numbers.update(norm=norm, lr=lr, cut=cut)
-            numbers["skipped"] = sampling.skipped_pairs(pairs, draw(pairs, cfg, step))
+            numbers["skipped"] = sampling.skipped_pairs(pairs, draw, cfg, step)
             log(step, (N, "pairs"), numbers)
 
     # 4. Save.

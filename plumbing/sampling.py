@@ -32,9 +32,12 @@ def skipped_dialogues(dialogues, cfg, step) -> int:
     return sum(i in skipped for i in epoch_batch(len(dialogues), cfg, step, 0, 1))
 
 
-def skipped_pairs(pairs, chosen) -> int:
-    """How many of the chosen pairs, [(name, index)], stand in the place of those in --skip-bad."""
-    return sum(i in pairs[name].source.skipped for name, i in chosen)
+def skipped_pairs(pairs, draw, cfg, step) -> int:
+    """How many pairs of a step, over all ranks, stand in the place of those in --skip-bad. draw:
+    contrastive.draw."""
+    if not any(examples.source.skipped for examples in pairs.values()):
+        return 0
+    return sum(i in pairs[name].source.skipped for name, i in draw(pairs, cfg, step))
 
 
 def ask_first(dialogue, cfg, step):
