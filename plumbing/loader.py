@@ -62,7 +62,7 @@ def halved(x):
 # ------------------------------------------------------------------------------------ shared work
 
 
-class Place:
+class Slot:
     """Stands for a row that another worker may make, until the rank puts it in."""
 
     def __init__(self, number):
@@ -76,14 +76,14 @@ class Share:
         self.number, self.workers, self.halve = number, workers, halve
         self.count, self.made = 0, {}  # rows so far; {number of a row: the row} of mine
 
-    def take(self, make, x) -> Place:
+    def take(self, make, x) -> Slot:
         """The next row: made, if it is mine."""
         number = self.count
         self.count += 1
         if number % self.workers == self.number:
             row = make(x)
             self.made[number] = tree_map_only(torch.Tensor, halved, row) if self.halve else row
-        return Place(number)
+        return Slot(number)
 
 
 making = []  # in a worker: its Share of the batch that it makes
@@ -92,7 +92,7 @@ making = []  # in a worker: its Share of the batch that it makes
 def each(make, inputs) -> list:
     """[make(x) for x in inputs]: the long part of making a batch, shared among the workers.
 
-    Trap: in a worker these are Places. What calls this must pass them on as they are."""
+    Trap: in a worker these are Slots. What calls this must pass them on as they are."""
     if not making:
         return [make(x) for x in inputs]
     return [making[-1].take(make, x) for x in inputs]
@@ -145,10 +145,10 @@ class Block(NamedTuple):
 
     mapped: mmap.mmap | None  # None: no tensors
     rows: bytes  # {number: row}
-    frame: bytes  # the batch, with Places for its rows
+    frame: bytes  # the batch, with Slots for its rows
 
     def load(self, packed, rows):
-        """The object of one of the pickles; rows: what its Places stand for."""
+        """The object of one of the pickles; rows: what its Slots stand for."""
         return Unpacker(packed, self.mapped, rows).load()
 
 
@@ -296,14 +296,14 @@ def pack(x, tensors) -> bytes:
 
 
 class Packer(pickle.Pickler):
-    """Writes (first byte, numbers, shape, type) for a tensor, a row's number for a Place."""
+    """Writes (first byte, numbers, shape, type) for a tensor, a row's number for a Slot."""
 
     def __init__(self, file, tensors):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.tensors, self.end = tensors, sum(padded(x) for x in tensors)
 
     def persistent_id(self, x):
-        if isinstance(x, Place):
+        if isinstance(x, Slot):
             return x.number
         if not isinstance(x, torch.Tensor):
             return None
