@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.errors import InputError, brief
 from plumbing.hub import fetch
+from plumbing.images import MOST_PIXELS
 
 TOY = Path(__file__).parent.parent / "toy" / "mllm"
 SAMPLE = 4096  # bytes, see digest_of_weights
@@ -41,7 +42,7 @@ PROCESSOR_LIMITS = [
     (re.compile(r"_(patches|tiles|crops|splits)$"), 1_000),
     (re.compile(r"_(tokens|seq_len|seq_length)$"), 100_000),
 ]
-MOST_PIXELS, LONGEST_EDGE = 100_000_000, 10_000
+LONGEST_EDGE = 10_000
 
 
 # -------------------------------------------------------------------------------------- where it is
@@ -66,18 +67,18 @@ def place(name) -> str:
 
 
 def read_json(folder, name) -> dict:
-    """A small JSON file of a checkpoint folder; {} where there is none."""
+    """A small JSON file of a folder, an object; {} where there is none."""
     file = Path(folder) / name
     if not file.exists():
         return {}
     try:
         if file.stat().st_size > LONGEST_JSON:
             raise InputError(f"{file}: {file.stat().st_size:,} bytes, at most {LONGEST_JSON:,}")
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_bytes())
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{file}: not readable as JSON: {e}") from None
+        raise InputError(f"{file}: not readable as JSON: {brief(e)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{file}: must hold an object, not a {type(value).__name__}")
     return value

@@ -3,7 +3,6 @@ with all targets of the set, or with their own candidates where the file gives t
 
 Top to bottom: what is read - where the right one stands among the others."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 
 from plumbing import formats, mmeb
 from plumbing.errors import InputError, brief
+from plumbing.folders import read_json
 from plumbing.formats import Lazy
 
 DEPTHS = (5, 10)  # of Recall@k, for one's own data
@@ -54,15 +54,8 @@ def read_tasks(source, image_root, subsets, limit=0) -> list:
 
 def read_named(folder) -> dict:
     """{set: (meta-task, out of distribution?)} of a folder's sets.json; {} where there is none."""
-    file = Path(folder, "sets.json")
-    try:
-        stored = json.loads(file.read_bytes()) if file.exists() else {}
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{file}: not readable as JSON: {brief(e)}") from None
-    if not isinstance(stored, dict):
-        raise InputError(f"{file}: must hold an object, the sets by their names")
-    named = {}
-    for name, x in stored.items():
+    file, named = Path(folder, "sets.json"), {}
+    for name, x in read_json(folder, file.name).items():
         known = isinstance(x, dict) and x.get("meta_task") in KINDS
         if not known or set(x) - {"meta_task", "ood"} or not isinstance(x.get("ood", False), bool):
             wanted = f'{{"meta_task": one of {", ".join(KINDS)}, "ood": true or false}}'
