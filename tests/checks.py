@@ -1,5 +1,7 @@
 """Assertions whose messages say what came, what should have come, and where to look."""
 
+import json
+
 import torch
 
 
@@ -27,6 +29,18 @@ def distance(got, want):
     """Relative distance of two tensors; absolute where `want` is zero."""
     gap, size = (got - want).norm().item(), want.norm().item()
     return gap / size if size else gap
+
+
+def change(file, **fields):
+    """Sets fields of a JSON file; a field with dots is inside of others."""
+    whole = json.loads(file.read_text()) if file.exists() else {}
+    for key, value in fields.items():
+        *above, last = key.split("__")
+        inner = whole
+        for part in above:
+            inner = inner[part]
+        inner[last] = value
+    file.write_text(json.dumps(whole))
 
 
 def toy():

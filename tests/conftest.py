@@ -1,6 +1,8 @@
 """Fixtures that the tests share. Everything runs on the CPU, on one thread, without a network."""
 
 import os
+import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from checks import toy
 
+import model
 from plumbing.ending import forget_signals
 
 torch.set_num_threads(1)
@@ -39,6 +42,29 @@ def embedder():
 def shared():
     """One toy-random embedder for all tests that only read it."""
     return toy()
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory):
+    """A folder with a saved embedder."""
+    folder = tmp_path_factory.mktemp("good") / "m"
+    model.save(toy(), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """A copy of it, of one's own."""
+    return shutil.copytree(good, tmp_path / "m")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The programs that were started; none is."""
+    programs = []
+    for name in ("Popen", "run", "call", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, name, lambda *args, **_: programs.append(args))
+    return programs
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from checks import close, equal, expect, toy
+from checks import change, close, equal, expect, toy
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BertConfig, GPT2Config, Qwen2Config
@@ -29,32 +29,6 @@ from plumbing.formats import IMAGE
 from tools import explain, merge
 
 TEXTS = ["a red circle", "two"]
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """A saved embedder."""
-    folder = tmp_path_factory.mktemp("good") / "m"
-    model.save(toy(), folder)
-    return folder
-
-
-@pytest.fixture
-def folder(good, tmp_path):
-    """A copy of one's own."""
-    return shutil.copytree(good, tmp_path / "m")
-
-
-def change(file, **fields):
-    """Sets fields of a JSON file; a field with dots is inside of others."""
-    whole = json.loads(file.read_text()) if file.exists() else {}
-    for key, value in fields.items():
-        *above, last = key.split("__")
-        inner = whole
-        for part in above:
-            inner = inner[part]
-        inner[last] = value
-    file.write_text(json.dumps(whole))
 
 
 def refused(name, *words):

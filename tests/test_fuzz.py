@@ -7,7 +7,6 @@ FUZZ=20000 python -m pytest tests/test_fuzz.py   by hand: new ones every time
 import io
 import json
 import os
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -155,15 +154,6 @@ def pictures():
                 continue
             yield kind, buffer.getvalue()
             break
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """The programs that data started; none is."""
-    programs = []
-    for name in ("Popen", "run", "call", "check_call", "check_output"):
-        monkeypatch.setattr(subprocess, name, lambda *args, **_: programs.append(args))
-    return programs
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's remarks about what it meets

@@ -9,7 +9,6 @@ import re
 import socket
 import stat
 import struct
-import subprocess
 import tracemalloc
 import warnings
 import zipfile
@@ -169,15 +168,6 @@ def test_a_searched_folder_may_hold_anything(tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------- what is decoded
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """The programs that were started; none is."""
-    programs = []
-    for name in ("Popen", "run", "call", "check_call", "check_output"):
-        monkeypatch.setattr(subprocess, name, lambda *args, **_: programs.append(args))
-    return programs
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])

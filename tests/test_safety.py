@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from checks import close, toy
+from checks import change, close
 from safetensors.torch import load_file, save_file
 
 import model
@@ -28,25 +28,6 @@ class Bomb:
 def exploded() -> bool:
     """Whether a Bomb was unpickled, or code of a folder run (putenv is seen by child processes)."""
     return os.popen(f"echo ${MARK}").read().strip() == "1"
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """A saved embedder, Qwen2-VL."""
-    folder = tmp_path_factory.mktemp("good")
-    model.save(toy(), folder)
-    return folder
-
-
-@pytest.fixture
-def folder(good, tmp_path):
-    """A copy of one's own."""
-    return shutil.copytree(good, tmp_path / "m")
-
-
-def change(file, **fields):
-    """Sets fields of a JSON file."""
-    file.write_text(json.dumps(json.loads(file.read_text() if file.exists() else "{}") | fields))
 
 
 def test_the_bomb_would_explode():
