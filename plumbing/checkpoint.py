@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
 
+from plumbing import card
 from plumbing.adapters import find_base
 from plumbing.agreement import agree, by_rank_0, join, together
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
@@ -153,6 +154,7 @@ def finish(save, embedder, cfg, **options):
             write_json(Path(cfg.out, MARK), finished)
         except OSError as e:
             say(f"{cfg.out}: the model is saved; not so that the run is over: {e}")
+        card.write(cfg.out)
     remove_checkpoints(cfg.out)
     forget_signals()
     say(f"saved {cfg.out}")

@@ -19,7 +19,7 @@ from plumbing.images import MOST_PIXELS
 TOY = Path(__file__).parent.parent / "toy" / "mllm"
 SAMPLE = 4096  # bytes, see digest_of_weights
 LONGEST_JSON = 50_000_000  # bytes; the index of a model with a million weights has 100 MB
-MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]  # its licence is in there
 WEIGHTS = "*.safetensors"
 # What an older run or export may have left that `load`, or another library, would believe.
 STALE = [
@@ -27,7 +27,7 @@ STALE = [
     *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    *("compression_pooling.py", "1_Pooling/config.json", "2_Normalize/config.json"),
+    *("compression_pooling.py", "[123]_*/config.json"),
 ]
 # Keys of a config that say how often something is built, and how large a weight is.
 COUNTS = re.compile(r"(^|_)(?<!window_)(layers?|depths?|blocks|stages)$")

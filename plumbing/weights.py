@@ -140,6 +140,9 @@ def load_mllm(path, name, options=Options()) -> tuple:  # noqa: B008
     with reading(path if own else base):
         small, large = options.min_pixels, options.max_pixels
         processor = load_processor(path if own else base, config, small, large)
+        if template := read_json(path, "nanocoma.json").get("chat_template"):
+            # The folder's other one is for sentence-transformers.
+            processor.chat_template = processor.tokenizer.chat_template = template
     with reading(base):
         if origin.name == "toy-random":
             mllm = draw_weights(config, options.attn)

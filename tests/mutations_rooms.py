@@ -3,6 +3,7 @@
 # ruff: noqa: E501  the mistakes stand as the code has them
 
 AGREEMENT = "tests/test_agreement.py"
+CARD = "tests/test_other_libraries.py -k card"
 CHECKPOINT = "tests/test_checkpoint.py"
 DATA = "tests/test_data.py"
 DISK = "tests/test_full_disk.py"
@@ -20,6 +21,22 @@ TOOLS = "tests/test_tools.py"
 
 ROOMS = [
     # ---------------------------------------------------------------------------- plumbing/adapters
+    ("plumbing/card.py", "if file.exists() and not is_ours(", "if not file.exists() and not is_ours(", CARD),
+    ("plumbing/card.py", "source or folder)", "folder)", CARD),
+    ("plumbing/card.py", "hashlib.blake2b(text.encode()", "hashlib.blake2b(text[:9].encode()", CARD),
+    ("plumbing/card.py", 'or "[More Information Needed]" in text', "or True", CARD),
+    ("plumbing/card.py", "runs.append(flags)", "runs = [flags]", CARD),
+    ("plumbing/card.py", "if not path.exists():", "if path.exists():", CARD),
+    ("plumbing/card.py", "str(runs[-1].get", "str(runs[0].get", CARD),
+    ("plumbing/card.py", 'lines.append(f"| {name} | {cell} |")', "pass", CARD),
+    ("plumbing/card.py", 'settings.get("compress_tokens", "")', 'settings.get("K", "")', CARD),
+    ("plumbing/card.py", "THEIRS if exported else EXPORT", "EXPORT if exported else THEIRS", CARD),
+    ("plumbing/card.py", 'if "temperature" in flags:', 'if "temperature" not in flags:', CARD),
+    ("plumbing/card.py", "{100 * x:.1f}", "{x:.1f}", CARD),
+    ("plumbing/checkpoint.py", "card.write(cfg.out)", "pass", CARD),
+    ("plumbing/table.py", "card.write(cfg.model)", "pass", CARD),
+    ("plumbing/template.py", "template.startswith(EXPORTED)", "template.endswith(EXPORTED)", "tests/test_other_libraries.py -k ours_too"),
+    ("plumbing/weights.py", "processor.chat_template = processor.tokenizer.chat_template = template", "pass", "tests/test_other_libraries.py -k ours_too"),
     ("plumbing/adapters.py", 'digest_of_weights(folder) if str(name) == "toy" else None', "None", FOLDERS),
     ("plumbing/adapters.py", "name = str(name) if is_hub else os.path.abspath(name)", "name = str(name)", FOLDERS),
     ("plumbing/adapters.py", "os.path.realpath(path) == os.path.realpath(self.folder)", "path == self.folder", FOLDERS),
