@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import families
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from sentence_transformers import SentenceTransformer
 
 import contrastive
 import evaluate
@@ -130,6 +132,23 @@ def test_the_exported_folder_is_ours_too(exported, pooling, tmp_path):
         model.load(folder / "out-again", 4, pooling, "coma", device="cpu")
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("family", ["toy", *families.FAMILIES])
+def test_with_torchvision_every_family_loads_there(tmp_path, family, pooling):
+    """The toy too."""
+    if find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed, and sentence-transformers' processors need it")
+    name = "toy" if family == "toy" else families.build(family, tmp_path / "f")
+    embedder = model.load(name, 4, pooling, "coma", device="cpu")
+    model.save(embedder, tmp_path / "in")
+    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--export", "sentence-transformers"]
+    merge.main(words)
+    picture = scene(0).render()
+    items = ["a red circle.", "What is\nit? ", picture, {"image": picture, "text": QUESTION}]
+    cosines = SentenceTransformer(words[1], device="cpu").encode(items) * embedder.encode(items)
+    assert cosines.sum(1).min() > 0.9999
+
+
 def test_nothing_of_ours_is_run(exported):
     """Only stock modules, and no code in the folder."""
     modules = json.loads((exported["mean"] / "out" / "modules.json").read_text())
@@ -206,10 +225,10 @@ def test_mteb_scores_the_embedder_as_we_do(exported, tmp_path):
 # ---------------------------------------------------------------------------- transformers and peft
 
 
-def snippet(number) -> str:
-    """A block of Python from the README's "Using the result", from 0, as it stands there."""
+def snippet(number, section="Using the result") -> str:
+    """A block of Python from a section of the README, from 0, as it stands there."""
     text = Path(__file__).parent.parent.joinpath("README.md").read_text()
-    section = text.split("## Using the result")[1].split("\n## ")[0]
+    section = text.split(f"## {section}")[1].split("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
 
 
@@ -247,6 +266,22 @@ def test_the_snippets_of_the_readme_work_as_written(tmp_path, monkeypatch):
     assert (plain * want[1]).sum() < 0.999, "the check tells vectors apart: the adapter counts"
 
 
+def test_tensorboard_reads_the_log(tmp_path, monkeypatch):
+    """As the README says: each number of each step."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    Path("out/contrastive").mkdir(parents=True)
+    records = [{"config": {}}, {"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 2, "loss": 1.5}]
+    lines = [json.dumps(record) + "\n" for record in records]
+    Path("out/contrastive/log.jsonl").write_text("".join(lines))
+    exec(snippet(0, "Logged quantities"), {})
+    board = EventAccumulator("out/board").Reload()
+    assert [(x.step, x.value) for x in board.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
+    assert [x.step for x in board.Scalars("lr")] == [1]
+
+
 # --------------------------------------------------------------------------------------- model card
 
 
@@ -269,7 +304,7 @@ def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
     ):
         assert words in card.text, words
     assert "## Scores" not in card.text and "--out" not in card.text
-    order = [card.text.index(words) for words in stages[:2]]
+    order = [card.text.index(words) for words in ("## Training: comp", "## Training: contr")]
     assert order == sorted(order), "stage 1 comes first"
     scores = "out/contrastive/scores.json"
     evaluate.main(evaluate.Config(model="out/contrastive", limit=2, workers=0, json=scores))

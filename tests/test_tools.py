@@ -13,18 +13,15 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
 from checks import close
 from PIL import Image
-from sentence_transformers import SentenceTransformer
 from transformers.utils import is_torchvision_available
 
 import data
 import model
-from data import Item
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import DESCRIBE, IMAGE, digest_of
@@ -541,31 +538,7 @@ def test_check_writes_no_copy_of_a_list_of_which_nothing_is_good(tmp_path, capsy
     assert not list((tmp_path / "c").rglob("*.parquet"))
 
 
-# ------------------------------------------------------------------------ for sentence-transformers
-
-
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("family", families.FAMILIES if TORCHVISION else ["llava_next", "gemma3"])
-def test_sentence_transformers_makes_the_same_vectors(tmp_path, family, pooling):
-    """`merge IN OUT --export sentence-transformers`: texts, pictures, both. In that
-    library the other families load only where torchvision is installed."""
-    made = model.load(families.build(family, tmp_path / "f"), 4, pooling, "coma", device="cpu")
-    families.redraw(made)
-    model.save(made, tmp_path / "in")
-    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--export", "sentence-transformers"]
-    merge.main(words)
-    other = SentenceTransformer(
-        str(tmp_path / "out"), device="cpu", trust_remote_code=pooling == "mean"
-    )
-    picture = scene(0).render()
-    texts = ["a red circle.", "What is\nit? "]
-    ours = [*texts, picture, Item(f"{IMAGE} what is it?", (picture,))]
-    theirs = [*texts, picture, {"image": picture, "text": " what is it?"}]
-    want = made.encode(ours)
-    cosines = (other.encode(theirs) * want).sum(1)
-    assert cosines.min() > 0.9999, cosines
-    assert (other.encode(texts) * want[:2]).sum(1).min() > 0.9999, "texts alone"
-    assert (want[0] * want[1]).sum() < 0.999, "the check tells vectors apart"
+# ----------------------------------------------------------------------------------------- merging
 
 
 def test_merge_leaves_a_plain_folder_of_the_same_embeddings(tmp_path, capsys, monkeypatch):
