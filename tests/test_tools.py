@@ -18,7 +18,6 @@ import pytest
 import torch
 from checks import close
 from PIL import Image
-from transformers.utils import is_torchvision_available
 
 import data
 import model
@@ -39,7 +38,6 @@ HELP = {  # of each command what reads its command line, and a word of its help
     "explain": (explain.main, "--no-compress"),
     "figures": (figures.main, "--model"),
 }
-TORCHVISION = is_torchvision_available()
 QUESTIONS = "how many objects are there?\nwhat is at the top left?\nwhat is at the top right?\n"
 
 
