@@ -322,6 +322,7 @@ ROOMS = [
     ("plumbing/start.py", "named = {x.arg: ast.literal_eval(x.value) for x in line.value.keywords}", "named = {}", ENDING),
     ("plumbing/start.py", 'not in (root, root / "tools"):', "not in (root,):", ENDING),
     ("plumbing/start.py", "    watch_signals()\n", "", ENDING),
+    ("plumbing/start.py", 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")', "pass", "tests/test_ending.py -k threads"),
     ("plumbing/start.py", "sys.excepthook = lambda kind, error, trace: leave_by(error)", "pass", ENDING),
     ("plumbing/start.py", '{"--help", "-h"} & set(sys.argv[1:])', '{"--help"} & set(sys.argv[1:])', ENDING),
     ("plumbing/start.py", "            leave(status=0)\n", "            leave(status=2)\n", ENDING),

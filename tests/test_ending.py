@@ -432,3 +432,19 @@ def test_help_is_answered_without_torch(script, monkeypatch, capsys):
     # The usage above the docstring names the program, which is pytest here.
     said, want = (text.partition("\n\n")[2] for text in (done.stdout, capsys.readouterr().out))
     equal(said, want, "plumbing/start.py reads the same flags as the script declares")
+
+
+@pytest.mark.parametrize("asked, got", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_do_not_spin(monkeypatch, asked, got):
+    """The scripts say so to OpenMP before torch is loaded, unless the user has."""
+    if asked:
+        monkeypatch.setenv("OMP_WAIT_POLICY", asked)
+    else:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "pretrain.py"))
+    monkeypatch.setattr(start, "watch_signals", lambda: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    start.begin()
+    assert os.environ["OMP_WAIT_POLICY"] == got
+    source = (ROOT / "pretrain.py").read_text()
+    assert source.index("import plumbing.start") < source.index("import torch")
