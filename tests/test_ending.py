@@ -437,10 +437,9 @@ def test_help_is_answered_without_torch(script, monkeypatch, capsys):
 @pytest.mark.parametrize("asked, got", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_threads_that_wait_do_not_spin(monkeypatch, asked, got):
     """The scripts say so to OpenMP before torch is loaded, unless the user has."""
-    if asked:
-        monkeypatch.setenv("OMP_WAIT_POLICY", asked)
-    else:
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", asked or "")  # so that it is put back
+    if not asked:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "pretrain.py"))
     monkeypatch.setattr(start, "watch_signals", lambda: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
