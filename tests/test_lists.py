@@ -18,11 +18,11 @@ from PIL import Image
 import contrastive
 import data
 from data import Item
-from plumbing import lines, mmeb
+from plumbing import first_pass, lines, mmeb
 from plumbing.errors import InputError
 from plumbing.formats import choose, digest_of
 from plumbing.images import Images
-from plumbing.lines import open_lines, parse_json
+from plumbing.lines import Source, open_lines, parse_json
 from plumbing.mmeb import eval_rows, last_loaded, training_mix
 from plumbing.parquet import Layout, Table
 
@@ -623,8 +623,6 @@ def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_name
     place, monkeypatch
 ):
     """The same line as without workers; lost pictures are counted over all workers."""
-    from plumbing import first_pass
-
     asked = []
 
     def prefetch(make, jobs, workers):
@@ -644,6 +642,30 @@ def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_name
         data.read_pairs(path)
     data.read_pairs(jsonl(place, *[PAIR] * 10))
     assert asked[0] > 0 and asked[1] > 0 and asked[2] == 0, "a short list needs no processes"
+
+
+def test_each_example_of_a_long_list_is_tried_by_one_worker(tmp_path, monkeypatch):
+    """And by no other one: that every worker tried all of them took twice the time on two cores."""
+    monkeypatch.setattr(first_pass, "FEW", 10)
+    monkeypatch.setattr(first_pass, "WINDOW", 5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+
+    def read(indices):
+        with open(tmp_path / "tried", "ab", buffering=0) as file:
+            file.write("".join(f"{i}\n" for i in indices).encode())
+        return iter(indices)
+
+    source = Source(images=Images(tmp_path), read=read)
+    first_pass.first_pass("list", 58, first_pass.Tries(source))
+    tried = sorted(map(int, (tmp_path / "tried").read_text().split()))
+    equal(tried, list(range(58)), "each example")
+
+
+def test_targets_of_two_parts_are_two_where_one_of_them_is_in_both():
+    """A list whose second pair has the first one's target and a negative compares something."""
+    one, two = first_pass.Found(targets=frozenset([1])), first_pass.Found(targets=frozenset([1, 2]))
+    for joined in (one.join(two), two.join(one)):
+        equal((joined.targets, joined.only_target), ({1, 2}, None), "Found.join")
 
 
 def test_one_evaluation_set_at_a_time_is_in_memory(tmp_path):
