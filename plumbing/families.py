@@ -44,6 +44,9 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
         if not areas or (max_pixels and min_pixels > max_pixels):
             raise InputError("--min-pixels, --max-pixels: a range, for models of any picture size")
         low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        if min_pixels > high:
+            text = f"above the model's own largest picture, {high:,} pixels"
+            raise InputError(f"--min-pixels {min_pixels}: {text}; raise --max-pixels, too")
         size = {"shortest_edge": min(low, high), "longest_edge": high}
         processor.image_processor.size = size
     return processor

@@ -8,6 +8,7 @@ goes on with a list that it did not begin with. What is on no list is never skip
 
 import json
 import os
+import zlib
 from collections.abc import Callable
 from functools import partial, reduce
 from itertools import chain, islice
@@ -68,6 +69,12 @@ def read_listed(path) -> tuple:
                 raise InputError(f"--skip-bad {path}, line {number}: {hint}") from None
             listed.append(bad)
     return tuple(listed)
+
+
+def digest_of_listed(path) -> str:
+    """A few words that change with the examples that a list of bad ones names; "" for no list."""
+    examples = sorted({bad[:3] for bad in read_listed(path)} if path else ())
+    return f"{len(examples):,} examples, {zlib.crc32(repr(examples).encode()):08x}" if path else ""
 
 
 class Known(NamedTuple):
@@ -147,7 +154,7 @@ def try_window(tries, indices) -> Found:
             if isinstance(example, InputError):
                 raise example
             if lost:
-                found = found.join(Found(Lost(len(lost), lost[0])))
+                found = found.join(Found(Lost(len(lost), f"{tries.source.where(i)}: {lost[0]}")))
             if len(found.targets) < 2:
                 found = found.join(Found(targets=frozenset(tries.targets_of(example))))
         lost.clear()

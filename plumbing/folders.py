@@ -102,9 +102,10 @@ def digest_of_weights(folder) -> str:
 
 
 @contextmanager
-def reading(folder):
+def reading(folder, *files):
     """Around what the libraries make of a folder from elsewhere: whatever they raise is the
-    folder's fault, and becomes an InputError that names it."""
+    folder's fault, and becomes an InputError that names it, and those of its files (names or
+    patterns) that they had before them."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
@@ -113,8 +114,10 @@ def reading(folder):
         # Trap: the tokenizers' Rust code panics with what is no Exception, and cannot be imported.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        text = f"--model {folder}: {type(e).__name__}: {brief(e)}"
-        raise InputError(f"{text} (is its config, tokenizer or a weight damaged?)") from e
+        there = sorted({file.name for pattern in files for file in Path(folder).glob(pattern)})
+        text = f"damaged, or made for another model: {', '.join(there) or 'its content'}"
+        text = f"{text} ({type(e).__name__}: {brief(e)})"
+        raise InputError(f"--model {brief(folder)}: {text}") from e
 
 
 def refuse_hostile(folder):

@@ -160,7 +160,7 @@ FIVE = [
      "tests/test_embedder.py -k adapter"),
     ("model.py", 'embedder.float() if device.type == "cpu" else embedder.to(device)',
      "embedder.to(device)", "tests/test_embedder.py tests/test_folders.py"),
-    ("model.py", "return weights.prove(embedder, name)", "return embedder",
+    ("model.py", "return weights.prove(embedder, path)", "return embedder",
      "tests/test_folders.py"),
     ("model.py",
      "        weights.refuse_lost_tokens(path, mllm, processor.tokenizer, settings.K)\n", "",

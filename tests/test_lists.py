@@ -2,11 +2,13 @@
 the message names file, line, field, and what is meant. What is read right: test_data.py."""
 
 import codecs
+import gzip
 import io
 import json
 import os
 import re
 import sys
+import zipfile
 import zlib
 
 import pyarrow
@@ -70,7 +72,7 @@ DIALOGUES = {
     "no picture at all": ({"conversations": MORE}, 'has no "image".* nothing to compress'),
     "an id of another type": ({**DIALOGUE, "id": ["1"]}, '"id" must be a string or a number'),
     "a number as picture": ({**DIALOGUE, "image": 0}, '"image" a path'),
-    "a list": ([DIALOGUE], "conversations"),
+    "a list": ([DIALOGUE], "needs an object .*is read where its file is called .json"),
     "a pair": (PAIR, "a pair, which stage 2 reads: contrastive.py"),
     "a caption": (CAPTION, "a caption: call the list metadata.jsonl"),
 }
@@ -85,6 +87,10 @@ PAIRS = {
     "the second target": ({**PAIR, "target": [{"text": "y"}, {}]}, r'"target\[1\]": needs'),
     "negatives as object": ({**PAIR, "negatives": {"text": "z"}}, '"negatives" must be a list'),
     "negatives as text": ({**PAIR, "negatives": ""}, '"negatives" must be a list, not a str'),
+    "a negative that is its target": (
+        {**PAIR, "negatives": [{"text": "z"}, PAIR["target"]]},
+        r"negatives\[1\] is a target, too",
+    ),
     "a bad negative": ({**PAIR, "negatives": [{"text": 7}]}, r'"negatives\[0\]": "text" must be'),
     "a dialogue": (DIALOGUE, "a dialogue, which stage 1 reads: pretrain.py"),
     "a caption": (CAPTION, "a caption: call the list metadata.jsonl"),
@@ -210,6 +216,14 @@ def test_two_lists_in_one_folder_are_refused(place):
         data.read_dialogues(str(place))
 
 
+def test_bytes_that_are_no_utf_8_are_told_by_line_and_place(place):
+    """A list in Latin-1, as an old program writes it."""
+    path = place / "list.jsonl"
+    path.write_bytes(json.dumps(PAIR).encode() + b'\n{"query": "\xe4"}\n')
+    with pytest.raises(InputError, match="line 2: not UTF-8: byte 12 is 0xe4"):
+        data.read_pairs(str(path))
+
+
 def test_a_line_of_200_megabytes_is_refused_before_it_is_read(place, monkeypatch):
     """In a .jsonl and in an array; the limit is lowered here, and said."""
     monkeypatch.setattr(lines, "MOST", 2_000)
@@ -230,6 +244,11 @@ def test_a_list_that_is_something_else_is_called_what_it_is(place):
     (place / "link" / "metadata.jsonl").symlink_to("nowhere")
     pairs = place / "mmeb" / "A" / "original-0.parquet"
     write(pairs, TRAIN)
+    with zipfile.ZipFile(place / "zip.jsonl", "w") as archive:
+        archive.writestr("list.jsonl", "{}")
+    (place / "gzip.jsonl").write_bytes(gzip.compress(b"{}"))
+    (place / "little.jsonl").write_bytes("\ufeff{}".encode("utf-16-le"))
+    (place / "big.csv").write_bytes("\ufefffile_name".encode("utf-16-be"))
     other = place / "lists"
     other.mkdir()
     jsonl(other, PAIR, name="my.jsonl")
@@ -242,6 +261,11 @@ def test_a_list_that_is_something_else_is_called_what_it_is(place):
             ("no.csv", "no such list"),
             ("link", "metadata.jsonl.* is a symbolic link to nowhere, which is not there"),
             ("lists", "name .*my.jsonl"),
+            (str(pairs), "is a parquet file; give the folder that holds its subset's"),
+            ("zip.jsonl", "is a zip file; unpack it"),
+            ("gzip.jsonl", "is compressed; unpack it"),
+            ("little.jsonl", "is UTF-16; save it as UTF-8"),
+            ("big.csv", "is UTF-16; save it as UTF-8"),
         ):
             with pytest.raises(InputError, match=says):
                 read(str(place / name))
@@ -498,7 +522,7 @@ def test_missing_pictures_of_mmeb_are_known_before_training_and_scoring(tmp_path
         ("A:", "--subsets A:: choose"),
         ("A:0", "--subsets A:0: choose"),
         ("A:\u00b2", "--subsets A:\u00b2: choose"),
-        ("A,,B", "--subsets : choose"),
+        ("A,,B", "--subsets A,,B: choose"),
         ("A,B,A:3", "A stands twice"),
     ],
 )
@@ -635,7 +659,7 @@ def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_name
     monkeypatch.setattr(first_pass, "WINDOW", 5)
     lost = {**PAIR, "query": {"text": "<image>", "image": "gone.png"}}
     path = jsonl(place, *[PAIR] * 12, lost, *[PAIR] * 7, lost)
-    with pytest.raises(InputError, match=r"gone.png: no such picture \(and 1 more are missing\)"):
+    with pytest.raises(InputError, match=r"line 13: .*gone.png: no such picture \(and 1 m"):
         digest_of(data.read_pairs(path).values())
     path = jsonl(place, *[PAIR] * 12, {"query": 1}, *[PAIR] * 7, {"target": 1})
     with pytest.raises(InputError, match='line 13: needs "query" and "target"'):

@@ -183,7 +183,7 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_loaded(folder, mo
     monkeypatch.setattr(model, "load_for", pytest.fail)
     good = dict(images=str(folder), text="x", out=str(folder.parent / "x.png"))
     for flags, says in (
-        (dict(query_image="gone.png"), "--query-image gone.png: no such file$"),
+        (dict(query_image="gone.png"), "--query-image gone.png: no such picture$"),
         (dict(out="x.xyz"), "no kind of picture; end it with .png"),
         (dict(out="x"), "no kind of picture; end it with .png"),
         (dict(images="gone"), "no such folder, or no pictures"),

@@ -17,7 +17,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from checks import close
+from checks import change, close
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers.utils import is_torchvision_available
@@ -169,6 +169,16 @@ def test_a_reply_that_begins_with_a_templates_own_token_is_no_answer(reply):
         play(generator.interview(["a?", "b?", "c?"]), "fine", reply, "fine")
     _, turns = play(generator.interview(["a?", "b?", "c?"]), "a < b", "<b>bold</b>", "<3")
     assert [answer for _, answer in turns] == ["a < b", "<b>bold</b>", "<3"], "negative control"
+
+
+def test_a_model_that_cannot_reply_is_refused_before_the_first_picture(folder, tmp_path):
+    """Its generation_config.json is of wrong types: one line, and not a failure a picture."""
+    change(folder / "generation_config.json", eos_token_id="x")
+    asked = tmp_path / "q.txt"
+    asked.write_text(QUESTIONS)
+    flags = ["--images", pictures(tmp_path / "p", 1), "--model", folder, "--questions", asked]
+    with pytest.raises(InputError, match="another model: generation_config.json "):
+        generate(*flags, "--out", tmp_path / "d.jsonl")
 
 
 def test_a_model_that_writes_a_templates_token_first_makes_no_answer(tmp_path, monkeypatch):

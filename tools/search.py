@@ -26,6 +26,7 @@ from evaluate import encode_sharded
 from plumbing import ranks
 from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
+from plumbing.files import refuse_special
 from plumbing.formats import IMAGE
 from plumbing.images import open_image
 from plumbing.log import versions
@@ -216,8 +217,8 @@ def refuse_no_search(cfg):
     """InputError, before anything is loaded, where there is nothing to search for or in."""
     if not cfg.images or not (cfg.text.strip() or cfg.query_image):
         raise InputError("a search needs --images DIR, and --text TEXT or --query-image FILE")
-    if cfg.query_image and not os.path.isfile(cfg.query_image):
-        raise InputError(f"--query-image {brief(cfg.query_image)}: no such file")
+    if cfg.query_image:
+        refuse_special(cfg.query_image, f"--query-image {brief(cfg.query_image)}", "picture")
     ending = Path(cfg.out).suffix.lower()
     if Image.registered_extensions().get(ending) not in Image.SAVE:
         raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
