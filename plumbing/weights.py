@@ -19,7 +19,7 @@ from plumbing import folders
 from plumbing.adapters import Origin, find_base, origin_of
 from plumbing.config import MOST_K
 from plumbing.errors import InputError, brief
-from plumbing.families import load_processor
+from plumbing.families import load_processor, refuse_cross_attention
 from plumbing.folders import WEIGHTS, read_json, reading, written_beside
 from plumbing.formats import IMAGE, Content
 from plumbing.inputs import evaluating, whole_number
@@ -221,6 +221,7 @@ def refuse_lost_tokens(path, mllm, tokenizer, K):
 def prove(embedder, folder):
     """-> the embedder, after it has embedded a text and a small picture: what does not fit together
     in a folder, or is not finite, is said now and not in the midst of a training."""
+    refuse_cross_attention(embedder.mllm)
     collate = copy.copy(embedder.collate)
     collate.max_length = 0  # whatever --max-length makes of them
     picture, z = Image.new("RGB", (64, 64)), []
