@@ -141,10 +141,10 @@ def parse_dialogue(raw, images) -> tuple:
     """LLaVA: {"id", "image", "conversations": [{"from": "human" or "gpt", "value": ...}, ...]}.
     -> (Content, ((question, answer), ...), id). ValueError."""
     refuse_elsewhere(raw, "conversations")
+    refuse_unknown(raw, ("id", "image", "conversations", *BESIDE), "an object")
     talk = raw.get("conversations")
     if not isinstance(talk, list) or not talk or len(talk) % 2:
         raise ValueError('"conversations" must be a list of questions and answers in turn')
-    refuse_unknown(raw, ("id", "image", "conversations", *BESIDE), "an object")
     name = raw.get("id")
     if not isinstance(name, str | int | None):
         raise ValueError(f'"id" must be a string or a number, not {brief(name)}')
@@ -192,7 +192,8 @@ def parse_caption(raw, images) -> tuple:
     for field in ("file_name", "text"):
         value = raw.get(field)
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'needs "{field}", a string that is not empty')
+            has = f"it has {brief(', '.join(map(str, raw)), 60)}"
+            raise ValueError(f'needs "{field}", a string that is not empty; {has}')
     refuse_unknown(raw, ("file_name", "text", "id", *BESIDE), "an object")
     return images.find(raw["file_name"]), raw["text"]
 

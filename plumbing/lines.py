@@ -19,7 +19,7 @@ from plumbing.files import open_file
 
 MOST = 16 * 2**20  # bytes of one example; what is longer is no example, and is never parsed
 TOO_LONG = f"longer than {MOST // 2**20} MB, which no example is; one example a line"
-ARRAY = "A list of examples in [ ] is read where its file is called .json"
+ARRAY = "One example a line; or all in [ ], in a file that is called .json"
 BLANKS = re.compile(r"[ \t\n\r]*")
 BLOCK = 2**20  # characters of an array that are read at a time
 NO_TEXT = {  # how a file begins that is no list -> what it is, and the way out
@@ -177,7 +177,7 @@ def parse_json(line):
     try:
         value = DECODER.decode(line.removeprefix(BOM_UTF8).decode())
     except json.JSONDecodeError as e:
-        hint = f". {ARRAY}" if line.lstrip()[:1] == b"[" else ""
+        hint = f". {ARRAY}" if line.strip() == b"{" or line.lstrip()[:1] == b"[" else ""
         raise ValueError(f"not JSON: {e.msg}, column {e.colno}{hint}") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"not UTF-8: byte {e.start + 1} is 0x{line[e.start]:02x}") from None

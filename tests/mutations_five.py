@@ -444,7 +444,7 @@ FIVE = [
      "tests/test_log.py"),
     ("plumbing/log.py", "seconds * (self.cfg.steps - step - 1) / 60",
      "seconds * (self.cfg.steps - step - 1)", "tests/test_log.py"),
-    ("plumbing/log.py", "if start and path.exists():", "if path.exists():", "tests/test_log.py"),
+    ("plumbing/log.py", "if start and path.is_file():", "if path.is_file():", "tests/test_log.py"),
     ("plumbing/log.py", "earlier_lines(path, start) or lines", "earlier_lines(path, start)",
      "tests/test_full_disk.py"),
     ("plumbing/log.py", 'open(path, "ab", buffering=0)', 'open(path, "wb", buffering=0)',

@@ -72,9 +72,10 @@ DIALOGUES = {
     "no picture at all": ({"conversations": MORE}, 'has no "image".* nothing to compress'),
     "an id of another type": ({**DIALOGUE, "id": ["1"]}, '"id" must be a string or a number'),
     "a number as picture": ({**DIALOGUE, "image": 0}, '"image" a path'),
-    "a list": ([DIALOGUE], "needs an object .*is read where its file is called .json"),
+    "a list": ([DIALOGUE], "needs an object .*in a file that is called .json"),
     "a pair": (PAIR, "a pair, which stage 2 reads: contrastive.py"),
     "a caption": (CAPTION, "a caption: call the list metadata.jsonl"),
+    "an object with the list in it": ({"data": [DIALOGUE]}, 'unknown key "data"'),
 }
 PAIRS = {
     "a near miss": ({**PAIR, "negative": [{"text": "z"}]}, 'unknown key "negative".*"negatives"'),
@@ -96,7 +97,10 @@ PAIRS = {
     "a caption": (CAPTION, "a caption: call the list metadata.jsonl"),
 }
 CAPTIONS = {
-    "blanks": ({**CAPTION, "text": " "}, 'needs "text", a string that is not empty'),
+    "blanks": (
+        {**CAPTION, "text": " "},
+        'needs "text", a string that is not empty; it has file_name, t',
+    ),
     "a key that is not read": ({**CAPTION, "captions": ["b"]}, 'unknown key "captions"'),
     "a dialogue": (DIALOGUE, "a dialogue, which stage 1 reads"),
 }
@@ -148,7 +152,7 @@ def test_llavas_own_list_is_one_json_array(place, name):
         assert [d.id for d in data.read_dialogues(str(path))] == ["1", "2"]
     else:
         path.write_text(json.dumps([DIALOGUE, second]).replace("}]}, ", "}]},\n"))
-        with pytest.raises(InputError, match="line 1: not JSON.* read where its file is called .j"):
+        with pytest.raises(InputError, match="line 1: not JSON.* in a file that is called .j"):
             data.read_dialogues(str(path))
 
 

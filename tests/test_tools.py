@@ -449,6 +449,7 @@ def test_check_never_writes_over_its_source(tmp_path):
         (talks, "--clean", tmp_path / "link.jsonl"),
         (train, "--clean", train),
         (talks, "--list-bad", talks),
+        (talks, "--clean", tmp_path / "x", "--list-bad", tmp_path / "x"),
     ):
         with pytest.raises(InputError, match="would be written over"):
             checked(*words)

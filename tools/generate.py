@@ -418,7 +418,7 @@ def generate(args) -> int:
     # 1. What an earlier run has done.
     if args.server:
         refuse_no_url(args.server, args.api_key)
-    refuse_unwritable(args.out, "--out")
+    refuse_unwritable(args.out, "--out", [args.questions])
     done = read_done(Path(args.out))
 
     # 2. What is left to do, and who is asked.

@@ -223,7 +223,7 @@ def refuse_no_search(cfg):
     if Image.registered_extensions().get(ending) not in Image.SAVE:
         raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
     if ranks.rank() == 0:
-        refuse_unwritable(cfg.out, "--out")
+        refuse_unwritable(cfg.out, "--out", [cfg.query_image])
     find_pictures(cfg.images)
 
 
