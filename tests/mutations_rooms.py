@@ -198,6 +198,7 @@ ROOMS = [
     ("plumbing/first_pass.py", "if length > FEW else 0", "if length < FEW else 0", LISTS),
     ("plumbing/first_pass.py", "return each(partial(try_window, tries), batches[k])", "return [try_window(tries, window) for window in batches[k]]", LISTS),
     ("plumbing/writing.py", "in map(os.path.realpath, read):", "in read:", FLAGS),
+    ("plumbing/images.py", ".TIFFSetErrorHandler(None)", ".TIFFSetErrorHandler", PICTURES),
     ("plumbing/families.py", "if min_pixels > high:", "if False:", FOLDERS),
     ("plumbing/lines.py", "if start.startswith(x)", "if start.endswith(x)", LISTS),
     ("plumbing/lines.py", "byte {e.start + 1} is", "byte {e.start} is", LISTS),
