@@ -59,11 +59,21 @@ def place(name) -> str:
     folder = str(name)
     if not os.path.isdir(folder):
         folder = fetch(folder, "model", MODEL_FILES, [WEIGHTS])
+    refuse_unreadable(folder)
+    return folder
+
+
+def refuse_unreadable(folder):
+    """An InputError where a folder, or one of a model's files in it, cannot be read."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"--model {folder}: may not be read by this user (permissions)")
     for pattern in [*MODEL_FILES, WEIGHTS]:
         for file in Path(folder).glob(pattern):
             if not file.is_file():  # opening a pipe would wait for ever
                 raise InputError(f"--model {folder}: its {file.name} is no ordinary file")
-    return folder
+            if not os.access(file, os.R_OK):
+                text = f"its {file.name} may not be read by this user (permissions)"
+                raise InputError(f"--model {folder}: {text}")
 
 
 def read_json(folder, name) -> dict:

@@ -199,6 +199,8 @@ ROOMS = [
     ("plumbing/first_pass.py", "return each(partial(try_window, tries), batches[k])", "return [try_window(tries, window) for window in batches[k]]", LISTS),
     ("plumbing/writing.py", "in map(os.path.realpath, read):", "in read:", FLAGS),
     ("plumbing/images.py", ".TIFFSetErrorHandler(None)", ".TIFFSetErrorHandler", PICTURES),
+    ("plumbing/folders.py", "if not os.access(file, os.R_OK):", "if False:", FOLDERS),
+    ("plumbing/folders.py", "if not os.access(folder, os.R_OK | os.X_OK):", "if False:", FOLDERS),
     ("plumbing/families.py", "if min_pixels > high:", "if False:", FOLDERS),
     ("plumbing/lines.py", "if start.startswith(x)", "if start.endswith(x)", LISTS),
     ("plumbing/lines.py", "byte {e.start + 1} is", "byte {e.start} is", LISTS),

@@ -100,6 +100,14 @@ def test_a_processor_of_absurd_size_or_without_numbers_is_refused(folder, field,
     refused(folder, *words)
 
 
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
+def test_what_may_not_be_read_is_said(folder, name, monkeypatch):
+    """The folder or a file in it is another user's."""
+    closed, access = str(folder / name), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != closed and access(path, mode))
+    refused(folder, f"{name or 'm:'} may not be read by this user")
+
+
 @pytest.mark.parametrize("name, fields, blamed", [
     ("tokenizer_config.json", dict(eos_token=5), "tokenizer.json, tokenizer_config.json"),
     ("config.json", dict(model_type=5), "config.json"),

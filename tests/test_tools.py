@@ -224,6 +224,17 @@ def test_a_full_disk_costs_no_dialogue_that_is_there(tmp_path):
     assert out.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    "notes", [b"my notes", b"my notes\n", b'{"a": 1}\n', b"[1]\n", b"\x89PNG\n"]
+)
+def test_a_file_of_something_else_is_no_earlier_run(tmp_path, notes):
+    """It is said, and stays as it is; what has no end of line was cut off once, to nothing."""
+    (tmp_path / "x").write_bytes(notes)
+    with pytest.raises(InputError, match="--out .*line 1 is no dialogue of an earlier run"):
+        generator.read_done(tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == notes
+
+
 # ------------------------------------------------------------------------------- a server elsewhere
 
 

@@ -38,7 +38,7 @@ from plumbing.config import CommandLine, flag
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file
 from plumbing.folders import place, reading
-from plumbing.formats import IMAGE, located
+from plumbing.formats import IMAGE
 from plumbing.images import open_image
 from plumbing.ranks import run_command
 from plumbing.template import starts_itself, write_prompt
@@ -396,14 +396,20 @@ def list_failures(errors, path):
 
 def read_done(out) -> set:
     """The pictures that an earlier run has made dialogues of. Its last line is removed where it was
-    cut off: that dialogue is made again."""
+    cut off: that dialogue is made again. InputError for a file of anything else, which stays."""
     old = out.read_bytes() if out.exists() else b""
-    whole = old[: old.rfind(b"\n") + 1]
+    whole, end, rest = old.rpartition(b"\n")
     done = set()
-    for number, line in enumerate(whole.splitlines(), 1):
-        done.add(located(f"{out}, line {number}", lambda x: json.loads(x)["image"], line))
-    if len(whole) < len(old):
-        os.truncate(out, len(whole))
+    try:
+        for line in whole.splitlines():
+            done.add(json.loads(line)["image"])
+        if rest and not rest.startswith(b"{"):
+            raise ValueError
+    except (LookupError, RecursionError, TypeError, ValueError):
+        text = f"line {len(done) + 1} is no dialogue of an earlier run; take another file"
+        raise InputError(f"--out {brief(out)}: {text}") from None
+    if rest:
+        os.truncate(out, len(whole + end))
     return done
 
 

@@ -13,12 +13,13 @@ import hashlib
 import os
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 
 import model
 from data import Item
@@ -34,6 +35,7 @@ from plumbing.weights import first_model
 from plumbing.writing import refuse_unwritable, written
 from tools.pictures import find_pictures
 
+SHEET = "nanoCoMa: tools.search"  # in the EXIF of the pictures that it makes
 WINDOW = 1024  # pictures that are embedded between two looks at the clock
 SIDE, HEAD, CAPTION = 240, 30, 20  # pixels of the sheet: a cell, above all, below each picture
 
@@ -209,8 +211,21 @@ def search(embedder, cfg):
     captions = [f"{scores[i]:.3f} {brief(paths[i][-30:])}" for i in best]
     title = brief(query.text.replace(IMAGE, cfg.query_image))
     with written(cfg.out, "--out") as part:
-        draw_sheet(title, pictures, captions).save(part)
+        mark = Image.Exif()
+        mark[ExifTags.Base.Software] = SHEET
+        draw_sheet(title, pictures, captions).save(part, exif=mark)
     ranks.say(f"wrote {cfg.out}")
+
+
+def refuse_photograph(cfg):
+    """InputError where --out is one of the pictures that are searched, and no sheet of ours."""
+    out = os.path.realpath(cfg.out)
+    if os.path.isfile(out) and out.startswith(os.path.join(os.path.realpath(cfg.images), "")):
+        with suppress(Exception), Image.open(out) as image:  # whatever is damaged is no sheet
+            if image.getexif().get(ExifTags.Base.Software) == SHEET:
+                return
+        text = f"is a file of {brief(cfg.images)}, and would be lost; take another name"
+        raise InputError(f"--out {brief(cfg.out)}: {text}")
 
 
 def refuse_no_search(cfg):
@@ -224,6 +239,7 @@ def refuse_no_search(cfg):
         raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
     if ranks.rank() == 0:
         refuse_unwritable(cfg.out, "--out", [cfg.query_image])
+        refuse_photograph(cfg)
     find_pictures(cfg.images)
 
 
