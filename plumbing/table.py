@@ -47,7 +47,7 @@ def partial_note(cfg) -> str:
 def refuse_json(cfg):
     """Where --json cannot be written, that is said now; rank 0 writes it."""
     if cfg.json and rank() == 0:
-        refuse_unwritable(cfg.json, "--json")
+        refuse_unwritable(cfg.json, "--json", [cfg.data])
 
 
 def write_json(cfg, embedder, sets, means):

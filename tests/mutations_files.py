@@ -760,7 +760,7 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/parquet.py", " or types.is_large_string(inner)", "",
+        "plumbing/parquet.py", '"large_string", ', "",
         "tests/test_lists.py",
     ),
     (

@@ -8,7 +8,6 @@ SmolVLM2, Gemma 3, InternVL. Tiny random models with the interface of the releas
 
 import copy
 import math
-from types import SimpleNamespace
 
 import families
 import pytest
@@ -19,8 +18,8 @@ from transformers import AutoProcessor
 from transformers.utils import is_torchvision_available
 
 import contrastive
+import evaluate
 import model
-import plumbing.families
 import pretrain
 from data import COMPRESS, CONTENT, PAD, QUESTION, Item
 from plumbing.config import TrainingFlags
@@ -172,17 +171,18 @@ def test_the_picture_reaches_the_questions_only_through_the_code(loaded):
     assert got > 1e-3, f"got {got:.1e}: this test would not notice a missing mask"
 
 
-def test_a_family_whose_text_sees_pictures_past_the_mask_is_refused():
-    """Mllama's cross-attention looks at the picture itself: stage 1's mask is refused; without one
-    nothing is."""
-    decoder = torch.nn.ModuleDict({"layers": torch.nn.ModuleList()})
-    decoder.layers.append(torch.nn.ModuleDict({"cross_attn": torch.nn.Linear(2, 2)}))
-    mllm = SimpleNamespace(get_decoder=lambda: decoder, config=SimpleNamespace(model_type="mllama"))
-    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    with pytest.raises(InputError, match="mllama: its text sees pictures by cross-attention"):
-        plumbing.families.attention_mask(mllm, {"attention_mask": mask[0, 0]}, mask)
-    plain = torch.ones(1, 2)
-    assert plumbing.families.attention_mask(mllm, {"attention_mask": plain}, None) is plain
+@pytest.mark.parametrize("stage", [pretrain, contrastive, evaluate])
+def test_a_family_whose_text_sees_pictures_past_the_mask_is_refused_by_every_stage(
+    stage, once, tmp_path
+):
+    """A real Mllama (Llama 3.2 Vision), whose cross-attention looks at the picture itself: stage
+    1's mask would not hold it back. Said when it is loaded, by each rank alike."""
+    name = once("mllama", lambda folder: families.build("mllama", folder))
+    flags = {"model": str(name)} if stage is evaluate else {"model": str(name), "steps": 1}
+    if stage is not evaluate:
+        flags["out"] = str(tmp_path / "out")
+    with pytest.raises(InputError, match="mllama's text sees pictures by cross-attention"):
+        stage.main(stage.Config(**flags))
 
 
 def test_a_mask_that_hides_nothing_changes_nothing(loaded):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checks import close
+from checks import change, close
 from PIL import Image
 
 import data
@@ -166,6 +166,16 @@ def test_a_reply_that_begins_with_a_templates_own_token_is_no_answer(reply):
     assert [answer for _, answer in turns] == ["a < b", "<b>bold</b>", "<3"], "negative control"
 
 
+def test_a_model_that_cannot_reply_is_refused_before_the_first_picture(folder, tmp_path):
+    """Its generation_config.json is of wrong types: one line, and not a failure a picture."""
+    change(folder / "generation_config.json", eos_token_id="x")
+    asked = tmp_path / "q.txt"
+    asked.write_text(QUESTIONS)
+    flags = ["--images", pictures(tmp_path / "p", 1), "--model", folder, "--questions", asked]
+    with pytest.raises(InputError, match="another model: generation_config.json "):
+        generate(*flags, "--out", tmp_path / "d.jsonl")
+
+
 def test_a_model_that_writes_a_templates_token_first_makes_no_answer(tmp_path, monkeypatch):
     """In this process too, where decoding would hide the token."""
     folder, asked = pictures(tmp_path / "p", 1), tmp_path / "q.txt"
@@ -207,6 +217,17 @@ def test_a_full_disk_costs_no_dialogue_that_is_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, old)
     assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "notes", [b"my notes", b"my notes\n", b'{"a": 1}\n', b"[1]\n", b"\x89PNG\n"]
+)
+def test_a_file_of_something_else_is_no_earlier_run(tmp_path, notes):
+    """It is said, and stays as it is; what has no end of line was cut off once, to nothing."""
+    (tmp_path / "x").write_bytes(notes)
+    with pytest.raises(InputError, match="--out .*line 1 is no dialogue of an earlier run"):
+        generator.read_done(tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == notes
 
 
 # ------------------------------------------------------------------------------- a server elsewhere
@@ -434,6 +455,7 @@ def test_check_never_writes_over_its_source(tmp_path):
         (talks, "--clean", tmp_path / "link.jsonl"),
         (train, "--clean", train),
         (talks, "--list-bad", talks),
+        (talks, "--clean", tmp_path / "x", "--list-bad", tmp_path / "x"),
     ):
         with pytest.raises(InputError, match="would be written over"):
             checked(*words)
