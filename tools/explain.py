@@ -7,8 +7,7 @@ page of --html), and every number comes from the functions that train.
     python -m tools.explain contrastive --data pairs.jsonl --image-root pictures
     python -m tools.explain --html out/explain.html         both, as a page that can be touched
 
-The stage comes first (default: pretrain). --no-compress shows stage 1 without the mask. With --html
-one file is written, which needs no network: a dialogue of stage 1's model, 64 pairs of stage 2's.
+The stage comes first (default: pretrain). --no-compress shows stage 1 without the mask.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
