@@ -34,7 +34,7 @@ from plumbing.config import (
 )
 from plumbing.errors import InputError
 from plumbing.template import STYLES
-from tools import compare_logs, explain, export, figures, generate, search
+from tools import compare_logs, explain, export, figures, generate, mine, search
 
 CONFIGS = {
     "pretrain": pretrain.Config,
@@ -46,6 +46,7 @@ CONFIGS = {
     "export": export.Config,
     "figures": figures.Config,
     "compare_logs": compare_logs.Config,
+    "mine": mine.Config,
 }
 WORDS = {  # what a command cannot do without
     "export": ["DIR"],
