@@ -20,6 +20,7 @@ CLOSED = {  # where the solutions stand: what a student's file may not import
     "contrastive": "contrastive.py",
     "evaluate": "evaluate.py",
     "plumbing": "plumbing/",
+    "tools": "tools/",
 }
 
 
@@ -30,17 +31,18 @@ class Exercise(NamedTuple):
 
 EXERCISES = {  # 100 points in all
     "ex0": Exercise("one bit", 4),
-    "ex1": Exercise("InfoNCE", 9),
-    "ex2": Exercise("compression mask", 9),
-    "ex3": Exercise("answer labels", 9),
-    "ex4": Exercise("pooling", 9),
-    "ex5": Exercise("GradCache", 9),
-    "ex6": Exercise("two ranks", 9),
-    "ex7": Exercise("Precision@1", 9),
+    "ex1": Exercise("InfoNCE", 8),
+    "ex2": Exercise("compression mask", 8),
+    "ex3": Exercise("answer labels", 8),
+    "ex4": Exercise("pooling", 8),
+    "ex5": Exercise("GradCache", 8),
+    "ex6": Exercise("two ranks", 8),
+    "ex7": Exercise("Precision@1", 8),
     "ex8": Exercise("predict, then run", 9),
     "ex9": Exercise("bug hunt", 9),
     "ex10": Exercise("ablation", 9),
     "ex11": Exercise("the layout", 6),
+    "ex12": Exercise("the mask as a cache", 7),
 }
 
 
@@ -126,6 +128,11 @@ class Reference:
         from exercises import layouts
 
         return layouts.layout(template, content, code, turns)
+
+    def hidden_through_cache(self, run, tokens, positions, roles):
+        from tools import mask_as_cache
+
+        return mask_as_cache.hidden_through_cache(run, tokens, positions, roles)
 
     def __getattr__(self, name):
         import contrastive

@@ -4,9 +4,11 @@ Many are those that the main tests' own negative controls use."""
 import dataclasses
 import functools
 import math
+from unittest import mock
 
 import numpy as np
 import test_answers
+import test_cache
 import test_evaluate
 import test_mask
 import test_pooling
@@ -16,9 +18,10 @@ import torch.nn.functional as F
 import contrastive
 import evaluate
 import pretrain
-from data import ANSWER, COMPRESS
+from data import ANSWER, COMPRESS, CONTENT
 from exercises import ladder
 from exercises.two_ranks import WRONG
+from tools import mask_as_cache
 
 OURS = ladder.subject(None)
 
@@ -271,6 +274,30 @@ def changes_the_template(template, content, code, turns):
     return parts
 
 
+# -------------------------------------------------------------------------------------- exercise 12
+
+
+def with_the_cache_of(change):
+    """The reference with change(cache, roles) in the place of what throws the picture away."""
+
+    def hidden_through_cache(*arguments):
+        with mock.patch.object(mask_as_cache, "without_content", change):
+            return mask_as_cache.hidden_through_cache(*arguments)
+
+    hidden_through_cache.__name__ = change.__name__
+    return hidden_through_cache
+
+
+def closes_the_gap(run, tokens, positions, roles):
+    """Positions that go on where the shorter cache ends."""
+    gone = int((roles == CONTENT).sum())
+
+    def closer(tokens, positions, cache):
+        return run(tokens, positions - (0 if cache is None else gone), cache)
+
+    return mask_as_cache.hidden_through_cache(closer, tokens, positions, roles)
+
+
 # ---------------------------------------------------------------------------------------- all of it
 
 
@@ -335,5 +362,12 @@ ALL = {
         never_learns_to_stop,
         code_after_the_question,
         changes_the_template,
+    ),
+    "ex12": lambda: replacing(
+        "hidden_through_cache",
+        with_the_cache_of(test_cache.keeps_the_picture),
+        with_the_cache_of(test_cache.keeps_the_code_alone),
+        with_the_cache_of(test_cache.is_cut_from_its_graph),
+        closes_the_gap,
     ),
 }

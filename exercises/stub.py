@@ -1,9 +1,9 @@
-"""Your file. Twelve exercises; exercises/README.md says what each needs and how long it takes.
+"""Your file. Thirteen exercises; exercises/README.md says what each needs and how long it takes.
 
     python -m pytest -q -x --tb=short -m ex1 exercises    grades exercise 1, in your copy
 
 You may import torch, numpy, math and data (the roles of tokens). Not model, pretrain, contrastive,
-evaluate and plumbing: the solutions stand there.
+evaluate, plumbing and tools: the solutions stand there.
 
 Letters: B queries, M targets, L tokens, D width."""
 
@@ -258,3 +258,28 @@ def layout(template, content, code, turns):
     the content nor turn_ids before that question; everything else stays.
     Leave the lists that you are given as they are. Roughly 12 lines."""
     raise NotImplementedError("Exercise 11: the layout; grade with pytest -m ex11")
+
+
+# ---------------------------------------------------------------- Exercise 12: the mask as a cache
+
+
+def hidden_through_cache(run, tokens, positions, roles):
+    """CoMa, section 3.1, without a mask. Run what stands before the questions, throw the picture's
+    keys and values away, and run questions and answers behind what is left: they know the picture
+    through C alone. What is left *is* the embedding's material, and all that must be stored.
+
+    tokens (L,), positions (..., L), roles (L,): one row, not padded, [HEAD, CONTENT, COMPRESS,
+    QUESTION, ANSWER, ...] in this order. run is a causal transformer:
+        run(tokens (n,), positions (..., n), cache) -> (hidden states (n, D), a new cache)
+    cache: None, or a list with one (keys, values) for each layer, both (..., so many tokens, d).
+    These tokens attend to all of the cache and, causally, to each other; the new cache is the old
+    one with their keys and values behind it.
+    -> hidden states (L, D) of all tokens, in the row's order, as the mask would give them, with a
+    gradient that reaches C.
+
+    Slowly:
+        run head, content and code without a cache
+        of each layer's keys and values keep those of tokens that are no content
+        run the rest behind them, at the positions that it has in the whole row
+    Each token runs once, in two calls. There may be no question. Roughly 6 lines."""
+    raise NotImplementedError("Exercise 12: the mask as a cache; grade with pytest -m ex12")

@@ -22,7 +22,7 @@ import evaluate
 import pretrain
 from plumbing import checkpoint, ending, ranks, start
 from plumbing.errors import InputError
-from tools import check, explain, export, figures, generate, look, merge, search
+from tools import check, compare_logs, explain, export, figures, generate, look, merge, mine, search
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -403,7 +403,7 @@ def test_a_checkpoint_that_is_there_is_not_written_again(shared, tmp_path):
 
 # -------------------------------------------------------------------------------------------- help
 
-COMMANDS = [check, explain, export, figures, generate, look, merge, search]
+COMMANDS = [check, compare_logs, explain, export, figures, generate, look, merge, mine, search]
 
 
 def test_every_script_begins_with_start():

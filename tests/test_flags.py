@@ -34,7 +34,7 @@ from plumbing.config import (
 )
 from plumbing.errors import InputError
 from plumbing.template import STYLES
-from tools import explain, export, figures, generate, search
+from tools import compare_logs, explain, export, figures, generate, mine, search
 
 CONFIGS = {
     "pretrain": pretrain.Config,
@@ -45,8 +45,14 @@ CONFIGS = {
     "generate": generate.Config,
     "export": export.Config,
     "figures": figures.Config,
+    "compare_logs": compare_logs.Config,
+    "mine": mine.Config,
 }
-WORDS = {"export": ["DIR"], "figures": ["DIR"]}  # what a command cannot do without
+WORDS = {  # what a command cannot do without
+    "export": ["DIR"],
+    "figures": ["DIR"],
+    "compare_logs": ["MINE", "REFERENCE"],
+}
 LORA, SERVER = ["--lora-rank", "4"], ["--server", "http://localhost:8000/v1"]
 COMPANY = {  # the flags beside which a flag does something
     "lora_alpha": LORA,
@@ -508,6 +514,8 @@ def run_stages(folder):
     run("search", search.main, model="toy", images=pictures, text="x", workers=0, out=found)
     for walk in (explain.explain_pretrain, explain.explain_contrastive):
         run("explain", lambda cfg, walk=walk: walk(cfg, "cpu"), model="toy")
+    page = str(folder / "x.html")
+    run("explain", lambda cfg: explain.write_html(cfg, "cpu"), model="toy-random", html=page)
     asked = folder / "asked.txt"
     asked.write_text("a?\nb?\nc?\n")
     for server in ("", "http://127.0.0.1:9/v1"):

@@ -26,7 +26,7 @@ def commands() -> dict:
 def listing() -> str:
     """A line for each command."""
     lines = ["Commands, `python -m tools.NAME --help` says more:", ""]
-    lines += [f"    {name:<10} {text}" for name, text in commands().items()]
+    lines += [f"    {name:<12} {text}" for name, text in commands().items()]
     return "\n".join(lines)
 
 

@@ -1,17 +1,20 @@
-"""One training example, step by step, in numbers. Nothing is trained, no file is written, and every
-number comes from the functions that train.
+"""One training example, step by step, in numbers. Nothing is trained, nothing written (but for the
+page of --html), and every number comes from the functions that train.
 
     python -m tools.explain pretrain                        a dialogue: tokens, roles, mask, loss
     python -m tools.explain pretrain --model out/pretrain
     python -m tools.explain contrastive                     six pairs through GradCache's two passes
     python -m tools.explain contrastive --data pairs.jsonl --image-root pictures
+    python -m tools.explain --html out/explain.html         both, as a page that can be touched
 
 The stage comes first (default: pretrain). --no-compress shows stage 1 without the mask.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
+import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -25,7 +28,10 @@ from plumbing.errors import InputError, brief
 from plumbing.formats import digest_of
 from plumbing.memory import token_chunks
 from plumbing.ranks import run_command, say, setup
-from plumbing.weights import stage_1_model
+from plumbing.weights import first_model, stage_1_model
+from plumbing.writing import refuse_unwritable, written
+from tools import explain_page
+from tools.measured import Saved, gap, gradients, norm
 
 STAGE_OF = {  # flags that only one of the walks reads
     "compress": "pretrain",
@@ -41,7 +47,7 @@ LETTER = {HEAD: "h", CONTENT: "x", COMPRESS: "C", QUESTION: "Q", ANSWER: "A"}
 class Config(ModelFlags):
     """Flags of both walks."""
 
-    model: str = flag("", "empty: toy; for contrastive out/pretrain, where there is one")
+    model: str = flag("", "empty: toy; for contrastive and --html what was trained, if anything")
     data: str = flag("shapes", "shapes (the toy world), a .jsonl, a folder or hub id like MMEB")
     image_root: str = flag("", "where the pictures are; empty: beside the data")
     seed: int = flag(0, "of the data", least=0, most=2_147_483_647)
@@ -50,6 +56,7 @@ class Config(ModelFlags):
     caption: bool = flag(False, "pretrain: a full description in place of the dialogue (toy world)")
     temperature: float = flag(0.03, "contrastive: tau; cosines are divided by it", above=0)
     subsets: str = flag("", "contrastive: data sets, A,B,C; empty: all")
+    html: str = flag("", "write both stages into this file, a page for a browser")
 
 
 def heading(text):
@@ -60,29 +67,6 @@ def heading(text):
 def shape(name, x, note=""):
     """One tensor: its name, shape and type."""
     print(f"  {name:<24} {str(tuple(x.shape)):<20} {str(x.dtype)[6:]:<10} {note}".rstrip())
-
-
-class Saved:
-    """Counts what autograd keeps for the backward pass while it is open, each storage once."""
-
-    def __init__(self):
-        self.sizes = {}  # where a storage begins -> its bytes
-
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.note, lambda x: x)
-        self.hooks.__enter__()
-        return self
-
-    def note(self, x):
-        if not isinstance(x, torch.nn.Parameter):  # weights are there anyway
-            self.sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-    def __str__(self):
-        return f"{sum(self.sizes.values()) / 2**20:.1f} MiB kept for the backward pass"
 
 
 # ------------------------------------------------------------------------------------------ stage 1
@@ -211,10 +195,8 @@ def walk_batch(embedder, batch, temperature, chunk_tokens):
         loss, _ = aloud.info_nce(aloud.forward(range(len(lengths))))
     loss.backward()
     want = gradients(embedder)
-    gap = norm([a - b for a, b in zip(ours, want, strict=True)])
-    size = norm(want)
     print(f"  {saved}")
-    print(f"  gradient {size:.4f}; the two differ by {gap / size:.1e} of it")
+    print(f"  gradient {norm(want):.4f}; the two differ by {gap(ours, want):.1e} of it")
 
 
 class Aloud:
@@ -285,14 +267,28 @@ class Aloud:
             print(f"{self.pending}; gradient so far {norm(gradients(self.embedder)):.4f}")
 
 
-def gradients(embedder) -> list:
-    """Of all that is trained."""
-    return [p.grad for p in embedder.parameters() if p.grad is not None]
+# ----------------------------------------------------------------------------------------- the page
 
 
-def norm(tensors) -> float:
-    """Of all of them together."""
-    return math.sqrt(sum(x.norm() ** 2 for x in tensors))
+def write_html(cfg, device):
+    """Both stages in one file, see explain_page.py."""
+    refuse_unwritable(Path(cfg.html), "--html")
+    if not cfg.compress:
+        raise InputError("--no-compress: the page of --html shows the mask on and off")
+    first = cfg.model or first_model("out/pretrain")
+    second = cfg.model or first_model("out/contrastive", "out/pretrain")
+    stage_1 = stage_2 = model.load_for(dataclasses.replace(cfg, model=first), device)
+    if second != first:
+        stage_2 = model.load_for(dataclasses.replace(cfg, model=second), device)
+    place = cfg.image_root or None
+    dialogues = read_dialogues(cfg.data, place, cfg.seed, caption=cfg.caption)
+    pairs = read_pairs(cfg.data, place, cfg.subsets, cfg.seed)
+    digest_of([dialogues, *pairs.values()])  # refuses lost pictures
+    models = explain_page.Models(stage_1, stage_2, (first, second))
+    page = explain_page.make_page(models, dialogues[0], pairs, cfg)
+    with written(Path(cfg.html), "--html") as part:
+        part.write_text(page, encoding="utf-8")
+    say(f"wrote {cfg.html}: {len(page) / 2**10:.0f} KiB, for any browser")
 
 
 def main(argv):
@@ -304,14 +300,19 @@ def main(argv):
     if stage not in walks:
         raise InputError(f"{brief(stage)}: the stage is pretrain or contrastive")
     cfg = Config.parse(flags)
+    if cfg.html and argv and not argv[0].startswith("-"):
+        raise InputError(f"--html shows both stages; leave {stage} out")
     for name in given(cfg):
-        if STAGE_OF.get(name, stage) != stage:
+        if not cfg.html and STAGE_OF.get(name, stage) != stage:
             raise InputError(
                 f"{spelled(cfg, name)}: {stage} has none; explain {STAGE_OF[name]} has"
             )
     device = setup()
     torch.manual_seed(cfg.seed)
-    walks[stage](cfg, device)
+    if cfg.html:
+        write_html(cfg, device)
+    else:
+        walks[stage](cfg, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""`python -m tools.compare_logs`: whether a loss curve is normal, against several seeds of it."""
+
+import json
+
+import numpy as np
+import pytest
+from checks import equal, expect
+
+from plumbing.errors import InputError
+from tools import compare_logs
+
+STEPS = 100
+CONFIG = {"steps": STEPS, "batch": 64, "lr": 0.003, "seed": 0, "out": "a"}
+
+
+def curve(seed, steps=STEPS):
+    """A falling loss with noise of its own: a part that lasts, as seeds differ, and one that does
+    not."""
+    noise = np.random.default_rng(seed)
+    level = 1 + 0.1 * noise.standard_normal()
+    return level * 3 / np.arange(1, steps + 1) ** 0.5 * (1 + 0.1 * noise.standard_normal(steps))
+
+
+def write(path, loss, **config):
+    """A log.jsonl."""
+    records = [{"config": {**CONFIG, **config}, "world": 1, "torch": "2.13"}]
+    records += [{"step": i + 1, "loss": float(x), "norm": 1.0} for i, x in enumerate(loss)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def reference(tmp_path):
+    """Five seeds; the other four end at step 60."""
+    for seed in range(1, 5):
+        write(tmp_path / f"ref-seed{seed}.jsonl", curve(seed)[:60], seed=seed)
+    return write(tmp_path / "ref.jsonl", curve(0))
+
+
+def compare(tmp_path, mine, reference):
+    """The exit status."""
+    return compare_logs.main([mine, reference, "--out", str(tmp_path / "x.png")])
+
+
+def test_another_seed_is_within_the_spread_of_five(tmp_path, reference, capsys):
+    """Forty further seeds; the line says for which steps that is known. A picture is there."""
+    for seed in range(10, 50):
+        mine = write(tmp_path / "mine.jsonl", curve(seed), seed=seed, out="b")
+        equal(compare_logs.verdict(*(compare_logs.read_log(x) for x in (mine, reference)),
+              band_of(reference))[0], True, f"seed {seed}")  # fmt: skip
+    equal(compare(tmp_path, mine, reference), 0, "the exit status")
+    said = capsys.readouterr().out
+    want = "within the spread of 5 seeds: steps 1 to 60 of 100; beyond that step it is not known"
+    expect(said.startswith(f"{mine}: {want}\n"), said, want, "one line")
+    expect("not as in" not in said, said, "no difference", "another seed and --out are none")
+    expect((tmp_path / "x.png").stat().st_size > 5000, "no picture", "one", "draw")
+
+
+def band_of(reference):
+    return compare_logs.band_of(compare_logs.seeds_beside(compare_logs.read_log(reference)))
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.4])
+def test_a_curve_that_leaves_is_named_with_its_step(tmp_path, reference, capsys, factor):
+    """From step 31 on twice as high, or less than half: within a few steps of it (losses are means
+    of 9)."""
+    loss = curve(0)
+    loss[30:] *= factor
+    equal(compare(tmp_path, write(tmp_path / "m.jsonl", loss), reference), 1, "the exit status")
+    said = capsys.readouterr().out
+    step = int(said.split("from step ")[1].split()[0])
+    expect(24 <= step <= 38, said, "about 31", "outside the spread of 5 seeds from step ...")
+    expect("normal is" in said, said, "what would be normal", "")
+
+
+def test_a_run_that_is_outside_for_some_steps_only_is_normal(tmp_path, reference):
+    """One batch with a high loss moves nine running means, and no more."""
+    loss = curve(0)
+    loss[30] *= 6
+    equal(compare(tmp_path, write(tmp_path / "m.jsonl", loss), reference), 0, "a single batch")
+
+
+def test_a_loss_that_is_no_number_is_outside(tmp_path, reference):
+    """NaN from step 20 on."""
+    loss = curve(0)
+    loss[19:] = np.nan
+    equal(compare(tmp_path, write(tmp_path / "m.jsonl", loss), reference), 1, "NaN is not normal")
+
+
+def test_other_flags_and_versions_are_said(tmp_path, reference, capsys):
+    """With the reference's in brackets."""
+    mine = write(tmp_path / "m.jsonl", curve(0), batch=32)
+    text = (tmp_path / "m.jsonl").read_text().replace("2.13", "2.14")
+    (tmp_path / "m.jsonl").write_text(text)
+    compare(tmp_path, mine, reference)
+    expect("--batch 32 (64), torch 2.14 (2.13)" in capsys.readouterr().out, "", "both", "")
+
+
+def test_a_short_run_is_compared_as_far_as_it_goes(tmp_path, reference, capsys):
+    """Twenty steps."""
+    equal(compare(tmp_path, write(tmp_path / "m.jsonl", curve(0)[:20]), reference), 0, "short")
+    expect("steps 1 to 20 of 100" in capsys.readouterr().out, "", "steps 1 to 20", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not the log of a stage"),
+        ("{", "line 1: no JSON"),
+        ("[]\n", "not the log of a stage"),
+        ('{"config": {"steps": 1, "batch": 2}}\n', "not the log of a stage"),
+        ('{"config": {"steps": 1, "batch": 2}}\n{"step": 1}\n', "not the log of a stage"),
+    ],
+)
+def test_what_is_no_log_is_one_line(tmp_path, reference, text, says):
+    """With its name; and a file that is not there."""
+    (tmp_path / "m.jsonl").write_text(text)
+    with pytest.raises(InputError, match=f"m.jsonl.*{says}"):
+        compare(tmp_path, str(tmp_path / "m.jsonl"), reference)
+    with pytest.raises(InputError, match="none.jsonl: No such file"):
+        compare(tmp_path, str(tmp_path / "none.jsonl"), reference)
+
+
+def test_logs_of_two_stages_and_a_reference_without_seeds_are_refused(tmp_path, reference):
+    """Nothing can be said of them."""
+    mine = write(tmp_path / "m.jsonl", curve(0), temperature=0.03)
+    with pytest.raises(InputError, match="MINE is a log of contrastive, REFERENCE one of pretrain"):
+        compare(tmp_path, mine, reference)
+    with pytest.raises(InputError, match="no other seed beside it"):
+        compare(tmp_path, reference, write(tmp_path / "alone.jsonl", curve(0)))
+    equal(list(tmp_path.glob("*.png")), [], "no picture of nothing")

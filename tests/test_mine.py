@@ -1,0 +1,135 @@
+"""`python -m tools.mine`: hard negatives of a list are the wrong targets at given ranks."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from checks import equal, expect
+
+import data
+import model
+from plumbing.errors import InputError
+from tools import export, mine
+
+
+def oracle(q, t, own, first, last):
+    """One query at a time, one target at a time."""
+    chosen = []
+    for i in range(len(q)):
+        wrong = [j for j in range(len(t)) if j not in own[i]]
+        wrong.sort(key=lambda j: (-float(q[i] @ t[j]), j))
+        chosen.append([j for rank, j in enumerate(wrong, 1) if first <= rank <= last])
+    return chosen
+
+
+def cases():
+    """(q, t, own): with several right targets, with ties, with fewer targets than ranks."""
+    numbers, choice = np.random.default_rng(0), random.Random(0)
+    for n, m in ((7, 20), (5, 4), (3, 1)):
+        t = numbers.standard_normal((m, 6)).astype(np.float32)
+        t[m // 2 :: 3] = t[0]  # ties
+        q = numbers.standard_normal((n, 6)).astype(np.float32)
+        own = [set(choice.sample(range(m), choice.randint(1, min(3, m)))) for _ in range(n)]
+        yield q, t, own
+
+
+def check(nearest_wrong):
+    for q, t, own in cases():
+        for first, last in ((1, 1), (1, 5), (3, 6)):
+            got = nearest_wrong(q, t, own, first, last)
+            equal(got, oracle(q, t, own, first, last), f"ranks {first} to {last}")
+
+
+def test_the_chosen_rows_equal_a_loop(monkeypatch):
+    """In one block of queries, and in several."""
+    check(mine.nearest_wrong)
+    monkeypatch.setattr(mine, "BLOCK", 2)
+    check(mine.nearest_wrong)
+
+
+def counts_from_zero(q, t, own, first, last):
+    return mine.nearest_wrong(q, t, own, first + 1, last + 1)
+
+
+def takes_the_right_ones(q, t, own, first, last):
+    return mine.nearest_wrong(q, t, [set()] * len(q), first, last)
+
+
+def takes_the_farthest(q, t, own, first, last):
+    return mine.nearest_wrong(-q, t, own, first, last)
+
+
+@pytest.mark.parametrize("wrong", [counts_from_zero, takes_the_right_ones, takes_the_farthest])
+def test_the_loop_check_fails_for_wrong_ranks(wrong):
+    """Negative control."""
+    with pytest.raises(AssertionError):
+        check(wrong)
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    """The toy world's pairs as a list, 8 of each task, with a target twice, one line with two
+    targets, and one that has a negative."""
+    folder = tmp_path_factory.mktemp("mine") / "toy"
+    export.export(folder, 8)
+    lines = [json.loads(x) for x in (folder / "pairs.jsonl").read_text().splitlines()]
+    lines[1]["target"] = lines[0]["target"]
+    lines[2]["target"] = [lines[2]["target"], lines[3]["target"]]
+    lines[4]["negatives"] = [lines[5]["target"]]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "pairs.jsonl").write_text(text)
+    return folder / "pairs.jsonl"
+
+
+def read(path) -> list:
+    (pairs,) = data.read_pairs(str(path)).values()
+    return list(pairs)
+
+
+def test_a_list_gets_negatives_and_keeps_all_else(listed):
+    """Ranks 2 to 4 of toy-random: never a target of the query or its equal, nor twice the same, in
+    the order of their cosines; what a line had stays."""
+    out = listed.with_name("mined.jsonl")
+    words = ["--model", "toy-random", "--first", "2", "--last", "4", "--workers", "0"]
+    mine.main(["--data", str(listed), "--out", str(out), *words])
+    before, after = ([json.loads(x) for x in p.read_text().splitlines()] for p in (listed, out))
+    kept = [{k: x for k, x in line.items() if k != "negatives"} for line in after]
+    equal(kept, [{k: x for k, x in line.items() if k != "negatives"} for line in before], "else")
+    embedder = model.load("toy-random", device="cpu").eval()
+    pairs = read(out)
+    targets = {item.key: item for pair in pairs for item in pair.targets}
+    z = embedder.encode([*(pair.query for pair in pairs), *targets.values()])
+    q, t = z[: len(pairs)], dict(zip(targets, z[len(pairs) :], strict=True))
+    for i, pair in enumerate(pairs):
+        had = len(before[i].get("negatives", []))
+        equal(had, 1 if i == 4 else 0, f"line {i + 1}: its own")
+        mined = [item.key for item in pair.negatives[had:]]
+        taken = {item.key for item in pair.targets} | {x.key for x in pair.negatives[:had]}
+        wrong = sorted((key for key in targets if key not in taken), key=lambda k: -(q[i] @ t[k]))
+        scores = [float(q[i] @ t[key]) for key in mined]
+        want = [float(q[i] @ t[key]) for key in wrong[1:4]]
+        expect(np.allclose(scores, want, atol=1e-5), scores, want, f"line {i + 1}: ranks 2 to 4")
+        expect(not taken & set(mined) and len(set(mined)) == 3, mined, "three others", f"{i + 1}")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--data pairs.jsonl --out out.jsonl --first 3 --last 2", "--first 3 is beyond --last 2"),
+        ("--data pairs.jsonl --out pairs.jsonl", "the list itself"),
+        ("--data pairs.jsonl --out ../toy/pairs.jsonl", "the list itself"),
+        ("--data shapes --out out.jsonl", "takes a .jsonl"),
+        ("--out out.jsonl", "takes a .jsonl"),
+        ("--data pairs.jsonl", "an empty name"),
+        ("--data dialogues.jsonl --out out.jsonl --model toy-random", "this is a dialogue"),
+    ],
+)
+def test_what_cannot_be_mined_is_one_line(listed, monkeypatch, words, says):
+    """And no file is left."""
+    monkeypatch.chdir(listed.parent)
+    whole = listed.read_bytes()
+    with pytest.raises(InputError, match=says):
+        mine.main(words.split())
+    equal(listed.read_bytes(), whole, "the list stays")
+    expect(not (listed.parent / "out.jsonl").exists(), "out.jsonl", "no file", "")

@@ -1,0 +1,119 @@
+"""Mines hard negatives: writes into a list of pairs, for each query, wrong targets that a model
+takes for near. The nearest are often right and not named so: --first leaves them out.
+
+    python -m tools.mine --data pairs.jsonl --out mined.jsonl --first 5 --last 8
+    python contrastive.py --data mined.jsonl
+
+Every distinct target of the list is ranked by its cosine with the query; the query's own targets,
+and what equals one of them, are left out before ranks are counted. Ranks --first to --last become
+`negatives`, behind those that a line has; all else of it stays. Pictures keep their names: --out
+belongs beside the list, unless --image-root is given to both commands.
+"""
+
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import model
+from data import read_pairs
+from plumbing.config import ModelFlags, flag
+from plumbing.errors import InputError, brief
+from plumbing.lines import open_lines, parse_json
+from plumbing.ranks import run_command, say, setup
+from plumbing.weights import first_model
+from plumbing.writing import refuse_unwritable, written
+
+BLOCK = 1024  # queries whose cosines with all targets are in memory at a time
+
+
+@dataclass
+class Config(ModelFlags):
+    """Flags of mining."""
+
+    model: str = flag("", "empty: out/contrastive, else out/pretrain, else toy")
+    data: str = flag("", "a .jsonl of pairs")
+    out: str = flag("", "the same list with negatives")
+    image_root: str = flag("", "where the pictures are; empty: beside the data")
+    workers: int = flag(1, "loader processes", least=0, most=256)
+    first: int = flag(5, "the nearest rank that is taken; 1: the nearest wrong target", least=1)
+    last: int = flag(8, "the last rank that is taken", least=1)
+
+
+def nearest_wrong(q, t, own, first, last) -> list:
+    """Of each query the rows of t at ranks first to last, counted from 1 and from the nearest,
+    its own left out. q (n, D), t (m, D); own[i]: the rows of t that are right for query i.
+    -> n lists, shorter where there are fewer wrong ones."""
+    chosen = []
+    for start in range(0, len(q), BLOCK):
+        scores = q[start : start + BLOCK] @ t.T  # (BLOCK, m)
+        for row, right in zip(scores, own[start : start + BLOCK], strict=True):
+            row[list(right)] = -np.inf
+            order = np.argsort(-row, kind="stable")[: len(row) - len(right)]
+            chosen.append(order[first - 1 : last].tolist())
+    return chosen
+
+
+class Targets:
+    """The distinct targets of a list: equal content is one."""
+
+    def __init__(self, pairs, lines):
+        self.items, self.raw = [], []  # as Items, and as the list has them
+        self.own = []  # of each pair: the rows of its targets and of its own negatives
+        self.row_of = {}  # an item's key -> its row
+        for i in range(len(pairs)):
+            raw = lines[i]["target"]
+            raws = raw if isinstance(raw, list) else [raw]
+            for item, as_written in zip(pairs[i].targets, raws, strict=True):
+                if item.key not in self.row_of:
+                    self.row_of[item.key] = len(self.items)
+                    self.items.append(item)
+                    self.raw.append(as_written)
+        for pair in pairs:
+            keys = [item.key for item in (*pair.targets, *pair.negatives)]
+            self.own.append({self.row_of[key] for key in keys if key in self.row_of})
+
+
+def mine(embedder, cfg) -> list:
+    """The list's lines, each with its negatives."""
+    (pairs,) = read_pairs(cfg.data, cfg.image_root or None).values()
+    source = open_lines(cfg.data)
+    lines = [parse_json(source.line(i)) for i in range(len(source))]
+    targets = Targets(pairs, lines)
+    queries = [pair.query for pair in pairs]
+    z = embedder.encode(queries + targets.items, cfg.chunk_tokens, cfg.workers, "embedding")
+    q, t = z[: len(queries)], z[len(queries) :]
+    chosen = nearest_wrong(q, t, targets.own, cfg.first, cfg.last)
+    few = sum(len(rows) < cfg.last - cfg.first + 1 for rows in chosen)
+    say(f"{len(pairs):,} pairs, {len(targets.items):,} distinct targets; {few:,} lines get fewer")
+    mined = []
+    for line, rows in zip(lines, chosen, strict=True):
+        negatives = [*(line.get("negatives") or []), *(targets.raw[row] for row in rows)]
+        mined.append({**line, "negatives": negatives})
+    return mined
+
+
+def main(argv):
+    """The command line."""
+    cfg = Config.parse(argv)
+    if cfg.first > cfg.last:
+        raise InputError(f"--first {cfg.first} is beyond --last {cfg.last}")
+    if not cfg.data.endswith(".jsonl"):
+        raise InputError(f"--data {brief(cfg.data)}: mining takes a .jsonl of pairs")
+    if Path(cfg.data).resolve() == Path(cfg.out).resolve():
+        raise InputError(f"--out {brief(cfg.out)}: the list itself; give it another name")
+    refuse_unwritable(cfg.out, "--out")
+    cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
+    embedder = model.load_for(cfg, setup())
+    say(f"mining with {brief(cfg.model)}")
+    lines = mine(embedder, cfg)
+    with written(cfg.out, "--out") as part:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        part.write_text(text, encoding="utf-8")
+    say(f"wrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
