@@ -20,6 +20,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from mutations import MUTATIONS
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = ("data.py", "model.py", "pretrain.py", "contrastive.py", "evaluate.py")
 ENOUGH = 0.95  # share of the mistakes that the tests must notice
+OVERDUE, STRANGE = 98, 99  # exit statuses that pytest has none of
 PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
 
 
@@ -133,14 +135,14 @@ def become_pytest(house, tests):
     sys.path[:] = [str(house), *(x for x in sys.path if not f"{x}/".startswith(f"{ROOT}/"))]
     for name in [k for k, x in sys.modules.items() if is_ours(x) and k != "__main__"]:
         del sys.modules[name]
-    status = 99
+    status = STRANGE
     try:
         status = pytest.main([*PYTEST, f"--basetemp={house}.tmp", *tests.split()])
         strangers = [k for k, x in sys.modules.items() if is_ours(x) and k != "__main__"]
         # Trap: a mistake in a copy that nobody imports would be survived by everything.
         if strangers:
             print("loaded from the checkout and not from its copy:", *strangers)
-            status = 99
+            status = STRANGE
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -164,7 +166,7 @@ class Run(NamedTuple):
         return Run(pid, house, time.time(), limit)
 
     def ended(self):
-        """None while it runs, else its exit status; one that is overdue is ended, -1."""
+        """None while it runs, else its exit status; one that is overdue is ended."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid and time.time() - self.began < self.limit:
             return None
@@ -172,12 +174,12 @@ class Run(NamedTuple):
         if pid:
             return os.waitstatus_to_exitcode(status)
         os.waitpid(self.pid, 0)
-        return -1
+        return OVERDUE
 
     def end_group(self):
         """Ends it with all that it started."""
         try:
-            os.killpg(self.pid, 9)
+            os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
 
@@ -254,7 +256,7 @@ class Campaign:
             finally:
                 path.write_text(text)
             word = "noticed" if status else "SURVIVED"
-            if status == 99:
+            if status in (STRANGE, -signal.SIGTERM, -signal.SIGKILL):  # ended by somebody else
                 word = "BROKEN"
         self.note(Verdict(*mutation, word, seconds, reason), title(number))
 

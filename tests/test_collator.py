@@ -2,6 +2,7 @@
 pictures, padding. (The layout itself: test_template.py; all families: test_one_piece.py.)"""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -149,3 +150,31 @@ def test_rows_hold_integers_and_pictures_stand_end_to_end(shared):
     want = torch.cat([shared.collate.picture(x).images["pixel_values"] for x in pictures])
     equal(inputs["pixel_values"], want, "join_images")
     equal({x.dtype for x in rows[0].tokens.values()}, {torch.int64}, "token columns")
+    for key, x in rows[1].tokens.items():
+        equal(key in ("input_ids", "roles") or not x.any(), True, f"{key}: zero in a text")
+    expect(set(rows[0].tokens) > {"input_ids", "roles"}, rows[0].tokens.keys(), "more", "family")
+
+
+def test_without_a_code_the_content_and_the_first_question_share_a_turn():
+    """K = 0, plain instruction tuning: a newline between them."""
+    embedder = model.load("toy-random", compress_tokens=0, device="cpu")
+    row = embedder.collate.row(Item("see"), TURNS[:2])
+    decoded = embedder.collate.tokenizer.decode(row.tokens["input_ids"])
+    want = "<|user|>see\nwhat is it?<|im_end|><|assistant|>a dog<|im_end|>"
+    want += "<|user|>what else?<|im_end|><|assistant|>a cat<|im_end|>"
+    equal(decoded, want, "one user turn")
+    equal(text_of(embedder, row, CONTENT), "see", "the content")
+    alone = embedder.collate.row(Item("see")).tokens["input_ids"]
+    equal(embedder.collate.tokenizer.decode(alone), "<|user|>see<|im_end|><|assistant|>", "alone")
+
+
+def test_what_stands_before_a_picture_is_not_what_stands_before_a_text(shared):
+    """By what the content begins with; an empty one is a text."""
+    collate, picture = copy.copy(shared.collate), Image.new("RGB", (64, 64))
+    collate.template = dataclasses.replace(collate.template, before_text=":", before_picture=";")
+    for item, want in (
+        (Item("a"), ":"), (Item(""), ":"), (Item(IMAGE, (picture,)), ";"),
+        (Item(f"a {IMAGE}", (picture,)), ":"), (Item(f"{IMAGE} a", (picture,)), ";"),
+    ):  # fmt: skip
+        head = text_of(shared, collate.row(item), HEAD)
+        equal(head, f"<|user|>{want}", f"{item.text!r}")

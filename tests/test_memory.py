@@ -193,6 +193,22 @@ def test_only_a_frozen_tower_is_remembered_and_where_it_is_asked_for(trained, wh
     equal(mllm.tower.looks - looks, 0 if remembers else 2, "passes through the tower in pass 2")
 
 
+def test_what_was_said_is_remembered_as_it_was_said():
+    """Trap: the Qwens put something else into the fields of it."""
+
+    class Family(torch.nn.Linear):
+        def forward(self, x):
+            return {"features": super().forward(x)}
+
+    tower, x, outputs = Family(2, 3), torch.randn(1, 2), {}
+    with torch.no_grad(), answering(tower, outputs, 0, "device"):
+        said = tower(x)
+        features = said["features"]
+        said["features"] = None
+    with answering(tower, outputs, 0, "device"):
+        equal(tower(x)["features"], features, "memory.move: a container of its own")
+
+
 def test_a_tower_of_which_a_part_is_trained_is_not_remembered():
     """One weight that moves is enough."""
     mllm = Seeing(trained=False)

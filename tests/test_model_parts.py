@@ -64,6 +64,11 @@ def test_rows_to_spare_stay_and_are_used_before_new_ones_are_made(plain, spare, 
     expect(abs(new.mean() - 5) < 1, new.mean(), "about 5", "around the mean row")
     expect(torch.cdist(new, new).add(9 * torch.eye(4)).min() > 0.5, new, "four rows", "noise")
     kept = mllm.table.weight.data.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.ranks, "rank", lambda: 1)
+        other = Table(known + spare)
+        model.add_compression_tokens(other, copy.deepcopy(plain.collate.tokenizer), 4)
+    equal(other.table.weight.data[ids], new, "the same on every rank")
     model.add_compression_tokens(mllm, tokenizer, 4)
     equal(mllm.table.weight.data, kept, "a second time nothing is new")
 
@@ -126,6 +131,12 @@ def test_what_is_frozen_is_the_tower_and_only_where_it_is_asked_for(embedder):
     model.choose_trained(embedder, TrainingFlags(model="toy-random", freeze_vision=True))
     for name, p in embedder.named_parameters():
         equal(p.requires_grad, ".visual." not in name, name)
+
+
+def test_on_a_cpu_nothing_is_cast(shared):
+    """bfloat16 is for GPUs."""
+    with shared.autocast():
+        equal(torch.is_autocast_enabled("cpu"), False, "Embedder.autocast")
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -85,6 +85,50 @@ def test_the_data_have_a_digest_that_a_checkpoint_will_hold(watched, stage):
     expect(one == other and one, one, "a number", "cfg.data_digest")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_seed_is_set_before_the_model_is_loaded(tmp_path, monkeypatch, stage):
+    """LoRA's matrices are drawn."""
+    seeds = []
+
+    def load_for(cfg, device):
+        seeds.append(torch.initial_seed())
+        raise Enough
+
+    monkeypatch.setattr(stage.checkpoint, "begin", lambda cfg: torch.device("cpu"))
+    monkeypatch.setattr(stage, "load_for", load_for)
+    for seed in (3, 4):
+        with pytest.raises(Enough):
+            stage.main(config(stage, tmp_path, seed=seed))
+    equal(seeds, [3, 4], "torch.manual_seed")
+
+
+def test_the_flags_of_the_data_reach_both_stages(watched, monkeypatch):
+    """Source, pictures and --skip-bad's list, seed, and what is a stage's own."""
+    read = []
+
+    def reader(function):
+        def noted(source, place, *rest):
+            read.append((source, place.image_root, place.skip_bad, *rest))
+            return function()
+
+        return noted
+
+    monkeypatch.setattr(pretrain, "read_dialogues", reader(pretrain.read_dialogues))
+    monkeypatch.setattr(contrastive, "read_pairs", reader(contrastive.read_pairs))
+    watched(pretrain, seed=3, texts=0.5, turns=2)
+    watched(pretrain, seed=3, caption=True)
+    watched(pretrain, data="talks.jsonl", image_root="r", skip_bad="bad")
+    watched(contrastive, seed=3, subsets="vqa:5")
+    flags = dict(subsets="A", split="diverse_instruction", image_root="r", skip_bad="bad")
+    watched(contrastive, data="a folder", **flags)
+    want = [
+        ("shapes", None, "", 3, 2, False, 0.5), ("shapes", None, "", 3, 0, True, 0.0),
+        ("talks.jsonl", "r", "bad", 0, 0, False, 0.0), ("shapes", None, "", "vqa:5", 3, "original"),
+        ("a folder", "r", "bad", "A", 0, "diverse_instruction"),
+    ]  # fmt: skip
+    equal(read, want, "read_dialogues, read_pairs")
+
+
 def test_each_rank_of_stage_1_makes_its_own_share(watched, as_rank):
     """Of the batch of one process; here rank 1 of 2."""
     as_rank(1, 2)
