@@ -9,6 +9,7 @@ import torch
 from checks import equal, expect
 from PIL import Image
 
+import data
 import model
 from data import ANSWER, COMPRESS, CONTENT, HEAD, PAD, QUESTION, Item
 from plumbing.errors import InputError
@@ -72,6 +73,28 @@ def test_each_role_is_the_text_that_it_names(shared):
     equal(row.tokens["roles"].tolist()[0], HEAD, "it begins with the head")
 
 
+def test_a_users_words_are_known_as_such(shared, monkeypatch):
+    """Texts, questions and answers, and nothing of the template: a token that reaches over the end
+    of a user's words is the user's."""
+    parts, spell = [], data.spell
+
+    def noted(tokenizer, template, of_row):
+        parts.extend(of_row)
+        return spell(tokenizer, template, of_row)
+
+    monkeypatch.setattr(data, "spell", noted)
+    shared.collate.row(Item(f"see {IMAGE} here", (Image.new("RGB", (64, 64)),)), TURNS[:2])
+    got = [(part.role, part.content) for part in parts if part.by_user]
+    want = [(CONTENT, "see "), (CONTENT, " here")]
+    for question, answer in TURNS[:2]:
+        want += [(QUESTION, question), (ANSWER, answer)]
+    equal(got, want, "Part.by_user")
+    turns = {part.role: [p.turn for p in parts if p.role == part.role] for part in parts}
+    equal((set(turns[CONTENT]), set(turns[COMPRESS])), ({0}, {0}), "no turn of a dialogue")
+    for role in (QUESTION, ANSWER):
+        equal(sorted(set(turns[role])), [1, 2], "the first and the second turn")
+
+
 def test_items_and_their_turns_are_as_many(shared):
     """A turn too few would leave an item out without a word."""
     items = [Item("a"), Item("b")]
@@ -84,12 +107,14 @@ def test_items_and_their_turns_are_as_many(shared):
 def test_padding_is_on_the_right_and_nothing_but_zeros(shared):
     """The pad token, which a text may hold as well; role PAD, attention 0, no picture's token."""
     short, long = Item("a"), Item("a much longer text, of many more words than the other one has")
-    inputs = shared.collate([short, long])
+    collate = copy.copy(shared.collate)
+    collate.pad = 7  # of the toy it is 0, as all other padding
+    inputs = collate([short, long])
     n, L = shared.collate.row(short).length, shared.collate.row(long).length
     equal(inputs["input_ids"].shape, (2, L), "as long as the longest")
     equal(inputs["roles"][0, n:].unique().tolist(), [PAD], "roles")
     equal(inputs["attention_mask"].sum(1).tolist(), [n, L], "real tokens")
-    equal(inputs["input_ids"][0, n:].unique().tolist(), [shared.collate.pad], "the pad token")
+    equal(inputs["input_ids"][0, n:].unique().tolist(), [7], "the pad token")
     for key in set(inputs) - {"input_ids"}:
         equal(int(inputs[key][0, n:].abs().sum()), 0, f"{key}: zeros")
 
