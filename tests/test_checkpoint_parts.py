@@ -333,7 +333,8 @@ def test_other_words_of_the_same_number_are_other_data(tmp_path):
     def read(folder, text):
         file = tmp_path / folder / "pairs.jsonl"
         file.parent.mkdir()
-        file.write_text(json.dumps({"query": {"text": "q"}, "target": {"text": text}}) + "\n")
+        rows = [{"query": {"text": "q"}, "target": {"text": x}} for x in (text, "z")]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return contrastive.read_pairs(str(file))["pairs"]
 
     one, same, other = read("a", "x"), read("b", "x"), read("c", "y")

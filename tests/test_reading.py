@@ -10,6 +10,7 @@ from checks import equal, expect
 
 import data
 from data import Dialogue, Item, Pair, read_dialogues, read_pairs, read_tasks
+from plumbing import formats
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
 from toy.world import META_TASK
@@ -123,6 +124,50 @@ def test_sets_are_chosen_of_what_has_several(tmp_path):
     equal(list(read_pairs(str(file))), ["pairs"], "its name")
     with pytest.raises(InputError, match="--subsets A: chooses sets of MMEB or shapes"):
         read_pairs(str(file), subsets="A")
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """A folder of two pictures, of which one has two captions."""
+    lines = [("a.png", "one"), ("b.png", "two"), ("a.png", "three")]
+    text = "".join(json.dumps({"file_name": name, "text": x}) + "\n" for name, x in lines)
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / "metadata.jsonl").write_text(text)
+    return str(tmp_path / "birds")
+
+
+def test_a_caption_is_the_answer_to_a_request_to_describe(birds):
+    """One dialogue each, in their order."""
+    dialogues = list(read_dialogues(birds))
+    equal([x.item.images for x in dialogues], [("a.png",), ("b.png",), ("a.png",)], "pictures")
+    equal({x.item.text for x in dialogues}, {IMAGE}, "the picture alone")
+    questions, answers = zip(*[turn for x in dialogues for turn in x.turns], strict=True)
+    equal(answers, ("one", "two", "three"), "the captions")
+    equal(len(set(questions)), 1, "one request for all")
+    expect("escribe" in questions[0], questions, "describe", "formats.DESCRIBE")
+
+
+def test_captions_are_found_by_pictures_and_pictures_by_captions(birds):
+    """All captions of a picture are right for it, and no negatives of each other."""
+    pairs = read_pairs(birds)
+    to_text = [(x.query.images, [t.text for t in x.targets]) for x in pairs["birds_i2t"]]
+    equal(to_text, [(("a.png",), ["one", "three"]), (("b.png",), ["two"])], "picture to text")
+    to_picture = [(x.query.text.split()[-1], x.targets) for x in pairs["birds_t2i"]]
+    images = [(Item(IMAGE, (name,)),) for name in ("a.png", "b.png", "a.png")]
+    equal(to_picture, list(zip(("one", "two", "three"), images, strict=True)), "text to picture")
+
+
+def test_what_is_a_list_and_what_may_be_a_name_on_the_hub(birds, talks, tmp_path):
+    """A file, whatever its name; a name that ends as a list's; a folder with captions. Neither a
+    folder without, nor a name that is nowhere here."""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "words").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    there = [str(tmp_path / name) for name in ("words", "link")]
+    for source in (birds, talks, *there, "no/such.csv", "no/such.json", "no.jsonl"):
+        equal(formats.is_list(source), True, source)
+    for source in (str(tmp_path / "plain"), "team/set", "set"):
+        equal(formats.is_list(source), False, source)
 
 
 # ------------------------------------------------------------------------------------------- tasks
