@@ -1,6 +1,6 @@
-"""Ranks that are forks of this process, with what torchrun would tell them. Each rank that is started
-afresh imports for five seconds before it does anything, and torchrun for three more: that is left to
-tests of the start, the launcher and the end of processes (test_torchrun.py, test_ending.py)."""
+"""Ranks that are forks of this process, with what torchrun would tell them. A rank that is started
+afresh imports for five seconds before it does anything, and torchrun for three more: that is left
+to tests of launcher, start and end (test_torchrun.py, test_ending.py)."""
 
 import os
 import signal
@@ -9,15 +9,16 @@ import sys
 import time
 import traceback
 
-from plumbing import ending
+from plumbing import ending, ranks
 
 LIMIT = 240  # seconds; ranks that wait for each other would never end
+GRACE = 15  # seconds, for the others, when one has failed
 
 
 def on_ranks(world, main, folder, apart=False) -> list:
-    """main() on so many ranks. What rank r prints stands in FOLDER/said-r.txt; apart: each rank is a
-    machine of its own, that works in the folder FOLDER/r. None is left behind.
-    -> what each rank ended by: 0, its status, or "killed" because another one failed or at LIMIT."""
+    """main() on so many ranks. What rank r prints stands in FOLDER/said-r.txt; apart: each rank is
+    a machine of its own, and works in the folder FOLDER/r. None is left behind. -> what each rank
+    ended by: 0, another status, or "killed", since one had failed or the time was over."""
     torchrun = dict(WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     torchrun["LOCAL_WORLD_SIZE"] = 1 if apart else world
     running = {}  # process id -> rank
@@ -35,6 +36,13 @@ def on_ranks(world, main, folder, apart=False) -> list:
     return [ended.get(rank, "killed") for rank in range(world)]
 
 
+def as_script(stage, words):
+    """What `python STAGE.py WORDS` does, once all is imported."""
+    ending.watch_signals()
+    sys.argv = [f"{stage.__name__}.py", *map(str, words)]
+    ranks.run(stage.main, stage.Config)
+
+
 def said_on(folder) -> str:
     """The end of what the ranks printed."""
     return "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("said-*.txt")))
@@ -47,14 +55,16 @@ def free_port() -> int:
 
 
 def wait(running) -> dict:
-    """Until a rank has failed, all are done, or the time is over; those that ended are taken out of
-    {process id: rank}. -> {rank: status}."""
+    """Until all have ended, the time is over, or a rank has failed and GRACE is over; those that
+    ended are taken out of {process id: rank}. -> {rank: status}."""
     ended, limit = {}, time.monotonic() + LIMIT
-    while running and not any(ended.values()) and time.monotonic() < limit:
+    while running and time.monotonic() < limit:
         for pid in list(running):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                ended[running.pop(pid)] = status
+                ended[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+                if status:
+                    limit = min(limit, time.monotonic() + GRACE)
         time.sleep(0.01)
     return ended
 

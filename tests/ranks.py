@@ -1,6 +1,6 @@
-"""Gradients of several processes against that of one: what test_gradcache.py runs on its ranks. They
-are given what one process computed on the whole batch, the plain way; rank 0 writes how far each
-rank's gradient is from it in each setting."""
+"""Gradients of several processes against that of one: what test_gradcache.py runs on its ranks.
+They are given what one process computed on the whole batch, the plain way; rank 0 writes how far
+each rank's gradient is from it in each setting."""
 
 import copy
 import functools
@@ -12,11 +12,10 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from checks import distance, toy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
-
-from checks import distance, toy
 
 import contrastive
 import evaluate
