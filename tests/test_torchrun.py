@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import stages_on_ranks as stages
-from forked import on_ranks, said_on
+from forked import as_script, on_ranks, said_on
 from safetensors.torch import load_file
 
 import model
@@ -139,16 +139,8 @@ def test_an_error_in_a_worker_is_one_clear_line(tmp_path):
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
     line = json.dumps({"id": "x", "image": "bad.png", "conversations": talk}) + "\n"
     (tmp_path / "talks.jsonl").write_text(line * 8)
-    words = (
-        f"pretrain.py --data {tmp_path}/talks.jsonl --model toy-random --batch 4 --out {tmp_path}/o"
-    )
-
-    def script():
-        ending.watch_signals()  # as a script of ours: it ends its process itself
-        sys.argv = words.split()
-        ranks.run(pretrain.main, pretrain.Config)
-
-    assert on_ranks(2, script, tmp_path) == [1, 1]
+    words = ["--data", f"{tmp_path}/talks.jsonl", "--batch", "4", "--out", f"{tmp_path}/o"]
+    assert on_ranks(2, lambda: as_script(pretrain, words), tmp_path) == [1, 1]
     said = said_on(tmp_path)
     assert re.search(r"^pretrain.py: .*bad.png \(13 bytes\): not a readable", said, re.M), said
     assert "Traceback" not in said, said
