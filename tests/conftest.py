@@ -88,3 +88,11 @@ def once(request, tmp_path_factory):
         return folder
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def family_folder(once):
+    """family_folder(family) -> the folder of a tiny model of tests/families.py, to be read only."""
+    import families  # here: what has no model of its own needs none
+
+    return lambda name: once(f"family-{name}", lambda folder: families.build(name, folder))

@@ -546,10 +546,10 @@ def test_check_writes_no_copy_of_a_list_of_which_nothing_is_good(tmp_path, capsy
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("family", families.FAMILIES if TORCHVISION else ["llava_next", "gemma3"])
-def test_sentence_transformers_makes_the_same_vectors(tmp_path, family, pooling):
+def test_sentence_transformers_makes_the_same_vectors(tmp_path, family, pooling, family_folder):
     """`merge IN OUT --export sentence-transformers`: texts, pictures, both. In that
     library the other families load only where torchvision is installed."""
-    made = model.load(families.build(family, tmp_path / "f"), 4, pooling, "coma", device="cpu")
+    made = model.load(family_folder(family), 4, pooling, "coma", device="cpu")
     families.redraw(made)
     model.save(made, tmp_path / "in")
     words = [str(tmp_path / "in"), str(tmp_path / "out"), "--export", "sentence-transformers"]
