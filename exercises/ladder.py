@@ -135,14 +135,19 @@ class Reference:
         return mask_as_cache.hidden_through_cache(run, tokens, positions, roles)
 
     def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        from plumbing import ranks
+
+        if hasattr(ranks, name):  # all that a rank of exercise 6 wants; the others import long
+            return getattr(ranks, name)
         import contrastive
         import evaluate
         import model
         import pretrain
-        from plumbing import ranks
 
-        for module in (contrastive, pretrain, evaluate, model, ranks):
-            if hasattr(module, name) and not name.startswith("_"):
+        for module in (contrastive, pretrain, evaluate, model):
+            if hasattr(module, name):
                 return getattr(module, name)
         raise AttributeError(name)
 

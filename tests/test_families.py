@@ -33,9 +33,9 @@ TAU = 0.05
 
 
 @pytest.fixture(scope="session", params=families.FAMILIES)
-def folder(request, tmp_path_factory):
-    """A model folder of one family, built once per session."""
-    return families.build(request.param, tmp_path_factory.mktemp(request.param))
+def folder(request, family_folder):
+    """A model folder of one family."""
+    return family_folder(request.param)
 
 
 @pytest.fixture(scope="session")
