@@ -258,7 +258,7 @@ FIVE = [
      "tests/test_infonce.py"),
     ("contrastive.py", "nats / len(q), hits / len(q)", "nats / len(t), hits / len(q)",
      "tests/test_infonce.py"),
-    ("contrastive.py", "nats = nats + row_nats.sum()", "nats = nats + row_nats.mean()",
+    ("plumbing/blocks.py", "block_nats = row_nats.sum()", "block_nats = row_nats.mean()",
      "tests/test_infonce.py"),
     ("contrastive.py", "info_nce_rows(q_rows, t, labels[rows], keys,",
      "info_nce_rows(q_rows, t, labels[: len(rows)], keys,", "tests/test_infonce.py"),
