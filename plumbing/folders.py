@@ -197,7 +197,8 @@ def refuse_absurd_processor(folder):
         for key, value in numbers:
             most = next((most for pattern, most in limits if pattern.search(key)), None)
             if most is not None and not 0 <= value <= most:
-                raise InputError(f"{Path(folder, name)}: {key} is {value:,}; 0 to {most:,}")
+                raise InputError(f"{Path(folder, name)}: {key} is {value:,}; 0 to {most:,}, "
+                                 "or pictures would fill the memory")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- how it is written

@@ -88,7 +88,8 @@ def settings(name, path, asked) -> Settings:
     least = 1 if pooling == "mean" else 0
     known = style in list(STYLES) and pooling in ("mean", "last")
     if not known or type(K) is not int or not least <= K <= MOST_K:
-        flags = f"--prompt {style} --pooling {pooling} --compress-tokens {K}"
+        flags = f"--prompt {brief(style)} --pooling {brief(pooling)} --compress-tokens {brief(K)}"
+        flags += " (by its nanocoma.json)" if stored else ""
         raise InputError(f"{flags}: prompts are {', '.join(STYLES)}; pooling mean (K > 0) or last")
     return Settings(K, pooling, style)
 
@@ -138,7 +139,9 @@ def load_mllm(path, name, options=Options()) -> tuple:  # noqa: B008
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         refuse_other_kinds(base, config)
         refuse_larger_than_its_files(base, config)
-    with reading(path if own else base, "*token*.json", "*processor_config.json", "*.jinja"):
+    # The tokenizer looks into config.json, too.
+    kinds = ("config.json", "*token*.json", "*processor_config.json", "*.jinja")
+    with reading(path if own else base, *kinds):
         small, large = options.min_pixels, options.max_pixels
         processor = load_processor(path if own else base, config, small, large)
         if template := read_json(path, "nanocoma.json").get("chat_template"):
