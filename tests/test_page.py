@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import browser
+import families
 import pytest
 import torch
 from checks import close, equal, expect
@@ -181,6 +182,22 @@ def test_the_sources_are_the_functions(file):
         shown[name.split(": ")[1]] = html.unescape(re.sub(r"</?(b|i|em)>", "", code))
     for function in explain_page.SOURCES:
         equal(shown[function.__name__], inspect.getsource(function), function.__name__)
+
+
+def test_other_families_are_shown_or_refused(tmp_path):
+    """LLaVA-NeXT: its tokens are of tiles, so that none is drawn over the picture. Gemma 3: its own
+    masks would be shown wrongly."""
+    dialogue = read_dialogues()[0]
+    for family in ("llava_next", "gemma3"):
+        folder = families.build(family, tmp_path / family)
+        other = model.load(folder, 3, "mean", "chat", "cpu").eval()
+        if family == "gemma3":
+            with pytest.raises(InputError, match="cannot be shown"):
+                explain_numbers.story(other, dialogue)
+        else:
+            story = explain_numbers.story(other, dialogue)
+            equal(story.grid, (0, 0), "no place in the picture")
+            expect(story.cache.apart < 1e-4, story.cache.apart, "< 1e-4", "the cache")
 
 
 @pytest.mark.parametrize(

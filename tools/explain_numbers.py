@@ -152,13 +152,14 @@ def turns_of(turns, roles) -> list:
 
 
 def grid_of(inputs, count) -> tuple:
-    """Rows and columns of a picture's tokens: what the family says, or a square, or one row."""
+    """Rows and columns of a picture's tokens: what the family says, or a square; (0, 0) where they
+    are of tiles, and have no one place in the picture."""
     side = math.isqrt(count)
     if "image_grid_thw" in inputs:
         _, rows, columns = inputs["image_grid_thw"][0].tolist()  # of patches
         merge = math.isqrt(rows * columns // count)
         return rows // merge, columns // merge
-    return (side, side) if side * side == count else (1, count)
+    return (side, side) if side * side == count else (0, 0)
 
 
 def shown_layers(embedder) -> list:
