@@ -38,11 +38,12 @@ EXERCISES = {  # 100 points in all
     "ex5": Exercise("GradCache", 8),
     "ex6": Exercise("two ranks", 8),
     "ex7": Exercise("Precision@1", 8),
-    "ex8": Exercise("predict, then run", 9),
-    "ex9": Exercise("bug hunt", 9),
+    "ex8": Exercise("predict, then run", 8),
+    "ex9": Exercise("bug hunt", 8),
     "ex10": Exercise("ablation", 9),
-    "ex11": Exercise("the layout", 6),
-    "ex12": Exercise("the mask as a cache", 7),
+    "ex11": Exercise("the layout", 5),
+    "ex12": Exercise("the mask as a cache", 5),
+    "ex13": Exercise("InfoNCE's gradient", 5),
 }
 
 
@@ -133,6 +134,18 @@ class Reference:
         from tools import mask_as_cache
 
         return mask_as_cache.hidden_through_cache(run, tokens, positions, roles)
+
+    def info_nce_gradient(self, cosines, temperature, labels=None, keys=None):
+        """What autograd says of `contrastive.info_nce`, in whatever mode it is called."""
+        import torch
+
+        import contrastive
+
+        with torch.inference_mode(False), torch.enable_grad():
+            q = cosines.clone().requires_grad_()
+            t = torch.eye(q.shape[1], dtype=q.dtype)  # the cosine with unit vector j is entry j
+            loss, _ = contrastive.info_nce(q, t, temperature, labels, keys)
+            return torch.autograd.grad(loss, q)[0]
 
     def __getattr__(self, name):
         if name.startswith("_"):

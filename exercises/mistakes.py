@@ -32,6 +32,7 @@ two_passes = contrastive.two_passes
 precision_at_1 = evaluate.precision_at_1
 flip_one_bit = OURS.flip_one_bit
 layout = OURS.layout
+info_nce_gradient = OURS.info_nce_gradient
 
 
 class Wrong:
@@ -298,6 +299,34 @@ def closes_the_gap(run, tokens, positions, roles):
     return mask_as_cache.hidden_through_cache(closer, tokens, positions, roles)
 
 
+# -------------------------------------------------------------------------------------- exercise 13
+
+
+def forgets_the_temperature(cosines, temperature, labels=None, keys=None):
+    return info_nce_gradient(cosines, temperature, labels, keys) * temperature
+
+
+def of_the_sum(cosines, temperature, labels=None, keys=None):
+    return info_nce_gradient(cosines, temperature, labels, keys) * len(cosines)
+
+
+def pulls_the_diagonal(cosines, temperature, labels=None, keys=None):
+    return info_nce_gradient(cosines, temperature, None, keys)
+
+
+def pushes_equal_targets_away(cosines, temperature, labels=None, keys=None):
+    return info_nce_gradient(cosines, temperature, labels)
+
+
+def exp_without_a_shift(cosines, temperature, labels=None, keys=None):
+    """The softmax as it is written."""
+    labels = torch.arange(len(cosines)) if labels is None else labels
+    keys = torch.arange(cosines.shape[1]) if keys is None else keys
+    own = torch.arange(cosines.shape[1])[None] == labels[:, None]
+    e = (cosines / temperature).exp() * (own | (keys[None] != keys[labels][:, None]))
+    return (e / e.sum(1, keepdim=True) - own.to(e)) / temperature / len(cosines)
+
+
 # ---------------------------------------------------------------------------------------- all of it
 
 
@@ -369,5 +398,13 @@ ALL = {
         with_the_cache_of(test_cache.keeps_the_code_alone),
         with_the_cache_of(test_cache.is_cut_from_its_graph),
         closes_the_gap,
+    ),
+    "ex13": lambda: replacing(
+        "info_nce_gradient",
+        forgets_the_temperature,
+        of_the_sum,
+        pulls_the_diagonal,
+        pushes_equal_targets_away,
+        exp_without_a_shift,
     ),
 }

@@ -1,4 +1,4 @@
-"""Your file. Thirteen exercises; exercises/README.md says what each needs and how long it takes.
+"""Your file. Fourteen exercises; exercises/README.md says what each needs and how long it takes.
 
     python -m pytest -q -x --tb=short -m ex1 exercises    grades exercise 1, in your copy
 
@@ -283,3 +283,21 @@ def hidden_through_cache(run, tokens, positions, roles):
         run the rest behind them, at the positions that it has in the whole row
     Each token runs once, in two calls. There may be no question. Roughly 6 lines."""
     raise NotImplementedError("Exercise 12: the mask as a cache; grade with pytest -m ex12")
+
+
+# ------------------------------------------------------------- Exercise 13: InfoNCE's gradient
+
+
+def info_nce_gradient(cosines, temperature, labels=None, keys=None):
+    """VLM2Vec, Eq. (1), by hand: how much does the loss of exercise 1 change with each cosine? This
+    is all that the embeddings are told, and what GradCache keeps between its passes comes from it.
+
+    cosines (B, M) of the queries with all targets; temperature, labels (B,), keys (M,) as in
+    exercise 1 -> (B, M): the gradient of the *mean* loss with respect to each cosine. It is called
+    in inference mode, where autograd cannot help. Leave `cosines` as they are.
+
+    On paper, for one query with target p: loss = log(sum over j of e^(c_j / tau)) - c_p / tau.
+    What is its derivative by c_j? By c_p? What stands between it and a softmax? What of a column
+    that has the key of the target, and is not the target?
+    Temperature 0.005 must not overflow: PyTorch has what you need. Roughly 7 lines, no loop."""
+    raise NotImplementedError("Exercise 13: InfoNCE's gradient; grade with pytest -m ex13")

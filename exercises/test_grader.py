@@ -29,6 +29,7 @@ from exercises import (
     test_ex10_ablation,
     test_ex11_layout,
     test_ex12_cache,
+    test_ex13_gradient,
 )
 from tools import explain
 
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.grader
 MODULES = (
     test_ex0_one_bit, test_ex1_infonce, test_ex2_mask, test_ex3_labels, test_ex4_pooling,
     test_ex5_gradcache, test_ex6_ranks, test_ex7_precision, test_ex8_predict, test_ex9_bugs,
-    test_ex10_ablation, test_ex11_layout, test_ex12_cache,
+    test_ex10_ablation, test_ex11_layout, test_ex12_cache, test_ex13_gradient,
 )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def failures(exercise, student, shared):
 
 
 def test_every_exercise_has_tests_and_two_to_five_mistakes():
-    """Thirteen exercises, 100 points; of exercise 8 two or three wrong answers to each question."""
+    """Fourteen exercises, 100 points; of exercise 8 two or three wrong answers to each question."""
     equal(list(mistakes.ALL), list(ladder.EXERCISES), "an exercise without mistakes, or a name")
     names = [module.pytestmark.name for module in MODULES]
     equal(names, list(ladder.EXERCISES), "a file for each")

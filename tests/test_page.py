@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import browser
+import families
 import pytest
 import torch
 from checks import close, equal, expect
@@ -18,7 +19,7 @@ import model
 import pretrain
 from data import ANSWER, CONTENT, read_dialogues, read_pairs
 from plumbing.errors import InputError
-from tools import explain, explain_page
+from tools import explain, explain_numbers, explain_page
 
 ROOT = Path(__file__).parent.parent
 MODEL = "toy-random"
@@ -122,7 +123,7 @@ def test_the_cache_is_the_mask(content, embedder):
 def test_the_matrix_is_the_functions(content, embedder):
     """Cosines of the pairs that stage 2 would draw, and info_nce's loss for every size."""
     matrix = content["matrix"]
-    chosen = explain_page.drawn(read_pairs(), 0)
+    chosen = explain_numbers.drawn(read_pairs(), 0)
     queries = [pair.query for _, pair in chosen]
     targets = [pair.targets[0] for _, pair in chosen]
     z = torch.from_numpy(embedder.encode(queries + targets))
@@ -134,7 +135,7 @@ def test_the_matrix_is_the_functions(content, embedder):
         n = int(size)
         want, _ = contrastive.info_nce(q[:n], t[:n], matrix["temperature"], keys=keys[:n])
         close(loss, want, f"{n} pairs", 1e-5)
-    first = matrix["keys"][: explain_page.BLOCK]
+    first = matrix["keys"][: explain_numbers.BLOCK]
     expect(len(set(first)) < len(first), first, "two that are equal", "a false negative to see")
 
 
@@ -166,10 +167,10 @@ def test_the_page_runs_the_functions_that_train(embedder, monkeypatch):
 
     monkeypatch.setattr(contrastive, "two_passes", half_of_it)
     monkeypatch.setattr(pretrain, "answer_loss", lambda x, y: 2 * answer_loss(x, y))
-    chosen = explain_page.drawn(read_pairs(), 0)
-    passes = explain_page.passes(embedder, chosen, 0.03, 150)
+    chosen = explain_numbers.drawn(read_pairs(), 0)
+    passes = explain_numbers.passes(embedder, chosen, 0.03, 150)
     expect(abs(passes.apart - 0.5) < 1e-3, passes.apart, 0.5, "the check has its own route")
-    losses, answers = explain_page.losses_of(embedder, row_of(embedder))
+    losses, answers = explain_numbers.losses_of(embedder, row_of(embedder))
     mean = sum(answer.masked.nats for answer in answers) / len(answers)
     close(losses["masked"], 2 * mean, "the mean is answer_loss's", 1e-4)
 
@@ -181,6 +182,22 @@ def test_the_sources_are_the_functions(file):
         shown[name.split(": ")[1]] = html.unescape(re.sub(r"</?(b|i|em)>", "", code))
     for function in explain_page.SOURCES:
         equal(shown[function.__name__], inspect.getsource(function), function.__name__)
+
+
+def test_other_families_are_shown_or_refused(tmp_path):
+    """LLaVA-NeXT: its tokens are of tiles, so that none is drawn over the picture. Gemma 3: its own
+    masks would be shown wrongly."""
+    dialogue = read_dialogues()[0]
+    for family in ("llava_next", "gemma3"):
+        folder = families.build(family, tmp_path / family)
+        other = model.load(folder, 3, "mean", "chat", "cpu").eval()
+        if family == "gemma3":
+            with pytest.raises(InputError, match="cannot be shown"):
+                explain_numbers.story(other, dialogue)
+        else:
+            story = explain_numbers.story(other, dialogue)
+            equal(story.grid, (0, 0), "no place in the picture")
+            expect(story.cache.apart < 1e-4, story.cache.apart, "< 1e-4", "the cache")
 
 
 @pytest.mark.parametrize(
