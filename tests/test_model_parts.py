@@ -9,6 +9,7 @@ import pytest
 import torch
 from checks import close, equal, expect, toy
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
@@ -245,6 +246,18 @@ def test_only_rank_0_writes_a_model_and_all_take_part(embedder, tmp_path, monkey
         model.save(embedder, tmp_path / f"{rank}")
         equal((tmp_path / f"{rank}").exists(), there, f"rank {rank}")
     equal(gathered, [embedder, embedder], "whole_weights on both")
+
+
+def test_of_a_sharded_model_the_gathered_weights_are_saved(embedder, tmp_path, monkeypatch):
+    """Its own are parts of them."""
+    name = "model.language_model.norm.weight"
+    whole = {k: p.detach() for k, p in embedder.mllm.named_parameters() if k != "lm_head.weight"}
+    whole[name] = torch.full_like(whole[name], 7.0)
+    monkeypatch.setattr(model.sharding, "whole_weights", lambda _: whole)
+    model.save(embedder, tmp_path / "m")
+    saved = load_file(tmp_path / "m" / "model.safetensors")
+    sevens = [k for k, x in saved.items() if x.unique().tolist() == [7.0]]  # by whatever name
+    equal(len(sevens), 1, "write_model(..., weights)")
 
 
 def test_a_model_that_is_no_embedder_yet_has_no_settings(embedder, tmp_path):

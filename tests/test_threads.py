@@ -23,7 +23,8 @@ from plumbing.errors import InputError
 # --------------------------------------------------------------------------------- collectives
 
 
-def test_each_rank_is_told_what_all_hold_in_their_order(monkeypatch):
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_rank_is_told_what_all_hold_in_their_order(monkeypatch, world):
     """Objects, sums of numbers and of tensors."""
 
     def work(rank):
@@ -31,10 +32,17 @@ def test_each_rank_is_told_what_all_hold_in_their_order(monkeypatch):
         sums = ranks.all_sum(rank + 1), ranks.all_sum(x).tolist()
         return ranks.rank(), ranks.world(), ranks.gather_objects(f"rank {rank}"), *sums
 
-    got = on_ranks(monkeypatch, 3, work)
-    for rank in range(3):
-        everyone = ["rank 0", "rank 1", "rank 2"]
-        equal(got[rank], (rank, 3, everyone, 6, [3.0, 3.0]), f"rank {rank}")
+    got = on_ranks(monkeypatch, world, work)
+    everyone = [f"rank {rank}" for rank in range(world)]
+    numbers, whole = {2: (3, [1.0, 1.0]), 3: (6, [3.0, 3.0])}[world]
+    for rank in range(world):
+        equal(got[rank], (rank, world, everyone, numbers, whole), f"rank {rank}")
+
+
+def test_rank_0_alone_speaks(monkeypatch, capsys):
+    """Or each line would stand there as often as there are ranks."""
+    on_ranks(monkeypatch, 2, lambda rank: ranks.say(f"rank {rank} says so"))
+    equal(capsys.readouterr().out, "rank 0 says so\n", "ranks.say")
 
 
 def test_rows_go_to_all_ranks_and_their_gradients_come_home(monkeypatch):
