@@ -16,7 +16,7 @@ import contrastive
 import evaluate
 import model
 import pretrain
-from data import ANSWER, read_dialogues
+from data import ANSWER, COMPRESS, read_dialogues
 from plumbing import ranks
 from plumbing.errors import InputError
 
@@ -173,6 +173,22 @@ def test_ranks_with_unequal_answers_have_one_mean(monkeypatch, right_every_other
         close(share, 2 / 3, f"rank {rank}: (1 + 1) / (1 + 2)", 1e-10)
         equal(all_tokens, tokens, f"rank {rank}: answer tokens")
         close(examples.gradient(copies[rank]), grad, f"rank {rank}: gradient", 1e-9)
+
+
+def test_the_teacher_has_no_code(embedder):
+    """Its rows are plain instruction tuning's, of the same style, and nothing is masked."""
+    collate, reference = pretrain.teacher(embedder)
+    d = read_dialogues()[0]
+    roles = collate.row(d.item, d.turns).tokens["roles"]
+    equal(int((roles == COMPRESS).sum()), 0, "Settings(0, ...)")
+    equal(collate.style, embedder.style, "Settings(..., style)")
+    expect(int((embedder.collate.row(d.item).tokens["roles"] == COMPRESS).sum()) == 4, "", "", "K")
+    with pytest.MonkeyPatch.context() as patch:
+        masks = []
+        patch.setattr(model.Embedder, "hidden", lambda e, x, mask: masks.append(mask) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reference([collate.row(d.item, d.turns)])
+    equal(masks, [None], "the picture is in view")
 
 
 def test_the_flags_of_a_step_reach_the_model(monkeypatch, embedder):
