@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 import model
 from data import Item
-from plumbing import families
+from plumbing import families, replay
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
@@ -138,6 +138,37 @@ def test_on_a_cpu_nothing_is_cast(shared):
     """bfloat16 is for GPUs."""
     with shared.autocast():
         equal(torch.is_autocast_enabled("cpu"), False, "Embedder.autocast")
+
+
+def test_on_a_gpu_what_is_frozen_is_bfloat16(embedder, monkeypatch):
+    """Half the memory; what is trained is float32."""
+    monkeypatch.setattr(type(embedder), "device", torch.device("cuda"))
+    model.choose_trained(embedder, TrainingFlags(model="toy-random", freeze_vision=True))
+    found = {(p.requires_grad, p.dtype) for p in embedder.parameters()}
+    equal(found, {(True, torch.float32), (False, torch.bfloat16)}, "model.choose_trained")
+
+
+def test_a_second_pass_draws_what_the_first_drew_on_a_gpu_too(monkeypatch):
+    """The current one's generator, beside the CPU's; and both are put back."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "a state")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", calls.append)
+    fork_rng = torch.random.fork_rng
+
+    def fork(devices):
+        calls.append(devices)
+        return fork_rng([])
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    state = replay.rng_state()
+    first = torch.rand(3)
+    after = torch.get_rng_state()
+    with replay.replay(state):
+        equal(torch.rand(3), first, "the CPU's")
+    equal(calls, [[3], "a state"], "the GPU's")
+    equal(torch.get_rng_state(), after, "put back")
 
 
 @pytest.mark.parametrize("asked", [False, True])
