@@ -120,7 +120,7 @@ class Found(NamedTuple):
     def join(self, other) -> "Found":
         """Of two parts, in their order."""
         lost = Lost(self.lost.count + other.lost.count, self.lost.first or other.lost.first)
-        return Found(lost, frozenset([*self.targets, *other.targets][:2]))
+        return Found(lost, frozenset([*self.targets | other.targets][:2]))
 
     @property
     def only_target(self):
