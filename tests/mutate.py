@@ -3,7 +3,8 @@
     python tests/mutate.py                     all of tests/mutations.py; prints the survivors
     python tests/mutate.py model plumbing/optim    those of some files
     python tests/mutate.py --only 3,17-20      by number, as printed
-    python tests/mutate.py --log verdicts.jsonl    goes on where it was stopped
+    python tests/mutate.py --log verdicts.jsonl    goes on where it was stopped; a new file for
+                                                   other code or tests
     python tests/mutate.py --list              the list, and the functions that no mistake is in
 
 Run by hand (a mistake costs about 4 seconds of a core); the suite only checks that the list fits
@@ -126,6 +127,7 @@ def is_ours(module) -> bool:
 def become_pytest(house, tests):
     """A fork's whole life: runs the tests in a copy of the house, and exits with their status."""
     os.setsid()  # a group of its own, with all that it will start
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(house)
     log = os.open("pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -227,16 +229,17 @@ class Campaign:
         print(f"{verdict.word:<9} {seconds}  {text}  {verdict.reason}", flush=True)
 
     def tests_in(self, house, tests):
-        """Runs tests, step by step. yields None while they run; -> (exit status, seconds, the
-        reason); limit, in seconds, by what they took without a mistake."""
+        """Runs tests, step by step. Yields None while they run. -> (exit status, seconds, reason).
+        A mistake that makes tests hang is noticed by the time that they took without it."""
         untouched = self.verdicts.get(("", "", "", tests))
-        run = Run.start(house, tests, 60 + 3 * untouched.seconds if untouched else 900)
+        run = Run.start(house, tests, 90 + 5 * untouched.seconds if untouched else 900)
         try:
             while (status := run.ended()) is None:
                 yield
         finally:
             run.end_group()
-        return status, time.time() - run.began, run.reason()
+        reason = "does not end" if status == OVERDUE else run.reason()
+        return status, time.time() - run.began, reason
 
     def one(self, house, number, mutation):
         """A mistake: its tests run without it, and with it. A generator, see above."""
@@ -322,6 +325,7 @@ def main():
         print("no mistake in:", *untouched(), sep="\n  ")
         return
     import_libraries()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the copies go, as after Ctrl-C
     campaign = Campaign(chosen, args.log)
     campaign.work(args.jobs)
     left = {n: campaign.verdicts[m] for n, m in chosen.items()}

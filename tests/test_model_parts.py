@@ -9,12 +9,13 @@ import pytest
 import torch
 from checks import close, equal, expect, toy
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
 import model
 from data import Item
-from plumbing import families
+from plumbing import families, replay
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
@@ -139,6 +140,37 @@ def test_on_a_cpu_nothing_is_cast(shared):
         equal(torch.is_autocast_enabled("cpu"), False, "Embedder.autocast")
 
 
+def test_on_a_gpu_what_is_frozen_is_bfloat16(embedder, monkeypatch):
+    """Half the memory; what is trained is float32."""
+    monkeypatch.setattr(type(embedder), "device", torch.device("cuda"))
+    model.choose_trained(embedder, TrainingFlags(model="toy-random", freeze_vision=True))
+    found = {(p.requires_grad, p.dtype) for p in embedder.parameters()}
+    equal(found, {(True, torch.float32), (False, torch.bfloat16)}, "model.choose_trained")
+
+
+def test_a_second_pass_draws_what_the_first_drew_on_a_gpu_too(monkeypatch):
+    """The current one's generator, beside the CPU's; and both are put back."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "a state")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", calls.append)
+    fork_rng = torch.random.fork_rng
+
+    def fork(devices):
+        calls.append(devices)
+        return fork_rng([])
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    state = replay.rng_state()
+    first = torch.rand(3)
+    after = torch.get_rng_state()
+    with replay.replay(state):
+        equal(torch.rand(3), first, "the CPU's")
+    equal(calls, [[3], "a state"], "the GPU's")
+    equal(torch.get_rng_state(), after, "put back")
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_gradient_checkpointing_is_on_where_it_is_asked_for(embedder, asked, monkeypatch):
     """In the form that works with frozen inputs."""
@@ -245,6 +277,18 @@ def test_only_rank_0_writes_a_model_and_all_take_part(embedder, tmp_path, monkey
         model.save(embedder, tmp_path / f"{rank}")
         equal((tmp_path / f"{rank}").exists(), there, f"rank {rank}")
     equal(gathered, [embedder, embedder], "whole_weights on both")
+
+
+def test_of_a_sharded_model_the_gathered_weights_are_saved(embedder, tmp_path, monkeypatch):
+    """Its own are parts of them."""
+    name = "model.language_model.norm.weight"
+    whole = {k: p.detach() for k, p in embedder.mllm.named_parameters() if k != "lm_head.weight"}
+    whole[name] = torch.full_like(whole[name], 7.0)
+    monkeypatch.setattr(model.sharding, "whole_weights", lambda _: whole)
+    model.save(embedder, tmp_path / "m")
+    saved = load_file(tmp_path / "m" / "model.safetensors")
+    sevens = [k for k, x in saved.items() if x.unique().tolist() == [7.0]]  # by whatever name
+    equal(len(sevens), 1, "write_model(..., weights)")
 
 
 def test_a_model_that_is_no_embedder_yet_has_no_settings(embedder, tmp_path):

@@ -166,7 +166,9 @@ def test_what_is_a_list_and_what_may_be_a_name_on_the_hub(birds, talks, tmp_path
     (tmp_path / "plain").mkdir()
     (tmp_path / "words").touch()
     (tmp_path / "link").symlink_to("nowhere")
-    there = [str(tmp_path / name) for name in ("words", "link")]
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "metadata.csv").symlink_to("nowhere")
+    there = [str(tmp_path / name) for name in ("words", "link", "lost")]
     for source in (birds, talks, *there, "no/such.csv", "no/such.json", "no.jsonl"):
         equal(formats.is_list(source), True, source)
     for source in (str(tmp_path / "plain"), "team/set", "set"):

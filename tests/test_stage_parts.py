@@ -209,8 +209,9 @@ def trained(monkeypatch, stage, out, **flags):
         sum_gradients(parameters)
 
     def ended(*args):
-        calls.append(("step", args[3]))
-        return end_step(*args)
+        norm = end_step(*args)
+        calls.append(("step", args[3], args[4], norm))
+        return norm
 
     def finish(save, embedder, cfg, **options):
         calls.append(("finish", options))
@@ -229,9 +230,15 @@ def test_in_each_step_gradients_are_summed_over_ranks_before_the_step(monkeypatc
     _, calls, lines, embedder = trained(monkeypatch, stage, tmp_path / "out", steps=2)
     n = len(list(embedder.parameters()))
     summed = ("sum", n, True)
-    equal(calls[:4], [summed, ("step", 0), summed, ("step", 1)], "in their order")
+    equal([calls[0], calls[2]], [summed] * 2, "before each step")
+    equal([call[:2] for call in (calls[1], calls[3])], [("step", 0), ("step", 1)], "in order")
     equal(calls[4], ("finish", {"embedding": True} if stage is pretrain else {}), "K = 4")
     equal([x["step"] for x in lines], [1, 2], "log.jsonl")
+    more = {"exact"} if stage is pretrain else {"chance", "top1"}
+    for line, (_, _, loss, norm) in zip(lines, (calls[1], calls[3]), strict=True):
+        equal(set(line), {"step", "loss", "norm", "lr"} | more, "log.jsonl")
+        equal((line["loss"], line["norm"]), (loss, norm), "those of the step")
+        expect(line["lr"] > 0, line, "AdamW's rate", "begin_step")
 
 
 def test_a_model_without_a_code_is_saved_as_no_embedder(monkeypatch, tmp_path):

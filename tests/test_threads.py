@@ -16,14 +16,15 @@ import contrastive
 import evaluate
 import model
 import pretrain
-from data import ANSWER, read_dialogues
+from data import ANSWER, COMPRESS, read_dialogues
 from plumbing import ranks
 from plumbing.errors import InputError
 
 # --------------------------------------------------------------------------------- collectives
 
 
-def test_each_rank_is_told_what_all_hold_in_their_order(monkeypatch):
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_rank_is_told_what_all_hold_in_their_order(monkeypatch, world):
     """Objects, sums of numbers and of tensors."""
 
     def work(rank):
@@ -31,10 +32,17 @@ def test_each_rank_is_told_what_all_hold_in_their_order(monkeypatch):
         sums = ranks.all_sum(rank + 1), ranks.all_sum(x).tolist()
         return ranks.rank(), ranks.world(), ranks.gather_objects(f"rank {rank}"), *sums
 
-    got = on_ranks(monkeypatch, 3, work)
-    for rank in range(3):
-        everyone = ["rank 0", "rank 1", "rank 2"]
-        equal(got[rank], (rank, 3, everyone, 6, [3.0, 3.0]), f"rank {rank}")
+    got = on_ranks(monkeypatch, world, work)
+    everyone = [f"rank {rank}" for rank in range(world)]
+    numbers, whole = {2: (3, [1.0, 1.0]), 3: (6, [3.0, 3.0])}[world]
+    for rank in range(world):
+        equal(got[rank], (rank, world, everyone, numbers, whole), f"rank {rank}")
+
+
+def test_rank_0_alone_speaks(monkeypatch, capsys):
+    """Or each line would stand there as often as there are ranks."""
+    on_ranks(monkeypatch, 2, lambda rank: ranks.say(f"rank {rank} says so"))
+    equal(capsys.readouterr().out, "rank 0 says so\n", "ranks.say")
 
 
 def test_rows_go_to_all_ranks_and_their_gradients_come_home(monkeypatch):
@@ -131,25 +139,30 @@ def dialogue(embedder, i, turns):
 
 
 @pytest.fixture
-def right_every_other_time(monkeypatch):
-    """Every other answer of a chunk is right word for word; the toy would have none right."""
+def some_are_right(monkeypatch):
+    """Rows whose answers have an odd number of tokens are right; the toy would have none right."""
 
     def exact(logits, labels, inputs):
-        total = int((inputs["roles"] == ANSWER).any(1).sum())
-        return (total + 1) // 2, total
+        tokens = (inputs["roles"] == ANSWER).sum(1)
+        return int((tokens % 2).sum()), len(tokens)
 
     monkeypatch.setattr(pretrain, "exact_answers", exact)
 
 
-def test_ranks_with_unequal_answers_have_one_mean(monkeypatch, right_every_other_time):
-    """Over all ranks' answer tokens: loss, share of right answers, tokens, and the gradient once it
-    is summed."""
+@pytest.mark.parametrize("chunk_tokens", [1, 10**6])
+def test_ranks_with_unequal_answers_have_one_mean(monkeypatch, some_are_right, chunk_tokens):
+    """Over all ranks' and all chunks' answer tokens: loss, share of right answers, tokens, and the
+    gradient once it is summed."""
     embedder = toy().double()
-    cfg = pretrain.Config(chunk_tokens=10**6)
+    cfg = pretrain.Config(chunk_tokens=chunk_tokens)
     whole = [dialogue(embedder, i, turns) for i, turns in enumerate((1, 4, 2))]
-    loss, exact, tokens = pretrain.accumulate(embedder, whole, cfg)
+    answers = [int((x.row.tokens["roles"] == ANSWER).sum()) for x in whole]
+    right = sum(n % 2 for n in answers) / 3
+    expect(0 < right < 1, answers, "some odd, some even", "too easy")
+    loss, exact, tokens = pretrain.accumulate(embedder, whole, pretrain.Config(chunk_tokens=300))
     grad = examples.gradient(embedder)
-    equal(exact, 2 / 3, "of three")
+    close(exact, right, "of three")
+    equal(tokens, sum(answers), "answer tokens")
     copies = [copy.deepcopy(embedder) for _ in range(2)]
     parts = [whole[:1], whole[1:]]
 
@@ -162,9 +175,25 @@ def test_ranks_with_unequal_answers_have_one_mean(monkeypatch, right_every_other
 
     for rank, (mean, share, all_tokens) in enumerate(on_ranks(monkeypatch, 2, work)):
         close(mean, loss, f"rank {rank}: nats, a sum in float32", 1e-6)
-        close(share, 2 / 3, f"rank {rank}: (1 + 1) / (1 + 2)", 1e-10)
+        close(share, right, f"rank {rank}: share of right answers", 1e-10)
         equal(all_tokens, tokens, f"rank {rank}: answer tokens")
-        close(examples.gradient(copies[rank]), grad, f"rank {rank}: gradient", 1e-9)
+        close(examples.gradient(copies[rank]), grad, f"rank {rank}: gradient", 1e-6)
+
+
+def test_the_teacher_has_no_code(embedder):
+    """Its rows are plain instruction tuning's, of the same style, and nothing is masked."""
+    collate, reference = pretrain.teacher(embedder)
+    d = read_dialogues()[0]
+    roles = collate.row(d.item, d.turns).tokens["roles"]
+    equal(int((roles == COMPRESS).sum()), 0, "Settings(0, ...)")
+    equal(collate.style, embedder.style, "Settings(..., style)")
+    expect(int((embedder.collate.row(d.item).tokens["roles"] == COMPRESS).sum()) == 4, "", "", "K")
+    with pytest.MonkeyPatch.context() as patch:
+        masks = []
+        patch.setattr(model.Embedder, "hidden", lambda e, x, mask: masks.append(mask) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reference([collate.row(d.item, d.turns)])
+    equal(masks, [None], "the picture is in view")
 
 
 def test_the_flags_of_a_step_reach_the_model(monkeypatch, embedder):
