@@ -2,13 +2,14 @@
 group: what test_torchrun.py runs on its ranks."""
 
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 import contrastive
 import evaluate
 import pretrain
-from plumbing import ranks
+from plumbing import ranks, sharding
 
 TOY = ["--model", "toy-random", "--steps", "2", "--batch", "8", "--muon-lr", "0", "--workers", "0"]
 PAIRS = [*TOY, "--block", "4", "--chunk-tokens", "300"]
@@ -39,6 +40,8 @@ def main(folder):
     """On every rank."""
     ranks.setup()
     for name, stage, flags in RUNS:
-        run(stage, flags, Path(folder, name))
+        with mock.patch.object(sharding, "shard", side_effect=sharding.shard) as shard:
+            run(stage, flags, Path(folder, name))
+        ranks.say(f"{name}: sharded {shard.call_count} times")
     score(Path(folder, "contrastive"), Path(folder, "scores.json"))
     torch.distributed.barrier()

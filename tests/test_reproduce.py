@@ -81,9 +81,9 @@ def test_a_run_has_a_process_of_its_own_that_is_paid_for_or_told_of():
 
 
 def test_such_a_process_is_one_stage_2(monkeypatch, capsys):
-    """`reproduce.py --run JOB`: with the job's flags, which are refused here."""
+    """`reproduce.py --run JOB`, whatever else: with the job's flags, which are refused here."""
     job = dict(first="", second="--steps many", seed=0, queries=1, init="toy")
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--run", json.dumps(job)])
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--show", "--run", json.dumps(job)])
     with pytest.raises(SystemExit):
         runpy.run_path(reproduce.__file__, run_name="__main__")
     expect("--steps: invalid int value: 'many'" in (said := capsys.readouterr().err), said, "", "")

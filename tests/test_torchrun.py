@@ -103,6 +103,8 @@ def test_a_sharded_run_saves_what_an_unsharded_one_does(one_rank, two_ranks):
     """FSDP2 on two ranks, full fine-tuning: the same losses, and a folder that loads unsharded."""
     folders = [one_rank / "contrastive", two_ranks / "sharded"]
     check_alike(*folders)
+    said = (two_ranks / "said-0.txt").read_text()
+    assert "sharded: sharded 1 times" in said and "contrastive: sharded 0 times" in said, said
     a, b = (load_file(folder / "model.safetensors") for folder in folders)
     assert a.keys() == b.keys() and all(a[k].shape == b[k].shape for k in a)
     z = [model.load(f, device="cpu").encode(["a red circle", "two"]) for f in folders]
