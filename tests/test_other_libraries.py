@@ -87,7 +87,7 @@ def exported(once):
             (folder / pooling).mkdir()
             export(pooling, folder / pooling)
         outs = [str(folder / pooling / "out") for pooling in FOLDERS]
-        command = [sys.executable, "-P", "-c", ALONE, str(folder / "picture.png"), *outs]
+        command = [sys.executable, "-I", "-c", ALONE, str(folder / "picture.png"), *outs]
         subprocess.run(command, cwd=folder, check=True, timeout=600)
 
     folder = once("exported", fill)
