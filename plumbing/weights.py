@@ -17,7 +17,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from plumbing import folders
 from plumbing.adapters import Origin, find_base, origin_of
-from plumbing.config import MOST_K
 from plumbing.errors import InputError, brief
 from plumbing.families import load_processor, refuse_cross_attention
 from plumbing.folders import WEIGHTS, read_json, reading, written_beside
@@ -30,6 +29,7 @@ from plumbing.template import STYLES
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 DEFAULT_K = 4  # where nothing says how many: toy pictures have 16 tokens. The paper: 32
+MOST_K = 1_000  # as the flag has it; beyond, it is a slip
 PROBE = 300  # tokens of a picture, at most, that `prove` embeds: on a CPU more would take minutes
 
 
