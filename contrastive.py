@@ -26,11 +26,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint as recompute  # in the backward pass
 
 from data import read_pairs
 from model import choose_trained, load_for, merge, save
 from plumbing import checkpoint, optim, ranks, sampling, sharding
+from plumbing.blocks import sum_over_blocks
 from plumbing.config import TrainingFlags, flag, refuse_impossible
 from plumbing.formats import Place, digest_of
 from plumbing.loader import each, prefetch
@@ -71,27 +71,26 @@ def paper_info_nce(q, t, temperature):
     return F.cross_entropy(scores, labels)
 
 
-def info_nce(q, t, temperature, labels=None, keys=None, block=256):
+def info_nce(q, t, temperature, labels=None, keys=None, block=None):
     """Eq. (1) for any columns: several positives a query, hard negatives, equal targets that are no
     negatives of each other. At most ln M where all cosines are equal.
 
     q (B, D) local queries, t (M, D) *all* targets, labels (B,) or (B, P) columns of the positives
     (default: i for query i), keys (M,): columns of equal key are no negatives of each other
-    (default: all differ). In row blocks, whose scores the backward pass computes again: memory is
-    O(M * block), never B x M. -> (loss: nats, mean over queries; share of hits)."""
+    (default: all differ), block: rows at a time, so that memory is block x M and never B x M.
+    -> (loss: nats, mean over queries; share of hits)."""
     if labels is None:
         labels = torch.arange(len(q), device=q.device)
     if keys is None:
         keys = torch.arange(len(t), device=t.device)
     if labels.ndim == 1:
         labels = labels[:, None]  # (B, 1)
-    nats, hits = 0.0, 0
-    for rows in torch.arange(len(q), device=q.device).split(block):
-        row_nats, row_hits = recompute(
-            info_nce_rows, q[rows], t, labels[rows], keys, temperature, use_reentrant=False
-        )
-        nats = nats + row_nats.sum()
-        hits = hits + row_hits.sum()
+    block = block or max(1, 800_000 // len(t))  # 3 MiB of scores at a time
+
+    def loss_of_rows(q_rows, t, rows):
+        return info_nce_rows(q_rows, t, labels[rows], keys, temperature)
+
+    nats, hits = sum_over_blocks(loss_of_rows, q, t, block)
     return nats / len(q), hits / len(q)
 
 

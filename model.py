@@ -181,7 +181,7 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
     asked = weights.Settings(compress_tokens, pooling, prompt)
     settings = weights.settings(name, path, asked)  # K, pooling, style
     mllm, processor, has_adapter = weights.load_mllm(path, name, options)
-    with folders.reading(name):
+    with folders.reading(path, "config.json", "tokenizer*.json", "*processor_config.json"):
         weights.refuse_lost_tokens(path, mllm, processor.tokenizer, settings.K)
         # Before the adapter: it holds the new tokens' embedding rows.
         add_compression_tokens(mllm, processor.tokenizer, settings.K)
@@ -190,7 +190,7 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
     embedder.set_adapter(adapter)
     # On a CPU float32: bfloat16 is slow there.
     embedder = embedder.float() if device.type == "cpu" else embedder.to(device)
-    return weights.prove(embedder, name)
+    return weights.prove(embedder, path)
 
 
 def load_for(cfg, device) -> Embedder:

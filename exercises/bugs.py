@@ -4,7 +4,7 @@
     python -m exercises.bugs b3 tests/test_answers.py   pytest, with b3 planted
 
 Which test catches which bug is written down nowhere; `hunt` finds one by running them. A bug is
-planted in this process: tests that start other processes (torchrun) do not meet it."""
+planted in this process: tests of several ranks, which are started once for all, do not meet it."""
 
 import contextlib
 import dataclasses
@@ -222,7 +222,7 @@ def plant(bug):
 
 
 def starts_ranks(names) -> bool:
-    """Whether a test with these fixtures or arguments starts processes of its own."""
+    """Whether a test with these fixtures or arguments asks ranks, which run once for all tests."""
     return "ranks_of" in names
 
 
@@ -276,7 +276,7 @@ def problem(name) -> str:
     if not function.startswith("test_") or test is None:
         return f"{file} has no such test"
     if starts_ranks(test.__code__.co_varnames):
-        return "that one starts processes of its own, which the bug does not reach"
+        return "that one asks ranks that were started without the bug"
     return ""
 
 

@@ -148,14 +148,19 @@ class Reference:
             return torch.autograd.grad(loss, q)[0]
 
     def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        from plumbing import ranks
+
+        if hasattr(ranks, name):  # all that a rank of exercise 6 wants; the others import long
+            return getattr(ranks, name)
         import contrastive
         import evaluate
         import model
         import pretrain
-        from plumbing import ranks
 
-        for module in (contrastive, pretrain, evaluate, model, ranks):
-            if hasattr(module, name) and not name.startswith("_"):
+        for module in (contrastive, pretrain, evaluate, model):
+            if hasattr(module, name):
                 return getattr(module, name)
         raise AttributeError(name)
 

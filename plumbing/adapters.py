@@ -114,7 +114,7 @@ def load_adapter(mllm, path):
     lacks, or calls by another name, peft leaves at random with a mere warning."""
     with needs("peft", "a LoRA checkpoint"):
         import peft
-    with reading(path):
+    with reading(path, "adapter_*"):
         refuse_absurd_adapter(path)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

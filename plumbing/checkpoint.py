@@ -21,11 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
 
+from plumbing import card
 from plumbing.adapters import find_base
 from plumbing.agreement import agree, by_rank_0, join, together
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
 from plumbing.files import refuse_special
+from plumbing.first_pass import digest_of_listed
 from plumbing.folders import digest_of_weights, place, read_json
 from plumbing.log import versions
 from plumbing.outfolder import MARK, take, write_json
@@ -153,6 +155,7 @@ def finish(save, embedder, cfg, **options):
             write_json(Path(cfg.out, MARK), finished)
         except OSError as e:
             say(f"{cfg.out}: the model is saved; not so that the run is over: {e}")
+        card.write(cfg.out)
     remove_checkpoints(cfg.out)
     forget_signals()
     say(f"saved {cfg.out}")
@@ -202,6 +205,12 @@ def same_model(name) -> str:
     return digest
 
 
+def same_data(cfg):
+    """InputError on all ranks alike where they read other data, or skip other examples of them."""
+    data = {"data (their digest)": cfg.data_digest, "--skip-bad": digest_of_listed(cfg.skip_bad)}
+    agree(data, f"--data {brief(cfg.data, 60)}")
+
+
 def digest_of_model(name) -> str:
     """Changes with the weights that a run starts from; of an adapter, with its base's, too."""
     if name == "toy-random":  # drawn, not read from the toy's folder
@@ -235,7 +244,7 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
     here on SIGTERM and SIGINT let the step finish, save, and end the run. A run that is finished
     already ends here, with status 0."""
     note_signals()
-    agree({"data (their digest)": cfg.data_digest}, f"--data {brief(cfg.data, 60)}")
+    same_data(cfg)
     shapes = {name: p.shape for name, p in embedder.named_parameters() if p.requires_grad}
     layout = (embedder.K, embedder.pooling, embedder.style, len(shapes))
     agree({"K, pooling, prompt, trained weights": layout}, f"--model {brief(cfg.model, 60)}")

@@ -19,6 +19,7 @@ from plumbing.errors import InputError, brief
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 # Of a contrastive step, the chunks whose graph is kept, so that they run once.
 KEEP_GRAPHS = {"cpu": 24, "cuda": 1}
+MOST_K = 1_000  # compression tokens of a row; more than most pictures have
 MOST_WHOLE = 1_000_000_000  # of a whole number whose flag says no `most`: beyond, it is a slip
 
 # Flags of earlier versions, and the command that does it now.
@@ -204,7 +205,7 @@ class ModelFlags(CommandLine):
 
     model: str = flag("toy", "toy, toy-random, a folder, or a hub id")
     compress_tokens: int | None = flag(
-        None, "K; default: the checkpoint's, else 4 (the paper: 32)", least=0, most=10_000
+        None, "K; default: the checkpoint's, else 4 (the paper: 32)", least=0, most=MOST_K
     )
     pooling: str | None = flag(None, "of the K tokens, or the last one", ["mean", "last"])
     prompt: str | None = flag(None, "prompt style", ["coma", "chat", "vlm2vec"])

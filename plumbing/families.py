@@ -44,6 +44,9 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
         if not areas or (max_pixels and min_pixels > max_pixels):
             raise InputError("--min-pixels, --max-pixels: a range, for models of any picture size")
         low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        if min_pixels > high:
+            text = f"above the model's own largest picture, {high:,} pixels"
+            raise InputError(f"--min-pixels {min_pixels}: {text}; raise --max-pixels, too")
         size = {"shortest_edge": min(low, high), "longest_edge": high}
         processor.image_processor.size = size
     return processor
@@ -91,7 +94,6 @@ def attention_mask(mllm, inputs, mask):
     `mask` decides about earlier tokens only."""
     if mask is None:
         return inputs["attention_mask"]
-    refuse_cross_attention(mllm)
     if mllm.config._attn_implementation != "sdpa":  # Trap: eager would *add* the booleans
         raise InputError("the compression mask needs --attn sdpa")
     if "token_type_ids" not in inputs:
@@ -111,9 +113,11 @@ def attention_mask(mllm, inputs, mask):
 
 
 def refuse_cross_attention(mllm):
-    """A mask over a row's tokens says nothing to layers that look at the picture itself (Mllama):
-    there it could not be held back, and stage 1 would teach nothing."""
+    """Layers that look at the picture itself (Mllama): a mask over a row's tokens does not hold it
+    back there, so that stage 1 would teach nothing, and no row of ours says which tokens see it."""
     for name, _ in mllm.get_decoder().named_modules():
         if name.endswith(("cross_attn", "crossattention")):
-            family = f"{mllm.config.model_type}: its text sees pictures by cross-attention"
-            raise InputError(f"{family}, past the compression mask; take a family without it")
+            text = (
+                f"{mllm.config.model_type}'s text sees pictures by cross-attention, past any mask"
+            )
+            raise InputError(f"--model: {text} of tokens; take a family without it")

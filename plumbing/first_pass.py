@@ -8,8 +8,10 @@ goes on with a list that it did not begin with. What is on no list is never skip
 
 import json
 import os
+import zlib
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
+from itertools import chain, islice
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file
 from plumbing.lines import Lazy, Lost, Source
-from plumbing.loader import prefetch
+from plumbing.loader import each, prefetch
 
 WINDOW = 10_000  # examples that a worker tries at a time
 FEW = 50_000  # examples that are not worth a worker
@@ -67,6 +69,12 @@ def read_listed(path) -> tuple:
                 raise InputError(f"--skip-bad {path}, line {number}: {hint}") from None
             listed.append(bad)
     return tuple(listed)
+
+
+def digest_of_listed(path) -> str:
+    """A few words that change with the examples that a list of bad ones names; "" for no list."""
+    examples = sorted({bad[:3] for bad in read_listed(path)} if path else ())
+    return f"{len(examples):,} examples, {zlib.crc32(repr(examples).encode()):08x}" if path else ""
 
 
 class Known(NamedTuple):
@@ -120,7 +128,7 @@ class Found(NamedTuple):
     def join(self, other) -> "Found":
         """Of two parts, in their order."""
         lost = Lost(self.lost.count + other.lost.count, self.lost.first or other.lost.first)
-        return Found(lost, frozenset([*self.targets, *other.targets][:2]))
+        return Found(lost, frozenset(islice(self.targets | other.targets, 2)))
 
     @property
     def only_target(self):
@@ -146,7 +154,7 @@ def try_window(tries, indices) -> Found:
             if isinstance(example, InputError):
                 raise example
             if lost:
-                found = found.join(Found(Lost(len(lost), lost[0])))
+                found = found.join(Found(Lost(len(lost), f"{tries.source.where(i)}: {lost[0]}")))
             if len(found.targets) < 2:
                 found = found.join(Found(targets=frozenset(tries.targets_of(example))))
         lost.clear()
@@ -157,6 +165,13 @@ def first_pass(name, length, tries) -> Found:
     """Tries all examples of a list, a long one in worker processes. The first bad one is raised."""
     windows = [range(i, min(i + WINDOW, length)) for i in range(0, length, WINDOW)]
     workers = min(8, os.cpu_count()) if length > FEW else 0
-    parts = prefetch(lambda k: try_window(tries, windows[k]), range(len(windows)), workers)
+    share = workers or 1
+    batches = [windows[i : i + share] for i in range(0, len(windows), share)]
+
+    def tried(k):
+        # Trap: what is not shared out by `each`, every worker does.
+        return each(partial(try_window, tries), batches[k])
+
+    parts = chain.from_iterable(prefetch(tried, range(len(batches)), workers))
     bar = tqdm(parts, f"reading {name}", len(windows), leave=False, disable=not workers or None)
     return reduce(Found.join, bar, Found())

@@ -19,7 +19,7 @@ from plumbing.images import MOST_PIXELS
 TOY = Path(__file__).parent.parent / "toy" / "mllm"
 SAMPLE = 4096  # bytes, see digest_of_weights
 LONGEST_JSON = 50_000_000  # bytes; the index of a model with a million weights has 100 MB
-MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]  # its licence is in there
 WEIGHTS = "*.safetensors"
 # What an older run or export may have left that `load`, or another library, would believe.
 STALE = [
@@ -27,7 +27,7 @@ STALE = [
     *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    *("compression_pooling.py", "1_Pooling/config.json", "2_Normalize/config.json"),
+    *("compression_pooling.py", "[123]_*/config.json"),
 ]
 # Keys of a config that say how often something is built, and how large a weight is.
 COUNTS = re.compile(r"(^|_)(?<!window_)(layers?|depths?|blocks|stages)$")
@@ -59,11 +59,21 @@ def place(name) -> str:
     folder = str(name)
     if not os.path.isdir(folder):
         folder = fetch(folder, "model", MODEL_FILES, [WEIGHTS])
+    refuse_unreadable(folder)
+    return folder
+
+
+def refuse_unreadable(folder):
+    """An InputError where a folder, or one of a model's files in it, cannot be read."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"--model {folder}: may not be read by this user (permissions)")
     for pattern in [*MODEL_FILES, WEIGHTS]:
         for file in Path(folder).glob(pattern):
             if not file.is_file():  # opening a pipe would wait for ever
                 raise InputError(f"--model {folder}: its {file.name} is no ordinary file")
-    return folder
+            if not os.access(file, os.R_OK):
+                text = f"its {file.name} may not be read by this user (permissions)"
+                raise InputError(f"--model {folder}: {text}")
 
 
 def read_json(folder, name) -> dict:
@@ -102,9 +112,10 @@ def digest_of_weights(folder) -> str:
 
 
 @contextmanager
-def reading(folder):
+def reading(folder, *files):
     """Around what the libraries make of a folder from elsewhere: whatever they raise is the
-    folder's fault, and becomes an InputError that names it."""
+    folder's fault, and becomes an InputError that names it, and those of its files (names or
+    patterns) that they had before them."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
@@ -113,8 +124,10 @@ def reading(folder):
         # Trap: the tokenizers' Rust code panics with what is no Exception, and cannot be imported.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        text = f"--model {folder}: {type(e).__name__}: {brief(e)}"
-        raise InputError(f"{text} (is its config, tokenizer or a weight damaged?)") from e
+        there = sorted({file.name for pattern in files for file in Path(folder).glob(pattern)})
+        text = f"damaged, or made for another model: {', '.join(there) or 'its content'}"
+        text = f"{text} ({type(e).__name__}: {brief(e)})"
+        raise InputError(f"--model {brief(folder)}: {text}") from e
 
 
 def refuse_hostile(folder):
@@ -184,7 +197,8 @@ def refuse_absurd_processor(folder):
         for key, value in numbers:
             most = next((most for pattern, most in limits if pattern.search(key)), None)
             if most is not None and not 0 <= value <= most:
-                raise InputError(f"{Path(folder, name)}: {key} is {value:,}; 0 to {most:,}")
+                raise InputError(f"{Path(folder, name)}: {key} is {value:,}; 0 to {most:,}, "
+                                 "or pictures would fill the memory")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- how it is written

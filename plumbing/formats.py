@@ -14,7 +14,7 @@ from typing import NamedTuple
 from plumbing.errors import InputError, brief
 from plumbing.first_pass import Known, Place, Tries, first_pass, skip, skipped_in
 from plumbing.images import Images
-from plumbing.lines import Lazy, Lost, Source, attempts, open_lines, parse_json
+from plumbing.lines import ARRAY, Lazy, Lost, Source, attempts, open_lines, parse_json
 from plumbing.once import once_a_node
 from plumbing.ranks import say
 
@@ -63,7 +63,7 @@ def choose(subsets, names) -> dict:
         is_number = rows.isascii() and rows.isdigit() and int(rows) > 0
         if name not in names or (colon and not is_number):
             choices = brief(",".join(names))
-            raise InputError(f"--subsets {brief(word)}: choose name or name:rows of {choices}")
+            raise InputError(f"--subsets {brief(subsets)}: choose name or name:rows of {choices}")
         if name in chosen:
             raise InputError(f"--subsets {brief(subsets)}: {name} stands twice in it")
         chosen[name] = int(rows) if colon else None
@@ -141,10 +141,10 @@ def parse_dialogue(raw, images) -> tuple:
     """LLaVA: {"id", "image", "conversations": [{"from": "human" or "gpt", "value": ...}, ...]}.
     -> (Content, ((question, answer), ...), id). ValueError."""
     refuse_elsewhere(raw, "conversations")
-    talk = raw.get("conversations") if isinstance(raw, dict) else None
+    refuse_unknown(raw, ("id", "image", "conversations", *BESIDE), "an object")
+    talk = raw.get("conversations")
     if not isinstance(talk, list) or not talk or len(talk) % 2:
         raise ValueError('"conversations" must be a list of questions and answers in turn')
-    refuse_unknown(raw, ("id", "image", "conversations", *BESIDE), "an object")
     name = raw.get("id")
     if not isinstance(name, str | int | None):
         raise ValueError(f'"id" must be a string or a number, not {brief(name)}')
@@ -163,7 +163,7 @@ def parse_pair(raw, images) -> tuple:
     """{"query": {"text", "image"}, "target": {...} or a list of them, "negatives": [{...}]}.
     -> (query, targets, negatives), all Contents. ValueError."""
     refuse_elsewhere(raw, "query")
-    if not isinstance(raw, dict) or not raw.get("query") or not raw.get("target"):
+    if not raw.get("query") or not raw.get("target"):
         raise ValueError('needs "query" and "target"')
     refuse_unknown(raw, ("query", "target", "negatives", "id", *BESIDE), "an object")
     query = parse_field("query", raw["query"], images)
@@ -174,7 +174,11 @@ def parse_pair(raw, images) -> tuple:
         targets = parse_list("target", targets, images)
     if not isinstance(negatives, list | None):
         raise ValueError(f'"negatives" must be a list, not a {type(negatives).__name__}')
-    return query, targets, parse_list("negatives", negatives or [], images)
+    negatives = parse_list("negatives", negatives or [], images)
+    if both := set(targets).intersection(negatives):
+        i = min(map(negatives.index, both))
+        raise ValueError(f"negatives[{i}] is a target, too, and would not be compared with it")
+    return query, targets, negatives
 
 
 def parse_list(field, raw, images) -> tuple:
@@ -186,16 +190,20 @@ def parse_caption(raw, images) -> tuple:
     """One line of metadata.jsonl or .csv: {"file_name", "text"} -> (path, caption). ValueError."""
     refuse_elsewhere(raw, "file_name")
     for field in ("file_name", "text"):
-        value = raw.get(field) if isinstance(raw, dict) else None
+        value = raw.get(field)
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'needs "{field}", a string that is not empty')
+            has = f"it has {brief(', '.join(map(str, raw)), 60)}"
+            raise ValueError(f'needs "{field}", a string that is not empty; {has}')
     refuse_unknown(raw, ("file_name", "text", "id", *BESIDE), "an object")
     return images.find(raw["file_name"]), raw["text"]
 
 
 def refuse_elsewhere(raw, own):
-    """ValueError where a record is one of another kind of list, for another stage."""
-    if isinstance(raw, dict) and own not in raw:
+    """ValueError where a record is no object, or one of another kind of list, for another stage."""
+    if not isinstance(raw, dict):
+        hint = f". {ARRAY}" if isinstance(raw, list) else ""
+        raise ValueError(f"needs an object {{...}}, not a {type(raw).__name__}{hint}")
+    if own not in raw:
         for word, kind in ELSEWHERE.items():
             if word in raw:
                 raise ValueError(f"this is {kind}")

@@ -2,6 +2,7 @@
 
 Top to bottom: decoding - where they are - as model inputs."""
 
+import ctypes
 import io
 import logging
 import os
@@ -39,6 +40,10 @@ def quiet_pillow():
     """No remarks on odd pictures: what is wrong enough is an error, the rest nobody asked for."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
+    # libtiff writes a line of a damaged fax for each of its lines, past Python's stderr. The
+    # library is one that Pillow's own has loaded; where it is built in, it stays as it is.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 quiet_pillow()  # Trap: not around each picture: `catch_warnings` is everyone's, threads' too

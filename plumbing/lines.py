@@ -19,8 +19,16 @@ from plumbing.files import open_file
 
 MOST = 16 * 2**20  # bytes of one example; what is longer is no example, and is never parsed
 TOO_LONG = f"longer than {MOST // 2**20} MB, which no example is; one example a line"
+ARRAY = "One example a line; or all in [ ], in a file that is called .json"
 BLANKS = re.compile(r"[ \t\n\r]*")
 BLOCK = 2**20  # characters of an array that are read at a time
+NO_TEXT = {  # how a file begins that is no list -> what it is, and the way out
+    b"PAR1": "a parquet file; give the folder that holds its subset's, as MMEB's",
+    b"\x1f\x8b": "compressed; unpack it",
+    b"PK\x03\x04": "a zip file; unpack it",
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+}
 
 
 class Lost(NamedTuple):
@@ -132,7 +140,10 @@ def open_lines(path) -> Lines:
     hint = "Choose shapes, a .jsonl, a folder"
     file = open_file(path, f"--data {brief(path)}", "list", hint)
     try:
-        is_array = file.read(BLOCK).removeprefix(BOM_UTF8).lstrip()[:1] == b"["
+        start = file.read(BLOCK)
+        if kind := next((NO_TEXT[x] for x in NO_TEXT if start.startswith(x)), None):
+            raise InputError(f"--data {brief(path)}: is {kind}")
+        is_array = start.removeprefix(BOM_UTF8).lstrip()[:1] == b"["
         if path.endswith(".csv"):
             lines = Lines(path, "line", file, csv_rows(path), tempfile.TemporaryFile())
         elif path.endswith(".json") and is_array:
@@ -166,10 +177,10 @@ def parse_json(line):
     try:
         value = DECODER.decode(line.removeprefix(BOM_UTF8).decode())
     except json.JSONDecodeError as e:
-        hint = ""
-        if line.lstrip()[:1] == b"[":
-            hint = ". A list of examples in [ ] is read where its file is called .json"
+        hint = f". {ARRAY}" if line.strip() == b"{" or line.lstrip()[:1] == b"[" else ""
         raise ValueError(f"not JSON: {e.msg}, column {e.colno}{hint}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8: byte {e.start + 1} is 0x{line[e.start]:02x}") from None
     # Trap: half a surrogate pair is good JSON, and no text.
     if b"\\ud" in line or b"\\uD" in line:
         json.dumps(value, ensure_ascii=False).encode()
@@ -194,7 +205,8 @@ def csv_rows(path):
                     raise InputError(f"{path}, line {reader.line_num}: {count}; {hint}")
                 yield reader.line_num, json.dumps(row).encode() + b"\n"
         except (csv.Error, UnicodeDecodeError) as e:
-            raise InputError(f"{path}, after line {reader.line_num}: {e}") from None
+            hint = "is it UTF-8, and is each quote closed?"
+            raise InputError(f"{path}, after line {reader.line_num}: {e}; {hint}") from None
 
 
 class Blocks:

@@ -94,7 +94,7 @@ def open_log(cfg, start):
     header = {"config": dataclasses.asdict(cfg), "world": world(), **versions()}
     lines = [json.dumps(header) + "\n"]
     try:
-        if start and path.exists():
+        if start and path.is_file():  # a pipe would be waited for
             lines = earlier_lines(path, start) or lines
         # Written beside and renamed: a kill here must not cost the log of the steps before.
         part = Path(f"{path}.part")

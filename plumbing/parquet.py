@@ -49,7 +49,7 @@ class Layout(NamedTuple):
         inner = arrow_type.value_type if is_list else arrow_type
         if types.is_dictionary(inner):
             inner = inner.value_type
-        if not (types.is_string(inner) or types.is_large_string(inner) or types.is_null(inner)):
+        if str(inner) not in ("string", "large_string", "string_view", "null"):
             return str(arrow_type)
         return "list" if is_list else "text"
 

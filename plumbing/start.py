@@ -5,6 +5,7 @@ Imported by anything else (tests, notebooks) it changes nothing."""
 
 import ast
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def begin():
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
     if script.parent not in (root, root / "tools"):
         return
+    # A thread that waits for another spins, and keeps it from the core on a busy machine. Read by
+    # OpenMP when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     watch_signals()
     sys.excepthook = lambda kind, error, trace: leave_by(error)
     if {"--help", "-h"} & set(sys.argv[1:]):

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
+from plumbing import card
 from plumbing.log import versions
 from plumbing.ranks import rank
 from plumbing.writing import refuse_unwritable, written
@@ -45,7 +47,7 @@ def partial_note(cfg) -> str:
 def refuse_json(cfg):
     """Where --json cannot be written, that is said now; rank 0 writes it."""
     if cfg.json and rank() == 0:
-        refuse_unwritable(cfg.json, "--json")
+        refuse_unwritable(cfg.json, "--json", [cfg.data])
 
 
 def write_json(cfg, embedder, sets, means):
@@ -66,3 +68,5 @@ def write_json(cfg, embedder, sets, means):
     )
     with written(cfg.json, "--json") as part:
         part.write_text(json.dumps(scores, indent=1) + "\n")
+    if Path(cfg.json).resolve() == Path(cfg.model, card.SCORES).resolve():
+        card.write(cfg.model)  # the scores belong into it

@@ -19,6 +19,9 @@ from plumbing.rendering import render
 SUMMARIZE = "\nSummarize above image and text in a few words."  # the official code's prompt
 # --prompt: what follows the content. "vlm2vec": the text as it stands, no template, no code.
 STYLES = {"coma": SUMMARIZE, "chat": "", "vlm2vec": ""}
+EXPORTED = (
+    "{# nanoCoMa: for sentence-transformers #}"  # begins a template that is not a model's own
+)
 MARK = "\u2460"  # stands for a turn's text while a template is rendered
 
 
@@ -72,6 +75,9 @@ def chat_template(processor) -> str:
         template = template.get("default")
     if not template:
         raise InputError("the model has no chat template; take its instruction-tuned version")
+    if isinstance(template, str) and template.startswith(EXPORTED):
+        text = "its chat template is one for sentence-transformers, which saved this folder anew"
+        raise InputError(f"{text}; load the folder that `tools.merge --export` wrote")
     return template
 
 

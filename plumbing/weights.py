@@ -17,9 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from plumbing import folders
 from plumbing.adapters import Origin, find_base, origin_of
+from plumbing.config import MOST_K
 from plumbing.errors import InputError, brief
-from plumbing.families import load_processor
-from plumbing.folders import read_json, reading, written_beside
+from plumbing.families import load_processor, refuse_cross_attention
+from plumbing.folders import WEIGHTS, read_json, reading, written_beside
 from plumbing.formats import IMAGE, Content
 from plumbing.inputs import evaluating, whole_number
 from plumbing.log import versions
@@ -86,8 +87,9 @@ def settings(name, path, asked) -> Settings:
         pooling = "mean" if K else "last"
     least = 1 if pooling == "mean" else 0
     known = style in list(STYLES) and pooling in ("mean", "last")
-    if not known or type(K) is not int or not least <= K <= 10_000:
-        flags = f"--prompt {style} --pooling {pooling} --compress-tokens {K}"
+    if not known or type(K) is not int or not least <= K <= MOST_K:
+        flags = f"--prompt {brief(style)} --pooling {brief(pooling)} --compress-tokens {brief(K)}"
+        flags += " (by its nanocoma.json)" if stored else ""
         raise InputError(f"{flags}: prompts are {', '.join(STYLES)}; pooling mean (K > 0) or last")
     return Settings(K, pooling, style)
 
@@ -133,14 +135,19 @@ def load_mllm(path, name, options=Options()) -> tuple:  # noqa: B008
         folders.refuse_hostile(folder)
     folders.refuse_absurd_config(base)
     folders.refuse_absurd_processor(path if own else base)
-    with reading(base):
+    with reading(base, "config.json"):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         refuse_other_kinds(base, config)
         refuse_larger_than_its_files(base, config)
-    with reading(path if own else base):
+    # The tokenizer looks into config.json, too.
+    kinds = ("config.json", "*token*.json", "*processor_config.json", "*.jinja")
+    with reading(path if own else base, *kinds):
         small, large = options.min_pixels, options.max_pixels
         processor = load_processor(path if own else base, config, small, large)
-    with reading(base):
+        if template := read_json(path, "nanocoma.json").get("chat_template"):
+            # The folder's other one is for sentence-transformers.
+            processor.chat_template = processor.tokenizer.chat_template = template
+    with reading(base, "config.json", "generation_config.json", WEIGHTS):
         if origin.name == "toy-random":
             mllm = draw_weights(config, options.attn)
         else:
@@ -203,7 +210,8 @@ def refuse_lost_tokens(path, mllm, tokenizer, K):
     there = sum(re.fullmatch(r"<\|compress_\d+\|>", token) is not None for token in vocabulary)
     stored = "compress_tokens" in read_json(path, "nanocoma.json")
     if K and there != K and (there or stored):
-        text = f"K = {K}, but its tokenizer has {there} compression tokens"
+        source = "its nanocoma.json" if stored else "--compress-tokens"
+        text = f"K = {K} by {source}, but its tokenizer has {there} compression tokens"
         raise InputError(f"--model {path}: {text}. Copy the tokenizer that was saved with it")
     rows = mllm.get_input_embeddings().weight.shape[0]
     known = set(range(rows))
@@ -216,23 +224,24 @@ def refuse_lost_tokens(path, mllm, tokenizer, K):
 
 
 @torch.no_grad()
-def prove(embedder, name):
+def prove(embedder, folder):
     """-> the embedder, after it has embedded a text and a small picture: what does not fit together
     in a folder, or is not finite, is said now and not in the midst of a training."""
+    refuse_cross_attention(embedder.mllm)
     collate = copy.copy(embedder.collate)
     collate.max_length = 0  # whatever --max-length makes of them
-    probes = [Content("a")]
-    with reading(name):
-        picture = Content(IMAGE, (Image.new("RGB", (64, 64)),))
-        tokens = len(collate.picture(picture.images[0]).columns["input_ids"])
-        if tokens < PROBE:
-            probes.append(picture)
-        with evaluating(embedder):
-            # Not `encode`: its loader draws a random number, and the run would be another one.
-            z = [embedder(collate.pad_rows([collate.row(x)], embedder.device)) for x in probes]
+    picture, z = Image.new("RGB", (64, 64)), []
+    # Not `encode`: its loader draws a random number, and the run would be another one.
+    with evaluating(embedder):
+        with reading(folder, "config.json", "tokenizer.json"):
+            z.append(embedder(collate.pad_rows([collate.row(Content("a"))], embedder.device)))
+        with reading(folder, "config.json", "*processor_config.json"):
+            if len(collate.picture(picture).columns["input_ids"]) < PROBE:
+                row = collate.row(Content(IMAGE, (picture,)))
+                z.append(embedder(collate.pad_rows([row], embedder.device)))
     if not torch.cat(z).isfinite().all():
         text = "its vectors are not finite: NaN or infinity in its weights, or its processor's"
-        raise InputError(f"--model {name}: {text}")
+        raise InputError(f"--model {brief(folder)}: {text}")
     return embedder
 
 

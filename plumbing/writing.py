@@ -10,10 +10,12 @@ from pathlib import Path
 from plumbing.errors import InputError, brief
 
 
-def refuse_unwritable(path, name):
+def refuse_unwritable(path, name, read=()):
     """Tries now, before any work, whether a file could be written at `path`, and makes its folder.
-    Raises InputError where it is a folder or no file, lies below a file, or may not be written.
-    name: what the message calls it, as "--json"."""
+    Raises InputError where it is a folder or no file, lies below a file, may not be written, or is
+    one of `read`, which the command reads. name: what the message calls it, as "--json"."""
+    if os.path.realpath(path) in map(os.path.realpath, read):
+        raise InputError(f"{name} {brief(path)}: would be written over what is read; take another")
     with told(path, name):
         part = part_of(path)
         open(part, "ab").close()

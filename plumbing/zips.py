@@ -127,7 +127,7 @@ class ZipIndex:
             return self.unpack(name)
         except (ValueError, OSError, OverflowError, zlib.error, struct.error) as e:
             text = f"{self.path}:{brief(name)}: {brief(e)}"
-            raise InputError(f"{text}; download the zip file again") from None
+            raise InputError(f"{text}; download the zip file again, or unpack it") from None
 
     def unpack(self, name) -> bytes:
         """`read`, with the errors as they come."""

@@ -14,7 +14,6 @@ import pytest
 import torch
 from checks import toy
 
-import model
 from plumbing.ending import forget_signals
 
 torch.set_num_threads(1)
@@ -47,6 +46,8 @@ def shared():
 @pytest.fixture(scope="session")
 def good(tmp_path_factory):
     """A folder with a saved embedder."""
+    import model  # here: a student's file is graded without it, and each import takes seconds
+
     folder = tmp_path_factory.mktemp("good") / "m"
     model.save(toy(), folder)
     return folder
@@ -88,3 +89,11 @@ def once(request, tmp_path_factory):
         return folder
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def family_folder(once):
+    """family_folder(family) -> the folder of a tiny model of tests/families.py, to be read only."""
+    import families  # here: what has no model of its own needs none
+
+    return lambda name: once(f"family-{name}", lambda folder: families.build(name, folder))

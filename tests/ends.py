@@ -1,11 +1,4 @@
-"""A training run that is ended on purpose; a script that test_ending.py starts:
-
-    python tests/ends.py HOW OUT          or under torchrun
-
-HOW: `error`, an exception that nobody expects, in rank 0's third step; `worker`, a loader process
-is killed, as the system does where memory is short; `deaf`, the main thread is inside one call of
-C; `pool`, it has processes of another kind; `leave`, the last rank alone gets a signal in a step
-that takes too long, each way to train."""
+"""Runs that are ended on purpose: what test_ending.py does in processes of their own."""
 
 import hashlib
 import json
@@ -16,20 +9,19 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
+import torch
+from forked import as_script
 
-import torch  # noqa: E402
+import contrastive
+import model
+import pretrain
+from plumbing import ending, loader, optim, ranks
 
-import contrastive  # noqa: E402
-import model  # noqa: E402
-import pretrain  # noqa: E402
-from plumbing import ending, loader, optim, ranks  # noqa: E402
-
-SMALL = "--model toy-random --steps 4 --batch 4 --workers 2 --chunk-tokens 100".split()
+SMALL = "--model toy-random --steps 4 --batch 4 --workers 2 --chunk-tokens 100 --muon-lr 0".split()
 WAYS = {
     "pretrain": (pretrain, SMALL),
     "contrastive": (contrastive, [*SMALL, "--block", "2", "--keep-graphs", "0"]),
-    "sharded": (contrastive, [*SMALL, *"--block 2 --muon-lr 0 --keep-graphs 0 --fsdp".split()]),
+    "sharded": (contrastive, [*SMALL, *"--block 2 --keep-graphs 0 --fsdp".split()]),
 }
 end_step = optim.end_step
 TOO_LONG = 0.0  # seconds: any step is, that meets a signal
@@ -61,8 +53,8 @@ teams = []
 
 
 def leave_steps(out):
-    """Each way to train, until a signal reaches the last rank in the midst of its second step.
-    Writes what the runs ended by."""
+    """On every rank: each way to train, until a signal reaches the last one in the midst of its
+    second step. Writes what the runs ended by."""
     ranks.setup()
     codes = {}
     for name, (stage, flags) in WAYS.items():
@@ -70,7 +62,6 @@ def leave_steps(out):
     if ranks.rank() == 0:
         Path(out, "codes.json").write_text(json.dumps(codes))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def left(stage, flags):
@@ -99,23 +90,30 @@ def left(stage, flags):
             return e.code
 
 
-def main(how, out):
-    torch.set_num_threads(1)
-    if how == "leave":
-        return leave_steps(out)
-    ending.watch_signals()
-    if how == "pool":
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            pool.map(abs, range(4))
-        return None
-    if how == "deaf":
-        print("deaf", flush=True)
-        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
-    optim.end_step = fail if how == "error" else kill_worker
+def fail_in_a_step(out):
+    """An exception that nobody expects, in rank 0's third step, with loader processes."""
+    optim.end_step = fail
+    as_script(contrastive, [*WAYS["contrastive"][1], "--out", out])
+
+
+def lose_a_worker(out):
+    """A loader process is killed, as the system does where memory is short."""
+    optim.end_step = kill_worker
     loader.Team = Team
-    sys.argv[1:] = [*WAYS["contrastive"][1], "--out", out]
-    ranks.run(contrastive.main, contrastive.Config)
+    as_script(contrastive, [*WAYS["contrastive"][1], "--out", out])
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def be_deaf():
+    """The main thread is inside one call of C, and a command has only a moment for its files."""
+    sys.argv = ["ends.py"]
+    ending.UNWIND = 0.2
+    ending.watch_signals()
+    print("deaf", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
+
+
+def use_a_pool():
+    """It has processes of another kind."""
+    ending.watch_signals()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map(abs, range(4))

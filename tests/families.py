@@ -362,9 +362,48 @@ def internvl() -> Family:
     )
 
 
+def mllama() -> Family:
+    """Llama 3.2 Vision: layers of the text model look at the picture itself (cross-attention), and
+    one token in the text stands for it. None of FAMILIES: it is refused."""
+    head, vision = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], vision_config()
+    vision.update(image_size=56, attention_heads=2, num_global_layers=1)
+    vision.update(vision_output_dim=64, intermediate_layers_indices=[0])
+    return Family(
+        config={
+            "model_type": "mllama",
+            "text_config": text_config(num_hidden_layers=3, cross_attention_layers=[1]),
+            "vision_config": vision,
+        },
+        token_ids={"image_token_index": "<|image|>"},
+        tokens=["<|begin_of_text|>", "<|finetune_right_pad_id|>", "<|image|>", *head],
+        roles={
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|eot_id|>",
+            "pad_token": "<|finetune_right_pad_id|>",
+        },
+        template=(
+            "{{ bos_token }}{% for message in messages %}"
+            "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+            "{% for content in message['content'] %}"
+            "{% if content['type'] == 'image' %}{{ '<|image|>' }}"
+            "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}"
+            "{% endfor %}{{ '<|eot_id|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}"
+            "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+        ),
+        image_processor={
+            "image_processor_type": "MllamaImageProcessor",
+            "processor_class": "MllamaProcessor",
+            "size": {"height": 56, "width": 56},
+            "max_image_tiles": 4,
+        },
+    )
+
+
 QWENS = (qwen2_vl, qwen2_5_vl, qwen3_vl)
 BUILDERS = {f.__name__: f for f in (*QWENS, llava_next, idefics3, smolvlm, gemma3, internvl)}
 FAMILIES: tuple[str, ...] = tuple(BUILDERS)
+REFUSED = {"mllama": mllama}
 
 
 # ---- building ---------------------------------------------------------------------------------
@@ -464,9 +503,10 @@ def build(family: str, folder: str | Path, seed: int = 0) -> Path:
     The same family and seed give the same files; the global random state is left alone.
     Raises ValueError for a family that is not in `FAMILIES`.
     """
-    if family not in BUILDERS:
+    builders = BUILDERS | REFUSED
+    if family not in builders:
         raise ValueError(f"unknown family {family!r}; try one of {', '.join(FAMILIES)}")
-    spec, folder = BUILDERS[family](), Path(folder)
+    spec, folder = builders[family](), Path(folder)
     text_tokenizer = tokenizer(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -13,10 +13,10 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -29,12 +29,14 @@ CPU = Path("/proc/cpuinfo")
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import families  # noqa: E402
+from forked import on_ranks, said_on  # noqa: E402
 
 import contrastive  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
 import pretrain  # noqa: E402
 from data import Item, read_dialogues  # noqa: E402
+from plumbing import optim  # noqa: E402
 from plumbing.errors import InputError  # noqa: E402
 from toy.world import Shapes  # noqa: E402
 
@@ -56,7 +58,7 @@ RUNS = {  # name -> (stage, flags); each with OUT = the name
     ),
     "contrastive-frozen": ("contrastive", CONTRASTIVE | dict(freeze_vision=True, keep_graphs=0)),
 }
-TWO_RANKS = {  # the same, by torchrun on two ranks
+TWO_RANKS = {  # the same, on two ranks
     "pretrain-2": ("pretrain", PRETRAIN),
     "contrastive-2": ("contrastive", CONTRASTIVE | dict(keep_graphs=2)),
 }
@@ -77,24 +79,19 @@ def machine() -> str:
     return f"{names} {kernel} torch {torch.__version__} transformers {transformers.__version__}"
 
 
-def flags_of(cfg) -> list:
-    """A dict of flags as words of a command line."""
-    words = []
-    for key, value in cfg.items():
-        name = "--" + key.replace("_", "-")
-        words += [name] if value is True else [name, str(value)]
-    return words
+def logged(out) -> list:
+    """What log.jsonl says of each step, without versions and clocks."""
+    lines = Path(out, "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[1:]]
 
 
 def trained(out) -> dict:
-    """What a run left in OUT: its log without versions and clocks, and its weights' digest."""
-    lines = Path(out, "log.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines[1:]]
+    """What a run left in OUT: its log, and its weights' digest."""
     files = [*Path(out).glob("model.safetensors"), *Path(out).glob("adapter_model.safetensors")]
     weights = load_file(files[0])
     content = [(name, w.shape, w.float().numpy().tobytes()) for name, w in sorted(weights.items())]
     size = sum(float(w.double().abs().sum()) for w in weights.values())
-    return dict(steps=steps, weights=digest(content), size=size)
+    return dict(steps=logged(out), weights=digest(content), size=size)
 
 
 def train(name) -> dict:
@@ -169,10 +166,9 @@ def rows(folder, style, K) -> list:
     return [row_digest(embedder.collate.row(item, turns)) for item, turns in examples()]
 
 
-def all_rows(folder_of) -> dict:
-    """Of every family, by style and K. folder_of: family -> its folder."""
+def all_rows(folder_of, names=("toy", *families.FAMILIES)) -> dict:
+    """Of these families, by style and K. folder_of: family -> its folder."""
     layouts = (("chat", 3), ("chat", 0), ("coma", 3), ("vlm2vec", 0))
-    names = ["toy", *families.FAMILIES]
     return {
         f"{name} {style} K={K}": rows("toy" if name == "toy" else folder_of(name), style, K)
         for name in names
@@ -296,14 +292,34 @@ def answer(stage, words) -> str:
     return "accepted"
 
 
-def two_ranks(name) -> dict:
-    """Runs one of `TWO_RANKS` by torchrun, in the working folder."""
-    stage, flags = TWO_RANKS[name]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words = [str(HERE.parent / f"{stage}.py"), *flags_of(flags | dict(out=name))]
-    command = [*launch, "--nproc-per-node", "2", *words]
-    subprocess.run(command, check=True, timeout=240, capture_output=True)
-    return trained(name)
+class Enough(Exception):
+    """The steps that are wanted are done."""
+
+
+def some_steps(name, steps, **changes) -> list:
+    """The first `steps` steps of a run of `RUNS` or `TWO_RANKS`, in the working folder, in which it
+    leaves no weights. -> what its log says of them."""
+    stage, flags = (RUNS | TWO_RANKS)[name]
+    begin_step = optim.begin_step
+
+    def begin(optimizers, step, cfg):
+        if step == steps:
+            raise Enough
+        return begin_step(optimizers, step, cfg)
+
+    out = "-".join([name, *map(str, changes)])
+    with mock.patch.object(optim, "begin_step", begin), contextlib.suppress(Enough):
+        STAGES[stage].main(STAGES[stage].Config(**flags | changes, out=out))
+    return logged(out)
+
+
+def two_ranks(name, steps=6) -> dict:
+    """Runs one of `TWO_RANKS` on two ranks, in the working folder; whole, or the first steps."""
+    folder = Path(f"{name}-ranks")
+    folder.mkdir()
+    statuses = on_ranks(2, lambda: some_steps(name, steps), folder)
+    assert statuses == [0, 0], said_on(folder)
+    return trained(name) if steps == 6 else dict(steps=logged(name))
 
 
 def record(file):

@@ -1,40 +1,33 @@
-"""Gradients of several processes against that of one; a script that test_gradcache.py starts:
-
-    torchrun --nproc-per-node 2 tests/ranks.py REFERENCES.pt RESULT.json
-
-REFERENCES.pt holds what one process computed on the whole batch, the plain way; rank 0 writes how
-far each rank's gradient is from it in each setting."""
+"""Gradients of several processes against that of one: what test_gradcache.py runs on its ranks.
+They are given what one process computed on the whole batch, the plain way; rank 0 writes how far
+each rank's gradient is from it in each setting."""
 
 import copy
 import functools
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+from checks import distance, toy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
-
-from checks import distance, toy  # noqa: E402
-
-import contrastive  # noqa: E402
-import evaluate  # noqa: E402
-import model  # noqa: E402
-import plumbing.ranks  # noqa: E402
-import pretrain  # noqa: E402
-from data import IMAGE, Item, Pair, read_dialogues  # noqa: E402
-from plumbing import sharding  # noqa: E402
-from plumbing.formats import Lazy  # noqa: E402
-from plumbing.memory import Budget, token_chunks  # noqa: E402
-from plumbing.ranks import gather_objects, rank, sum_gradients, world  # noqa: E402
-from toy.world import COLORS, SHAPES, Scene  # noqa: E402
+import contrastive
+import evaluate
+import model
+import plumbing.ranks
+import pretrain
+from data import IMAGE, Item, Pair, read_dialogues
+from plumbing import sharding
+from plumbing.formats import Lazy
+from plumbing.memory import Budget, token_chunks
+from plumbing.ranks import gather_objects, rank, sum_gradients, world
+from toy.world import COLORS, SHAPES, Scene
 
 TEMPERATURE = 0.1
 SOME = Budget(chunk_tokens=200)  # several rows a chunk, several chunks; one graph kept
@@ -328,7 +321,7 @@ def references() -> dict:
     return results
 
 
-# ----------------------------------------------------------------------------- the script of a rank
+# ------------------------------------------------------------------------------ what each rank does
 
 
 def unlike_shares() -> dict:
@@ -365,10 +358,9 @@ def error_of_sums(policy, chunks) -> float:
     return distance(layer.weight.grad.full_tensor().double(), want)
 
 
-def main(references_file, result_file):
-    torch.set_num_threads(1)
+def main(wanted, result_file):
+    """On every rank. wanted: `references()` of one process."""
     plumbing.ranks.setup()
-    wanted = {name: Result(*x) for name, x in torch.load(references_file).items()}
     result = {}  # name -> one dict for each rank
 
     def note(name, mine):
@@ -383,8 +375,3 @@ def main(references_file, result_file):
         got = setting.run(built(setting.reference))
         note(name, gaps(got, wanted[setting.reference]))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

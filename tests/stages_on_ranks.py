@@ -1,26 +1,21 @@
 """All that several ranks are trained and evaluated for, one run after the other in one process
-group; a script that test_torchrun.py starts:
+group: what test_torchrun.py runs on its ranks."""
 
-    torchrun --nproc-per-node 2 tests/stages_on_ranks.py FOLDER
-"""
-
-import os
-import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
-
-import contrastive  # noqa: E402
-import evaluate  # noqa: E402
-import pretrain  # noqa: E402
-from plumbing import ranks  # noqa: E402
+import contrastive
+import evaluate
+import pretrain
+from plumbing import ranks, sharding
 
 TOY = ["--model", "toy-random", "--steps", "2", "--batch", "8", "--muon-lr", "0", "--workers", "0"]
 PAIRS = [*TOY, "--block", "4", "--chunk-tokens", "300"]
 # What test_torchrun.py kills a rank of; each step leaves a checkpoint.
-LONGER = "--model toy --steps 8 --batch 16 --block 8 --workers 1 --save-every 1 --resume".split()
+EIGHT_STEPS = "--steps 8 --batch 16 --workers 1 --save-every 1 --resume"
+LONGER = [*PAIRS, *EIGHT_STEPS.split()]
 RUNS = [  # (name, stage, flags): each writes FOLDER/name
     ("pretrain", pretrain, TOY),
     ("contrastive", contrastive, PAIRS),
@@ -42,18 +37,11 @@ def score(model, file):
 
 
 def main(folder):
-    torch.set_num_threads(1)
+    """On every rank."""
     ranks.setup()
     for name, stage, flags in RUNS:
-        run(stage, flags, Path(folder, name))
+        with mock.patch.object(sharding, "shard", side_effect=sharding.shard) as shard:
+            run(stage, flags, Path(folder, name))
+        ranks.say(f"{name}: sharded {shard.call_count} times")
     score(Path(folder, "contrastive"), Path(folder, "scores.json"))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    # Past the destructors of five runs, which no script has in one process: one of some forty such
-    # ends was an abort, after everything was written.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

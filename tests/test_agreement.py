@@ -3,6 +3,7 @@ answers of two ranks; with processes: test_two_nodes.py."""
 
 import copy
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import contrastive
 import evaluate
 import pretrain
-from plumbing import agreement
+from plumbing import agreement, checkpoint
 from plumbing.errors import InputError
 
 STAGES = (pretrain, contrastive, evaluate)
@@ -30,16 +31,16 @@ def another(value):
 class Planned:
     """The other rank: what rank 0 gathers from itself and from this Config."""
 
-    def __init__(self, cfg):
-        self.cfg = cfg
+    def __init__(self, cfg, compare=agreement.join):
+        self.cfg, self.compare = cfg, compare
 
     def together_with(self, cfg, monkeypatch):
         gathered = []
         with monkeypatch.context() as patch:
             patch.setattr(agreement, "gather_objects", lambda x: gathered.append(x) or [x])
-            agreement.join(self.cfg)
+            self.compare(self.cfg)
             patch.setattr(agreement, "gather_objects", lambda x: [x, gathered[0]])
-            agreement.join(cfg)
+            self.compare(cfg)
 
 
 FIELDS = [
@@ -66,6 +67,24 @@ def test_every_flag_that_matters_is_compared(stage, name, monkeypatch):
         Planned(changed).together_with(cfg, monkeypatch)
     said = str(refused.value)
     assert said.startswith("rank 1 (") and f"has {flag} {theirs} where rank 0 has {ours}" in said
+
+
+def test_what_is_skipped_is_compared_by_its_content(tmp_path, monkeypatch):
+    """Each node has a --skip-bad list of its own: the examples in it count, in any order, and
+    neither its path nor what is wrong with them. Without a list is not an empty list."""
+    bad = [{"list": "a.jsonl", "digest": 7, "example": i, "error": "x"} for i in (1, 2)]
+    lists = {"same": bad, "again": [{**bad[1], "error": "y"}, bad[0], bad[1]], "other": bad[:1]}
+    for name, examples in lists.items():
+        (tmp_path / name).write_text("".join(json.dumps(x) + "\n" for x in examples))
+    here = pretrain.Config(data="a.jsonl", skip_bad=str(tmp_path / "same"))
+    for name, same in (("again", True), ("other", False), ("", False)):
+        there = pretrain.Config(data="a.jsonl", skip_bad=name and str(tmp_path / name))
+        compare = Planned(there, checkpoint.same_data).together_with
+        if same:
+            compare(here, monkeypatch)
+            continue
+        with pytest.raises(InputError, match=r"rank 1 \(.* has --skip-bad .*rank 0 has 2 examples"):
+            compare(here, monkeypatch)
 
 
 def test_another_script_is_another_start(monkeypatch):

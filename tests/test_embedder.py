@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
@@ -293,9 +292,8 @@ def test_a_missing_folder_is_an_error_that_names_it():
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    folder = families.build("qwen2_5_vl", tmp_path_factory.mktemp("qwen") / "qwen2_5_vl")
-    return model.load(folder, compress_tokens=4, device="cpu").eval()
+def qwen(family_folder):
+    return model.load(family_folder("qwen2_5_vl"), compress_tokens=4, device="cpu").eval()
 
 
 def positions_of(embedder, inputs):
@@ -385,10 +383,10 @@ def test_paths_and_pictures_are_told_apart_from_text():
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_the_vlm2vec_style_is_what_its_code_feeds_the_model(family, tmp_path):
+def test_the_vlm2vec_style_is_what_its_code_feeds_the_model(family, family_folder):
     """Another route: its prompt as one string through transformers' own processor and model, with
     positions 0, 1, 2, ...; the last token, unit length. The same ids, and cosine > 0.99999."""
-    folder = families.build(family, tmp_path / family)
+    folder = family_folder(family)
     ours = model.load(folder, prompt="vlm2vec", device="cpu").eval()
     equal((ours.K, ours.pooling), (0, "last"), "VLM2Vec pools the last token, without a code")
     mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,8 +1,8 @@
 """How a process ends: whatever ends it ends it soon, with one line or the traceback, and nobody is
 left behind. The limits are far above what is needed: they are there for what would hang."""
 
+import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +15,7 @@ import ends
 import pytest
 import torch
 from checks import equal, expect
+from forked import Fork, as_script, on_ranks, said_on
 from safetensors.torch import load_file
 
 import contrastive
@@ -25,7 +26,6 @@ from plumbing.errors import InputError
 from tools import check, compare_logs, explain, export, figures, generate, look, merge, mine, search
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LIMIT = 240  # seconds
 
 
@@ -34,6 +34,24 @@ def begin(*words, **options):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     words = [sys.executable, *map(str, words)]
     return subprocess.Popen(words, cwd=ROOT, text=True, start_new_session=True, **pipes)
+
+
+def forked(main, folder):
+    """A fork of this process from its beginning to its end. -> (status, stdout, stderr)."""
+    return ended(Fork(main, folder / "stdout", folder / "stderr"), folder)
+
+
+def ended(fork, folder):
+    """-> (status, stdout, stderr). Fails where the process hangs, or leaves processes behind."""
+    try:
+        status = fork.wait()
+        for _ in range(100):  # a loader process looks every half second whether its rank is there
+            if not fork.alive():
+                return status, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+            time.sleep(0.1)
+        pytest.fail("processes are left behind")
+    finally:
+        fork.kill()
 
 
 def finish(process):
@@ -64,13 +82,15 @@ def alive(group):
 
 def test_an_error_that_nobody_expects_ends_all_ranks_with_its_traceback(tmp_path):
     """On rank 0 of two, with loader processes: it printed the traceback, and hung for ever."""
-    status, _, err = finish(begin(*TORCHRUN, "tests/ends.py", "error", tmp_path))
-    assert status == 1 and "RuntimeError: CUDA error: an illegal memory access" in err, err
+    equal(on_ranks(2, lambda: ends.fail_in_a_step(tmp_path), tmp_path), [1, 1], said_on(tmp_path))
+    said = [(tmp_path / f"said-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "RuntimeError: CUDA error: an illegal memory access" in said[0], said[0]
+    assert "contrastive.py: rank 1 lost the others" in said[1], said[1]
 
 
 def test_a_loader_process_that_is_killed_is_one_clear_line(tmp_path):
     """By the system, where memory is short. And no progress bar in a log file."""
-    status, out, err = finish(begin("tests/ends.py", "worker", tmp_path))
+    status, out, err = forked(lambda: ends.lose_a_worker(tmp_path), tmp_path)
     equal((status, err.count("\n")), (1, 1), err)
     says = "a loader process has ended (signal 9, as the system sends where memory is short)"
     assert f"{says}: try fewer --workers" in err, err
@@ -300,18 +320,18 @@ def test_a_signal_to_another_rank_ends_this_one_too(
     equal(names, [f"step-{n:08d}" for n in saved], "checkpoint.kept")
 
 
-def wait_for(process, word):
-    """Until the process prints a line with `word`."""
+def begin_fork(main, folder, word):
+    """A fork of this process, in the background, as soon as it has printed `word`."""
+    fork, said = Fork(main, folder / "stdout", folder / "stderr"), folder / "stdout"
     deadline = time.time() + LIMIT
-    while time.time() < deadline:
-        if select.select([process.stdout], [], [], 1)[0] and word in process.stdout.readline():
-            return
-    pytest.fail(f"no {word}")
+    while not said.exists() or word not in said.read_text():
+        assert time.time() < deadline and fork.poll() is None, f"no {word}"
+        time.sleep(0.01)
+    return fork
 
 
-def check_ended(process, number):
+def check_ended(status, err, number):
     """One line, and the status that a shell gives."""
-    status, _, err = finish(process)
     line = f"ended by {signal.Signals(number).name}\n"
     assert status == 128 + number and err.count("\n") == 1 and err.endswith(line), (status, err)
 
@@ -324,31 +344,32 @@ def test_a_signal_while_torch_is_imported(tmp_path):
         assert time.time() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    check_ended(process, signal.SIGINT)
+    status, _, err = finish(process)
+    check_ended(status, err, signal.SIGINT)
 
 
 def test_a_signal_within_one_call_of_c(tmp_path):
     """Which may last for minutes, and Python's own handler waits for its end."""
-    process = begin("tests/ends.py", "deaf", tmp_path)
-    wait_for(process, "deaf")
-    time.sleep(2)  # it says so just before
-    process.send_signal(signal.SIGTERM)
-    check_ended(process, signal.SIGTERM)
+    fork = begin_fork(ends.be_deaf, tmp_path, "deaf")
+    time.sleep(1)  # it says so just before
+    os.kill(fork.pid, signal.SIGTERM)
+    status, _, err = ended(fork, tmp_path)
+    check_ended(status, err, signal.SIGTERM)
 
 
-def test_a_signal_while_a_model_is_evaluated_by_two_workers():
+def test_a_signal_while_a_model_is_evaluated_by_two_workers(tmp_path):
     """To the rank and to its workers, as from a terminal."""
     words = ["--model", "toy-random", "--subsets", "vqa,ground", "--limit", 2000, "--workers", 2]
-    process = begin("evaluate.py", *words)
-    wait_for(process, "-- in distribution")
+    fork = begin_fork(lambda: as_script(evaluate, words), tmp_path, "-- in distribution")
     time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
-    check_ended(process, signal.SIGINT)
+    fork.send(signal.SIGINT)
+    status, _, err = ended(fork, tmp_path)
+    check_ended(status, err, signal.SIGINT)
 
 
 def test_a_pool_of_processes_can_still_be_ended(tmp_path):
     """`multiprocessing` ends its own by SIGTERM, and waits for them."""
-    status, _, err = finish(begin("tests/ends.py", "pool", tmp_path))
+    status, _, err = forked(ends.use_a_pool, tmp_path)
     equal((status, err), (0, ""), "ending.be_a_child")
 
 
@@ -382,8 +403,11 @@ def test_a_short_step_is_finished(monkeypatch, tmp_path, capsys):
 
 def test_all_ranks_leave_the_step_that_one_of_them_leaves(tmp_path):
     """The signal reaches rank 1 alone, in both stages and where the model is sharded."""
-    status, out, err = finish(begin(*TORCHRUN, "tests/ends.py", "leave", tmp_path))
-    equal(status, 0, err)
+    statuses = on_ranks(2, lambda: ends.leave_steps(tmp_path), tmp_path)
+    equal(statuses, [0, 0], said_on(tmp_path))
+    codes = json.loads((tmp_path / "codes.json").read_text())
+    equal(codes, dict.fromkeys(ends.WAYS, 143), "rank 0, which got none: checkpoint.stop")
+    out = (tmp_path / "said-0.txt").read_text()
     equal(out.count("step 2 is left, the state before it saved"), 3, out)
     for name in ends.WAYS:
         saved = tmp_path / name / "checkpoints/step-00000001/weights.safetensors"
@@ -432,3 +456,18 @@ def test_help_is_answered_without_torch(script, monkeypatch, capsys):
     # The usage above the docstring names the program, which is pytest here.
     said, want = (text.partition("\n\n")[2] for text in (done.stdout, capsys.readouterr().out))
     equal(said, want, "plumbing/start.py reads the same flags as the script declares")
+
+
+@pytest.mark.parametrize("asked, got", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_do_not_spin(monkeypatch, asked, got):
+    """The scripts say so to OpenMP before torch is loaded, unless the user has."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", asked or "")  # so that it is put back
+    if not asked:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "pretrain.py"))
+    monkeypatch.setattr(start, "watch_signals", lambda: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    start.begin()
+    assert os.environ["OMP_WAIT_POLICY"] == got
+    source = (ROOT / "pretrain.py").read_text()
+    assert source.index("import plumbing.start") < source.index("import torch")

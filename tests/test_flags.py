@@ -448,6 +448,24 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     equal(sorted(os.listdir()), ["a.png", "file", "folder", "pipe"], "and nothing new")
 
 
+def test_no_command_writes_over_what_it_reads(tmp_path, monkeypatch):
+    """evaluate's data, search's picture, generate's questions; also by another name. (check's data:
+    test_tools.py.)"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_for", pytest.fail)
+    monkeypatch.setattr(model, "load_for", pytest.fail)
+    Path("read.png").write_text("whole")
+    Path("link.png").symlink_to("read.png")
+    mine = dict(images=".", model="toy", out="link.png")
+    for stage, cfg, name in (
+        (evaluate.main, evaluate.Config(data="read.png", json="link.png"), "--json"),
+        (search.main, search.Config(**mine, query_image="read.png"), "--out"),
+        (generate.generate, generate.Config(**mine, questions="read.png"), "--out"),
+    ):
+        refused(lambda run=stage, cfg=cfg: run(cfg), f"{name} link.png: would be written over")
+    equal(Path("read.png").read_text(), "whole", "what was read")
+
+
 # -------------------------------------------------------------------- flags that no code would read
 
 # Who looks at all flags alike, and uses none of them.

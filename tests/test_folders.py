@@ -90,13 +90,45 @@ def test_a_config_that_its_files_do_not_hold_is_refused(folder, field, value, wo
     ("image_processor__image_grid_pinpoints", [[336, 10**6]], ["pinpoints is 1,000,000"]),
     ("image_processor__image_mean", [float("nan")] * 3, ["not finite", "processor"]),
     ("image_processor__image_std", [0, 0, 0], ["not finite"]),
-    ("image_processor__image_std", "x", ["--model"]),
+    ("image_processor__image_std", "x", ["another model: config.json, processor_config.json, t"]),
+    ("image_processor__patch_size", 14, ["another model: config.json, processor_config.json \\("]),
 ])  # fmt: skip
 def test_a_processor_of_absurd_size_or_without_numbers_is_refused(folder, field, value, words):
     """Pictures of 10^12 pixels from any small one; pixels that are NaN or infinite."""
     change(folder / "processor_config.json", **{field: value})
     (folder / "preprocessor_config.json").unlink()
     refused(folder, *words)
+
+
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
+def test_what_may_not_be_read_is_said(folder, name, monkeypatch):
+    """The folder or a file in it is another user's."""
+    closed, access = str(folder / name), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != closed and access(path, mode))
+    refused(folder, f"{name or 'm:'} may not be read by this user")
+
+
+@pytest.mark.parametrize("name, fields, blamed", [
+    ("tokenizer_config.json", dict(eos_token=5), "tokenizer.json, tokenizer_config.json"),
+    ("config.json", dict(model_type=5), "config.json"),
+    ("config.json", dict(text_config__num_attention_heads=0), "config.json"),
+    ("config.json", dict(vision_config__depth=1), "generation_config.json, model.safetensors"),
+])  # fmt: skip
+def test_what_a_library_does_not_take_names_the_files_that_it_read(folder, name, fields, blamed):
+    """Values of wrong types: the sentence is ours, and the library's reason stands in it."""
+    change(folder / name, **fields)
+    refused(folder, rf"--model .*damaged, or made for another model: .*{re.escape(blamed)} \(")
+
+
+def test_a_smallest_picture_above_the_models_own_largest_is_refused():
+    """It was cut down to it in silence; with --max-pixels the user says both."""
+    with pytest.raises(
+        InputError, match=r"--min-pixels 50000000: above .* largest .* --max-pixels"
+    ):
+        model.load("toy", min_pixels=50_000_000, device="cpu")
+    processor = model.load("toy", min_pixels=2_000, max_pixels=2_000, device="cpu").processor
+    edges = dict(processor.image_processor.size)
+    equal((edges["shortest_edge"], edges["longest_edge"]), (2_000, 2_000), "load_processor")
 
 
 def test_an_edge_is_an_edge_where_nothing_says_that_it_is_an_area(tmp_path):
@@ -144,7 +176,7 @@ def test_what_the_libraries_raise_is_the_folders_fault():
         pass
 
     for error in (KeyError("x"), PanicException("x")):
-        with pytest.raises(InputError, match=f"--model m: {type(error).__name__}: "):
+        with pytest.raises(InputError, match=rf"its content \({type(error).__name__}: "):
             with folders.reading("m"):
                 raise error
     for error in (torch.OutOfMemoryError("x"), KeyboardInterrupt(), InputError("mine")):
@@ -194,11 +226,15 @@ def test_a_tokenizer_that_lost_the_compression_tokens_is_refused(folder, good):
     tokens, and a tokenizer that knows more than there are rows for."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folders.TOY / name, folder / name)
-    refused(folder, "K = 4, but its tokenizer has 0 compression tokens", "saved with it")
+    refused(
+        folder,
+        "K = 4 by its nanocoma.json, but its tokenizer has 0 compression tokens",
+        "saved with it",
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(good / name, folder / name)
     change(folder / "nanocoma.json", compress_tokens=2)
-    refused(folder, "K = 2, but its tokenizer has 4")
+    refused(folder, "K = 2 by its nanocoma.json, but its tokenizer has 4")
     change(folder / "nanocoma.json", compress_tokens=4)
     weights = load_file(folders.TOY / "model.safetensors")  # without the four rows
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

@@ -141,6 +141,46 @@ def test_lines_of_text(place, collate, kind):
     check()
 
 
+def test_arrays(place, collate):
+    """Lists of pairs that are one JSON array, of any values, or damaged."""
+    whole = json.dumps([PAIR, PAIR], indent=1).encode()
+
+    @fuzz
+    @example(whole)
+    @example(b"[" * 100_000)
+    @example(b"[" + b'{"a":' * 100_000)
+    @given(damaged(whole) | st.lists(JSON, max_size=3).map(lambda x: json.dumps(x).encode()))
+    def check(content):
+        (place / "x.json").write_bytes(content)
+        try:
+            walk(data.read_pairs(str(place / "x.json"))["x"], collate)
+        except InputError as e:
+            assert str(e)
+
+    check()
+
+
+def test_tables_of_commas(place, collate):
+    """metadata.csv: any bytes, damaged ones, and texts with quotes, commas and ends of lines."""
+    (place / "t").mkdir()
+    (place / "t" / "a.png").write_bytes((place / "a.png").read_bytes())
+    whole = b'file_name,text\na.png,a dog\na.png,"a ""big"" dog,\nbarking"\n'
+    some = st.lists(st.sampled_from(['"', ",", "\n", "\r", "\0", "a.png", "text", "\ufeff"]))
+
+    @fuzz
+    @example(whole)
+    @given(damaged(whole) | some.map(lambda x: b"file_name,text\n" + "".join(x).encode()))
+    def check(content):
+        (place / "t" / "metadata.csv").write_bytes(content)
+        try:
+            for pairs in data.read_pairs(str(place / "t")).values():
+                walk(pairs, collate)
+        except InputError as e:
+            assert str(e)
+
+    check()
+
+
 def pictures():
     """One small good picture in each format that Pillow can write: those that are decoded, and
     those that are not."""

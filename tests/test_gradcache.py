@@ -5,9 +5,6 @@ import dataclasses
 import functools
 import gc
 import json
-import os
-import subprocess
-import sys
 import weakref
 from contextlib import contextmanager
 from unittest import mock
@@ -17,6 +14,7 @@ import ranks
 import torch
 import torch.nn.functional as F
 from checks import close, distance, equal, expect
+from forked import on_ranks, said_on
 from ranks import MOST, SOME
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -475,29 +473,18 @@ def test_a_tower_that_is_trained_goes_into_training_mode(embedder):
 
 @pytest.fixture(scope="module")
 def ranks_of(once):
-    """world -> what tests/ranks.py finds on so many ranks, one torchrun each."""
+    """world -> what tests/ranks.py finds on so many ranks, started once each."""
     references = functools.cache(ranks.references)  # the same for all
 
     def start(world, folder):
-        results = {name: tuple(result) for name, result in references().items()}
-        torch.save(results, folder / "references.pt")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(world), ranks.__file__]
-        command += [str(folder / "references.pt"), str(folder / "result.json")]
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        with open(folder / "stderr", "w") as stderr:
-            run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=env)
-            try:
-                run.wait(timeout=240)
-            except subprocess.TimeoutExpired:  # ranks that wait for each other
-                run.terminate()  # torchrun ends them; a kill would leave them behind
-                run.wait()
+        wanted, result = references(), folder / "result.json"  # as far as the ranks came
+        on_ranks(world, lambda: ranks.main(wanted, result), folder)
 
     def get(world):
         folder = once(f"ranks-{world}", functools.partial(start, world))
         result = folder / "result.json"
         results = json.loads(result.read_text()) if result.exists() else {}
-        return {**results, "stderr": (folder / "stderr").read_text()[-3000:]}
+        return {**results, "said": said_on(folder)}
 
     return get
 
@@ -505,7 +492,7 @@ def ranks_of(once):
 def check_rank(results, name, bound):
     """A setting's gradient, loss and hits on all ranks are those of one process."""
     hint = f"a result for {name!r}"
-    expect(name in results, results["stderr"], hint, "tests/ranks.py ended early")
+    expect(name in results, results["said"], hint, "tests/ranks.py ended early")
     of_ranks = results[name]
     gap = max(mine["gap"] for mine in of_ranks)
     loss = max(mine["loss"] for mine in of_ranks)
@@ -517,11 +504,11 @@ def check_rank(results, name, bound):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_together_have_the_gradient_of_one_process(ranks_of, world):
-    """torchrun over gloo: each rank's gradient, the loss and the share of hits are those of one
+    """Ranks over gloo: each rank's gradient, the loss and the share of hits are those of one
     process on the whole batch (float64 1e-10, float32 1e-5), for chunks of one, some and all rows,
     a cached frozen tower, LoRA; the ranks differ in columns, in chunks and in having pictures."""
     results = ranks_of(world)
-    expect("ranks" in results, results["stderr"], "a result", "tests/ranks.py did not start")
+    expect("ranks" in results, results["said"], "a result", "tests/ranks.py did not start")
     for share in ("columns", "chunks", "pictures"):
         values = [mine[share] for mine in results["ranks"]]
         expect(len(set(values)) > 1, f"{share}: {values}", "unequal ranks", "ranks.batch_config")

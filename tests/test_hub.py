@@ -27,9 +27,33 @@ from plumbing import hub as hub_room
 from plumbing.config import TrainingFlags
 
 SHA = "0123456789" * 4
-CHILD = """import contextlib, io, json, sys
-import data, model
-from plumbing import errors, hub
+CHILD = """import contextlib, io, json, pathlib, sys, time
+sys.path.append("tests")
+import torch.distributed as dist
+import data, forked, model
+from plumbing import errors, hub, ranks
+
+def on_two_ranks(folder):
+    place = pathlib.Path(folder)
+    return forked.on_ranks(2, fetch_slowly, place), forked.said_on(place)
+
+def fetch_slowly():
+    ranks.PATIENCE = ranks.timedelta(seconds=3)
+    ranks.setup()
+    here, was = ranks.rank(), hub.fetch_here
+    def slow(*words):
+        assert here == 0, "only the first rank of a node asks the hub"
+        time.sleep(4 if words[0] == "team/ranks" else 0)
+        return was(*words)
+    hub.fetch_here = slow
+    for name in ("team/ranks", "team/nowhere"):
+        try:
+            pairs = data.read_pairs(name, subsets="A")
+            print(f"rank {here}: {len(pairs['A'])} pairs", flush=True)
+        except ValueError as e:
+            print(f"rank {here}: {e}", flush=True)
+    dist.barrier()
+
 for line in sys.stdin:
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
@@ -285,51 +309,15 @@ def test_the_hubs_own_time_is_waited_for_an_hour_at_most(wrapped, monkeypatch, c
         equal(slept, list(waits), "seconds")
 
 
-RANKS = """import time, torch.distributed as dist
-import data
-from plumbing import hub, ranks
-ranks.setup()
-here, was = ranks.rank(), hub.fetch_here
-def slow(*words):
-    assert here == 0, "only the first rank of a node asks the hub"
-    time.sleep(5)
-    return was(*words)
-hub.fetch_here = slow
-for name in ("team/ranks", "team/nowhere"):
-    try:
-        pairs = data.read_pairs(name, subsets="A")
-        print(f"rank {here}: {len(pairs['A'])} pairs", flush=True)
-    except ValueError as e:
-        print(f"rank {here}: {e}", flush=True)
-dist.barrier()
-ranks.leave(status=0)
-"""
-
-
 def test_of_the_ranks_of_a_node_one_fetches_and_the_others_wait(hub, tmp_path):
-    """Longer than a step's collectives may: 4 s of patience for 5 s. An error reaches all."""
-    script = tmp_path / "script.py"
-    script.write_text(RANKS.replace("ranks.setup()", PATIENCE))
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    env = {**hub.env, "PYTHONPATH": str(Path(model.__file__).parent), "OMP_NUM_THREADS": "1"}
-    hub.sent.clear()
-    done = subprocess.run([*launch, script], env=env, capture_output=True, text=True, timeout=240)
-    equal(done.returncode, 0, done.stderr[-3000:])
+    """Longer than a step's collectives may: 3 s of patience for 4 s. An error reaches all."""
+    (statuses, printed), _ = hub.ask(f"on_two_ranks('{tmp_path}')")
+    equal(statuses, [0, 0], printed)
     for rank in range(2):
-        expect(f"rank {rank}: 1 pairs" in done.stdout, done.stdout, "the data", "once_a_node")
+        expect(f"rank {rank}: 1 pairs" in printed, printed, "the data", "once_a_node")
         error = f"rank {rank}: --data team/nowhere: no such folder, and not at"
-        expect(error in done.stdout, done.stdout, "the error on each rank", "once_a_node")
+        expect(error in printed, printed, "the error on each rank", "once_a_node")
     equal(hub.files(), [LIST, ZIP], "nothing twice")
-
-
-PATIENCE = "ranks.PATIENCE = ranks.timedelta(seconds=4); ranks.setup()"
 
 
 def test_an_unknown_subset_is_an_error_before_anything_is_fetched(hub):

@@ -166,7 +166,7 @@ def test_the_gradient_equals_that_of_the_plain_loss():
 
 def check_paper(loss_of):
     """Value and gradient of `info_nce` where query i's own column is i, and it has no other."""
-    for n, temperature in ((1, 0.05), (6, 1.0), (300, 0.05)):  # of more than one row block, too
+    for n, temperature in ((1, 0.05), (6, 1.0), (1000, 0.05)):  # of two row blocks, too
         general = embeddings(n, n, seed=n)
         papers = [x.clone().requires_grad_() for x in general]
         want, _, grad = run(*general, temperature)
@@ -241,6 +241,19 @@ def test_a_query_without_negatives_costs_nothing():
     q, t = embeddings(3, 3)
     labels, keys = torch.tensor([[0, 1], [2, -1], [0, -1]]), torch.tensor([5, 6, 5])
     close(info_nce(q, t, 0.05, labels, keys)[0], oracle(q, t, 0.05, labels, keys)[0], "mixed")
+
+
+def test_a_hit_is_one_of_the_querys_own_columns():
+    """A column of equal content is neither a negative nor a hit, though dropout has moved it; a
+    place that is empty in the labels stands for no column; a tie is no hit."""
+    q = torch.tensor([[1.0, 0.0]])
+    keys, labels = torch.tensor([5, 5, 7]), torch.tensor([[1, -1]])
+    for scores, hits in (((0.9, 0.5, 0.7), 0), ((0.9, 0.5, 0.4), 1), ((0.1, 0.5, 0.5), 0)):
+        t = torch.tensor([[x, 0.0] for x in scores])
+        equal(info_nce(q, t, 0.1, labels, keys)[1].item(), hits, f"cosines {scores}")
+    labels = torch.tensor([[1, 2]])
+    t = torch.tensor([[0.6, 0.0], [0.1, 0.0], [0.8, 0.0]])
+    equal(info_nce(q, t, 0.1, labels)[1].item(), 1, "the better one of two counts")
 
 
 class Peak(TorchDispatchMode):

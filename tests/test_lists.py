@@ -2,11 +2,13 @@
 the message names file, line, field, and what is meant. What is read right: test_data.py."""
 
 import codecs
+import gzip
 import io
 import json
 import os
 import re
 import sys
+import zipfile
 import zlib
 
 import pyarrow
@@ -18,11 +20,11 @@ from PIL import Image
 import contrastive
 import data
 from data import Item
-from plumbing import lines, mmeb
+from plumbing import first_pass, lines, mmeb
 from plumbing.errors import InputError
 from plumbing.formats import choose, digest_of
 from plumbing.images import Images
-from plumbing.lines import open_lines, parse_json
+from plumbing.lines import Source, open_lines, parse_json
 from plumbing.mmeb import eval_rows, last_loaded, training_mix
 from plumbing.parquet import Layout, Table
 
@@ -70,9 +72,10 @@ DIALOGUES = {
     "no picture at all": ({"conversations": MORE}, 'has no "image".* nothing to compress'),
     "an id of another type": ({**DIALOGUE, "id": ["1"]}, '"id" must be a string or a number'),
     "a number as picture": ({**DIALOGUE, "image": 0}, '"image" a path'),
-    "a list": ([DIALOGUE], "conversations"),
+    "a list": ([DIALOGUE], "needs an object .*in a file that is called .json"),
     "a pair": (PAIR, "a pair, which stage 2 reads: contrastive.py"),
     "a caption": (CAPTION, "a caption: call the list metadata.jsonl"),
+    "an object with the list in it": ({"data": [DIALOGUE]}, 'unknown key "data"'),
 }
 PAIRS = {
     "a near miss": ({**PAIR, "negative": [{"text": "z"}]}, 'unknown key "negative".*"negatives"'),
@@ -85,12 +88,19 @@ PAIRS = {
     "the second target": ({**PAIR, "target": [{"text": "y"}, {}]}, r'"target\[1\]": needs'),
     "negatives as object": ({**PAIR, "negatives": {"text": "z"}}, '"negatives" must be a list'),
     "negatives as text": ({**PAIR, "negatives": ""}, '"negatives" must be a list, not a str'),
+    "a negative that is its target": (
+        {**PAIR, "negatives": [{"text": "z"}, PAIR["target"]]},
+        r"negatives\[1\] is a target, too",
+    ),
     "a bad negative": ({**PAIR, "negatives": [{"text": 7}]}, r'"negatives\[0\]": "text" must be'),
     "a dialogue": (DIALOGUE, "a dialogue, which stage 1 reads: pretrain.py"),
     "a caption": (CAPTION, "a caption: call the list metadata.jsonl"),
 }
 CAPTIONS = {
-    "blanks": ({**CAPTION, "text": " "}, 'needs "text", a string that is not empty'),
+    "blanks": (
+        {**CAPTION, "text": " "},
+        'needs "text", a string that is not empty; it has file_name, t',
+    ),
     "a key that is not read": ({**CAPTION, "captions": ["b"]}, 'unknown key "captions"'),
     "a dialogue": (DIALOGUE, "a dialogue, which stage 1 reads"),
 }
@@ -142,7 +152,7 @@ def test_llavas_own_list_is_one_json_array(place, name):
         assert [d.id for d in data.read_dialogues(str(path))] == ["1", "2"]
     else:
         path.write_text(json.dumps([DIALOGUE, second]).replace("}]}, ", "}]},\n"))
-        with pytest.raises(InputError, match="line 1: not JSON.* read where its file is called .j"):
+        with pytest.raises(InputError, match="line 1: not JSON.* in a file that is called .j"):
             data.read_dialogues(str(path))
 
 
@@ -210,6 +220,14 @@ def test_two_lists_in_one_folder_are_refused(place):
         data.read_dialogues(str(place))
 
 
+def test_bytes_that_are_no_utf_8_are_told_by_line_and_place(place):
+    """A list in Latin-1, as an old program writes it."""
+    path = place / "list.jsonl"
+    path.write_bytes(json.dumps(PAIR).encode() + b'\n{"query": "\xe4"}\n')
+    with pytest.raises(InputError, match="line 2: not UTF-8: byte 12 is 0xe4"):
+        data.read_pairs(str(path))
+
+
 def test_a_line_of_200_megabytes_is_refused_before_it_is_read(place, monkeypatch):
     """In a .jsonl and in an array; the limit is lowered here, and said."""
     monkeypatch.setattr(lines, "MOST", 2_000)
@@ -230,6 +248,11 @@ def test_a_list_that_is_something_else_is_called_what_it_is(place):
     (place / "link" / "metadata.jsonl").symlink_to("nowhere")
     pairs = place / "mmeb" / "A" / "original-0.parquet"
     write(pairs, TRAIN)
+    with zipfile.ZipFile(place / "zip.jsonl", "w") as archive:
+        archive.writestr("list.jsonl", "{}")
+    (place / "gzip.jsonl").write_bytes(gzip.compress(b"{}"))
+    (place / "little.jsonl").write_bytes("\ufeff{}".encode("utf-16-le"))
+    (place / "big.csv").write_bytes("\ufefffile_name".encode("utf-16-be"))
     other = place / "lists"
     other.mkdir()
     jsonl(other, PAIR, name="my.jsonl")
@@ -242,6 +265,11 @@ def test_a_list_that_is_something_else_is_called_what_it_is(place):
             ("no.csv", "no such list"),
             ("link", "metadata.jsonl.* is a symbolic link to nowhere, which is not there"),
             ("lists", "name .*my.jsonl"),
+            (str(pairs), "is a parquet file; give the folder that holds its subset's"),
+            ("zip.jsonl", "is a zip file; unpack it"),
+            ("gzip.jsonl", "is compressed; unpack it"),
+            ("little.jsonl", "is UTF-16; save it as UTF-8"),
+            ("big.csv", "is UTF-16; save it as UTF-8"),
         ):
             with pytest.raises(InputError, match=says):
                 read(str(place / name))
@@ -331,7 +359,9 @@ def test_a_row_without_its_candidates_is_refused(tmp_path, texts, paths):
 def test_columns_are_read_however_they_are_stored(tmp_path):
     """Long strings, as polars writes them; and dictionaries, as pandas does for categories."""
     rows = []
-    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(LONG, TEXT)):
+    kinds = [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(LONG, TEXT)]
+    kinds += [pyarrow.string_view()] if hasattr(pyarrow, "string_view") else []
+    for kind in kinds:
         one = {name: pyarrow.array(column).cast(kind) for name, column in TRAIN.items()}
         write(tmp_path / "A" / "original-0.parquet", one)
         rows.append(list(data.read_pairs(str(tmp_path))["A"]))
@@ -343,7 +373,7 @@ def test_columns_are_read_however_they_are_stored(tmp_path):
             write(tmp_path / "A" / "test-0.parquet", many)
             (query, candidates) = data.read_tasks(str(tmp_path))[0].queries[0]
             equal([query.text, *(x.text for x in candidates)], ["q", "t", "u"], f"{lists}")
-    assert rows[0] == rows[1] == rows[2]
+    assert all(row == rows[0] for row in rows)
 
 
 def test_what_is_no_parquet_file_is_said(tmp_path, monkeypatch):
@@ -498,7 +528,7 @@ def test_missing_pictures_of_mmeb_are_known_before_training_and_scoring(tmp_path
         ("A:", "--subsets A:: choose"),
         ("A:0", "--subsets A:0: choose"),
         ("A:\u00b2", "--subsets A:\u00b2: choose"),
-        ("A,,B", "--subsets : choose"),
+        ("A,,B", "--subsets A,,B: choose"),
         ("A,B,A:3", "A stands twice"),
     ],
 )
@@ -623,8 +653,6 @@ def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_name
     place, monkeypatch
 ):
     """The same line as without workers; lost pictures are counted over all workers."""
-    from plumbing import first_pass
-
     asked = []
 
     def prefetch(make, jobs, workers):
@@ -637,13 +665,37 @@ def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_name
     monkeypatch.setattr(first_pass, "WINDOW", 5)
     lost = {**PAIR, "query": {"text": "<image>", "image": "gone.png"}}
     path = jsonl(place, *[PAIR] * 12, lost, *[PAIR] * 7, lost)
-    with pytest.raises(InputError, match=r"gone.png: no such picture \(and 1 more are missing\)"):
+    with pytest.raises(InputError, match=r"line 13: .*gone.png: no such picture \(and 1 m"):
         digest_of(data.read_pairs(path).values())
     path = jsonl(place, *[PAIR] * 12, {"query": 1}, *[PAIR] * 7, {"target": 1})
     with pytest.raises(InputError, match='line 13: needs "query" and "target"'):
         data.read_pairs(path)
     data.read_pairs(jsonl(place, *[PAIR] * 10))
     assert asked[0] > 0 and asked[1] > 0 and asked[2] == 0, "a short list needs no processes"
+
+
+def test_each_example_of_a_long_list_is_tried_by_one_worker(tmp_path, monkeypatch):
+    """And by no other one: that every worker tried all of them took twice the time on two cores."""
+    monkeypatch.setattr(first_pass, "FEW", 10)
+    monkeypatch.setattr(first_pass, "WINDOW", 5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+
+    def read(indices):
+        with open(tmp_path / "tried", "ab", buffering=0) as file:
+            file.write("".join(f"{i}\n" for i in indices).encode())
+        return iter(indices)
+
+    source = Source(images=Images(tmp_path), read=read)
+    first_pass.first_pass("list", 58, first_pass.Tries(source))
+    tried = sorted(map(int, (tmp_path / "tried").read_text().split()))
+    equal(tried, list(range(58)), "each example")
+
+
+def test_targets_of_two_parts_are_two_where_one_of_them_is_in_both():
+    """A list whose second pair has the first one's target and a negative compares something."""
+    one, two = first_pass.Found(targets=frozenset([1])), first_pass.Found(targets=frozenset([1, 2]))
+    for joined in (one.join(two), two.join(one)):
+        equal((joined.targets, joined.only_target), ({1, 2}, None), "Found.join")
 
 
 def test_one_evaluation_set_at_a_time_is_in_memory(tmp_path):

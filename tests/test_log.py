@@ -83,6 +83,45 @@ def test_each_step_is_a_line_of_the_file_under_the_flags_and_the_versions(tmp_pa
     equal([x["step"] for x in run(tmp_path, 4, start=2)[1:]], [1, 2, 3, 4], "from step 2 on")
     header, *lines = run(tmp_path, 2, cut=7)
     equal([x["cut"] for x in lines], [7, 7], "begun anew")
+    equal(header["config"]["steps"], 2, "begun anew, with its own flags")
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"config": {"st'])
+def test_a_log_whose_first_line_is_lost_has_one_again(tmp_path, torn):
+    """A kill, or a full disk, may have cost it."""
+    (tmp_path / "log.jsonl").write_text(torn)
+    header, *lines = run(tmp_path, 3, start=2)
+    equal((header["config"]["steps"], [x["step"] for x in lines]), (3, [3]), "earlier_lines")
+
+
+class Nearly:
+    """A file on a disk that is nearly full: it takes some bytes more, then all again."""
+
+    def __init__(self, file, room):
+        self.file, self.room, self.name = file, room, file.name
+
+    def write(self, line):
+        taken, self.room = line[: self.room], 10**6
+        return self.file.write(taken)
+
+    def seek(self, *where):
+        return self.file.seek(*where)
+
+    def truncate(self):
+        return self.file.truncate()
+
+
+def test_a_line_that_is_half_written_is_taken_back(tmp_path, capsys):
+    """The file has whole lines; that one is missing is said once."""
+    logged = log.Log(TrainingFlags(steps=3, out=str(tmp_path)), 0)
+    logged.file = Nearly(logged.file, 9)
+    for step in range(3):
+        logged.write({"step": step + 1})
+        if step == 1:
+            logged.file.room = 4  # full again
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    equal([json.loads(line).get("step") for line in lines], [None, 2], "whole lines")
+    equal(capsys.readouterr().out.count("lacks lines from here on"), 1, "said once")
 
 
 def test_the_bar_goes_from_where_the_run_goes_on(tmp_path, monkeypatch):

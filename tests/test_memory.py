@@ -1,12 +1,18 @@
-"""What fits into memory: chunks of rows within a token budget, and a budget that is halved. (The
-gradient of a step that ran out of memory: test_gradcache.py.)"""
+"""What fits into memory: chunks of rows within a token budget, and a budget that is halved; where
+ranks meet, and a step is left. (The gradient of a step that ran out of memory: test_gradcache.py;
+real signals: test_ending.py.)"""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checks import equal, expect
 
+from plumbing import memory
+from plumbing.config import CHUNK_TOKENS, KEEP_GRAPHS
+from plumbing.ending import StepLeft
 from plumbing.errors import InputError
-from plumbing.memory import answering, meeting, token_chunks, until_it_fits
+from plumbing.memory import Budget, answering, meeting, token_chunks, until_it_fits
 
 
 def check_chunks(chunks_of):
@@ -139,3 +145,235 @@ def test_what_a_tower_said_is_given_back_once_and_then_forgotten(where):
     equal("forward" in vars(tower), False, "memory.answering: the tower's own forward")
     with answering(tower, outputs, 7, where):
         expect(tower(one).requires_grad, "no graph", "a graph", "a chunk that comes once")
+
+
+# ------------------------------------------------------------------------------------ many towers
+
+
+class Tower(torch.nn.Linear):
+    """It counts how often it looks."""
+
+    looks = 0
+
+    def forward(self, x):
+        self.looks += 1
+        return super().forward(x)
+
+
+class Seeing(torch.nn.Module):
+    """A model that is a tower."""
+
+    def __init__(self, trained):
+        super().__init__()
+        self.tower = Tower(2, 3).requires_grad_(trained)
+
+    def get_encoder(self, modality):
+        return self.tower
+
+    def embed(self, chunk):
+        return self.tower(torch.tensor(chunk, dtype=torch.float32)[:, None].expand(-1, 2))
+
+
+@pytest.mark.parametrize(
+    ("trained", "where", "remembers"),
+    [(False, "device", True), (False, "host", True), (False, "off", False), (True, "host", False)],
+)
+def test_only_a_frozen_tower_is_remembered_and_where_it_is_asked_for(trained, where, remembers):
+    """Chunks are told apart by their first row, not by their size; weights that are trained say
+    something else in pass 2, or need their graph."""
+    mllm = Seeing(trained)
+    embed = memory.remember_tower(mllm.embed, mllm, where)
+    expect((embed == mllm.embed) != remembers, embed, f"remembers: {remembers}", "remember_tower")
+    with torch.no_grad():
+        first = [embed(chunk) for chunk in ([1, 2], [3, 4])]
+        looks = mllm.tower.looks
+    expect(not torch.equal(*first), first, "two outputs", "the test would be too easy")
+    again = [embed(chunk) for chunk in ([1, 2], [3, 4])]
+    equal([x.tolist() for x in again], [x.tolist() for x in first], "each chunk its own")
+    equal(mllm.tower.looks - looks, 0 if remembers else 2, "passes through the tower in pass 2")
+
+
+def test_what_was_said_is_remembered_as_it_was_said():
+    """Trap: the Qwens put something else into the fields of it."""
+
+    class Family(torch.nn.Linear):
+        def forward(self, x):
+            return {"features": super().forward(x)}
+
+    tower, x, outputs = Family(2, 3), torch.randn(1, 2), {}
+    with torch.no_grad(), answering(tower, outputs, 0, "device"):
+        said = tower(x)
+        features = said["features"]
+        said["features"] = None
+    with answering(tower, outputs, 0, "device"):
+        equal(tower(x)["features"], features, "memory.move: a container of its own")
+
+
+def test_a_tower_of_which_a_part_is_trained_is_not_remembered():
+    """One weight that moves is enough."""
+    mllm = Seeing(trained=False)
+    mllm.tower.bias.requires_grad_()
+    equal(memory.remember_tower(mllm.embed, mllm, "device") == mllm.embed, True, "any(...)")
+
+
+def test_what_is_remembered_is_a_copy_and_not_the_same_container():
+    """Trap: the Qwens overwrite fields of what their tower said."""
+    output = {"a": [torch.ones(2)]}
+    moved = memory.move(output, torch.device("cpu"))
+    moved["a"].append(3)
+    equal(len(output["a"]), 1, "another container")
+    equal(memory.move({"a": torch.ones(2), "b": 1}, "meta")["a"].device.type, "meta", "move")
+
+
+# ----------------------------------------------------------------------------- what a step may take
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_budget_is_what_has_fitted_else_the_flags_else_the_devices(device):
+    """Each of the three fields; 0 graphs are a number, too."""
+    device = torch.device(device)
+    own = CHUNK_TOKENS[device.type], KEEP_GRAPHS[device.type], "host"
+    for fitting, chunk_tokens, keep_graphs, want in (
+        (0, None, None, own), (0, 7, 0, (7, 0, "host")), (5, 7, 3, (5, 3, "host")),
+        (5, None, None, (5, *own[1:])),
+    ):  # fmt: skip
+        cfg = SimpleNamespace(fitting=fitting, chunk_tokens=chunk_tokens, keep_graphs=keep_graphs)
+        cfg.vision_cache = "host"
+        equal(tuple(Budget.of(cfg, device)), want, f"{fitting} {chunk_tokens} {keep_graphs}")
+
+
+# -------------------------------------------------------------------------------- where ranks meet
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """others(words): what the other ranks say at the next meetings; what this one said."""
+
+    def say(*words):
+        said, left = [], list(words)
+
+        def gather(word):
+            said.append(word)
+            return [word, *left.pop(0)]
+
+        monkeypatch.setattr(memory, "gather_objects", gather)
+        return said
+
+    return say
+
+
+FITS, FITS_NOT, LEFT = memory.FITS, memory.FITS_NOT, memory.LEFT
+
+
+def test_the_worst_word_of_any_rank_counts(others):
+    """Who leaves ends the step for all, also where another one is out of memory."""
+    for word, words, error in (
+        (FITS, (FITS, FITS), None), (FITS, (FITS, FITS_NOT), memory.DoesNotFit),
+        (FITS_NOT, (FITS, FITS), memory.DoesNotFit), (FITS, (LEFT, FITS), StepLeft),
+        (LEFT, (FITS_NOT, FITS), StepLeft), (FITS_NOT, (LEFT, FITS), StepLeft),
+    ):  # fmt: skip
+        others(words)
+        if error is None:
+            memory.meet(word)
+        else:
+            with pytest.raises(error):
+                memory.meet(word)
+
+
+@pytest.mark.parametrize("late", [None, 0, 1, 3])
+def test_chunks_end_where_a_signal_has_waited_too_long(others, monkeypatch, late):
+    """Before the chunk that is next; in the end all ranks hear it, and leave. Without a signal all
+    chunks come; another rank's leaving is heard in the end."""
+    seen = []
+    monkeypatch.setattr(memory, "overdue", lambda: late is not None and len(seen) >= late)
+    said = others((FITS,))
+    if late is None:
+        seen.extend(memory.unless_stopped("abc"))
+    else:
+        with pytest.raises(StepLeft):
+            for chunk in memory.unless_stopped("abc"):
+                seen.append(chunk)
+    equal("".join(seen), "abc"[:late], "chunks")
+    equal(said, [FITS if late is None else LEFT], "one meeting, in the end")
+    if late is None:
+        others((LEFT,))
+        with pytest.raises(StepLeft):
+            list(memory.unless_stopped("abc"))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_step_of_gradcache_is_left_before_its_next_chunk(others, monkeypatch, together):
+    """A rank by itself, to say so where the ranks meet; sharded ranks look together, each time."""
+    late = []
+    monkeypatch.setattr(memory, "overdue", lambda: bool(late))
+    monkeypatch.setattr(memory.sharding, "sharded", lambda _: together)
+    embed = memory.leavable(lambda chunk: chunk, None)
+    said = others((FITS,), (FITS,), (LEFT,))
+    equal(embed([1]), [1], "as it is")
+    late.append(1)
+    with pytest.raises(StepLeft if together else memory.Leaving):
+        embed([2])
+    equal(said, [FITS, LEFT] if together else [], "meetings")
+    if together:
+        late.clear()
+        with pytest.raises(StepLeft):
+            embed([3])
+
+
+def raising(error):
+    def attempt(chunk_tokens):
+        if error:
+            raise error
+
+    return attempt
+
+
+def test_each_attempt_ends_with_a_meeting_whatever_befell_it(others):
+    """Out of memory, left, or well: the others hear it; any other error is one."""
+    no_room = torch.OutOfMemoryError("planted")
+    for error, word in ((None, FITS), (no_room, FITS_NOT), (memory.Leaving(), LEFT)):
+        for theirs in (FITS, FITS_NOT, LEFT):
+            said = others((theirs,))
+            worst = max(word, theirs)
+            if worst == LEFT:
+                with pytest.raises(StepLeft):
+                    memory.fits_into_memory(raising(error), 100)
+            else:
+                equal(memory.fits_into_memory(raising(error), 100), worst == FITS, "fits")
+            equal(said, [word], f"{error!r}")
+    said = others((FITS,))
+    with pytest.raises(memory.DoesNotFit):
+        raising(memory.DoesNotFit())(1)
+    equal(memory.fits_into_memory(raising(memory.DoesNotFit()), 100), False, "heard on the way")
+    equal(said, [], "all have met already")
+    with pytest.raises(ZeroDivisionError):
+        memory.fits_into_memory(raising(ZeroDivisionError()), 100)
+
+
+def test_all_ranks_give_up_together_where_each_row_stands_alone(others):
+    """By the shortest of all ranks' longest rows, and not by one's own."""
+    starts = []
+
+    def attempt(chunk_tokens):
+        if chunk_tokens > 60:
+            raise torch.OutOfMemoryError("planted")
+
+    # Meeting, longest rows; this rank's longest row has 500 tokens, the other's 80.
+    others((FITS,), (80,), (FITS,))
+    equal(until_it_fits(attempt, 100, 500, lambda: starts.append(1)), 50, "100 is above 80")
+    equal(starts, [1], "from the beginning")
+    others((FITS,), (80,))
+    with pytest.raises(InputError, match="--chunk-tokens 70: try half of it"):
+        until_it_fits(attempt, 70, 500, starts.clear)
+
+
+def test_ranks_meet_before_the_loss(others):
+    """Where one ran out of memory in pass 1 no rank computes a loss."""
+    others((FITS_NOT,))
+    with pytest.raises(memory.DoesNotFit):
+        meeting(lambda z: pytest.fail("a loss"))(torch.ones(2, requires_grad=True))
+    others((FITS,))
+    z = torch.ones(2, requires_grad=True)
+    loss = meeting(lambda z: 3 * z.sum())(z)
+    loss.backward()
+    equal((loss.item(), z.grad.tolist()), (6.0, [3.0, 3.0]), "both fit")

@@ -2,6 +2,7 @@
 they are looked for, and the hub's zip files."""
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -266,6 +267,21 @@ def test_pillows_remarks_are_not_printed():
         images_module.quiet_pillow()
         assert open_image(io.BytesIO(whole)).size == (40, 20)
     assert not heard
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler"),
+    reason="libtiff is built into this Pillow, and cannot be told to be quiet",
+)
+def test_what_libtiff_says_of_a_damaged_fax_is_not_printed(capfd):
+    """It had a line on stderr, past Python's, for each damaged one of the picture: hundreds."""
+    noise = Image.effect_noise((300, 300), 99).convert("1")
+    whole = bytearray(encoded("TIFF", noise, compression="group4"))
+    for i in range(2_000, len(whole) - 600, 97):
+        whole[i] ^= 0x55
+    with contextlib.suppress(InputError):
+        open_image(io.BytesIO(whole))
+    assert not capfd.readouterr().err
 
 
 # --------------------------------------------------------------------------------- EXIF and colours

@@ -121,6 +121,38 @@ def precisions(setting) -> list:
     return noted.seen
 
 
+def test_full_precision_is_in_force_inside_and_what_was_before_it_after():
+    """Of both backends, each its own, after an error too; and no autocast inside."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = [backend.fp32_precision for backend in BACKENDS]
+        expect("ieee" not in before, before, "less than full precision", "too easy")
+        for error in (None, ZeroDivisionError):
+            try:
+                with bfloat16(), precision.full_float32("cpu"):
+                    inside = [backend.fp32_precision for backend in BACKENDS]
+                    cast = torch.is_autocast_enabled("cpu")
+                    if error:
+                        raise error
+            except ZeroDivisionError:
+                pass
+            equal((inside, cast), (["ieee", "ieee"], False), "inside")
+            equal([backend.fp32_precision for backend in BACKENDS], before, f"after {error}")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_products_of_bfloat16_numbers_are_float32():
+    """Seven digits of what their numbers are; of float64 fifteen."""
+    q, t = unit_vectors(8).bfloat16(), unit_vectors(20).bfloat16()
+    got = precision.products(q, t)
+    equal(got.dtype, torch.float32, "at_least_float32")
+    close(got, q.double() @ t.double().T, "seven digits", 1e-6)
+    equal(precision.products(q.double(), t.double()).dtype, torch.float64, "wider stays wide")
+    mixed = precision.products(q, t.float())
+    equal(mixed, got, "one of them alone")
+
+
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
 def test_no_product_of_the_loss_is_tf32(setting):
     """Whatever `torch.set_float32_matmul_precision` says: IEEE float32 at each of the four

@@ -73,6 +73,53 @@ def test_torchruns_environment_is_whole_or_refused(change, devices, says, monkey
         ranks.check_environment(devices)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_ranks_that_cannot_be_joined_are_one_line(error, monkeypatch):
+    """With the address; in a process of torchrun's alone."""
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+
+    def fail(*_, **__):
+        raise error("no route to host")
+
+    monkeypatch.setattr(ranks.dist, "init_process_group", fail)
+    with pytest.raises(InputError, match="cannot join the other ranks at a:1: no route to host"):
+        ranks.setup()
+    monkeypatch.delenv("RANK")
+    equal(ranks.setup(), torch.device("cpu"), "without torchrun there are none")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(InputError, match="RANK=2 is not below"):
+        ranks.setup()
+
+
+def test_what_a_user_can_put_right_ends_a_command_with_one_line(monkeypatch):
+    """Memory, for one; anything else goes on to leave_by."""
+    ends = []
+
+    class Left(BaseException):
+        pass
+
+    def leave(*words, status=1):
+        ends.append(words)
+        raise Left
+
+    monkeypatch.setattr(ranks, "leave", leave)
+    monkeypatch.setattr(ranks, "leave_by", lambda error: ends.append(error))
+
+    def run(error):
+        def main(words):
+            raise error
+
+        ranks.run_command(main)
+
+    with pytest.raises(Left):
+        run(torch.OutOfMemoryError("no memory"))
+    assert "no memory: out of memory; halve --chunk-tokens" in ends[0][0], ends
+    unknown = ZeroDivisionError("x")
+    run(unknown)
+    equal(ends[1:], [unknown], "leave_by")
+
+
 def test_two_errors_of_torch_have_a_clear_line(monkeypatch):
     """Memory, with the way out; a peer that is gone, where there are peers; no other one."""
     text = ranks.known_reason(torch.OutOfMemoryError("CUDA out of memory. " * 50))

@@ -2,9 +2,14 @@
 
 import argparse
 import json
+import runpy
+import sys
+from pathlib import Path
 
+import pytest
 from bench import reproduce
 from checks import equal, expect
+from forked import Fork, as_script
 
 import contrastive
 import pretrain
@@ -66,20 +71,60 @@ def test_the_pages_say_what_the_records_say():
             expect(cell(rows, "overall") in line, line, cell(rows, "overall"), f"{study}, {arm}")
 
 
-def test_it_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch, capsys):
+def test_a_run_has_a_process_of_its_own_that_is_paid_for_or_told_of():
+    """What it printed, and its CPU seconds; where it fails, what it said."""
+    said, seconds = reproduce.call("-c", "print(sum(range(10**7)))")
+    equal(said, f"{sum(range(10**7))}\n", "its output")
+    assert 0 <= seconds < 60
+    with pytest.raises(RuntimeError, match="(?s)-c 1/0.*ZeroDivisionError"):
+        reproduce.call("-c", "1/0")
+
+
+def test_such_a_process_is_one_stage_2(monkeypatch, capsys):
+    """`reproduce.py --run JOB`, whatever else: with the job's flags, which are refused here."""
+    job = dict(first="", second="--steps many", seed=0, queries=1, init="toy")
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--show", "--run", json.dumps(job)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(reproduce.__file__, run_name="__main__")
+    expect("--steps: invalid int value: 'many'" in (said := capsys.readouterr().err), said, "", "")
+
+
+@pytest.fixture
+def forks(monkeypatch, tmp_path):
+    """In the place of `reproduce.call`, with all that this process has imported. -> the scripts."""
+    scripts = []
+
+    def call(script, *words):
+        def run():
+            if script == "pretrain.py":
+                as_script(pretrain, words)
+            print(json.dumps(reproduce.run_contrastive(json.loads(words[1]))))
+
+        scripts.append(Path(script).name)
+        said = tmp_path / f"said-{len(scripts)}"
+        equal(Fork(run, said).wait(), 0, script)
+        return said.read_text(), 1.0
+
+    monkeypatch.setattr(reproduce, "call", call)
+    return scripts
+
+
+def test_it_runs_what_is_missing_and_nothing_twice(forks, tmp_path, monkeypatch, capsys):
     """Two arms, a few steps each; the second time nothing is left to do."""
     monkeypatch.setattr(reproduce, "QUERIES", 1)
-    monkeypatch.setattr(reproduce, "STAGE1", "--steps 1 --batch 2 --workers 0")
-    small = "--steps 4 --batch 4 --block 4"
+    monkeypatch.setattr(reproduce, "CURVE", 2)
+    monkeypatch.setattr(reproduce, "STAGE1", "--steps 1 --batch 2 --workers 0 --muon-lr 0")
+    small = "--steps 2 --batch 4 --block 4 --muon-lr 0"
     arms = {"none": (None, small), "plain": ("--no-compress", small)}
     monkeypatch.setattr(reproduce, "STUDIES", dict(arms=(1, arms)))
-    args = argparse.Namespace(study="arms", seeds=None, jobs=2)
+    args = argparse.Namespace(study="arms", seeds=None, jobs=1)
     args.out, args.json = tmp_path / "out", tmp_path / "r.json"
     reproduce.main(args)
+    equal(forks, ["reproduce.py", "pretrain.py", "reproduce.py"], "a stage 1, and two stages 2")
     runs = json.loads(args.json.read_text())["runs"]
-    equal([r["steps"] for r in runs], [[1, 2, 3, 4]] * 2, "scored four times")
+    equal([r["steps"] for r in runs], [[1, 2]] * 2, "scored twice")
     equal(sorted(r["seconds1"] > 0 for r in runs), [False, True], "one of them had a stage 1")
     said = capsys.readouterr().out
     expect("2 runs after 1 stages 1" in said, said, "the sum", "show")
-    monkeypatch.setattr(reproduce, "call", None)
     reproduce.main(args)
+    equal(len(forks), 3, "nothing is run twice")

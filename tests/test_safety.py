@@ -112,7 +112,7 @@ def test_missing_weights_are_an_error_and_not_random_numbers(folder):
 def test_a_wrong_nanocoma_json_is_an_error(folder, wrong):
     """Good JSON of the wrong kind, a K that is none or would fill the memory, unknown names."""
     (folder / "nanocoma.json").write_text(wrong)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="nanocoma.json"):
         model.load(folder, device="cpu")
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Fork, as_script
 
 import contrastive
 import data
@@ -41,9 +42,9 @@ def test_the_three_commands_of_the_quick_start_run_through(tmp_path, capsys):
     """pretrain, contrastive from its result, evaluate; the JSON has its fields. The first one as a
     process: it ends well, with its last line on the screen."""
     p, c, scores = tmp_path / "p", tmp_path / "c", tmp_path / "scores.json"
-    done = command("pretrain.py", "--steps", 2, "--batch", 8, "--out", p)
+    done = command("pretrain.py", "--steps", 2, "--batch", 8, "--muon-lr", 0, "--out", p)
     assert done.returncode == 0 and done.stdout.endswith(f"saved {p}\n"), done
-    small = ["--steps", 2, "--batch", 16, "--block", 8, "--workers", 0]
+    small = ["--steps", 2, "--batch", 16, "--block", 8, "--workers", 0, "--muon-lr", 0]
     here(contrastive, "--model", p, *small, "--out", c)
     said = capsys.readouterr().out
     assert "loss sees N = 1 x 16 = 16 pairs (chance loss ln N = 2.77)" in said, said
@@ -56,13 +57,16 @@ def test_the_three_commands_of_the_quick_start_run_through(tmp_path, capsys):
     row = result["sets"]["classify"]
     assert set(row) >= {"p_at_1", "chance", "queries", "meta_task", "ood"}, row
     assert set(result["meta_tasks"]) == {"Classification", "VQA", "Retrieval", "Grounding"}
+    ood = {name for name, row in result["sets"].items() if row["ood"]}
+    assert ood == {name for name in result["sets"] if name.endswith(("-new", "-words"))}, ood
+    assert len(ood) == 10 and len(result["sets"]) == 15
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the photographs are not beside this clone")
 def test_real_photographs_in_mmebs_own_layout_go_through_all_three_stages(tmp_path):
     """LLaVA-style dialogues, MMEB-train with hard negatives, MMEB-eval with its candidates."""
     p, c, scores = tmp_path / "p", tmp_path / "c", tmp_path / "s.json"
-    small = ["--steps", 2, "--batch", 16, "--workers", 0]
+    small = ["--steps", 2, "--batch", 16, "--workers", 0, "--muon-lr", 0]
     talks = ["--data", PHOTOS / "conversations.jsonl"]
     here(pretrain, *talks, "--image-root", PHOTOS / "MMEB-train/images", *small, "--out", p)
     pairs = ["--data", PHOTOS / "MMEB-train", "--block", 8]
@@ -101,12 +105,14 @@ def test_a_flag_that_has_moved_says_where_it_went(stage):
     assert search.Config.parse(["--images", "x"]).images == "x", "where it lives now"
 
 
-def test_a_command_that_has_moved_ends_with_one_line(monkeypatch):
+def test_a_command_that_has_moved_ends_with_one_line(tmp_path, monkeypatch):
     """Exit status 1, and nothing but that line: `python pretrain.py --explain`, in a process of its
     own; data.py and model.py, which had commands, with any words or none."""
-    done = command("pretrain.py", "--explain")
-    assert done.returncode == 1 and not done.stdout, done
-    (line,) = done.stderr.strip().splitlines()
+    said = tmp_path / "stdout", tmp_path / "stderr"
+    status = Fork(lambda: as_script(pretrain, ["--explain"]), *said).wait()
+    out, err = (path.read_text() for path in said)
+    assert status == 1 and not out, (status, out)
+    (line,) = err.strip().splitlines()
     assert line == "pretrain.py: --explain has moved: python -m tools.explain --help", line
     for words, says in (
         (["data.py", "check", "talks.jsonl"], "data.py has no commands: python -m tools.look | "),

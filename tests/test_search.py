@@ -177,13 +177,25 @@ def test_its_own_picture_and_index_are_not_found_where_the_folder_is_the_working
     assert "0 of them new" in said
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tiff"])
+def test_a_sheet_replaces_a_sheet_and_no_photograph(folder, shared, ending):
+    """--out in the searched folder, there already: of an earlier search, or a user's."""
+    cfg = search.Config(images=str(folder), text="two", out=str(folder / f"sheet.{ending}"))
+    for _ in range(2):
+        search.refuse_no_search(cfg)
+        search.search(shared, cfg)
+    Image.new("RGB", (8, 8)).save(cfg.out)
+    with pytest.raises(InputError, match=f"--out .*sheet.{ending}: is a file of .*would be lost"):
+        search.refuse_no_search(cfg)
+
+
 def test_a_search_that_cannot_be_is_refused_before_anything_is_loaded(folder, monkeypatch):
     """A picture that is not there (without a word of --image-root, which a search has not), a sheet
     of no kind, no folder, nothing asked."""
     monkeypatch.setattr(model, "load_for", pytest.fail)
     good = dict(images=str(folder), text="x", out=str(folder.parent / "x.png"))
     for flags, says in (
-        (dict(query_image="gone.png"), "--query-image gone.png: no such file$"),
+        (dict(query_image="gone.png"), "--query-image gone.png: no such picture$"),
         (dict(out="x.xyz"), "no kind of picture; end it with .png"),
         (dict(out="x"), "no kind of picture; end it with .png"),
         (dict(images="gone"), "no such folder, or no pictures"),
@@ -205,7 +217,7 @@ def test_an_index_that_cannot_be_written_costs_nothing_but_itself(folder, shared
 def test_a_long_name_and_a_long_text_are_printed_in_200_characters(folder, shared, capsys):
     """The text is the sheet's title, too."""
     (folder / "3.PNG").rename(folder / f"{'x' * 240}.png")
-    said = run(folder, shared, capsys, text="two " * 5000, top=20)
+    said = run(folder, shared, capsys, text="two " * 500, top=20)
     assert max(map(len, said.splitlines())) < 230 and "xxx\u2026" in said, said
 
 

@@ -13,18 +13,14 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
-from checks import close
+from checks import change, close
 from PIL import Image
-from sentence_transformers import SentenceTransformer
-from transformers.utils import is_torchvision_available
 
 import data
 import model
-from data import Item
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import DESCRIBE, IMAGE, digest_of
@@ -44,7 +40,6 @@ HELP = {  # of each command what reads its command line, and a word of its help
     "compare_logs": (compare_logs.main, "REFERENCE"),
     "mine": (mine.main, "--first"),
 }
-TORCHVISION = is_torchvision_available()
 QUESTIONS = "how many objects are there?\nwhat is at the top left?\nwhat is at the top right?\n"
 
 
@@ -173,6 +168,16 @@ def test_a_reply_that_begins_with_a_templates_own_token_is_no_answer(reply):
     assert [answer for _, answer in turns] == ["a < b", "<b>bold</b>", "<3"], "negative control"
 
 
+def test_a_model_that_cannot_reply_is_refused_before_the_first_picture(folder, tmp_path):
+    """Its generation_config.json is of wrong types: one line, and not a failure a picture."""
+    change(folder / "generation_config.json", eos_token_id="x")
+    asked = tmp_path / "q.txt"
+    asked.write_text(QUESTIONS)
+    flags = ["--images", pictures(tmp_path / "p", 1), "--model", folder, "--questions", asked]
+    with pytest.raises(InputError, match="another model: generation_config.json "):
+        generate(*flags, "--out", tmp_path / "d.jsonl")
+
+
 def test_a_model_that_writes_a_templates_token_first_makes_no_answer(tmp_path, monkeypatch):
     """In this process too, where decoding would hide the token."""
     folder, asked = pictures(tmp_path / "p", 1), tmp_path / "q.txt"
@@ -214,6 +219,17 @@ def test_a_full_disk_costs_no_dialogue_that_is_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, old)
     assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "notes", [b"my notes", b"my notes\n", b'{"a": 1}\n', b"[1]\n", b"\x89PNG\n"]
+)
+def test_a_file_of_something_else_is_no_earlier_run(tmp_path, notes):
+    """It is said, and stays as it is; what has no end of line was cut off once, to nothing."""
+    (tmp_path / "x").write_bytes(notes)
+    with pytest.raises(InputError, match="--out .*line 1 is no dialogue of an earlier run"):
+        generator.read_done(tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == notes
 
 
 # ------------------------------------------------------------------------------- a server elsewhere
@@ -441,6 +457,7 @@ def test_check_never_writes_over_its_source(tmp_path):
         (talks, "--clean", tmp_path / "link.jsonl"),
         (train, "--clean", train),
         (talks, "--list-bad", talks),
+        (talks, "--clean", tmp_path / "x", "--list-bad", tmp_path / "x"),
     ):
         with pytest.raises(InputError, match="would be written over"):
             checked(*words)
@@ -543,31 +560,7 @@ def test_check_writes_no_copy_of_a_list_of_which_nothing_is_good(tmp_path, capsy
     assert not list((tmp_path / "c").rglob("*.parquet"))
 
 
-# ------------------------------------------------------------------------ for sentence-transformers
-
-
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("family", families.FAMILIES if TORCHVISION else ["llava_next", "gemma3"])
-def test_sentence_transformers_makes_the_same_vectors(tmp_path, family, pooling):
-    """`merge IN OUT --export sentence-transformers`: texts, pictures, both. In that
-    library the other families load only where torchvision is installed."""
-    made = model.load(families.build(family, tmp_path / "f"), 4, pooling, "coma", device="cpu")
-    families.redraw(made)
-    model.save(made, tmp_path / "in")
-    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--export", "sentence-transformers"]
-    merge.main(words)
-    other = SentenceTransformer(
-        str(tmp_path / "out"), device="cpu", trust_remote_code=pooling == "mean"
-    )
-    picture = scene(0).render()
-    texts = ["a red circle.", "What is\nit? "]
-    ours = [*texts, picture, Item(f"{IMAGE} what is it?", (picture,))]
-    theirs = [*texts, picture, {"image": picture, "text": " what is it?"}]
-    want = made.encode(ours)
-    cosines = (other.encode(theirs) * want).sum(1)
-    assert cosines.min() > 0.9999, cosines
-    assert (other.encode(texts) * want[:2]).sum(1).min() > 0.9999, "texts alone"
-    assert (want[0] * want[1]).sum() < 0.999, "the check tells vectors apart"
+# ----------------------------------------------------------------------------------------- merging
 
 
 def test_merge_leaves_a_plain_folder_of_the_same_embeddings(tmp_path, capsys, monkeypatch):

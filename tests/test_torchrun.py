@@ -1,5 +1,6 @@
-"""The stages under torchrun: what only several processes show. (The gradient of each step over
-ranks: test_gradcache.py; six steps of each script on two ranks, as ever: test_golden.py.)"""
+"""The stages on two ranks: what only several processes show. One run is started by torchrun itself,
+and a rank of it killed. (The gradient of each step over ranks: test_gradcache.py; six steps on two
+ranks, as ever: test_golden.py; other ends: test_ending.py.)"""
 
 import json
 import os
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import stages_on_ranks as stages
+from forked import as_script, on_ranks, said_on
 from safetensors.torch import load_file
 
 import model
+import pretrain
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -57,10 +60,7 @@ def two_ranks(once):
 
     def fill(folder):
         kill_a_rank(folder)
-        run = start("tests/stages_on_ranks.py", folder)
-        said = run.communicate(timeout=240)[0]
-        assert run.returncode == 0, said[-3000:]
-        (folder / "said.txt").write_text(said)
+        assert on_ranks(2, lambda: stages.main(folder), folder) == [0, 0], said_on(folder)
 
     return once("two_ranks", fill)
 
@@ -91,7 +91,7 @@ def test_two_ranks_train_like_one(one_rank, two_ranks, tmp_path):
     as if each rank saw its own share of the batch alone."""
     for stage in ("pretrain", "contrastive"):
         check_alike(one_rank / stage, two_ranks / stage)
-    said = (two_ranks / "said.txt").read_text()
+    said = (two_ranks / "said-0.txt").read_text()
     assert "loss sees N = 2 x 4 = 8 pairs (chance loss ln N = 2.08)" in said, said
     _, stage, flags = stages.RUNS[1]
     stages.run(stage, [*flags, "--batch", "4"], tmp_path / "half")  # negative control
@@ -103,6 +103,8 @@ def test_a_sharded_run_saves_what_an_unsharded_one_does(one_rank, two_ranks):
     """FSDP2 on two ranks, full fine-tuning: the same losses, and a folder that loads unsharded."""
     folders = [one_rank / "contrastive", two_ranks / "sharded"]
     check_alike(*folders)
+    said = (two_ranks / "said-0.txt").read_text()
+    assert "sharded: sharded 1 times" in said and "contrastive: sharded 0 times" in said, said
     a, b = (load_file(folder / "model.safetensors") for folder in folders)
     assert a.keys() == b.keys() and all(a[k].shape == b[k].shape for k in a)
     z = [model.load(f, device="cpu").encode(["a red circle", "two"]) for f in folders]
@@ -115,7 +117,7 @@ def test_evaluation_gives_the_same_numbers_on_two_ranks(two_ranks, tmp_path):
     files = (tmp_path / "scores.json", two_ranks / "scores.json")
     one, two = (json.loads(f.read_text())["sets"] for f in files)
     assert one == two
-    assert "Overall (partial: --limit 2)" in (two_ranks / "said.txt").read_text()
+    assert "Overall (partial: --limit 2)" in (two_ranks / "said-0.txt").read_text()
 
 
 def test_one_rank_killed_ends_the_others_and_the_run_can_be_resumed(two_ranks):
@@ -126,7 +128,7 @@ def test_one_rank_killed_ends_the_others_and_the_run_can_be_resumed(two_ranks):
     assert end["status"] and lost, end
     assert not end["left"], f"processes of the dead run: {end['left']}"
     assert end["saved"][-1] < "step-00000008", "it was killed before its end"
-    assert f"/checkpoints/{end['saved'][-1]}" in (two_ranks / "said.txt").read_text(), "resumed"
+    assert f"/checkpoints/{end['saved'][-1]}" in (two_ranks / "said-0.txt").read_text(), "resumed"
     whole, killed = two_ranks / "whole", two_ranks / "killed"
     assert losses(whole) == losses(killed)
     a, b = (Path(out, "model.safetensors").read_bytes() for out in (whole, killed))
@@ -139,10 +141,8 @@ def test_an_error_in_a_worker_is_one_clear_line(tmp_path):
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
     line = json.dumps({"id": "x", "image": "bad.png", "conversations": talk}) + "\n"
     (tmp_path / "talks.jsonl").write_text(line * 8)
-    run = start(
-        "pretrain.py", "--data", tmp_path / "talks.jsonl", "--batch", 4, "--out", tmp_path / "o"
-    )
-    said = run.communicate(timeout=60)[0]
-    assert run.returncode == 1, said
+    words = ["--data", f"{tmp_path}/talks.jsonl", "--batch", "4", "--out", f"{tmp_path}/o"]
+    assert on_ranks(2, lambda: as_script(pretrain, words), tmp_path) == [1, 1]
+    said = said_on(tmp_path)
     assert re.search(r"^pretrain.py: .*bad.png \(13 bytes\): not a readable", said, re.M), said
-    assert "Original Traceback" not in said, said
+    assert "Traceback" not in said, said

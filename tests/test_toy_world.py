@@ -391,3 +391,13 @@ def test_no_object_leaves_its_quadrant():
             for candidate in candidates:
                 bad = [o for o in picture(candidate).objects if o.size == "large" and o.cell]
                 expect(not bad, bad, "cell 0", f"{name}, t2i {i}")
+
+
+def test_pairs_captions_and_texts_are_those_of_the_records_too():
+    """What stage 2 trains on, and stage 1's variants; of another seed as well."""
+    h = hashlib.sha256()
+    for world in (*WORLDS.values(), Shapes(seed=1)):
+        for i in (*range(20), 10**9 - 1):
+            h.update(repr([world.pair(task, i) for task in TASKS]).encode())
+            h.update(repr([world.dialogue(i, caption=True), world.dialogue(i, texts=0.5)]).encode())
+    equal(h.hexdigest()[:16], "3dc537a19c96f4d0", "the draws, their order, a wording, a repr")

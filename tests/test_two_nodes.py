@@ -4,17 +4,14 @@ refused before the first step, on both, with the rank and the field."""
 
 import json
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import two_nodes
+from forked import on_ranks, said_on
 
 import model
 from data import Item
 
-SCRIPT = Path(__file__).parent / "two_nodes.py"
 DIFFER = {  # case of two_nodes.py -> what both nodes are told
     "rate": r"rank 1 \(.*\) has --lr 0.002 where rank 0 has 0.001 .*the same command",
     "rank of LoRA": "rank 1 .* has --lora-rank 2 where rank 0 has 0",
@@ -25,28 +22,14 @@ DIFFER = {  # case of two_nodes.py -> what both nodes are told
 }
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def nodes(once):
     """The two working folders, after two_nodes.py ran in both at once."""
 
     def fill(folder):
-        port, runs = str(free_port()), []
         for node in ("0", "1"):
             (folder / node).mkdir()
-            words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-            words += ["--nproc-per-node", "1", "--node-rank", node]
-            words += ["--master-addr", "127.0.0.1", "--master-port", port, str(SCRIPT)]
-            with open(folder / node / "said.txt", "w") as said:
-                runs.append(subprocess.Popen(words, cwd=folder / node, stdout=said, stderr=said))
-        for run in runs:
-            run.wait(timeout=240)
-        assert not any(run.returncode for run in runs), (folder / "0" / "said.txt").read_text()
+        assert on_ranks(2, two_nodes.main, folder, apart=True) == [0, 0], said_on(folder)
 
     return once("two_nodes", fill)
 
@@ -68,7 +51,7 @@ def test_a_resumed_run_is_the_whole_one_though_one_node_has_no_checkpoint(nodes,
     files += sorted(nodes.glob("?/out/pretrain/*model.safetensors")) if name == "adapter" else []
     assert [f.relative_to(nodes).parts[0] for f in files] == ["0", "0"], "rank 0 alone writes"
     assert files[0].read_bytes() == files[1].read_bytes()
-    said = (nodes / "0" / "said.txt").read_text()
+    said = (nodes / "said-0.txt").read_text()
     assert f"resumed {name}-broken/checkpoints/step-00000002" in said
 
 

@@ -1,22 +1,16 @@
 """What a user of two nodes without a shared disk does, one thing after the other in one process
-group; a script that test_two_nodes.py starts on each node, in a working folder of its own:
-
-    cd NODE && torchrun --nnodes 2 --node-rank R ... tests/two_nodes.py
-"""
+group: what test_two_nodes.py runs on each node, in a working folder of its own."""
 
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
-
-import contrastive  # noqa: E402
-from plumbing import optim, ranks  # noqa: E402
-from plumbing.errors import InputError  # noqa: E402
+import contrastive
+from plumbing import optim, ranks
+from plumbing.errors import InputError
 
 PAIRS = contrastive.Config(
     model="toy-random", steps=3, batch=4, block=2, muon_lr=0.0, workers=0, save_every=1
@@ -68,7 +62,7 @@ def write_pairs(file, query, target):
 
 
 def main():
-    torch.set_num_threads(1)
+    """On every node."""
     ranks.setup()
     me = ranks.rank()
     write_pairs("pairs.jsonl", "q", f"{me}")
@@ -94,10 +88,3 @@ def main():
     said["out"] = run(PAIRS, out="file")
     Path("said.json").write_text(json.dumps(said, indent=1))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # past the destructors of several runs, as in stages_on_ranks.py
-
-
-if __name__ == "__main__":
-    main()

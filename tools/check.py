@@ -214,18 +214,14 @@ def check_list(file, read, source, clean) -> Count:
 
 def refuse_outputs(source, lists, outputs):
     """InputError, before any work, where a file cannot be written, or is one of the data."""
+    taken = [file for file, _ in lists]
     if outputs.clean:
         for file, _ in lists:
             out = clean_path(source, file, outputs.clean)
-            if os.path.realpath(out) == os.path.realpath(file):
-                hint = "the copy would be written over its own source. Take another name"
-                raise InputError(f"--clean {brief(outputs.clean)}: {hint}")
-            refuse_unwritable(out, "--clean")
+            refuse_unwritable(out, "--clean", [file])
+            taken.append(out)
     if outputs.list_bad:
-        if os.path.realpath(outputs.list_bad) in [os.path.realpath(file) for file, _ in lists]:
-            hint = "would be written over the data. Take another name"
-            raise InputError(f"--list-bad {brief(outputs.list_bad)}: {hint}")
-        refuse_unwritable(outputs.list_bad, "--list-bad")
+        refuse_unwritable(outputs.list_bad, "--list-bad", taken)
 
 
 def check(source, image_root=None, outputs=Outputs()) -> int:  # noqa: B008

@@ -29,14 +29,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from model import add_compression_tokens
 from plumbing.adapters import load_adapter
 from plumbing.config import CommandLine, flag
 from plumbing.errors import InputError, brief
-from plumbing.folders import place
-from plumbing.formats import IMAGE, located
+from plumbing.files import open_file
+from plumbing.folders import place, reading
+from plumbing.formats import IMAGE
 from plumbing.images import open_image
 from plumbing.ranks import run_command
 from plumbing.template import starts_itself, write_prompt
@@ -173,8 +175,16 @@ def load_asked(args) -> tuple:
 def ask_model(args):
     """-> function([(picture, chat)]) -> replies, of an MLLM in this process, all in a batch."""
     mllm, processor = load_asked(args)
-    read = reply_reader(mllm, processor.tokenizer)
+    with reading(place(args.model), "generation_config.json"):
+        replies = replies_of(mllm, processor, args)
+        replies([(Image.new("RGB", (64, 64)), [("user", "a")])], most=1)  # a trial
     torch.manual_seed(args.seed)
+    return replies
+
+
+def replies_of(mllm, processor, args):
+    """See `ask_model`."""
+    read = reply_reader(mllm, processor.tokenizer)
     sampling = {"do_sample": False}
     if args.temperature:
         sampling = {"do_sample": True, "temperature": args.temperature}
@@ -185,7 +195,7 @@ def ask_model(args):
         return write_prompt(processor, talk)
 
     @torch.no_grad()
-    def replies(asked):
+    def replies(asked, most=args.max_tokens):
         prompts = [prompt(chat) for _, chat in asked]
         inputs = processor(
             text=prompts,
@@ -195,7 +205,7 @@ def ask_model(args):
             padding_side="left",  # every reply begins in the same column
             return_tensors="pt",
         ).to(mllm.device)
-        ids = mllm.generate(**inputs, max_new_tokens=args.max_tokens, **sampling)
+        ids = mllm.generate(**inputs, max_new_tokens=most, **sampling)
         return [read(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
 
     return replies
@@ -308,9 +318,11 @@ def read_questions(path) -> list:
     if not path:
         return []
     try:
-        text = Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else ""
-    except (OSError, ValueError) as e:
-        raise InputError(f"--questions {path}: {brief(e)}; a text file is wanted") from None
+        with open_file(path, f"--questions {brief(path)}", "list of questions") as file:
+            text = file.read().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = f"{brief(e)}; a text file (UTF-8) is wanted"
+        raise InputError(f"--questions {brief(path)}: {reason}") from None
     questions = [line.strip() for line in text.splitlines() if line.strip()]
     if len(questions) < 3:
         raise InputError(f"--questions {path}: a file of at least 3, one a line")
@@ -384,14 +396,20 @@ def list_failures(errors, path):
 
 def read_done(out) -> set:
     """The pictures that an earlier run has made dialogues of. Its last line is removed where it was
-    cut off: that dialogue is made again."""
+    cut off: that dialogue is made again. InputError for a file of anything else, which stays."""
     old = out.read_bytes() if out.exists() else b""
-    whole = old[: old.rfind(b"\n") + 1]
+    whole, end, rest = old.rpartition(b"\n")
     done = set()
-    for number, line in enumerate(whole.splitlines(), 1):
-        done.add(located(f"{out}, line {number}", lambda x: json.loads(x)["image"], line))
-    if len(whole) < len(old):
-        os.truncate(out, len(whole))
+    try:
+        for line in whole.splitlines():
+            done.add(json.loads(line)["image"])
+        if rest and not rest.startswith(b"{"):
+            raise ValueError
+    except (LookupError, RecursionError, TypeError, ValueError):
+        text = f"line {len(done) + 1} is no dialogue of an earlier run; take another file"
+        raise InputError(f"--out {brief(out)}: {text}") from None
+    if rest:
+        os.truncate(out, len(whole + end))
     return done
 
 
@@ -406,7 +424,7 @@ def generate(args) -> int:
     # 1. What an earlier run has done.
     if args.server:
         refuse_no_url(args.server, args.api_key)
-    refuse_unwritable(args.out, "--out")
+    refuse_unwritable(args.out, "--out", [args.questions])
     done = read_done(Path(args.out))
 
     # 2. What is left to do, and who is asked.

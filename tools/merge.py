@@ -7,8 +7,7 @@ loads.
 IN is a folder that a stage wrote; without an adapter in it OUT is a copy. OUT has the number type
 of the model under the adapter; where that is bfloat16 the sum of the two is rounded to it (toy
 MLLM, 20 items: cosine 0.99996 or more). With --export, OUT is for that library too:
-`SentenceTransformer(OUT, trust_remote_code=True)` (the code is one small pooling module that is
-written into OUT; with --pooling last there is none).
+`SentenceTransformer(OUT)` makes the same vectors, without any code of ours.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
@@ -16,6 +15,7 @@ import os
 from dataclasses import dataclass
 
 import model
+from plumbing import card
 from plumbing.adapters import origin_of
 from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError
@@ -47,6 +47,7 @@ def main(argv):
         save_sentence_transformers(embedder, cfg.target)
     else:
         model.save(embedder, cfg.target)
+    card.write(cfg.target, source=cfg.source)
     print(f"wrote {cfg.target}")
 
 

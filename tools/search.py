@@ -13,12 +13,13 @@ import hashlib
 import os
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 
 import model
 from data import Item
@@ -26,6 +27,7 @@ from evaluate import encode_sharded
 from plumbing import ranks
 from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
+from plumbing.files import refuse_special
 from plumbing.formats import IMAGE
 from plumbing.images import open_image
 from plumbing.log import versions
@@ -33,6 +35,7 @@ from plumbing.weights import first_model
 from plumbing.writing import refuse_unwritable, written
 from tools.pictures import find_pictures
 
+SHEET = "nanoCoMa: tools.search"  # in the EXIF of the pictures that it makes
 WINDOW = 1024  # pictures that are embedded between two looks at the clock
 SIDE, HEAD, CAPTION = 240, 30, 20  # pixels of the sheet: a cell, above all, below each picture
 
@@ -208,21 +211,35 @@ def search(embedder, cfg):
     captions = [f"{scores[i]:.3f} {brief(paths[i][-30:])}" for i in best]
     title = brief(query.text.replace(IMAGE, cfg.query_image))
     with written(cfg.out, "--out") as part:
-        draw_sheet(title, pictures, captions).save(part)
+        mark = Image.Exif()
+        mark[ExifTags.Base.Software] = SHEET
+        draw_sheet(title, pictures, captions).save(part, exif=mark)
     ranks.say(f"wrote {cfg.out}")
+
+
+def refuse_photograph(cfg):
+    """InputError where --out is one of the pictures that are searched, and no sheet of ours."""
+    out = os.path.realpath(cfg.out)
+    if os.path.isfile(out) and out.startswith(os.path.join(os.path.realpath(cfg.images), "")):
+        with suppress(Exception), Image.open(out) as image:  # whatever is damaged is no sheet
+            if image.getexif().get(ExifTags.Base.Software) == SHEET:
+                return
+        text = f"is a file of {brief(cfg.images)}, and would be lost; take another name"
+        raise InputError(f"--out {brief(cfg.out)}: {text}")
 
 
 def refuse_no_search(cfg):
     """InputError, before anything is loaded, where there is nothing to search for or in."""
     if not cfg.images or not (cfg.text.strip() or cfg.query_image):
         raise InputError("a search needs --images DIR, and --text TEXT or --query-image FILE")
-    if cfg.query_image and not os.path.isfile(cfg.query_image):
-        raise InputError(f"--query-image {brief(cfg.query_image)}: no such file")
+    if cfg.query_image:
+        refuse_special(cfg.query_image, f"--query-image {brief(cfg.query_image)}", "picture")
     ending = Path(cfg.out).suffix.lower()
     if Image.registered_extensions().get(ending) not in Image.SAVE:
         raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
     if ranks.rank() == 0:
-        refuse_unwritable(cfg.out, "--out")
+        refuse_unwritable(cfg.out, "--out", [cfg.query_image])
+        refuse_photograph(cfg)
     find_pictures(cfg.images)
 
 

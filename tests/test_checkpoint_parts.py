@@ -1,0 +1,343 @@
+"""A checkpoint's parts in one process: what is written, what is read back, who is told what, when
+signals are noted. (Whole runs: test_checkpoint.py; what may lie in a folder: test_resume.py.)"""
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from checks import equal, expect
+from safetensors.torch import load_file
+from torch import nn
+
+import contrastive
+import pretrain
+from plumbing import checkpoint, ending
+from plumbing.errors import InputError
+from plumbing.formats import digest_of
+
+STEP = "step-00000003"
+
+
+class Small(nn.Module):
+    """An embedder of two layers, of which one is frozen."""
+
+    K, pooling, style, adapter = 4, "mean", "chat", None
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.frozen, self.trained = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 3)
+
+
+def stepped(net, steps=2):
+    """An optimiser that has taken some steps."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net.trained(torch.ones(2)).square().sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    return pretrain.Config(model="toy-random", out=str(tmp_path / "out"), steps=10)
+
+
+def saved(cfg, step=3, seed=0):
+    net = Small(seed)
+    optimizer = stepped(net)
+    checkpoint.save_checkpoint(net, [optimizer], cfg, step)
+    return net, optimizer
+
+
+# ------------------------------------------------------------------------------ written and read
+
+
+def test_a_checkpoint_is_the_trained_weights_the_optimiser_and_the_step(cfg):
+    """Not what is frozen: of a model of 3 billion weights an adapter is some millions."""
+    cfg.fitting = 77
+    saved(cfg)
+    folder = Path(cfg.out, "checkpoints", STEP)
+    equal(set(load_file(folder / "weights.safetensors")), {"trained.weight", "trained.bias"}, "")
+    state = checkpoint.read_state(folder)
+    equal((state.step, state.world, state.flags["fitting"]), (3, 1, 77), "state.json")
+    equal(state.flags, dataclasses.asdict(cfg), "all flags")
+    equal([x.name for x in folder.parent.iterdir()], [STEP], "nothing beside it")
+
+
+def test_what_is_resumed_is_weights_and_optimiser_as_they_were(cfg):
+    """Into a model that begins with other ones; from the step that was done, with what fitted."""
+    cfg.fitting = 77
+    net, optimizer = saved(cfg)
+    again = Small(seed=1)
+    other = stepped(again, steps=1)
+    resumed = dataclasses.replace(cfg, resume=True)
+    equal(checkpoint.start_or_resume(again, [other], resumed), 3, "the step to begin with")
+    checkpoint.forget_signals()
+    equal(resumed.fitting, 77, "chunk tokens that fitted")
+    for name in ("weight", "bias"):
+        got, want = (getattr(x.trained, name).detach() for x in (again, net))
+        equal(got, want, f"trained.{name}")
+    expect(not torch.equal(again.frozen.weight, net.frozen.weight), "", "", "frozen: its own")
+    for mine, theirs in zip(other.state.values(), optimizer.state.values(), strict=True):
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            equal(mine[key], theirs[key], f"AdamW's {key}")
+
+
+def test_what_fitted_counts_only_for_the_same_chunks(cfg):
+    """--chunk-tokens is said anew: then it is tried anew."""
+    cfg.fitting = 77
+    saved(cfg)
+    resumed = dataclasses.replace(cfg, resume=True, chunk_tokens=500)
+    net = Small()
+    checkpoint.start_or_resume(net, [stepped(net)], resumed)
+    checkpoint.forget_signals()
+    equal(resumed.fitting, 0, "not known")
+
+
+def test_a_run_from_the_start_begins_with_step_0(cfg, capsys):
+    """And says, where it was to go on, that there is nothing."""
+    net = Small()
+    equal(checkpoint.start_or_resume(net, [stepped(net)], cfg), 0, "step")
+    equal("holds no checkpoint" in capsys.readouterr().out, False, "nobody asked")
+    checkpoint.start_or_resume(net, [stepped(net)], dataclasses.replace(cfg, resume=True))
+    equal("the run begins at step 1" in capsys.readouterr().out, True, "--resume")
+    checkpoint.forget_signals()
+
+
+def test_the_newest_ones_stay_and_the_others_go_once_it_is_there(cfg):
+    """--keep of them."""
+    for keep, want in ((2, [5, 7]), (1, [9])):
+        cfg.keep = keep
+        for step in (3, 5, 7) if keep == 2 else (9,):
+            saved(cfg, step)
+        names = [path.name for path in checkpoint.checkpoints_in(cfg.out)]
+        equal(names, [f"step-{step:08d}" for step in want], f"--keep {keep}")
+    left = [path.name for path in Path(cfg.out, "checkpoints").iterdir()]
+    equal(left, ["step-00000009"], "no half of another one")
+
+
+def test_a_disk_that_refuses_costs_the_checkpoint_alone(cfg, monkeypatch, capsys):
+    """One line; older ones stay, nothing half is left."""
+    saved(cfg)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    saved(cfg, 4)
+    said = capsys.readouterr().out
+    expect("no checkpoint at step 4: " in said and said.count("\n") == 1, said, "", "one line")
+    left = [path.name for path in Path(cfg.out, "checkpoints").iterdir()]
+    equal(left, [STEP], "the older one")
+
+
+def test_rank_0_alone_writes_and_reads(cfg, monkeypatch):
+    """The others are sent what it read; that they are several is written down."""
+    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
+    saved(cfg)
+    equal(checkpoint.checkpoints_in(cfg.out), [], "rank 1 writes nothing")
+    seen = {}
+
+    def note(name):
+        return lambda *args, options: seen.update({name: options.broadcast_from_rank0})
+
+    monkeypatch.setattr(checkpoint, "world", lambda: 3)
+    for name in ("set_optimizer_state_dict", "set_model_state_dict"):
+        monkeypatch.setattr(checkpoint.dcp, name, note(name))
+    checkpoint.load_checkpoint(Small(), [], None)
+    equal(set(seen.values()), {True}, f"of several ranks: {seen}")
+    equal(checkpoint.written_state(cfg, 3)["world"], 3, "state.json")
+    monkeypatch.setattr(checkpoint, "world", lambda: 1)
+    checkpoint.load_checkpoint(Small(), [], None)
+    equal(set(seen.values()), {False}, "of one rank")
+
+
+# ------------------------------------------------------------------------ around a step, signals
+
+
+def around(cfg, step, inside=lambda: None, net=None):
+    """A step, in which something happens. -> the exit status, or None."""
+    net = net or Small()
+    try:
+        with checkpoint.kept(net, [stepped(net)], cfg, step):
+            inside()
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+def names_in(out) -> list:
+    return [path.name for path in checkpoint.checkpoints_in(out)]
+
+
+def leave_step():
+    raise ending.StepLeft
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_its_own_status_once_the_state_is_saved(cfg, number, capsys):
+    """After the step, or before it where the step is left; then signals are what they were."""
+    handlers = [signal.getsignal(x) for x in ending.SIGNALS]
+    for inside, name in ((lambda: None, "step-00000006"), (leave_step, "step-00000005")):
+        ending.note_signals()
+        ending.on_signal(number, None)
+        equal(around(cfg, 5, inside), 128 + number, "as a shell has it")
+        equal(names_in(cfg.out)[-1 if name[-1] == "6" else 0], name, "the state that is saved")
+        equal([signal.getsignal(x) for x in ending.SIGNALS], handlers, "forget_signals")
+        equal((ending.stop_asked, ending.handlers_before), ([], {}), "forget_signals")
+    said = capsys.readouterr().out
+    expect("after step 6; --resume goes on" in said and "step 6 is left" in said, said, "", "said")
+
+
+def test_a_checkpoint_is_due_every_so_many_steps_but_after_the_last(cfg):
+    """Which the model itself is; 0: none."""
+    for every, want in ((3, [3, 6, 9]), (5, [5]), (0, [])):
+        cfg.save_every, cfg.keep, cfg.out = every, 9, f"{cfg.out}{every}"
+        for step in range(cfg.steps):
+            equal(around(cfg, step), None, "it goes on")
+        equal(names_in(cfg.out), [f"step-{n:08d}" for n in want], f"--save-every {every}")
+
+
+def test_an_error_in_a_step_is_an_error_and_saves_nothing(cfg):
+    """Signals are then what they were before the run."""
+    ending.note_signals()
+    with pytest.raises(ZeroDivisionError):
+        around(cfg, 5, lambda: 1 / 0)
+    equal((names_in(cfg.out), ending.handlers_before), ([], {}), "kept")
+
+
+def test_signals_are_noted_from_where_the_run_begins_to_its_end(cfg):
+    """start_or_resume and finish; in between they end nothing."""
+    handlers = [signal.getsignal(x) for x in ending.SIGNALS]
+    net = Small()
+    checkpoint.start_or_resume(net, [stepped(net)], cfg)
+    equal([signal.getsignal(x) for x in ending.SIGNALS], [ending.on_signal] * 2, "noted")
+    signal.raise_signal(signal.SIGINT)
+    equal([wish.number for wish in ending.stop_asked], [signal.SIGINT], "and nothing else")
+    Path(cfg.out).mkdir()
+    checkpoint.finish(lambda *_: None, net, cfg)
+    equal([signal.getsignal(x) for x in ending.SIGNALS], handlers, "finish")
+    equal((ending.stop_asked, ending.handlers_before), ([], {}), "forget_signals")
+    ending.note_signals()
+    equal(set(ending.handlers_before), set(ending.SIGNALS), "they can be noted again")
+    ending.forget_signals()
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_child_leaves_the_terminals_signal_to_its_parent(deaf, monkeypatch):
+    """And SIGTERM, too, where the parent needs its work; else it ends by that as any process."""
+    set_to, masks = {}, []
+    monkeypatch.setattr(ending.signal, "signal", lambda number, how: set_to.update({number: how}))
+    monkeypatch.setattr(ending.signal, "set_wakeup_fd", lambda fd: set_to.update(fd=fd))
+    monkeypatch.setattr(ending.signal, "pthread_sigmask", lambda *args: masks.append(args))
+    monkeypatch.setattr(ending, "outlive_nobody", lambda parent: None)
+    ending.be_a_child(deaf)
+    want = {signal.SIGINT: signal.SIG_IGN, "fd": -1}
+    want[signal.SIGTERM] = signal.SIG_IGN if deaf else signal.SIG_DFL
+    equal(set_to, want, "be_a_child")
+    equal(masks, [(signal.SIG_UNBLOCK, ending.SIGNALS)], "blocked around the fork, and no longer")
+
+
+def test_a_process_of_ours_is_watched_from_its_first_moment(monkeypatch):
+    """Both signals; a thread reads what C's handler writes; children are told what they are."""
+    set_to, threads, forks, pipes = {}, [], {}, []
+    monkeypatch.setattr(ending, "pipes", pipes)
+    monkeypatch.setattr(ending.signal, "signal", lambda number, how: set_to.update({number: how}))
+    monkeypatch.setattr(ending.signal, "set_wakeup_fd", lambda fd, **_: set_to.update(fd=fd))
+    monkeypatch.setattr(ending.os, "register_at_fork", lambda **calls: forks.update(calls))
+
+    class Thread:
+        def __init__(self, target, args, daemon):
+            self.what = target, args, daemon
+
+        def start(self):
+            threads.append(self.what)
+
+    monkeypatch.setattr(ending.threading, "Thread", Thread)
+    ending.watch_signals()
+    inside, outside = pipes
+    equal(threads, [(ending.obey, (inside,), True)], "the thread that obeys")
+    equal(set_to.pop("fd"), outside.fileno(), "where C's handler writes")
+    equal(set_to, dict.fromkeys(ending.SIGNALS, ending.on_signal), "both signals")
+    equal(forks["after_in_child"], ending.be_a_child, "children")
+    masks = []
+    monkeypatch.setattr(ending.signal, "pthread_sigmask", lambda *args: masks.append(args))
+    forks["before"](), forks["after_in_parent"]()
+    want = [(how, ending.SIGNALS) for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)]
+    equal(masks, want, "around the fork")
+    for pipe in pipes:
+        pipe.close()
+
+
+# ---------------------------------------------------------------------------- beginning and ending
+
+
+def test_a_finished_run_has_its_model_its_mark_and_no_checkpoints(cfg, capsys):
+    """The mark is of the last step, with the flags."""
+    net, _ = saved(cfg)
+    wrote = []
+    checkpoint.finish(lambda *args, **more: wrote.append((args, more)), net, cfg, embedding=False)
+    equal(wrote, [((net, cfg.out), {"embedding": False})], "save")
+    equal(checkpoint.checkpoints_in(cfg.out), [], "they are needed no more")
+    equal(Path(cfg.out, "checkpoints").exists(), False, "nor is their folder")
+    mark = json.loads(Path(cfg.out, checkpoint.MARK).read_text())
+    equal((mark["step"], mark["config"]["steps"]), (10, 10), "finished.json")
+    expect(f"saved {cfg.out}" in capsys.readouterr().out, "", "", "said")
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_newest_checkpoint(cfg):
+    """Older ones make room, once; the way out is named."""
+    cfg.keep = 3
+    for step in (3, 5):
+        net, _ = saved(cfg, step)
+    tries = []
+
+    def full(*_):
+        tries.append(names_in(cfg.out))
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="the model is not saved: .*finishes from step-00000005"):
+        checkpoint.finish(full, net, cfg)
+    equal(tries, [[STEP, "step-00000005"], ["step-00000005"]], "before each try")
+    equal(Path(cfg.out, checkpoint.MARK).exists(), False, "the run is not over")
+
+
+def test_a_run_begins_with_a_model_that_has_a_name_and_a_digest(cfg, monkeypatch):
+    """Which all ranks agree on; so they do on the data and on what is trained of it."""
+    agreed = []
+    monkeypatch.setattr(checkpoint, "agree", lambda values, what: agreed.append((values, what)))
+    monkeypatch.setattr(checkpoint, "stage_1_model", lambda: "toy-random")
+    cfg = dataclasses.replace(cfg, model="")
+    equal(checkpoint.begin(cfg), torch.device("cpu"), "this rank's device")
+    equal((cfg.model, cfg.model_digest), ("toy-random", "toy-random"), "begin")
+    equal(agreed[-1], ({"the weights": "toy-random"}, "--model toy-random"), "the weights")
+    cfg.data_digest = 12345
+    net = Small()
+    checkpoint.start_or_resume(net, [stepped(net)], cfg)
+    checkpoint.forget_signals()
+    equal(agreed[-2], ({"data (their digest)": 12345}, "--data shapes"), "the data")
+    layout = (4, "mean", "chat", 2)
+    want = {"K, pooling, prompt, trained weights": layout}, "--model toy-random"
+    equal(agreed[-1], want, "the layout")
+
+
+def test_other_words_of_the_same_number_are_other_data(tmp_path):
+    """In one list, or in the second of two."""
+
+    def read(folder, text):
+        file = tmp_path / folder / "pairs.jsonl"
+        file.parent.mkdir()
+        rows = [{"query": {"text": "q"}, "target": {"text": x}} for x in (text, "z")]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return contrastive.read_pairs(str(file))["pairs"]
+
+    one, same, other = read("a", "x"), read("b", "x"), read("c", "y")
+    equal(digest_of([one]), digest_of([same]), "the same")
+    expect(digest_of([one]) != digest_of([other]), digest_of([one]), "another", "digest_of")
+    expect(digest_of([one, one]) != digest_of([one, other]), "", "another", "the second list")

@@ -1,0 +1,335 @@
+"""What other libraries make of our folders: sentence-transformers alone, mteb."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from sentence_transformers import SentenceTransformer
+
+import contrastive
+import evaluate
+import model
+import plumbing.card
+import pretrain
+from data import IMAGE, Item
+from plumbing.config import TrainingFlags
+from plumbing.errors import InputError
+from tools import merge
+from toy.world import Scene, Shapes
+
+# Qwen's and SmolVLM's load in that library only where torchvision is installed.
+FOLDERS = {"mean": "gemma3", "last": "llava_next"}
+QUESTION = "what is it?"
+TORCHVISION = find_spec("torchvision") is not None
+
+# Run where no file of ours can be imported.
+ALONE = """
+import sys
+import numpy as np
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+def vectors(model, picture):
+    both = {"image": picture, "text": "what is it?"}
+    parts = [
+        model.encode(["a red circle.", "What is\\nit? ", picture, both]),
+        model.encode([{"text": "what is it?", "image": picture}]),
+        model.encode_query(["a red circle."]),
+        model.encode_document([picture]),
+        model.encode([picture], prompt_name="classify image"),
+        model.encode(["a red circle."], prompt_name="caption to image"),
+    ]
+    return np.concatenate(parts)
+
+picture = Image.open(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = SentenceTransformer(folder, device="cpu")
+    np.save(folder + ".npy", vectors(model, picture))
+    model.save_pretrained(folder + "-again")
+    again = SentenceTransformer(folder + "-again", device="cpu")
+    np.save(folder + "-again.npy", vectors(again, picture))
+"""
+
+
+def scene(i) -> Scene:
+    """A picture of the toy world."""
+    (_, (scene,)), *_ = Shapes().dialogue(i)
+    return scene
+
+
+def export(pooling, folder):
+    """An embedder, saved, merged and exported into folder/out."""
+    made = model.load(
+        families.build(FOLDERS[pooling], folder / "f"), 4, pooling, "coma", device="cpu"
+    )
+    families.redraw(made)
+    model.save(made, folder / "in")
+    merge.main([str(folder / "in"), str(folder / "out"), "--export", "sentence-transformers"])
+
+
+@pytest.fixture(scope="module")
+def exported(once):
+    """{pooling: the folder, with in/ and out/ in it}. Each out/ was read by a process that has
+    sentence-transformers and nothing of ours, and saved anew: out.npy, out-again/, out-again.npy.
+    """
+
+    def fill(folder):
+        scene(0).render().save(folder / "picture.png")
+        for pooling in FOLDERS:
+            (folder / pooling).mkdir()
+            export(pooling, folder / pooling)
+        outs = [str(folder / pooling / "out") for pooling in FOLDERS]
+        command = [sys.executable, "-P", "-c", ALONE, str(folder / "picture.png"), *outs]
+        subprocess.run(command, cwd=folder, check=True, timeout=600)
+
+    folder = once("exported", fill)
+    return {pooling: folder / pooling for pooling in FOLDERS}
+
+
+def ours(embedder, picture) -> np.ndarray:
+    """What ALONE's `vectors` should be, by this project."""
+    instruction = "\nRepresent the given image for classification\n"
+    caption = "Find me an everyday image that matches the given caption: a red circle."
+    both = {"image": picture, "text": QUESTION}
+    items = ["a red circle.", "What is\nit? ", picture, both, both, "a red circle.", picture]
+    return embedder.encode([*items, Item(IMAGE + instruction, (picture,)), caption])
+
+
+@pytest.mark.parametrize("pooling", FOLDERS)
+def test_sentence_transformers_alone_makes_the_same_vectors(exported, pooling):
+    """Text, picture, both in either order of keys, encode_query, encode_document, prompts; saved
+    again by that library and loaded: the same."""
+    folder = exported[pooling]
+    want = ours(model.load(folder / "in", device="cpu"), scene(0).render())
+    for name in ("out", "out-again"):
+        cosines = (np.load(folder / f"{name}.npy") * want).sum(1)
+        assert cosines.min() > 0.9999, (name, cosines)
+    assert (want @ want.T)[np.triu_indices(4, 1)].max() < 0.999, "the check tells vectors apart"
+
+
+@pytest.mark.parametrize("pooling", FOLDERS)
+def test_the_exported_folder_is_ours_too(exported, pooling, tmp_path):
+    """`load` makes the same vectors of it; saved by us it is a plain folder again. What
+    sentence-transformers saved anew has lost the model's own template, or a weight: refused."""
+    folder, picture = exported[pooling], scene(0).render()
+    items = ["a red circle.", picture, {"image": picture, "text": QUESTION}]
+    want = model.load(folder / "in", device="cpu").encode(items)
+    back = model.load(folder / "out", device="cpu")
+    assert (back.encode(items) * want).sum(1).min() > 0.99999
+    model.save(back, tmp_path / "plain")
+    template = (tmp_path / "plain" / "chat_template.jinja").read_text()
+    assert template == (folder / "in" / "chat_template.jinja").read_text()
+    assert "chat_template" not in json.loads((tmp_path / "plain" / "nanocoma.json").read_text())
+    lost = "sentence-transformers, which saved this folder anew|lack 1 weights, lm_head"
+    with pytest.raises(InputError, match=lost):
+        model.load(folder / "out-again", 4, pooling, "coma", device="cpu")
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("family", ["toy", *families.FAMILIES] if TORCHVISION else ["toy"])
+def test_with_torchvision_every_family_loads_there(tmp_path, family, pooling):
+    """The toy too."""
+    if not TORCHVISION:
+        pytest.skip("torchvision is not installed, and sentence-transformers' processors need it")
+    name = "toy" if family == "toy" else families.build(family, tmp_path / "f")
+    embedder = model.load(name, 4, pooling, "coma", device="cpu")
+    model.save(embedder, tmp_path / "in")
+    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--export", "sentence-transformers"]
+    merge.main(words)
+    picture = scene(0).render()
+    items = ["a red circle.", "What is\nit? ", picture, {"image": picture, "text": QUESTION}]
+    cosines = SentenceTransformer(words[1], device="cpu").encode(items) * embedder.encode(items)
+    assert cosines.sum(1).min() > 0.9999
+
+
+def test_nothing_of_ours_is_run(exported):
+    """Only stock modules, and no code in the folder."""
+    modules = json.loads((exported["mean"] / "out" / "modules.json").read_text())
+    kinds = [module["type"].split(".")[-1] for module in modules]
+    assert kinds == ["Transformer", "WordWeights", "Pooling", "Normalize"]
+    assert all(module["type"].startswith("sentence_transformers.models.") for module in modules)
+    assert not list((exported["mean"] / "out").rglob("*.py"))
+
+
+# --------------------------------------------------------------------------------------------- mteb
+
+
+def retrieval_task(pictures, captions):
+    """A task of mteb's, offline: each caption's picture is to be found."""
+    datasets = pytest.importorskip("datasets", reason="mteb is not installed")
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    class Captions(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="ToyCaptions",
+            description="captions of toy pictures",
+            dataset={"path": "toy/captions", "revision": "1"},
+            type="Any2AnyRetrieval",
+            category="t2i",
+            modalities=["text", "image"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+        )
+
+        def load_data(self, **_):
+            queries = [{"id": f"q{i}", "text": text} for i, text in enumerate(captions)]
+            corpus = [{"id": f"d{i}", "image": x} for i, x in enumerate(pictures)]
+            corpus = datasets.Dataset.from_list(corpus).cast_column("image", datasets.Image())
+            relevant = {f"q{i}": {f"d{i}": 1} for i in range(len(captions))}
+            split = {"queries": datasets.Dataset.from_list(queries), "corpus": corpus}
+            split.update(relevant_docs=relevant, top_ranked=None)
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
+
+    return Captions()
+
+
+def hits(embedder, pictures, captions) -> float:
+    """Recall@1 by hand."""
+    cosines = embedder.encode(captions) @ embedder.encode(pictures).T
+    return float((cosines.argmax(1) == np.arange(len(captions))).mean())
+
+
+def test_mteb_scores_the_embedder_as_we_do(exported, tmp_path):
+    """tools/mteb_model.py, and the exported folder, on a task of one's own."""
+    mteb = pytest.importorskip("mteb", reason="mteb is not installed")
+    from tools.mteb_model import Model
+    from tools.mteb_model import exported as for_mteb
+
+    scenes = [scene(i) for i in range(12)]
+    pictures, captions = [x.render() for x in scenes], [x.describe() for x in scenes]
+    embedder = model.load("toy", device="cpu")
+    task = retrieval_task(pictures, captions)
+
+    def score(what):
+        result = mteb.evaluate(what, task, cache=None, show_progress_bar=False)
+        (scores,) = result.task_results[0].scores["test"]
+        return scores["recall_at_1"]
+
+    assert score(Model(embedder)) == pytest.approx(hits(embedder, pictures, captions), abs=1e-5)
+    made = model.load(exported["mean"] / "in", device="cpu")
+    assert score(for_mteb(exported["mean"] / "out")) == pytest.approx(
+        hits(made, pictures, captions), abs=1e-5
+    )
+
+
+# ---------------------------------------------------------------------------- transformers and peft
+
+
+def snippet(number, section="Using the result") -> str:
+    """A block of Python from a section of the README, from 0, as it stands there."""
+    text = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    section = text.split(f"## {section}")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
+
+
+def test_the_snippets_of_the_readme_work_as_written(tmp_path, monkeypatch):
+    """sentence-transformers, transformers, peft: all of a LoRA run, all the same vectors."""
+    monkeypatch.chdir(tmp_path)
+    picture = scene(1).render()
+    picture.save("photo.jpg")
+    base = model.load(families.build("gemma3", tmp_path / "f"), 4, "mean", "coma", device="cpu")
+    families.redraw(base)
+    model.save(base, "BASE", embedding=False)
+    embedder = model.load("BASE", 4, "mean", "coma", device="cpu")
+    model.choose_trained(embedder, TrainingFlags(model="BASE", lora_rank=2))
+    for name, p in embedder.named_parameters():
+        if "lora_B" in name or "tokens_delta" in name:  # so that the adapter changes something
+            torch.nn.init.normal_(p, std=0.1)
+    model.save(embedder.eval(), "out/contrastive")
+    merge.main(["out/contrastive", "out/merged", "--export", "sentence-transformers"])
+    both = {"image": Path("photo.jpg"), "text": QUESTION}
+    want = embedder.encode(["a red circle", both])
+
+    names = {}
+    exec(snippet(1).replace('"out/merged")', '"out/merged", device="cpu")', 1), names)
+    prompted = embedder.encode([Item(f"{IMAGE}\nRepresent the given image for classification\n",
+                                     (Path("photo.jpg"),))])  # fmt: skip
+    assert (names["z"] * prompted).sum(1).min() > 0.9999
+    assert (names["library"].encode(["a red circle"]) * want[:1]).sum() > 0.9999
+    names = {}
+    exec(snippet(2), names)
+    assert (names["z"].detach().numpy() * want[1]).sum() > 0.9999, "transformers"
+    exec(snippet(3), names)
+    z = torch.nn.functional.normalize(names["h"][:, -4:].mean(1), dim=-1)
+    assert (z.detach().numpy() * want[1]).sum() > 0.9999, "peft"
+    plain = base.encode([both])
+    assert (plain * want[1]).sum() < 0.999, "the check tells vectors apart: the adapter counts"
+
+
+def test_tensorboard_reads_the_log(tmp_path, monkeypatch):
+    """As the README says: each number of each step."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    Path("out/contrastive").mkdir(parents=True)
+    records = [{"config": {}}, {"step": 1, "loss": 2.0, "lr": 0.1}, {"step": 2, "loss": 1.5}]
+    lines = [json.dumps(record) + "\n" for record in records]
+    Path("out/contrastive/log.jsonl").write_text("".join(lines))
+    exec(snippet(0, "Logged quantities"), {})
+    board = EventAccumulator("out/board").Reload()
+    assert [(x.step, x.value) for x in board.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
+    assert [x.step for x in board.Scalars("lr")] == [1]
+
+
+# --------------------------------------------------------------------------------------- model card
+
+
+def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
+    """Base, data, flags of both stages, K, pooling; scores where they were written; what a person
+    changed stays; `merge` brings it along."""
+    monkeypatch.chdir(tmp_path)
+    flags = {"steps": 1, "workers": 0, "out": "out/pretrain"}
+    pretrain.main(pretrain.Config(model="toy-random", batch=2, turns=1, **flags))
+    flags.update(out="out/contrastive", steps=2)
+    contrastive.main(contrastive.Config(model="out/pretrain", batch=4, block=4, **flags))
+    card = ModelCard.load("out/contrastive/README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag
+    rows = ("| base model | toy-random |", "| compression tokens K | 4 |", "| `--batch` | 4 |")
+    for words in (
+        *rows,
+        "## Training: compression",
+        "## Training: contrastive",
+        "| `--steps` | 2 |",
+    ):
+        assert words in card.text, words
+    assert "## Scores" not in card.text and "--out" not in card.text
+    order = [card.text.index(words) for words in ("## Training: comp", "## Training: contr")]
+    assert order == sorted(order), "stage 1 comes first"
+    scores = "out/contrastive/scores.json"
+    evaluate.main(evaluate.Config(model="out/contrastive", limit=2, workers=0, json=scores))
+    overall = json.loads(Path(scores).read_text())["overall"]
+    card = Path("out/contrastive/README.md")
+    assert f"| overall | {100 * overall:.1f} |" in card.read_text()
+    merge.main(["out/contrastive", "out/merged", "--export", "sentence-transformers"])
+    merged = Path("out/merged/README.md").read_text()
+    assert "SentenceTransformer(" in merged and "| `--batch` | 4 |" in merged
+    card.write_text(card.read_text() + "\nMine.\n")
+    merge.main(["out/contrastive", "out/merged"])
+    assert "SentenceTransformer(" not in Path("out/merged/README.md").read_text()
+    kept = card.read_text()
+    evaluate.main(evaluate.Config(model="out/contrastive", limit=2, workers=0, json=scores))
+    assert card.read_text() == kept
+
+
+def test_the_card_names_the_base_models_licence(tmp_path):
+    """As its own card has it, where that lies beside it."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    (tmp_path / "run").mkdir()
+    run = {"config": {"model": str(tmp_path / "base"), "temperature": 0.02}}
+    (tmp_path / "run" / "finished.json").write_text(json.dumps(run))
+    plumbing.card.write(tmp_path / "run")
+    written = ModelCard.load(tmp_path / "run" / "README.md")
+    assert written.data.license == "apache-2.0" and "| licence | apache-2.0 |" in written.text
