@@ -1,6 +1,7 @@
 """`python -m tools.compare_logs`: whether a loss curve is normal, against several seeds of it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from checks import equal, expect
 from plumbing.errors import InputError
 from tools import compare_logs
 
+LOGS = Path(__file__).parent.parent / "docs" / "logs"
 STEPS = 100
 CONFIG = {"steps": STEPS, "batch": 64, "lr": 0.003, "seed": 0, "out": "a"}
 
@@ -129,3 +131,19 @@ def test_logs_of_two_stages_and_a_reference_without_seeds_are_refused(tmp_path, 
     with pytest.raises(InputError, match="no other seed beside it"):
         compare(tmp_path, reference, write(tmp_path / "alone.jsonl", curve(0)))
     equal(list(tmp_path.glob("*.png")), [], "no picture of nothing")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "contrastive"])
+def test_each_seed_of_the_quick_start_is_normal_for_the_others(stage):
+    """docs/logs: five seeds; the reference is whole, the others go as far as they go. With half
+    as much loss again a run is not normal."""
+    runs = compare_logs.seeds_beside(compare_logs.read_log(LOGS / f"{stage}.jsonl"))
+    equal(sorted(run.config["seed"] for run in runs), [0, 1, 2, 3, 4], "five seeds")
+    equal(runs[0].steps[-1], runs[0].config["steps"], "the reference is whole")
+    for run in runs:
+        band = compare_logs.band_of([other for other in runs if other is not run])
+        is_normal, line = compare_logs.verdict(run, runs[0], band)
+        expect(is_normal, f"seed {run.config['seed']}: {line}", "within", "the band is too narrow")
+        worse = run._replace(loss=1.5 * run.loss)
+        is_normal, line = compare_logs.verdict(worse, runs[0], band)
+        expect(not is_normal, f"seed {run.config['seed']}: {line}", "outside", "it is too wide")

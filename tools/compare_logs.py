@@ -98,8 +98,10 @@ def band_of(runs) -> Band:
     known = min(run.steps[-1] for run in runs)
     losses = np.stack([run.until(known) for run in runs])  # (seeds, known)
     low, high = losses.min(0), losses.max(0)
-    # The range of five values is 2.3 standard deviations: a sixth lies in this but once in 1,000.
-    return Band(low - (high - low), high + (high - low), len(runs))
+    # The range of five values is 2.3 standard deviations, in the mean: a sixth hardly leaves three
+    # of them. By chance the five meet at some steps, so the range is a running mean, too.
+    width = smooth(high - low)
+    return Band(low - width, high + width, len(runs))
 
 
 def first_outside(loss, band):
