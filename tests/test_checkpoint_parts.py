@@ -137,6 +137,14 @@ def test_a_disk_that_refuses_costs_the_checkpoint_alone(cfg, monkeypatch, capsys
     equal(left, [STEP], "the older one")
 
 
+def test_what_is_there_already_is_not_written_again(cfg, capsys, monkeypatch):
+    """The step after it was left: the state is a function of the step."""
+    saved(cfg)
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: pytest.fail("written again"))
+    saved(cfg)
+    equal((names_in(cfg.out), capsys.readouterr().out), ([STEP], ""), "and nothing is said")
+
+
 def test_rank_0_alone_writes_and_reads(cfg, monkeypatch):
     """The others are sent what it read; that they are several is written down."""
     monkeypatch.setattr(checkpoint, "rank", lambda: 1)
