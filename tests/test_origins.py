@@ -146,3 +146,45 @@ def test_what_is_written_beside_takes_the_place_whole_or_not_at_all(tmp_path, er
     left = {path.name: path.read_text() for path in folder.iterdir()}
     equal(left, {"config.json": "1"}, "written_beside")
     expect(oct((folder / "config.json").stat().st_mode)[-3:] in ("644", "664"), "", "644", "umask")
+
+
+def test_a_folder_without_safetensors_or_with_a_list_that_leads_out_of_it_is_refused(tmp_path):
+    """Before anything in it is opened."""
+    with pytest.raises(InputError, match="no .*safetensors in it, and pickles are not opened"):
+        folders.refuse_hostile(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(InputError, match="pickles are not opened"):
+        folders.refuse_hostile(tmp_path)
+    weights_in(tmp_path)
+    folders.refuse_hostile(tmp_path)
+    for file, good in (("model.safetensors", True), ("../x", False), ("a/b", False), ("/x", False)):
+        (tmp_path / "model.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+        if good:
+            folders.refuse_hostile(tmp_path)
+            continue
+        with pytest.raises(InputError, match="lie outside of the folder"):
+            folders.refuse_hostile(tmp_path)
+
+
+class PanicException(BaseException):  # noqa: N818  by the name that Rust's bindings have for it
+    """What the tokenizers' Rust code raises."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ValueError("x"), InputError), (KeyError("x"), InputError), (PanicException("x"), InputError),
+     (KeyboardInterrupt(), KeyboardInterrupt), (SystemExit(1), SystemExit),
+     (torch.OutOfMemoryError("x"), torch.OutOfMemoryError)],
+    ids=repr,
+)  # fmt: skip
+def test_what_the_libraries_raise_of_a_folder_is_its_fault(error, told):
+    """A clear line, but for memory, and what ends the process."""
+    with pytest.raises(told) as raised:
+        with folders.reading("some/folder"):
+            raise error
+    if told is InputError:
+        says = f"--model some/folder: {type(error).__name__}: "
+        expect(str(raised.value).startswith(says), raised.value, says, "folders.reading")
+    own = InputError("its own words")
+    with pytest.raises(InputError, match="^its own words$"), folders.reading("some/folder"):
+        raise own
