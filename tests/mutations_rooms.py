@@ -89,7 +89,7 @@ ROOMS = [
     ("plumbing/checkpoint.py", "    mark.unlink()\n", "", RESUME),
     ("plumbing/checkpoint.py", "for folder in reversed(checkpoints_in(cfg.out)):", "for folder in checkpoints_in(cfg.out):", RESUME),
     ("plumbing/checkpoint.py", "os.replace(bad, aside)", "pass", RESUME),
-    ("plumbing/checkpoint.py", "            refuse_another_run(state, cfg)\n            found", "            found", RESUME),
+    ("plumbing/checkpoint.py", "            refuse_another_run(state, cfg)\n            found", "            found", "tests/test_checkpoint_parts.py"),
     ("plumbing/checkpoint.py", "torch.load(path, weights_only=True,", "torch.load(path, weights_only=False,", RESUME),
     ("plumbing/checkpoint.py", 'if not optimizer["state"].keys() & shapes.keys():', "if False:", RESUME),
     ("plumbing/checkpoint.py", "if value.shape not in (shapes[name], ()):", "if False:", RESUME),

@@ -100,6 +100,19 @@ def test_what_fitted_counts_only_for_the_same_chunks(cfg):
     equal(resumed.fitting, 0, "not known")
 
 
+def test_what_is_known_only_when_the_data_are_read_is_compared_then(cfg):
+    """The data themselves; and all else once more, as what stage 2 calls its model."""
+    saved(cfg)
+    net = Small()
+    for change, says in (({"data_digest": 5}, "data_digest was 0, is 5"), ({"lr": 0.5}, "lr was")):
+        resumed = dataclasses.replace(cfg, resume=True)
+        for name, value in change.items():
+            setattr(resumed, name, value)
+        with pytest.raises(InputError, match=f"not the same run: .*{says}"):
+            checkpoint.start_or_resume(net, [stepped(net)], resumed)
+        checkpoint.forget_signals()
+
+
 def test_a_run_from_the_start_begins_with_step_0(cfg, capsys):
     """And says, where it was to go on, that there is nothing."""
     net = Small()
