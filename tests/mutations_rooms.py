@@ -78,7 +78,7 @@ ROOMS = [
     ("plumbing/checkpoint.py", 'agree({"the weights": digest}', "agree({}", "tests/test_checkpoint_parts.py"),
     ("plumbing/checkpoint.py", 'return f"{digest} on {find_base(folder, adapter).digest}"', "return digest", RESUME),
     ("plumbing/checkpoint.py", 'if name == "toy-random":  # drawn', "if False:  # drawn", RESUME),
-    ("plumbing/checkpoint.py", "if there and not finished and not cfg.resume:", "if there and finished and not cfg.resume:", RESUME),
+    ("plumbing/checkpoint.py", "if there and not finished and not cfg.resume:", "if there and finished and not cfg.resume:", "tests/test_checkpoint_parts.py"),
     ("plumbing/checkpoint.py", "for folder, name in states if cfg.resume else ():", "for folder, name in ():", RESUME),
     ("plumbing/checkpoint.py", "if cfg.resume and not there and not finished and Path", "if not there and not finished and Path", RESUME),
     ("plumbing/checkpoint.py", "    note_signals()\n    agree", "    agree", "tests/test_checkpoint_parts.py"),
@@ -277,7 +277,7 @@ ROOMS = [
     ("plumbing/hub.py", "for f in files if f.will_download)", "for f in files)", "tests/test_fetch.py"),
     ("plumbing/hub.py", "            enable_progress_bars()\n", "            pass\n", "tests/test_fetch.py"),
     # --------------------------------------------------------------------------- plumbing/outfolder
-    ("plumbing/outfolder.py", "if not str(cfg.out).strip():", "if not cfg.out:", RESUME),
+    ("plumbing/outfolder.py", "if not str(cfg.out).strip():", "if not cfg.out:", "tests/test_checkpoint_parts.py"),
     ("plumbing/outfolder.py", "        lock(out / LOCK)\n", "", RESUME),
     ("plumbing/outfolder.py", "except (OSError, ValueError) as e:  # ValueError", "except ValueError as e:  # ValueError", RESUME),
     ("plumbing/outfolder.py", 'written.append(Path(cfg.out, "merged"))', "pass", RESUME),

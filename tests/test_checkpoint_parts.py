@@ -14,7 +14,7 @@ from torch import nn
 
 import contrastive
 import pretrain
-from plumbing import checkpoint, ending
+from plumbing import checkpoint, ending, outfolder
 from plumbing.errors import InputError
 from plumbing.formats import digest_of
 
@@ -346,6 +346,42 @@ def test_a_run_begins_with_a_model_that_has_a_name_and_a_digest(cfg, monkeypatch
     layout = (4, "mean", "chat", 2)
     want = {"K, pooling, prompt, trained weights": layout}, "--model toy-random"
     equal(agreed[-1], want, "the layout")
+
+
+def test_what_is_in_the_folder_decides_whether_a_run_may_begin_there(cfg):
+    """An unfinished run is gone on with, or left alone; a finished one may be replaced; a model
+    that no run of ours has left is never taken for one's own."""
+    resumed = dataclasses.replace(cfg, resume=True)
+    checkpoint.refuse_taken(cfg)
+    checkpoint.refuse_taken(resumed)  # nothing is there: it begins
+    net, _ = saved(cfg)
+    with pytest.raises(InputError, match=f"holds {STEP} of an unfinished run: --resume goes on"):
+        checkpoint.refuse_taken(cfg)
+    checkpoint.refuse_taken(resumed)
+    other = dataclasses.replace(resumed, lr=0.5)
+    with pytest.raises(InputError, match="not the same run: lr was 0.003, is 0.5"):
+        checkpoint.refuse_taken(other)
+    other = dataclasses.replace(resumed, model="toy")
+    other.data_digest = 9
+    checkpoint.refuse_taken(other)  # neither is known yet
+    checkpoint.finish(lambda *_: None, net, cfg)
+    checkpoint.refuse_taken(cfg)
+    checkpoint.refuse_taken(resumed)
+    with pytest.raises(InputError, match="not the same run: lr"):
+        checkpoint.refuse_taken(dataclasses.replace(resumed, lr=0.5))
+    Path(cfg.out, checkpoint.MARK).unlink()
+    Path(cfg.out, "config.json").touch()
+    with pytest.raises(InputError, match="holds a model, and no checkpoint to go on from"):
+        checkpoint.refuse_taken(resumed)
+
+
+@pytest.mark.parametrize("out", ["", " ", "  \t"])
+def test_a_folder_without_a_name_is_refused(cfg, out, tmp_path, monkeypatch):
+    """Blanks are no name, and would be a folder that nobody finds."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--out"):
+        outfolder.take(dataclasses.replace(cfg, out=out))
+    equal(list(tmp_path.iterdir()), [], "nothing is made")
 
 
 def test_other_words_of_the_same_number_are_other_data(tmp_path):
