@@ -14,7 +14,7 @@ from torch import nn
 
 import contrastive
 import pretrain
-from plumbing import checkpoint, ending
+from plumbing import checkpoint, ending, outfolder
 from plumbing.errors import InputError
 from plumbing.formats import digest_of
 
@@ -100,6 +100,19 @@ def test_what_fitted_counts_only_for_the_same_chunks(cfg):
     equal(resumed.fitting, 0, "not known")
 
 
+def test_what_is_known_only_when_the_data_are_read_is_compared_then(cfg):
+    """The data themselves; and all else once more, as what stage 2 calls its model."""
+    saved(cfg)
+    net = Small()
+    for change, says in (({"data_digest": 5}, "data_digest was 0, is 5"), ({"lr": 0.5}, "lr was")):
+        resumed = dataclasses.replace(cfg, resume=True)
+        for name, value in change.items():
+            setattr(resumed, name, value)
+        with pytest.raises(InputError, match=f"not the same run: .*{says}"):
+            checkpoint.start_or_resume(net, [stepped(net)], resumed)
+        checkpoint.forget_signals()
+
+
 def test_a_run_from_the_start_begins_with_step_0(cfg, capsys):
     """And says, where it was to go on, that there is nothing."""
     net = Small()
@@ -135,6 +148,14 @@ def test_a_disk_that_refuses_costs_the_checkpoint_alone(cfg, monkeypatch, capsys
     expect("no checkpoint at step 4: " in said and said.count("\n") == 1, said, "", "one line")
     left = [path.name for path in Path(cfg.out, "checkpoints").iterdir()]
     equal(left, [STEP], "the older one")
+
+
+def test_what_is_there_already_is_not_written_again(cfg, capsys, monkeypatch):
+    """The step after it was left: the state is a function of the step."""
+    saved(cfg)
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: pytest.fail("written again"))
+    saved(cfg)
+    equal((names_in(cfg.out), capsys.readouterr().out), ([STEP], ""), "and nothing is said")
 
 
 def test_rank_0_alone_writes_and_reads(cfg, monkeypatch):
@@ -325,6 +346,42 @@ def test_a_run_begins_with_a_model_that_has_a_name_and_a_digest(cfg, monkeypatch
     layout = (4, "mean", "chat", 2)
     want = {"K, pooling, prompt, trained weights": layout}, "--model toy-random"
     equal(agreed[-1], want, "the layout")
+
+
+def test_what_is_in_the_folder_decides_whether_a_run_may_begin_there(cfg):
+    """An unfinished run is gone on with, or left alone; a finished one may be replaced; a model
+    that no run of ours has left is never taken for one's own."""
+    resumed = dataclasses.replace(cfg, resume=True)
+    checkpoint.refuse_taken(cfg)
+    checkpoint.refuse_taken(resumed)  # nothing is there: it begins
+    net, _ = saved(cfg)
+    with pytest.raises(InputError, match=f"holds {STEP} of an unfinished run: --resume goes on"):
+        checkpoint.refuse_taken(cfg)
+    checkpoint.refuse_taken(resumed)
+    other = dataclasses.replace(resumed, lr=0.5)
+    with pytest.raises(InputError, match="not the same run: lr was 0.003, is 0.5"):
+        checkpoint.refuse_taken(other)
+    other = dataclasses.replace(resumed, model="toy")
+    other.data_digest = 9
+    checkpoint.refuse_taken(other)  # neither is known yet
+    checkpoint.finish(lambda *_: None, net, cfg)
+    checkpoint.refuse_taken(cfg)
+    checkpoint.refuse_taken(resumed)
+    with pytest.raises(InputError, match="not the same run: lr"):
+        checkpoint.refuse_taken(dataclasses.replace(resumed, lr=0.5))
+    Path(cfg.out, checkpoint.MARK).unlink()
+    Path(cfg.out, "config.json").touch()
+    with pytest.raises(InputError, match="holds a model, and no checkpoint to go on from"):
+        checkpoint.refuse_taken(resumed)
+
+
+@pytest.mark.parametrize("out", ["", " ", "  \t"])
+def test_a_folder_without_a_name_is_refused(cfg, out, tmp_path, monkeypatch):
+    """Blanks are no name, and would be a folder that nobody finds."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--out"):
+        outfolder.take(dataclasses.replace(cfg, out=out))
+    equal(list(tmp_path.iterdir()), [], "nothing is made")
 
 
 def test_other_words_of_the_same_number_are_other_data(tmp_path):

@@ -153,6 +153,17 @@ def test_a_signal_ends_no_worker(number):
     equal(list(batches), [worker] * 8, "be_a_child")
 
 
+def test_what_is_closed_has_no_worker_and_no_open_pipe():
+    """At once, and not when somebody collects garbage: a run may have many loaders."""
+    team = loader.Team(lambda i: [i], 2, False)
+    pipes, processes = list(team.pipes), list(team.processes)
+    team.close()
+    equal([pipe.closed for pipe in pipes], [True, True], "Team.close")
+    for process in processes:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(process, 0)
+
+
 def test_no_workers_are_left_where_one_cannot_be_forked(monkeypatch):
     """As where a limit on processes is met: those before it are ended."""
     there, calls, fork = holdings(), [], os.fork

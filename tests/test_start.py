@@ -1,17 +1,20 @@
 """plumbing/start.py reads a script's Config without running the script: the same flags, in the same
-words, as the script itself declares. (That no torch is loaded: test_ending.py.)"""
+words, as the script itself declares; what config.py makes of numbers and names. (That no torch is
+loaded: test_ending.py; the command line: test_flags.py.)"""
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
 import pytest
-from checks import equal
+from checks import equal, expect
 
 import contrastive
 import evaluate
 import pretrain
 from plumbing import config, start
+from plumbing.errors import InputError
 from tools import check, explain, export, figures, generate, look, merge, search
 
 SCRIPTS = [pretrain, contrastive, evaluate, check, explain, export, figures, generate, look, merge]
@@ -63,3 +66,36 @@ def test_a_word_that_is_needed_has_no_default(script):
     words = [x for x in dataclasses.fields(script.Config) if x.metadata.get("shown")]
     needed = [x.name for x in words if x.default is dataclasses.MISSING]
     equal(needed, [x.name for x in words], "config.word")
+
+
+def test_help_calls_a_program_as_a_user_does():
+    """argparse itself would say search.py, which is nowhere."""
+    for module, want in (
+        ("tools.search", "python -m tools.search"),
+        ("toy.make", "python -m toy.make"),
+        ("pretrain", None),  # as argparse says it
+        ("toolshed", None),
+        ("__main__", None),
+    ):
+        equal(config.program(module), want, module)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_truth_value_is_no_number(value):
+    """To Python it is one: `steps=True` would be one step."""
+    for kind in (pretrain.Config, contrastive.Config, evaluate.Config):
+        for field in dataclasses.fields(kind):
+            if field.init and config.kind_of(field) in (int, float):
+                with pytest.raises(InputError, match=config.option(field.name)):
+                    config.refuse_value(field, value)
+
+
+def test_a_whole_number_without_a_limit_of_its_own_has_one():
+    """2^63 would be an error of torch, or no number at all to it."""
+    fields = {x.name: x for x in dataclasses.fields(pretrain.Config)}
+    equal(config.in_range(fields["steps"], config.MOST_WHOLE), True, "the largest")
+    equal(config.in_range(fields["steps"], config.MOST_WHOLE + 1), False, "one more")
+    expect(config.MOST_WHOLE < 2**63, config.MOST_WHOLE, "< 2^63", "torch's integers")
+    equal(config.in_range(fields["lr"], 1e300), True, "a number with a point has none")
+    for value in (math.inf, -math.inf, math.nan):
+        equal(config.in_range(fields["weight_decay"], value), False, value)

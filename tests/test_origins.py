@@ -1,0 +1,190 @@
+"""Where weights are from, what a folder may claim, how one is replaced: the small parts of
+adapters.py and folders.py, on folders that hold next to nothing. (Whole models: test_folders.py.)
+"""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checks import equal, expect
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from plumbing import adapters, folders
+from plumbing.adapters import Origin, find_base, origin_of
+from plumbing.errors import InputError
+
+
+def weights_in(folder, value=0.0):
+    """A folder with one weight."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.full((2,), value)}, folder / "model.safetensors")
+    return folder
+
+
+# --------------------------------------------------------------------------------- where from
+
+
+def test_a_folder_is_remembered_by_its_whole_path_and_a_hub_id_by_its_name(tmp_path, monkeypatch):
+    """With the digest of its weights; of the toy the word for it."""
+    weights_in(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    whole, digest = str(tmp_path / "m"), folders.digest_of_weights(tmp_path / "m")
+    equal(Origin.of("m", "m"), Origin(whole, whole, digest, False), "a relative name")
+    equal(Origin.of("team/m", whole), Origin("team/m", whole, digest, True), "a hub id")
+    equal(Origin.of("toy-random", "x"), Origin("toy-random", "x", None), "no file")
+    equal(Origin.of("toy", whole), Origin("toy", whole, digest), "the toy")
+
+
+def test_an_adapter_stands_anywhere_but_in_the_place_of_its_base(tmp_path, monkeypatch):
+    """By whatever name that is called."""
+    weights_in(tmp_path / "m")
+    (tmp_path / "link").symlink_to("m")
+    monkeypatch.chdir(tmp_path)
+    origin = Origin.of("m", "m")
+    origin.refuse_in_its_place(tmp_path / "n")
+    for name in ("m", "link", "./m/../m", str(tmp_path / "m")):
+        with pytest.raises(InputError, match="in the place of the model"):
+            origin.refuse_in_its_place(name)
+
+
+def test_a_model_says_where_it_is_from_or_transformers_does():
+    """One that `load` has made, one that it has not."""
+    mine = Origin("a", "b", "c")
+    equal(origin_of(SimpleNamespace(origin=mine, name_or_path="x")), mine, "load_mllm")
+    equal(origin_of(SimpleNamespace(name_or_path="x")), Origin("x", "x", None), "name_or_path")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """adapter(name, **stored) -> (a folder of an adapter of `name`, its config)."""
+
+    def make(name, **stored):
+        folder = tmp_path / "lora"
+        folder.mkdir(exist_ok=True)
+        (folder / "nanocoma.json").write_text(json.dumps(stored))
+        return folder, {"base_model_name_or_path": name}
+
+    return make
+
+
+def test_a_base_is_looked_for_beside_the_adapter_and_then_where_it_was(adapter, tmp_path):
+    """The first whose weights are those that the adapter was trained on."""
+    there, beside = weights_in(tmp_path / "there", 1.0), weights_in(tmp_path / "beside", 2.0)
+    digests = [folders.digest_of_weights(x) for x in (there, beside)]
+    for digest, want in ((None, beside), (digests[0], there), (digests[1], beside)):
+        said = {} if digest is None else {"base_digest": digest}
+        got = find_base(*adapter(str(there), base_beside="../beside", **said))
+        equal(got.digest, folders.digest_of_weights(want), f"{digest}")
+    equal(find_base(*adapter(str(there))).folder, str(there), "nothing is said of beside")
+    with pytest.raises(InputError, match="has other weights than it was trained on"):
+        find_base(*adapter(str(there), base_beside="../beside", base_digest="0" * 16))
+
+
+def test_a_name_is_asked_for_on_the_hub_only_where_that_is_meant(adapter, monkeypatch, tmp_path):
+    """A folder's name that is gone may be anyone's; other programs' adapters mean the hub."""
+    base, asked = weights_in(tmp_path / "cache"), []
+    monkeypatch.setattr(adapters, "place", lambda name: asked.append(name) or str(base))
+    for said in ({"base_is_hub": False}, {"prompt": "chat"}):
+        with pytest.raises(InputError, match='its base is not there, .*"base_is_hub": true'):
+            find_base(*adapter("team/base", **said))
+    equal(asked, [], "nothing")
+    folder, config = adapter("team/base", base_is_hub=True)
+    equal(find_base(folder, config).name, "team/base", "base_is_hub")
+    (folder / "nanocoma.json").unlink()
+    equal(find_base(folder, config).name, "team/base", "VLM2Vec's, for one")
+    equal(asked, ["team/base"] * 2, "the hub")
+    for name in (None, "", 5):
+        with pytest.raises(InputError, match="its adapter names no base model"):
+            find_base(folder, {"base_model_name_or_path": name})
+
+
+# --------------------------------------------------------------------------- what a folder claims
+
+
+def test_all_numbers_of_a_config_are_looked_at_under_their_names():
+    """At any depth; those of a list, and of lists in it, have the list's."""
+    config = {"a": {"b": [1, [2.5, {"c": 3}]]}, "d": -1, "e": "9", "f": None}
+    equal(list(folders.numbers_in(config)), [("b", 1), ("b", 2.5), ("c", 3), ("d", -1)], "all")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "good"),
+    [("merge_size", -1, False), ("merge_size", 0, True), ("merge_size", 2, True),
+     ("patch_size", 10**6, False), ("patch_size", 14, True), ("patch_size", [-1, 14], False),
+     ("patch_size", float("nan"), False), ("other", -1, True), ("image_mean", -1, True)],
+)  # fmt: skip
+def test_sizes_of_a_processor_are_from_0_to_a_limit(tmp_path, key, value, good):
+    """In either file; what is no size may be any number."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text(json.dumps({"image_processor": {key: value}}))
+        if good:
+            folders.refuse_absurd_processor(tmp_path)
+        else:
+            with pytest.raises(InputError, match=f"{name}: {key} is "):
+                folders.refuse_absurd_processor(tmp_path)
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(OSError(28, "full"), InputError), (SafetensorError("full"), InputError),
+     (Exception("full, as the tokenizers say it"), InputError), (KeyError("x"), KeyError),
+     (RuntimeError("x"), RuntimeError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_written_beside_takes_the_place_whole_or_not_at_all(tmp_path, error, told):
+    """What a disk may say is one line; a mistake of ours is one. The older files stay."""
+    folder = tmp_path / "m"
+    with folders.written_beside(folder) as part:
+        (part / "config.json").write_text("1")
+    with pytest.raises(told):
+        with folders.written_beside(folder) as part:
+            (part / "config.json").write_text("2")
+            raise error
+    left = {path.name: path.read_text() for path in folder.iterdir()}
+    equal(left, {"config.json": "1"}, "written_beside")
+    expect(oct((folder / "config.json").stat().st_mode)[-3:] in ("644", "664"), "", "644", "umask")
+
+
+def test_a_folder_without_safetensors_or_with_a_list_that_leads_out_of_it_is_refused(tmp_path):
+    """Before anything in it is opened."""
+    with pytest.raises(InputError, match="no .*safetensors in it, and pickles are not opened"):
+        folders.refuse_hostile(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(InputError, match="pickles are not opened"):
+        folders.refuse_hostile(tmp_path)
+    weights_in(tmp_path)
+    folders.refuse_hostile(tmp_path)
+    for file, good in (("model.safetensors", True), ("../x", False), ("a/b", False), ("/x", False)):
+        (tmp_path / "model.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+        if good:
+            folders.refuse_hostile(tmp_path)
+            continue
+        with pytest.raises(InputError, match="lie outside of the folder"):
+            folders.refuse_hostile(tmp_path)
+
+
+class PanicException(BaseException):  # noqa: N818  by the name that Rust's bindings have for it
+    """What the tokenizers' Rust code raises."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ValueError("x"), InputError), (KeyError("x"), InputError), (PanicException("x"), InputError),
+     (KeyboardInterrupt(), KeyboardInterrupt), (SystemExit(1), SystemExit),
+     (torch.OutOfMemoryError("x"), torch.OutOfMemoryError)],
+    ids=repr,
+)  # fmt: skip
+def test_what_the_libraries_raise_of_a_folder_is_its_fault(error, told):
+    """A clear line, but for memory, and what ends the process."""
+    with pytest.raises(told) as raised:
+        with folders.reading("some/folder"):
+            raise error
+    if told is InputError:
+        says = f"--model some/folder: {type(error).__name__}: "
+        expect(str(raised.value).startswith(says), raised.value, says, "folders.reading")
+    own = InputError("its own words")
+    with pytest.raises(InputError, match="^its own words$"), folders.reading("some/folder"):
+        raise own
