@@ -79,10 +79,11 @@ def read_log(path) -> Run:
             raise InputError(f"{brief(path)}, line {number}: no JSON") from None
     try:
         header, *steps = records
-        header["config"]["steps"], header["config"]["batch"]
+        if not header["config"].keys() >= {"steps", "batch"}:
+            raise KeyError
         numbers = np.array([[record["step"], record["loss"]] for record in steps], dtype=float)
         return Run(path, header, numbers[:, 0].astype(int), numbers[:, 1])
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         text = "not the log of a stage, whose first record holds the flags, or no step is in it"
         raise InputError(f"{brief(path)}: {text}") from None
 

@@ -127,7 +127,10 @@ def zeros_and_ones(mask) -> list:
 
 def rounded(rows, digits) -> list:
     """Lists of lists, with fewer digits: the page must stay small."""
-    return [[round(x, digits) for x in row] for row in rows]
+    shorter = []
+    for row in rows:
+        shorter.append([round(x, digits) for x in row])
+    return shorter
 
 
 def tokens_of(embedder, inputs) -> list:
