@@ -52,7 +52,7 @@ ROOMS = [
     ("plumbing/adapters.py", "if want in (None, origin.digest):", "if want == origin.digest:", FOLDERS),
     ("plumbing/adapters.py", 'config.get("peft_type") != "LORA"', 'config.get("peft_type") not in ("LORA", "IA3")', FOLDERS),
     ("plumbing/adapters.py", '*(config.get("alpha_pattern") or {})]', "]", FOLDERS),
-    ("plumbing/adapters.py", "if not 1 <= rank_ <= largest:", "if not rank_ <= largest:", FOLDERS),
+    ("plumbing/adapters.py", "if not 1 <= rank_ <= largest:", "if not rank_ <= largest:", "tests/test_origins.py"),
     ("plumbing/adapters.py", r'r"\)[*+{]"', r'r"\)[*+]"', FOLDERS),
     ("plumbing/adapters.py", "is_trainable=True, key_mapping=RENAMED", "is_trainable=True", SAFETY),
     ("plumbing/adapters.py", "is_trainable=True, key_mapping=RENAMED", "key_mapping=RENAMED", FOLDERS),

@@ -188,3 +188,43 @@ def test_what_the_libraries_raise_of_a_folder_is_its_fault(error, told):
     own = InputError("its own words")
     with pytest.raises(InputError, match="^its own words$"), folders.reading("some/folder"):
         raise own
+
+
+GOOD = {"peft_type": "LORA", "r": 2, "rank_pattern": {"a": 1}, "target_modules": "x(y)z"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"rank_pattern": None, "alpha_pattern": None, "target_modules": ["q_proj"]}, None),
+        ({"peft_type": "IA3"}, "an adapter of type 'IA3'"),
+        ({"peft_type": None}, "an adapter of type None"),
+        ({"layer_replication": [[0, 1]]}, "only plain LoRA is read"),
+        *(({"r": r}, f"its adapter's r is {r}") for r in (0, -1, 4)),
+        ({"r": 3}, None),
+        ({"rank_pattern": {"a": 99}}, "its adapter's rank_pattern is 99"),
+        ({"rank_pattern": {"a": 0}}, "its adapter's rank_pattern is 0"),
+        *(({"target_modules": f"(a|b){x}c"}, "repeats a group") for x in ("*", "+", "{9}")),
+        ({"exclude_modules": "(a)+"}, "repeats a group"),
+        ({"rank_pattern": {"(a)+": 1}}, "repeats a group"),
+        ({"alpha_pattern": {"(a)*": 1}}, "repeats a group"),
+    ],
+)
+def test_an_adapter_is_plain_lora_of_a_rank_that_its_file_has(tmp_path, change, says):
+    """Looked at before peft builds anything."""
+    save_file({"x.lora_A": torch.zeros(2, 3)}, tmp_path / adapters.FILE)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**GOOD, **change}))
+    if says is None:
+        return adapters.refuse_absurd_adapter(tmp_path)
+    with pytest.raises(InputError, match=says):
+        adapters.refuse_absurd_adapter(tmp_path)
+
+
+def test_an_adapter_without_weights_is_refused(tmp_path):
+    """None in its file, or no file."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(GOOD))
+    for write in (lambda: None, lambda: save_file({}, tmp_path / adapters.FILE)):
+        write()
+        with pytest.raises(InputError, match="no weights in its adapter_model.safetensors"):
+            adapters.refuse_absurd_adapter(tmp_path)
