@@ -342,7 +342,8 @@ def test_a_run_begins_with_a_model_that_has_a_name_and_a_digest(cfg, monkeypatch
     net = Small()
     checkpoint.start_or_resume(net, [stepped(net)], cfg)
     checkpoint.forget_signals()
-    equal(agreed[-2], ({"data (their digest)": 12345}, "--data shapes"), "the data")
+    data = {"data (their digest)": 12345, "--skip-bad": ""}
+    equal(agreed[-2], (data, "--data shapes"), "the data")
     layout = (4, "mean", "chat", 2)
     want = {"K, pooling, prompt, trained weights": layout}, "--model toy-random"
     equal(agreed[-1], want, "the layout")

@@ -464,7 +464,8 @@ def test_threads_that_wait_do_not_spin(monkeypatch, asked, got):
     monkeypatch.setenv("OMP_WAIT_POLICY", asked or "")  # so that it is put back
     if not asked:
         monkeypatch.delenv("OMP_WAIT_POLICY")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "pretrain.py"))
+    script = str(ROOT / "pretrain.py")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", script, raising=False)
     monkeypatch.setattr(start, "watch_signals", lambda: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     start.begin()

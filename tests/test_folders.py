@@ -488,7 +488,8 @@ def test_an_export_that_is_written_again_leaves_nothing_of_the_first(good, tmp_p
         (target / name).write_text("{}")
     merge.main([str(good), str(target)])
     names = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
-    equal(names - {p.name for p in good.iterdir()}, {"notes.txt", "log.jsonl"}, "what is left")
+    more = {"notes.txt", "log.jsonl", "README.md"}
+    equal(names - {p.name for p in good.iterdir()}, more, "what is left, and the card")
 
 
 def test_saved_files_have_ordinary_permissions(good, tmp_path):

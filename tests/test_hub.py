@@ -338,7 +338,7 @@ def test_of_a_model_what_it_needs_is_fetched_and_an_adapter_brings_its_base_alon
             if "lora_B" in n:
                 p += 0.1
     model.save(embedder, tmp_path / "adapter")
-    junk = "pytorch_model.bin evil.py training_args.pt README.md onnx/model.safetensors".split()
+    junk = "pytorch_model.bin evil.py training_args.pt LICENSE onnx/model.safetensors".split()
     for folder in (base, tmp_path / "adapter"):
         files = {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix != ".md"}
         if folder.name == "adapter":  # as one is saved whose base came from the hub
@@ -347,7 +347,7 @@ def test_of_a_model_what_it_needs_is_fetched_and_an_adapter_brings_its_base_alon
             config = json.loads(files["adapter_config.json"])
             config["base_model_name_or_path"] = "team/base"
             files["adapter_config.json"] = json.dumps(config).encode()
-        files |= {"notes.txt": b"#", "spare.model": b"##"}
+        files |= {"notes.txt": b"#", "spare.model": b"##", "README.md": b"# licence"}
         want += [(n, None, len(b)) for n, b in files.items()]
         hub.repos[f"models/team/{folder.name}"] = files | dict.fromkeys(junk, b"#")
     texts = ["a red circle", "two"]

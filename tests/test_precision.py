@@ -155,10 +155,10 @@ def test_products_of_bfloat16_numbers_are_float32():
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
 def test_no_product_of_the_loss_is_tf32(setting):
-    """Whatever `torch.set_float32_matmul_precision` says: IEEE float32 at each of the four
-    products (scores, scores again, two of the gradient), seen by the precision in force."""
+    """Whatever `torch.set_float32_matmul_precision` says: IEEE float32 at each of the three
+    products (scores, two of the gradient), seen by the precision in force."""
     seen = precisions(setting)
-    equal(seen, [["ieee", "ieee"]] * 4, "precision.full_float32")
+    equal(seen, [["ieee", "ieee"]] * 3, "precision.full_float32")
 
 
 def test_the_check_of_tf32_fails_for_plain_products(monkeypatch):
