@@ -1,6 +1,7 @@
 """Batches made ahead: the same for any number of workers, few at a time, and nothing is left of
 them. (What ends a worker, or its rank: test_ending.py.)"""
 
+import gc
 import os
 import signal
 import time
@@ -136,12 +137,13 @@ def test_the_workers_hold_no_more_with_each_batch():
     def held(_):
         return loader.each(lambda x: (len(os.listdir("/proc/self/fd")), torch.zeros(9)), range(2))
 
+    gc.collect()  # what earlier tests have left is not closed in the midst of this one
     theirs, ours = [], []
     for made in loader.prefetch(held, range(12), 3):
         theirs.append([count for count, _ in made])
         ours.append(holdings()[0])
     equal(theirs[-1], theirs[2], "answer: os.close")
-    equal(ours[-1], ours[2], "Team.share_of: os.close")
+    expect(ours[-1] <= ours[2], ours, "no more than at first", "Team.share_of: os.close")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
