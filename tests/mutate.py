@@ -33,6 +33,7 @@ import pytest
 from mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
+THIS = ("__main__", "__mp_main__")  # this file; the second name is another library's for it
 FIVE = ("data.py", "model.py", "pretrain.py", "contrastive.py", "evaluate.py")
 ENOUGH = 0.95  # share of the mistakes that the tests must notice
 OVERDUE, STRANGE = 98, 99  # exit statuses that pytest has none of
@@ -135,12 +136,12 @@ def become_pytest(house, tests):
     os.environ["PYTHONPATH"] = str(house)
     sys.argv = ["pytest"]
     sys.path[:] = [str(house), *(x for x in sys.path if not f"{x}/".startswith(f"{ROOT}/"))]
-    for name in [k for k, x in sys.modules.items() if is_ours(x) and k != "__main__"]:
+    for name in [k for k, x in sys.modules.items() if is_ours(x) and k not in THIS]:
         del sys.modules[name]
     status = STRANGE
     try:
         status = pytest.main([*PYTEST, f"--basetemp={house}.tmp", *tests.split()])
-        strangers = [k for k, x in sys.modules.items() if is_ours(x) and k != "__main__"]
+        strangers = [k for k, x in sys.modules.items() if is_ours(x) and k not in THIS]
         # Trap: a mistake in a copy that nobody imports would be survived by everything.
         if strangers:
             print("loaded from the checkout and not from its copy:", *strangers)

@@ -36,6 +36,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -265,11 +266,17 @@ class Setting(NamedTuple):
 
 
 def peak_memory(setting) -> float:
-    """MiB that a step adds to what was there before it, at its peak; in a fresh process, where what
-    is freed goes back to the system at once, so that resident memory is live memory."""
+    """MiB that a step adds to what was there before it, at its peak; where what is freed goes back
+    to the system at once (which takes time), so that resident memory is live memory."""
+    return measured(setting, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0")[0]
+
+
+def measured(setting, **malloc) -> list:
+    """[MiB at the peak, and where rows > 0 CPU seconds], of a fresh process."""
     command = [sys.executable, __file__, "--memory", json.dumps(setting)]
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    return float(subprocess.run(command, check=True, capture_output=True, env=env).stdout)
+    env = {**os.environ, **malloc}
+    said = subprocess.run(command, check=True, capture_output=True, env=env).stdout
+    return [float(word) for word in said.split()]
 
 
 def resident(key) -> int:
@@ -294,10 +301,13 @@ def measure_memory(setting):
         q, t = (F.normalize(torch.randn(setting.rows, 256), dim=1) for _ in range(2))
         for x in (q, t):
             x.requires_grad_()
-        contrastive.info_nce(q[:8], t[:8], TAU)[0].backward()  # starts what starts once
+        loss_of = LOSSES[setting.step]
+        loss_of(q[:8], t[:8]).backward()  # starts what starts once
         q.grad, t.grad = torch.zeros_like(q), torch.zeros_like(t)
+        began = time.process_time()
         with added_memory(peaks):
-            contrastive.info_nce(q, t, TAU)[0].backward()
+            loss_of(q, t).backward()
+        peaks.append(time.process_time() - began)
     else:
         embedder = build(setting.frozen)
         rows = workload(embedder, setting.pairs)
@@ -306,7 +316,29 @@ def measure_memory(setting):
         steps["ours"] = partial(ours, budget=Budget(*setting.budget))
         with added_memory(peaks):
             steps[setting.step](embedder, *rows)
-    print(peaks[0])
+    print(*peaks)
+
+
+LOSSES = {
+    "plain": lambda q, t: contrastive.paper_info_nce(q, t, TAU),
+    "ours": lambda q, t: contrastive.info_nce(q, t, TAU)[0],
+}
+
+
+def info_nce_table(sizes=(8192, 16384), rounds=3):
+    """InfoNCE alone, forward and backward: CPU seconds (the least of some rounds, in turn) and MiB
+    beyond q, t and their gradients, beside the plain (N, N) form's."""
+    print(f"\n{'InfoNCE, D = 256':<20}{'plain':>9}{'ours':>9}{'ratio':>7}{'MiB':>9}{'MiB':>9}")
+    for rows in sizes:
+        mib = {step: peak_memory(Setting(step, rows=rows)) for step in LOSSES}
+        seconds = {}
+        for _ in range(rounds):
+            for step in LOSSES:
+                _, spent = measured(Setting(step, rows=rows))
+                seconds[step] = min(spent, seconds.get(step, spent))
+        plain, ours = seconds["plain"], seconds["ours"]
+        times = f"{plain:>9.2f}{ours:>9.2f}{ours / plain:>7.2f}"
+        print(f"N = {rows:<16,}{times}{mib['plain']:>9.0f}{mib['ours']:>9.0f}", flush=True)
 
 
 MEMORY = {
@@ -339,7 +371,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of a step")
-    parser.add_argument("--only", choices=["trained", "frozen", "memory"], default="")
+    parser.add_argument("--only", choices=["trained", "frozen", "memory", "infonce"], default="")
     parser.add_argument("--memory", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -351,3 +383,5 @@ if __name__ == "__main__":
             timing(frozen, args.rounds, args.pairs)
     if args.only in ("", "memory"):
         memory(args.pairs)
+    if args.only in ("", "infonce"):
+        info_nce_table(rounds=args.rounds)
