@@ -335,7 +335,7 @@ ROOMS = [
     ("plumbing/start.py", "named = {x.arg: ast.literal_eval(x.value) for x in line.value.keywords}", "named = {}", "tests/test_start.py"),
     ("plumbing/start.py", 'not in (root, root / "tools"):', "not in (root,):", "tests/test_ending.py -k takes_over"),
     ("plumbing/start.py", "    watch_signals()\n", "", "tests/test_ending.py -k takes_over"),
-    ("plumbing/start.py", 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")', "pass", "tests/test_ending.py -k threads"),
+    ("plumbing/start.py", 'os.environ.setdefault("GOMP_SPINCOUNT", "2000")', "pass", "tests/test_ending.py -k threads"),
     ("plumbing/start.py", "sys.excepthook = lambda kind, error, trace: leave_by(error)", "pass", "tests/test_ending.py -k takes_over"),
     ("plumbing/start.py", '{"--help", "-h"} & set(sys.argv[1:])', '{"--help"} & set(sys.argv[1:])', "tests/test_start.py"),
     ("plumbing/start.py", "            leave(status=0)\n", "            leave(status=2)\n", "tests/test_start.py"),

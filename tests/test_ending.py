@@ -458,17 +458,19 @@ def test_help_is_answered_without_torch(script, monkeypatch, capsys):
     equal(said, want, "plumbing/start.py reads the same flags as the script declares")
 
 
-@pytest.mark.parametrize("asked, got", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_that_wait_do_not_spin(monkeypatch, asked, got):
-    """The scripts say so to OpenMP before torch is loaded, unless the user has."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", asked or "")  # so that it is put back
-    if not asked:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+@pytest.mark.parametrize("policy, spins", [(None, "2000"), ("ACTIVE", None)])
+def test_threads_that_wait_spin_for_a_short_time(monkeypatch, policy, spins):
+    """The scripts say so to OpenMP before torch is loaded, unless the user has said anything."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
     script = str(ROOT / "pretrain.py")
     monkeypatch.setattr(sys.modules["__main__"], "__file__", script, raising=False)
     monkeypatch.setattr(start, "watch_signals", lambda: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     start.begin()
-    assert os.environ["OMP_WAIT_POLICY"] == got
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
     source = (ROOT / "pretrain.py").read_text()
     assert source.index("import plumbing.start") < source.index("import torch")
