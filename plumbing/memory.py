@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from plumbing import sharding
+from plumbing.blocks import KnownGradient
 from plumbing.config import CHUNK_TOKENS, KEEP_GRAPHS, by_device
 from plumbing.ending import StepLeft, overdue
 from plumbing.errors import InputError
@@ -143,23 +144,9 @@ def meeting(loss_of):
         except torch.OutOfMemoryError as e:
             text = f"out of memory in the loss, where smaller chunks do not help: {e!s:.120}"
             raise InputError(f"{text}; take a smaller --batch") from None
-        return KnownGradient.apply(z, loss.detach(), gradient)
+        return KnownGradient.apply(loss.detach(), (gradient,), z)
 
     return loss_together
-
-
-class KnownGradient(torch.autograd.Function):
-    """A loss whose gradient with respect to z has been computed already."""
-
-    @staticmethod
-    def forward(ctx, z, loss, gradient):
-        ctx.save_for_backward(gradient)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return grad * gradient, None, None
 
 
 # ---------------------------------------------------------------------------------- a frozen tower

@@ -23,8 +23,8 @@ ROOMS = [
     # ---------------------------------------------------------------------------- plumbing/adapters
     ("plumbing/blocks.py", "grad_t += grad", "grad_t = grad", "tests/test_infonce.py -k block"),
     ("plumbing/blocks.py", "hits = hits + row_hits.sum()", "hits = row_hits.sum()", "tests/test_infonce.py"),
-    ("plumbing/blocks.py", "None, grad * grad_q, grad * grad_t, None", "None, grad_q, grad_t, None", "tests/test_infonce.py -k gradient"),
-    ("plumbing/blocks.py", "SumOverBlocks.apply(loss_of_rows, q, t, block)", "SumOverBlocks.apply(loss_of_rows, q, t, len(q))", "tests/test_infonce.py -k memory"),
+    ("plumbing/blocks.py", "(grad * gradient for gradient in ctx.saved_tensors)", "ctx.saved_tensors", "tests/test_infonce.py -k gradient"),
+    ("plumbing/blocks.py", ".split(block)", ".split(len(q))", "tests/test_infonce.py -k memory"),
     ("plumbing/card.py", "if file.exists() and not is_ours(", "if not file.exists() and not is_ours(", CARD),
     ("plumbing/card.py", "source or folder)", "folder)", CARD),
     ("plumbing/card.py", "hashlib.blake2b(text.encode()", "hashlib.blake2b(text[:9].encode()", CARD),
