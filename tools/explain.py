@@ -31,7 +31,7 @@ from plumbing.ranks import run_command, say, setup
 from plumbing.weights import first_model, stage_1_model
 from plumbing.writing import refuse_unwritable, written
 from tools import explain_page
-from tools.measured import Saved, gap, gradients, norm
+from tools.measured import InBatch, Saved, gap, gradients, norm
 
 STAGE_OF = {  # flags that only one of the walks reads
     "compress": "pretrain",
@@ -199,26 +199,15 @@ def walk_batch(embedder, batch, temperature, chunk_tokens):
     print(f"  gradient {norm(want):.4f}; the two differ by {gap(ours, want):.1e} of it")
 
 
-class Aloud:
+class Aloud(InBatch):
     """What `contrastive.two_passes` calls, `embed` and `loss_of`, saying what happens as it
     happens."""
 
     def __init__(self, embedder, batch, temperature, chunks):
-        self.embedder, self.batch, self.temperature = embedder, batch, temperature
+        super().__init__(embedder, batch, temperature)
         self.chunks = chunks
         self.first_pass = Saved()
         self.pending = None  # pass 2's last chunk: what it kept, until its backward pass is over
-
-    def forward(self, chunk):
-        """The embeddings of some rows: (chunk, D)."""
-        rows = [self.batch.rows[i] for i in chunk]
-        return self.embedder(self.embedder.collate.pad_rows(rows, self.embedder.device))
-
-    def info_nce(self, z):
-        """The loss of all embeddings: queries first, then targets. -> (loss, hits)."""
-        B, device = len(self.batch.labels), z.device
-        labels, keys = self.batch.labels.to(device), self.batch.keys.to(device)
-        return contrastive.info_nce(z[:B], z[B:], self.temperature, labels, keys)
 
     def embed(self, chunk):
         """Pass 1 comes without a graph, pass 2 with one."""

@@ -19,7 +19,7 @@ from plumbing.images import open_image
 from plumbing.loader import each
 from plumbing.memory import token_chunks
 from tools import mask_as_cache
-from tools.measured import Saved, gap, gradients, norm
+from tools.measured import InBatch, Saved, gap, gradients, norm
 
 SIDE = 64  # pixels of a picture in the page, at most
 PAIRS = 64  # of the matrix
@@ -344,23 +344,12 @@ def side(item: Item) -> Side:
     return Side(" ".join(item.text.replace(IMAGE, " ").split()), picture)
 
 
-class Recorder:
+class Recorder(InBatch):
     """What `contrastive.two_passes` calls, `embed` and `loss_of`, noting what happens."""
 
     def __init__(self, embedder, batch, temperature):
-        self.embedder, self.batch, self.temperature = embedder, batch, temperature
+        super().__init__(embedder, batch, temperature)
         self.stages, self.embeddings = [], []
-
-    def forward(self, chunk):
-        """The embeddings of some rows: (chunk, D)."""
-        rows = [self.batch.rows[i] for i in chunk]
-        return self.embedder(self.embedder.collate.pad_rows(rows, self.embedder.device))
-
-    def info_nce(self, z):
-        """The loss of all embeddings: queries first, then targets."""
-        B, device = len(self.batch.labels), z.device
-        labels, keys = self.batch.labels.to(device), self.batch.keys.to(device)
-        return contrastive.info_nce(z[:B], z[B:], self.temperature, labels, keys)[0]
 
     def note_gradient(self):
         """A chunk's gradient is there when the next one begins, or all is over."""
@@ -381,7 +370,7 @@ class Recorder:
         """Between the passes."""
         self.note_gradient()
         with Saved() as saved:
-            loss = self.info_nce(z)
+            loss, _ = self.info_nce(z)
         self.stages.append(Stage("between", list(range(len(z))), saved.bytes(), 0.0))
         z.register_hook(lambda dz: self.embeddings.extend(dz.norm(dim=1).tolist()))
         return loss
@@ -403,7 +392,7 @@ def passes(embedder, chosen, temperature, chunk_tokens) -> Passes:
     embedder.zero_grad(set_to_none=True)
     everything = list(range(len(lengths)))
     with Saved() as saved:
-        whole = recorder.info_nce(recorder.forward(everything))
+        whole, _ = recorder.info_nce(recorder.forward(everything))
     whole.backward()
     want = [grad.clone() for grad in gradients(embedder)]
     full = Stage("at once", everything, saved.bytes(), norm(want))
@@ -411,8 +400,9 @@ def passes(embedder, chosen, temperature, chunk_tokens) -> Passes:
     embedder.zero_grad(set_to_none=True)
     half = len(queries) // 2
     for rows in (slice(0, half), slice(half, None)):
-        part = Recorder(embedder, batch_of(embedder, queries[rows], targets[rows]), temperature)
-        (part.info_nce(part.forward(range(len(part.batch.rows)))) / 2).backward()
+        part = InBatch(embedder, batch_of(embedder, queries[rows], targets[rows]), temperature)
+        mean, _ = part.info_nce(part.forward(range(len(part.batch.rows))))
+        (mean / 2).backward()
     halves = gap(gradients(embedder), want)
     embedder.zero_grad(set_to_none=True)
     return Passes(

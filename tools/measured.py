@@ -1,8 +1,11 @@
-"""What `tools.explain` measures: what autograd keeps for the backward pass, and gradients."""
+"""What `tools.explain` measures, on the screen and for the page: what autograd keeps for the
+backward pass, gradients, a batch of pairs through the model."""
 
 import math
 
 import torch
+
+import contrastive
 
 
 class Saved:
@@ -45,3 +48,21 @@ def norm(tensors) -> float:
 def gap(ours, want) -> float:
     """How far two gradients (lists of tensors) are apart, as a share of the second."""
     return norm([a - b for a, b in zip(ours, want, strict=True)]) / norm(want)
+
+
+class InBatch:
+    """A batch of pairs (contrastive.Batch): its embeddings, and their loss."""
+
+    def __init__(self, embedder, batch, temperature):
+        self.embedder, self.batch, self.temperature = embedder, batch, temperature
+
+    def forward(self, chunk):
+        """The embeddings of some rows: (chunk, D)."""
+        rows = [self.batch.rows[i] for i in chunk]
+        return self.embedder(self.embedder.collate.pad_rows(rows, self.embedder.device))
+
+    def info_nce(self, z):
+        """The loss of all embeddings: queries first, then targets. -> (loss, hits)."""
+        B, device = len(self.batch.labels), z.device
+        labels, keys = self.batch.labels.to(device), self.batch.keys.to(device)
+        return contrastive.info_nce(z[:B], z[B:], self.temperature, labels, keys)
