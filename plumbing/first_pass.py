@@ -73,8 +73,10 @@ def read_listed(path) -> tuple:
 
 def digest_of_listed(path) -> str:
     """A few words that change with the examples that a list of bad ones names; "" for no list."""
-    examples = sorted({bad[:3] for bad in read_listed(path)} if path else ())
-    return f"{len(examples):,} examples, {zlib.crc32(repr(examples).encode()):08x}" if path else ""
+    if not path:
+        return ""
+    examples = sorted({bad[:3] for bad in read_listed(path)})
+    return f"{len(examples):,} examples, {zlib.crc32(repr(examples).encode()):08x}"
 
 
 class Known(NamedTuple):

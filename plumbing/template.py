@@ -19,9 +19,7 @@ from plumbing.rendering import render
 SUMMARIZE = "\nSummarize above image and text in a few words."  # the official code's prompt
 # --prompt: what follows the content. "vlm2vec": the text as it stands, no template, no code.
 STYLES = {"coma": SUMMARIZE, "chat": "", "vlm2vec": ""}
-EXPORTED = (
-    "{# nanoCoMa: for sentence-transformers #}"  # begins a template that is not a model's own
-)
+EXPORTED = "{# nanoCoMa: for sentence-transformers #}"  # begins a template that is no model's own
 MARK = "\u2460"  # stands for a turn's text while a template is rendered
 
 

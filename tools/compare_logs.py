@@ -21,6 +21,7 @@ import numpy as np
 
 from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError, brief, needs
+from plumbing.log import versions
 from plumbing.ranks import run_command
 from plumbing.writing import refuse_unwritable, written
 from tools.figure_numbers import smooth
@@ -30,7 +31,6 @@ LEAST = 2  # runs of which a spread can be said
 # Flags that change no loss, or that are what is compared.
 OTHERWISE = {"seed", "out", "workers", "save_every", "keep", "resume", "fitting", "model"}
 OTHERWISE |= {"model_digest", "data_digest"}
-LIBRARIES = ("torch", "transformers", "numpy")
 
 
 class Run(NamedTuple):
@@ -139,7 +139,7 @@ def differences(mine, reference) -> str:
         ours, theirs = mine.config.get(name), reference.config.get(name)
         if ours != theirs:
             words.append(f"--{name.replace('_', '-')} {ours} ({theirs})")
-    for name in LIBRARIES:
+    for name in versions():
         ours, theirs = mine.header.get(name), reference.header.get(name)
         if ours != theirs:
             words.append(f"{name} {ours} ({theirs})")

@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import add_compression_tokens
-from plumbing.adapters import load_adapter
+from plumbing.adapters import load_adapter, origin_of
 from plumbing.config import CommandLine, flag
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file
@@ -175,7 +175,7 @@ def load_asked(args) -> tuple:
 def ask_model(args):
     """-> function([(picture, chat)]) -> replies, of an MLLM in this process, all in a batch."""
     mllm, processor = load_asked(args)
-    with reading(place(args.model), "generation_config.json"):
+    with reading(origin_of(mllm).folder, "generation_config.json"):
         replies = replies_of(mllm, processor, args)
         replies([(Image.new("RGB", (64, 64)), [("user", "a")])], most=1)  # a trial
     torch.manual_seed(args.seed)
