@@ -10,7 +10,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from plumbing.errors import InputError
-from plumbing.folders import read_json
+from plumbing.files import open_file
+from plumbing.folders import CARD, WEIGHTS, read_json
 from plumbing.ranks import say
 from plumbing.writing import written
 
@@ -22,16 +23,22 @@ TAGS = ["multimodal-embedding", "image-text-retrieval", "sentence-similarity", "
 def write(folder, source=None):
     """README.md into a folder, unless a person has changed the one that is there. source: where the
     folder's run is told of, if not in it. A disk that is full costs the card and nothing else."""
-    file = Path(folder, "README.md")
-    if file.exists() and not is_ours(file.read_text(errors="replace")):
-        say(f"{file} was changed by hand, and stays as it is")
-        return
+    file = Path(folder, CARD)
     try:
+        if file.exists() and not is_ours(text_in(file)):
+            say(f"{file} was changed by hand, and stays as it is")
+            return
         text = text_of(Path(folder), source or folder)
         with written(file, "the model card") as part:
             part.write_text(text + signature(text), encoding="utf-8")
     except InputError as e:
         say(str(e))
+
+
+def text_in(file) -> str:
+    """Of a card that is there; InputError where it is no ordinary file."""
+    with open_file(file) as opened:
+        return opened.read().decode(errors="replace")
 
 
 def signature(text) -> str:
@@ -63,10 +70,10 @@ def runs_of(folder) -> list:
 def licence_of(base) -> str | None:
     """What the base model's own card says, where it is on this disk."""
     with suppress(Exception):  # whatever is wrong with a card of others
-        path = Path(base, "README.md")
-        if not path.exists():
-            path = Path(try_to_load_from_cache(base, "README.md"))
-        return ModelCard(path.read_text(), ignore_metadata_errors=True).data.license
+        file = Path(base, CARD)
+        if not file.exists():
+            file = try_to_load_from_cache(base, CARD)
+        return ModelCard(text_in(file), ignore_metadata_errors=True).data.license
     return None
 
 
@@ -170,8 +177,12 @@ def training(flags) -> str:
 
 
 def scores(folder) -> str:
-    """Precision@1, where `evaluate.py --json FOLDER/scores.json` has written it."""
+    """Precision@1, where `evaluate.py --json FOLDER/scores.json` has written it; "" where weights
+    have come into the folder since: the scores are of others."""
     known = read_json(folder, SCORES)
+    times = [file.stat().st_mtime for file in Path(folder).glob(WEIGHTS)]
+    if known and max(times, default=0) > Path(folder, SCORES).stat().st_mtime:
+        return ""
     means = {"overall": known.get("overall"), "IND": known.get("ind"), "OOD": known.get("ood")}
     means.update(known.get("meta_tasks") or {})
     rows = [(name, f"{100 * x:.1f}") for name, x in means.items() if isinstance(x, float)]

@@ -19,7 +19,8 @@ from plumbing.images import MOST_PIXELS
 TOY = Path(__file__).parent.parent / "toy" / "mllm"
 SAMPLE = 4096  # bytes, see digest_of_weights
 LONGEST_JSON = 50_000_000  # bytes; the index of a model with a million weights has 100 MB
-MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]  # its licence is in there
+MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+CARD = "README.md"  # a model's licence is in it; nothing is loaded from it
 WEIGHTS = "*.safetensors"
 # What an older run or export may have left that `load`, or another library, would believe.
 STALE = [
@@ -58,7 +59,7 @@ def place(name) -> str:
         return str(TOY)
     folder = str(name)
     if not os.path.isdir(folder):
-        folder = fetch(folder, "model", MODEL_FILES, [WEIGHTS])
+        folder = fetch(folder, "model", [*MODEL_FILES, CARD], [WEIGHTS])
     refuse_unreadable(folder)
     return folder
 

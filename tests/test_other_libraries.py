@@ -1,7 +1,9 @@
 """What other libraries make of our folders: sentence-transformers alone, mteb."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -319,6 +321,10 @@ def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
     merge.main(["out/contrastive", "out/merged"])
     assert "SentenceTransformer(" not in Path("out/merged/README.md").read_text()
     kept = card.read_text()
+    weights = Path("out/contrastive/model.safetensors")
+    assert plumbing.card.scores("out/contrastive")
+    weights.write_bytes(weights.read_bytes())
+    assert not plumbing.card.scores("out/contrastive"), "of the weights before"
     evaluate.main(evaluate.Config(model="out/contrastive", limit=2, workers=0, json=scores))
     assert card.read_text() == kept
 
@@ -333,3 +339,14 @@ def test_the_card_names_the_base_models_licence(tmp_path):
     plumbing.card.write(tmp_path / "run")
     written = ModelCard.load(tmp_path / "run" / "README.md")
     assert written.data.license == "apache-2.0" and "| licence | apache-2.0 |" in written.text
+
+
+def test_a_card_that_is_no_file_costs_the_card_alone(tmp_path, good, capsys):
+    """A pipe is not waited for, a folder is no error; and no model is refused for its card."""
+    folder = shutil.copytree(good, tmp_path / "m")
+    for make in (os.mkfifo, os.mkdir):
+        make(folder / "README.md")
+        plumbing.card.write(folder)
+        assert "README.md: is a " in capsys.readouterr().out
+        model.load(folder, device="cpu")
+        os.unlink(folder / "README.md") if make is os.mkfifo else os.rmdir(folder / "README.md")
