@@ -342,8 +342,13 @@ def test_the_card_names_the_base_models_licence(tmp_path):
 
 
 def test_a_card_that_is_no_file_costs_the_card_alone(tmp_path, good, capsys):
-    """A pipe is not waited for, a folder is no error; and no model is refused for its card."""
+    """A pipe is not waited for, a folder is no error; one's own in any letters stays;
+    and no model is refused for its card."""
     folder = shutil.copytree(good, tmp_path / "m")
+    (folder / "README.md").write_bytes("Mon modèle".encode("latin-1"))
+    plumbing.card.write(folder)
+    assert "changed by hand" in capsys.readouterr().out
+    (folder / "README.md").unlink()
     for make in (os.mkfifo, os.mkdir):
         make(folder / "README.md")
         plumbing.card.write(folder)
