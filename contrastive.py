@@ -29,9 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import read_pairs
 from model import choose_trained, load_for, merge, save
-from plumbing import checkpoint, optim, ranks, sampling, sharding
+from plumbing import checkpoint, losses, optim, ranks, sampling, sharding
 from plumbing.blocks import sum_over_blocks
-from plumbing.config import TrainingFlags, flag, refuse_impossible
+from plumbing.config import flag, refuse_impossible
 from plumbing.formats import Place, digest_of
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
@@ -41,7 +41,7 @@ from plumbing.replay import replay, rng_state
 
 
 @dataclass
-class Config(TrainingFlags):
+class Config(losses.LossFlags):
     """Flags of stage 2."""
 
     model: str = flag("", "toy, a folder, or a hub id; empty: out/pretrain, else toy")
@@ -71,13 +71,13 @@ def paper_info_nce(q, t, temperature):
     return F.cross_entropy(scores, labels)
 
 
-def info_nce(q, t, temperature, labels=None, keys=None, block=None):
+def info_nce(q, t, temperature, labels=None, keys=None, reweigh=None):
     """Eq. (1) for any columns: several positives a query, hard negatives, equal targets that are no
     negatives of each other. At most ln M where all cosines are equal.
 
     q (B, D) local queries, t (M, D) *all* targets, labels (B,) or (B, P) columns of the positives
     (default: i for query i), keys (M,): columns of equal key are no negatives of each other
-    (default: all differ), block: rows at a time, so that memory is block x M and never B x M.
+    (default: all differ), reweigh: gives negatives other weights (see plumbing/losses.py).
     -> (loss: nats, mean over queries; share of hits)."""
     if labels is None:
         labels = torch.arange(len(q), device=q.device)
@@ -85,16 +85,15 @@ def info_nce(q, t, temperature, labels=None, keys=None, block=None):
         keys = torch.arange(len(t), device=t.device)
     if labels.ndim == 1:
         labels = labels[:, None]  # (B, 1)
-    block = block or max(1, 800_000 // len(t))  # 3 MiB of scores at a time
 
     def loss_of_rows(q_rows, t, rows):
-        return info_nce_rows(q_rows, t, labels[rows], keys, temperature)
+        return info_nce_rows(q_rows, t, labels[rows], keys, temperature, reweigh)
 
-    nats, hits = sum_over_blocks(loss_of_rows, q, t, block)
+    nats, hits = sum_over_blocks(loss_of_rows, q, t)
     return nats / len(q), hits / len(q)
 
 
-def info_nce_rows(q, t, labels, keys, temperature):
+def info_nce_rows(q, t, labels, keys, temperature, reweigh=None):
     """Eq. (1) for b queries: -log( e^(q.t+ / tau) / (e^(q.t+ / tau) + sum of e^(q.t- / tau)) ).
 
     q (b, D), t (M, D), labels (b, P) columns of the positives, -1 where a query has fewer than P,
@@ -109,10 +108,12 @@ def info_nce_rows(q, t, labels, keys, temperature):
     positive = scores.gather(1, labels.clamp(min=0))  # (b, P)
     # The lowest number, not -inf: a query without negatives has loss 0 and gradient 0.
     negatives = scores.masked_fill(is_no_negative, torch.finfo(scores.dtype).min)
-    negative = negatives.logsumexp(1, keepdim=True)  # (b, 1)
-    nats = -F.logsigmoid(positive - negative) * valid  # -log(e^p / (e^p + e^n))
     best = positive.masked_fill(~valid, -math.inf).amax(1)
     hit = best > negatives.amax(1)  # (b,) equal is not higher
+    if reweigh:
+        negatives = reweigh(negatives, best[:, None], temperature)
+    negative = negatives.logsumexp(1, keepdim=True)  # (b, 1)
+    nats = -F.logsigmoid(positive - negative) * valid  # -log(e^p / (e^p + e^n))
     return nats.sum(1) / valid.sum(1), hit.detach()
 
 
@@ -166,7 +167,7 @@ class Step(NamedTuple):
     chunk_tokens: int  # what fitted into memory
 
 
-def loss_over_ranks(z, batch, temperature):
+def loss_over_ranks(z, batch, temperature, reweigh=None):
     """InfoNCE of this rank's B queries against *all ranks'* columns; z (rows, D), see Batch.
 
     -> (this rank's share of the mean over all N queries; that mean, share of hits, M columns)."""
@@ -180,14 +181,14 @@ def loss_over_ranks(z, batch, temperature):
     labels = labels.where(batch.labels >= 0, -1).to(z.device)
     q = z[:B]  # (B, D)
     t = ranks.gather_rows(z[B:], counts)  # (M, D) with a gradient: that of all ranks' losses
-    loss, hits = info_nce(q, t, temperature, labels, keys)
+    loss, hits = info_nce(q, t, temperature, labels, keys, reweigh)
     mean = ranks.all_sum(loss.item() * B) / N
     top1 = ranks.all_sum(hits.item() * B) / N
     # Trap: *summed* over ranks these shares are the mean over N queries; so are their gradients.
     return loss * B / N, (mean, top1, len(keys))
 
 
-def gradcache_step(embedder, batch, temperature, budget) -> Step:
+def gradcache_step(embedder, batch, temperature, budget, loss=loss_over_ranks) -> Step:
     """Leaves in `.grad` the gradient of the InfoNCE loss of *all ranks'* batch, exactly as if it
     had gone through the model at once. budget: plumbing.memory.Budget. A chunk that does not fit
     into memory makes all ranks (but sharded ones) begin again with half the chunk_tokens."""
@@ -199,7 +200,7 @@ def gradcache_step(embedder, batch, temperature, budget) -> Step:
         return embedder(inputs)  # (len(chunk), D)
 
     def loss_of(z):
-        share, seen[:] = loss_over_ranks(z, batch, temperature)
+        share, seen[:] = loss(z, batch, temperature)
         return share
 
     def attempt(chunk_tokens):
@@ -268,6 +269,7 @@ def main(cfg):
         cfg.model = f"{cfg.out}/merged"  # what a new adapter will be an adapter of
         save(merge(embedder), cfg.model)
     choose_trained(embedder, cfg)
+    loss = losses.asked_for(cfg, embedder, loss_over_ranks, info_nce)
     if cfg.fsdp:
         sharding.shard(embedder)
     optimizers = optim.make_optimizers(embedder, cfg)
@@ -292,14 +294,14 @@ def main(cfg):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
             budget = Budget.of(cfg, device)
-            out = gradcache_step(embedder, batch, cfg.temperature, budget)
+            out = gradcache_step(embedder, batch, cfg.temperature, budget, loss)
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------
             cfg.fitting = out.chunk_tokens  # kept by a checkpoint: what was halved stays so
             cut = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
+            skipped = sampling.skipped_pairs(pairs, draw, cfg, step)
             numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
-            numbers.update(norm=norm, lr=lr, cut=cut)
-            numbers["skipped"] = sampling.skipped_pairs(pairs, draw, cfg, step)
+            numbers.update(norm=norm, lr=lr, cut=cut, skipped=skipped)
             log(step, (N, "pairs"), numbers)
 
     # 4. Save.

@@ -30,6 +30,7 @@ class Config(Flags):
 
     model: str = flag("", "empty: out/contrastive, else out/pretrain, else toy")
     subsets: str = flag("", "the sets to evaluate, with caps, A,B:100; empty: all")
+    dim: int = flag(0, "numbers of an embedding that count (Matryoshka); 0: all", least=0)
     limit: int = flag(0, "queries of each set; 0: all (the toy world: 100)", least=0)
     json: str = flag("", "also write the scores to this file")
 

@@ -53,12 +53,14 @@ class Embedder(nn.Module):
     """An MLLM (any `AutoModelForImageTextToText`) that turns an input into one unit-length vector.
 
     settings: K compression tokens; pooling, the "mean" of them or the "last" token; prompt style,
-    see plumbing/template.py. adapter (see set_adapter): peft's wrapper around the MLLM, or None."""
+    see plumbing/template.py; prefixes of z that were trained, too. dim: as many numbers of z, 0:
+    all. adapter (see set_adapter): peft's wrapper around the MLLM, or None."""
 
-    def __init__(self, mllm, processor, settings, max_length=0):
+    def __init__(self, mllm, processor, settings, max_length=0, dim=0):
         super().__init__()
         self.mllm, self.processor = mllm, processor
-        self.K, self.pooling, self.style = settings
+        self.K, self.pooling, self.style, self.prefixes = settings
+        self.dim = dim or mllm.get_input_embeddings().weight.shape[1]  # D
         ids = processor.tokenizer.convert_tokens_to_ids(compression_tokens(self.K))
         self.collate = Collator(processor, ids, self.style, max_length)  # Items -> inputs
         self.set_adapter(None)
@@ -107,7 +109,7 @@ class Embedder(nn.Module):
         else:
             z = last_token_pool(h, inputs["attention_mask"])  # (B, D)
         z = sharding.touch_tower(self, z, inputs)  # as it is: only FSDP needs this
-        return F.normalize(z, dim=-1)
+        return F.normalize(z[:, : self.dim], dim=-1)
 
     @in_evaluation  # no dropout, no gradient
     def encode(self, items, chunk_tokens=None, workers=0, progress="", bad=None) -> np.ndarray:
@@ -121,8 +123,7 @@ class Embedder(nn.Module):
         chunk_tokens = whole_number("chunk_tokens", chunk_tokens, 1)
         chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, self.device)
         workers = whole_number("workers", workers, 0)
-        width = self.mllm.get_input_embeddings().weight.shape[1]  # D
-        z = np.full((len(items), width), np.nan, np.float32)  # NaN: not read
+        z = np.full((len(items), self.dim), np.nan, np.float32)  # NaN: not read
 
         def rows_of(window):  # made in workers
             return window, try_each(self.collate.row, [items[i] for i in window], bad is not None)
@@ -175,7 +176,7 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
 
     compress_tokens, pooling, prompt: where None what the checkpoint says; an InputError that names
     both where they contradict it. A model that is no embedder yet gets K new tokens. device: "cuda"
-    if there is one. options: attn ("sdpa"), max_length, min_pixels, max_pixels."""
+    if there is one. options: attn ("sdpa"), max_length, min_pixels, max_pixels, dim."""
     device = weights.device_of(device)
     path, options = folders.place(name), weights.Options(**options).checked()
     asked = weights.Settings(compress_tokens, pooling, prompt)
@@ -186,7 +187,7 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
         # Before the adapter: it holds the new tokens' embedding rows.
         add_compression_tokens(mllm, processor.tokenizer, settings.K)
         adapter = adapters.load_adapter(mllm, path) if has_adapter else None
-        embedder = Embedder(mllm, processor, settings, options.max_length)
+        embedder = Embedder(mllm, processor, settings, options.max_length, options.dim)
     embedder.set_adapter(adapter)
     # On a CPU float32: bfloat16 is slow there.
     embedder = embedder.float() if device.type == "cpu" else embedder.to(device)
@@ -195,7 +196,7 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
 
 def load_for(cfg, device) -> Embedder:
     """The model that the flags ask for."""
-    options = {name: getattr(cfg, name) for name in weights.Options._fields}
+    options = {name: getattr(cfg, name) for name in weights.Options._fields if hasattr(cfg, name)}
     return load(cfg.model, cfg.compress_tokens, cfg.pooling, cfg.prompt, device, **options)
 
 

@@ -3,6 +3,8 @@ memory, each computed once, its gradient with it."""
 
 import torch
 
+SCORES = 800_000  # of a block of rows: 3 MiB
+
 
 class KnownGradient(torch.autograd.Function):
     """A value whose gradients with respect to some tensors have been computed already."""
@@ -17,10 +19,11 @@ class KnownGradient(torch.autograd.Function):
         return None, None, *(grad * gradient for gradient in ctx.saved_tensors)
 
 
-def sum_over_blocks(loss_of_rows, q, t, block):
+def sum_over_blocks(loss_of_rows, q, t):
     """The sums over all rows of what loss_of_rows(q[rows], t, rows) -> (nats (b,), hits (b,)) says
-    of `block` of them at a time. q (B, D), t (M, D) -> (nats, with a gradient; hits). Memory is
-    that of one block: (block, M), never (B, M)."""
+    of a block of them at a time. q (B, D), t (M, D) -> (nats, with a gradient; hits). Memory is
+    that of one block, SCORES numbers, and never (B, M)."""
+    block = max(1, SCORES // len(t))
     grad_q, grad_t = torch.zeros_like(q), torch.zeros_like(t)
     nats, hits = 0.0, 0
     for rows in torch.arange(len(q), device=q.device).split(block):

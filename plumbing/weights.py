@@ -35,12 +35,14 @@ PROBE = 300  # tokens of a picture, at most, that `prove` embeds: on a CPU more 
 
 class Options(NamedTuple):
     """How a model is to be read: the attention kernel, the most tokens of a row (0: any), the
-    smallest and largest picture in pixels (0: the model's own)."""
+    smallest and largest picture in pixels (0: the model's own), the first numbers of an embedding
+    that are used (0: all)."""
 
     attn: str = "sdpa"
     max_length: int = 0
     min_pixels: int = 0
     max_pixels: int = 0
+    dim: int = 0
 
     def checked(self) -> "Options":
         """As they are, or an InputError that names one."""
@@ -67,11 +69,13 @@ def device_of(name) -> torch.device:
 
 
 class Settings(NamedTuple):
-    """What makes an MLLM an embedder: K, "mean" of the K tokens or "last" token, prompt style."""
+    """What makes an MLLM an embedder: K, "mean" of the K tokens or "last" token, prompt style, and
+    the lengths whose prefixes were trained as embeddings, too."""
 
     K: int
     pooling: str
     style: str
+    prefixes: tuple = ()
 
 
 def settings(name, path, asked) -> Settings:
@@ -91,7 +95,16 @@ def settings(name, path, asked) -> Settings:
         flags = f"--prompt {brief(style)} --pooling {brief(pooling)} --compress-tokens {brief(K)}"
         flags += " (by its nanocoma.json)" if stored else ""
         raise InputError(f"{flags}: prompts are {', '.join(STYLES)}; pooling mean (K > 0) or last")
-    return Settings(K, pooling, style)
+    return Settings(K, pooling, style, stored_prefixes(stored, path))
+
+
+def stored_prefixes(stored, path) -> tuple:
+    """The prefixes by a folder's nanocoma.json, or an InputError."""
+    lengths = stored.get("matryoshka", [])
+    if not isinstance(lengths, list) or not all(type(n) is int and n > 0 for n in lengths):
+        text = f'"matryoshka" is {brief(lengths)}, and not a list of lengths'
+        raise InputError(f"{brief(path)}/nanocoma.json: {text}")
+    return tuple(lengths)
 
 
 def agreed(key, asked, stored, name):
@@ -239,7 +252,10 @@ def prove(embedder, folder):
             if len(collate.picture(picture).columns["input_ids"]) < PROBE:
                 row = collate.row(Content(IMAGE, (picture,)))
                 z.append(embedder(collate.pad_rows([row], embedder.device)))
-    if not torch.cat(z).isfinite().all():
+    z = torch.cat(z)
+    if embedder.dim > z.shape[1]:
+        raise InputError(f"--dim {embedder.dim}: its embeddings have {z.shape[1]} numbers")
+    if not z.isfinite().all():
         text = "its vectors are not finite: NaN or infinity in its weights, or its processor's"
         raise InputError(f"--model {brief(folder)}: {text}")
     return embedder
@@ -293,6 +309,8 @@ def write_settings(embedder, folder, path, is_embedder=True):
     stored = {}
     if is_embedder:
         stored.update(compress_tokens=embedder.K, pooling=embedder.pooling, prompt=embedder.style)
+    if is_embedder and embedder.prefixes:
+        stored.update(matryoshka=list(embedder.prefixes))
     if embedder.adapter:
         origin = origin_of(embedder.mllm)
         stored.update(base_digest=origin.digest, base_is_hub=origin.is_hub)

@@ -91,7 +91,7 @@ def loaded(stage, flags):
 def watch(stage, patch, calls, noted):
     """Lets a stage load a copy, count its passes, and note the rows and the loader."""
     module = STAGES[stage]
-    names = MODEL_FLAGS + ["compress"] * (stage == "pretrain")
+    names = MODEL_FLAGS + {"pretrain": ["compress"], "evaluate": ["dim"]}.get(stage, [])
 
     def count(name):
         def hook(*_):
@@ -254,6 +254,10 @@ TABLE = [  # (stages, what both runs have, what the second one has, what must di
     (SECOND, dict(data="mmeb"), dict(split="diverse_instruction"), f"rows {LEARNT}"),
     (SECOND, {}, dict(temperature=0.1), LEARNT),
     (SECOND, {}, dict(mask_false_negatives=False), "rows"),
+    (SECOND, {}, dict(symmetric=True), LEARNT),
+    (SECOND, {}, dict(hardness=9.0), LEARNT),
+    (SECOND, {}, dict(margin=1e-4), LEARNT),
+    (SECOND, {}, dict(matryoshka="32,64"), LEARNT),
     (SECOND, {}, dict(keep_graphs=0), "passes looks"),
     (SECOND, dict(keep_graphs=0, freeze_vision=True), dict(vision_cache="off"), "looks"),
     (["evaluate"], {}, {}, ""),
@@ -266,6 +270,7 @@ TABLE = [  # (stages, what both runs have, what the second one has, what must di
     (["evaluate"], {}, dict(max_length=27), "rows loss"),
     (["evaluate"], {}, dict(chunk_tokens=1), "passes looks"),
     (["evaluate"], {}, dict(seed=1), "rows loss"),
+    (["evaluate"], {}, dict(dim=32), "loss"),
     (["evaluate"], {}, dict(workers=2), "workers"),
     (["evaluate"], {}, dict(limit=3), "rows loss sets"),
     (["evaluate"], {}, dict(subsets="ground"), "rows loss sets"),

@@ -10,6 +10,7 @@ from checks import close, equal, expect
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive import info_nce, paper_info_nce
+from plumbing import blocks
 
 
 def oracle(q, t, temperature, labels=None, keys=None):
@@ -146,22 +147,25 @@ def run(q, t, *args, **kwargs):
     return loss.detach(), float(hits), torch.cat([q.grad, t.grad])
 
 
-def test_the_block_size_changes_neither_value_nor_gradient():
-    """Row blocks are a matter of memory only: 1, 2, 4 (uneven last) and 256 agree."""
+def test_the_block_size_changes_neither_value_nor_gradient(monkeypatch):
+    """Row blocks are a matter of memory only: 1, 2, 4 (uneven last) rows and all of them agree."""
     for name, q, t, labels, keys in cases():
-        want = run(q, t, 0.05, labels, keys, block=256)
+        monkeypatch.undo()
+        want = run(q, t, 0.05, labels, keys)
         for block in (1, 2, 4):
-            got = run(q, t, 0.05, labels, keys, block=block)
+            monkeypatch.setattr(blocks, "SCORES", block * len(t))
+            got = run(q, t, 0.05, labels, keys)
             for x, y, part in zip(got, want, ("loss", "hits", "gradient"), strict=True):
                 close(x, y, f"{name}, block {block}: {part}", rel=1e-12)
 
 
-def test_the_gradient_equals_that_of_the_plain_loss():
-    """The blocks' second pass gives what autograd gives on the dense cross-entropy."""
+def test_the_gradient_equals_that_of_the_plain_loss(monkeypatch):
+    """Blocks of three rows give what autograd gives on the dense cross-entropy."""
+    monkeypatch.setattr(blocks, "SCORES", 3 * 9)
     q, t = (x.requires_grad_() for x in embeddings(7, 9))
     F.cross_entropy(q @ t.T / 0.1, torch.arange(7)).backward()
     want = torch.cat([q.grad, t.grad])
-    close(run(q.detach(), t.detach(), 0.1, block=3)[2], want, "d loss / d (q, t)", rel=1e-10)
+    close(run(q.detach(), t.detach(), 0.1)[2], want, "d loss / d (q, t)", rel=1e-10)
 
 
 def check_paper(loss_of):
@@ -280,10 +284,13 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def check_memory(loss_of, N=1536, D=8, block=64):
+N, ROWS = 1536, 64  # pairs, rows of a block
+
+
+def check_memory(loss_of, N=N, block=ROWS):
     q, t = (x.requires_grad_() for x in embeddings(N, N, torch.float32))
     with Peak() as memory:
-        loss_of(q, t, 0.05, block=block)[0].backward()
+        loss_of(q, t, 0.05)[0].backward()
     held = (
         f"peak {memory.peak / N / block:.1f}, largest {memory.largest / N / block:.1f} x N x block"
     )
@@ -294,22 +301,23 @@ def check_memory(loss_of, N=1536, D=8, block=64):
     expect(memory.peak >= N * block, held, "at least one block", "is the meter broken?")
 
 
-def test_memory_grows_with_n_times_block():
+def test_memory_grows_with_n_times_block(monkeypatch):
     """No N x N scores, neither in the forward nor in the backward pass: the peak of live tensors is
     a few row blocks, here 1/2 of N x N at most."""
+    monkeypatch.setattr(blocks, "SCORES", N * ROWS)
     check_memory(info_nce)
 
 
 def test_the_memory_check_fails_for_dense_scores_and_for_kept_blocks():
     """Negative control: one N x N matrix; row blocks whose graph is kept for the backward pass."""
 
-    def dense(q, t, temperature, block):
+    def dense(q, t, temperature):
         return (F.cross_entropy(q @ t.T / temperature, torch.arange(len(q))),)
 
-    def kept(q, t, temperature, block):
-        labels = torch.arange(len(q)).split(block)
+    def kept(q, t, temperature):
+        labels = torch.arange(len(q)).split(ROWS)
         parts = [F.cross_entropy(x @ t.T / temperature, y, reduction="sum")
-                 for x, y in zip(q.split(block), labels, strict=True)]  # fmt: skip
+                 for x, y in zip(q.split(ROWS), labels, strict=True)]  # fmt: skip
         return (torch.stack(parts).sum() / len(q),)
 
     for wrong, hint in ((dense, "a block of scores"), (kept, "blocks free their graph")):

@@ -49,6 +49,7 @@ class Config(ModelFlags):
     text: str = flag("", "rank its pictures by this text")
     query_image: str = flag("", "or by this picture, or by both together")
     workers: int = flag(1, "loader processes of a rank", least=0, most=256)
+    dim: int = flag(0, "numbers of an embedding that count (Matryoshka); 0: all", least=0)
     image_text: str = flag("<image>", "the instruction that the pictures are embedded with")
     top: int = flag(8, "results", least=1, most=1000)
     out: str = flag("out/search.png", "the picture of the results")
@@ -66,6 +67,7 @@ def fingerprint(embedder, image_text=None) -> str:
         embedder.K,
         embedder.pooling,
         embedder.style,
+        embedder.dim,
         collate.max_length,
         template.picture,
         (template.head_ids, template.before_text),

@@ -1,0 +1,125 @@
+"""Variants of stage 2's loss, from other papers, each a few lines and off unless its flag is given.
+They wrap around InfoNCE as contrastive.py has it, and go through GradCache with it."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from plumbing import ranks
+from plumbing.config import TrainingFlags, flag
+from plumbing.errors import InputError, brief
+
+
+@dataclass
+class LossFlags(TrainingFlags):
+    """The flags of the variants."""
+
+    symmetric: bool = flag(False, "targets look for their queries, too, as in CLIP")
+    hardness: float = flag(
+        0.0, "alpha: a negative weighs e^(alpha x its cosine), as in LLaVE; 0: one", least=0
+    )
+    margin: float = flag(
+        0.0, "nearer than the positive by more: no negative (Qwen3-VL 0.1); 0: off", least=0, most=2
+    )
+    matryoshka: str = flag("", "lengths whose prefixes are trained as embeddings, too: 32,64")
+
+
+def asked_for(cfg, embedder, loss_over_ranks, info_nce):
+    """The loss that the flags ask for, made of contrastive.py's two functions: loss(z, batch,
+    temperature) -> (this rank's share; mean nats, share of hits, columns). The prefixes' lengths
+    are noted in the embedder, for nanocoma.json."""
+    reweigh = None
+    if cfg.hardness or cfg.margin:
+        reweigh = partial(weighed, hardness=cfg.hardness, margin=cfg.margin)
+    loss = partial(loss_over_ranks, reweigh=reweigh)
+    if cfg.symmetric:
+        loss = partial(both_directions, loss, partial(info_nce, reweigh=reweigh))
+    embedder.prefixes = lengths_of(cfg.matryoshka, embedder.dim)
+    if embedder.prefixes:
+        loss = partial(over_prefixes, loss, embedder.prefixes)
+    return loss
+
+
+# ------------------------------------------------------------------- which negatives, and how much
+
+
+def weighed(negatives, best, temperature, hardness=0.0, margin=0.0):
+    """A negative's term e^(s / tau) in Eq. (1)'s sum becomes w e^(s / tau), s its cosine:
+
+    w = 0 where s > s+ + margin, for it is probably right, too (Qwen3-VL-Embedding), else
+    w = e^(hardness x s), and w is no part of the gradient (LLaVE, arXiv 2503.04812).
+
+    negatives (b, M): s / tau, the lowest number where a column is none; best (b, 1): s+ / tau of
+    the nearest positive. -> (b, M): log w + s / tau."""
+    if margin:
+        none = torch.finfo(negatives.dtype).min
+        negatives = negatives.masked_fill(negatives > best + margin / temperature, none)
+    cosines = negatives.detach() * temperature  # (b, M)
+    return negatives + hardness * cosines
+
+
+# ------------------------------------------------------------------------------- both directions
+
+
+def both_directions(loss, info_nce, z, batch, temperature):
+    """The mean of the loss and of its mirror image (CLIP, arXiv 2103.00020, figure 3)."""
+    share, (mean, hits, columns) = loss(z, batch, temperature)
+    mirrored_share, mirrored_mean = targets_look_for_queries(info_nce, z, batch, temperature)
+    return (share + mirrored_share) / 2, ((mean + mirrored_mean) / 2, hits, columns)
+
+
+def targets_look_for_queries(info_nce, z, batch, temperature):
+    """InfoNCE of this rank's targets against *all ranks'* queries. z (rows, D), see
+    contrastive.Batch. A target's positives are all queries that have it, or one of equal key, among
+    theirs; hard negatives look for nobody.
+
+    -> (this rank's share of the mean over all targets; that mean)."""
+    own = [row[row >= 0] for row in batch.labels]  # of each query of this rank: its columns
+    keys_of_queries = ranks.gather_objects([batch.keys[columns].tolist() for columns in own])
+    queries_of_key = defaultdict(list)  # over all ranks: N queries
+    for query, keys_of_query in enumerate(sum(keys_of_queries, [])):
+        for key in set(keys_of_query):
+            queries_of_key[key].append(query)
+
+    columns = torch.cat(own)  # this rank's targets
+    keys = batch.keys[columns].tolist()
+    positives = [torch.tensor(queries_of_key[key]) for key in keys]
+    labels = pad_sequence(positives, True, -1).to(z.device)  # (targets, P)
+    B = len(own)
+    q = ranks.gather_rows(z[:B], [len(part) for part in keys_of_queries])  # (N, D), with a gradient
+    t = z[B:][columns]  # (targets, D)
+    nats, _ = info_nce(t, q, temperature, labels)
+    total = ranks.all_sum(len(columns))
+    mean = ranks.all_sum(nats.item() * len(columns)) / total
+    return nats * len(columns) / total, mean
+
+
+# ----------------------------------------------------------------------------------- Matryoshka
+
+
+def over_prefixes(loss, lengths, z, batch, temperature):
+    """The mean loss of the embeddings and of their prefixes, each of unit length (Matryoshka
+    representation learning, arXiv 2205.13147, Eq. 1, all weights equal). Hits are those of the
+    whole embeddings."""
+    share, (mean, hits, columns) = loss(z, batch, temperature)
+    for length in lengths:
+        prefix = F.normalize(z[:, :length], dim=-1)  # (rows, length)
+        prefix_share, (prefix_mean, *_) = loss(prefix, batch, temperature)
+        share, mean = share + prefix_share, mean + prefix_mean
+    n = 1 + len(lengths)
+    return share / n, (mean / n, hits, columns)
+
+
+def lengths_of(text, width) -> tuple:
+    """ "32,64" -> (32, 64): of prefixes of embeddings of `width` numbers. InputError otherwise."""
+    words = [word.strip() for word in text.split(",")] if text.strip() else []
+    lengths = tuple(int(word) for word in words if word.isdecimal() and word.isascii())
+    rising = list(lengths) == sorted(set(lengths)) and len(lengths) == len(words)
+    if not rising or any(not 0 < length < width for length in lengths):
+        text = f"must be rising lengths below {width}, the embedding's own, as 32,64"
+        raise InputError(f"--matryoshka {brief(','.join(words))}: {text}")
+    return lengths

@@ -1,0 +1,306 @@
+"""Variants of the loss (plumbing/losses.py), each against a loop over single scores in float64,
+over ranks, and through GradCache."""
+
+import math
+from functools import partial
+
+import pytest
+import ranks as examples
+import torch
+import torch.nn.functional as F
+from checks import close, equal, expect
+from test_threads import shares
+from threads import on_ranks
+
+import contrastive
+import model
+from contrastive import Batch, info_nce, loss_over_ranks
+from plumbing import losses
+from plumbing.errors import InputError
+
+TAU = 0.3
+NONE = torch.finfo(torch.float64).min
+LABELS = torch.tensor([[0, 1, -1], [2, -1, -1], [3, 5, -1], [6, -1, -1], [7, -1, -1]])
+KEYS = torch.tensor([10, 11, 12, 13, 77, 11, 12, 14, 78])  # 1 and 5, 2 and 6 are alike; two hard
+LOUD = dict(hardness=3.0, margin=0.05)
+
+
+def embeddings(n, dim=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, dim, generator=g, dtype=torch.float64), dim=-1)
+
+
+def batch_and_z():
+    """Five queries, nine columns: several positives, equal targets, hard negatives."""
+    rows = list(range(len(LABELS) + len(KEYS)))
+    return Batch(rows, LABELS, KEYS), embeddings(len(rows))
+
+
+def chosen(**flags):
+    """The loss that these flags ask for."""
+    cfg = contrastive.Config(**flags)
+    return losses.asked_for(cfg, Wide(), loss_over_ranks, info_nce)
+
+
+class Wide:
+    """An embedder, as far as the losses ask."""
+
+    dim = 6
+
+
+def with_gradient(loss_of, z):
+    """-> (loss, d loss / d z)."""
+    z = z.clone().requires_grad_()
+    loss = loss_of(z)
+    loss.backward()
+    return loss.detach(), z.grad
+
+
+# ------------------------------------------------------------------------------------- the oracles
+
+
+def nats_of(anchor, right, wrong, hardness, margin):
+    """-log( e^(a.r / tau) / (e^(a.r / tau) + sum of w e^(a.n / tau)) ), the mean over all r, one
+    score at a time; the weights w are numbers, and have no gradient."""
+    best = max((anchor @ r).item() for r in right)
+    negative = 0.0
+    for n in wrong:
+        cosine = (anchor @ n).item()
+        if not (margin > 0 and cosine > best + margin):
+            negative = negative + math.exp(hardness * cosine) * (anchor @ n / TAU).exp()
+    total = 0.0
+    for r in right:
+        positive = (anchor @ r / TAU).exp()
+        total = total - (positive / (positive + negative)).log()
+    return total / len(right)
+
+
+def looped(z, labels, keys, hardness=0.0, margin=0.0):
+    """Each query against all columns: those with a key of its own targets are no negatives."""
+    q, t = z[: len(labels)], z[len(labels) :]
+    total = 0.0
+    for i, row in enumerate(labels.tolist()):
+        own = [p for p in row if p >= 0]
+        own_keys = [int(keys[p]) for p in own]
+        wrong = [t[j] for j in range(len(t)) if int(keys[j]) not in own_keys]
+        total = total + nats_of(q[i], [t[p] for p in own], wrong, hardness, margin)
+    return total / len(labels)
+
+
+def looped_mirror(z, labels, keys, hardness=0.0, margin=0.0):
+    """Each target against all queries: those that have its key among theirs are right."""
+    q, t = z[: len(labels)], z[len(labels) :]
+    targets = [p for row in labels.tolist() for p in row if p >= 0]
+    total = 0.0
+    for p in targets:
+        right, wrong = [], []
+        for i, row in enumerate(labels.tolist()):
+            has_it = any(keys[j] == keys[p] for j in row if j >= 0)
+            (right if has_it else wrong).append(q[i])
+        total = total + nats_of(t[p], right, wrong, hardness, margin)
+    return total / len(targets)
+
+
+def looped_symmetric(z, labels, keys, **weights):
+    return (looped(z, labels, keys, **weights) + looped_mirror(z, labels, keys, **weights)) / 2
+
+
+def looped_matryoshka(z, labels, keys):
+    """The whole vectors, and their first 2 and 3 numbers."""
+    parts = [z, *(F.normalize(z[:, :n], dim=-1) for n in (2, 3))]
+    return sum(looped(part, labels, keys) for part in parts) / 3
+
+
+ORACLES = {
+    "plain": ({}, looped),
+    "hardness": (dict(hardness=3.0), partial(looped, hardness=3.0)),
+    "margin": (dict(margin=0.05), partial(looped, margin=0.05)),
+    "both weights": (LOUD, partial(looped, **LOUD)),
+    "symmetric": (dict(symmetric=True), looped_symmetric),
+    "symmetric, weighed": (dict(symmetric=True, **LOUD), partial(looped_symmetric, **LOUD)),
+    "matryoshka": (dict(matryoshka="2,3"), looped_matryoshka),
+}
+
+
+def check(flags, oracle, loss=None):
+    batch, z = batch_and_z()
+    loss = loss or chosen(**flags)
+    want, want_grad = with_gradient(lambda z: oracle(z, LABELS, KEYS), z)
+    got, grad = with_gradient(lambda z: loss(z, batch, TAU)[0], z)
+    close(got, want, "loss", rel=1e-12)
+    close(grad, want_grad, "gradient", rel=1e-10)
+    close(loss(z, batch, TAU)[1][0], want.item(), "what the log says", rel=1e-12)
+
+
+@pytest.mark.parametrize("name", list(ORACLES))
+def test_each_variant_is_its_loop_over_single_scores(name):
+    """Value, gradient, and the mean that the log shows: several positives, equal targets, hard
+    negatives."""
+    flags, oracle = ORACLES[name]
+    check(flags, oracle)
+    if flags:  # negative control: each differs from the plain loss
+        with pytest.raises(AssertionError):
+            check({}, oracle)
+
+
+def weights_that_learn(negatives, best, temperature, hardness=0.0, margin=0.0):
+    return negatives + hardness * negatives * temperature
+
+
+def margin_of_scores(negatives, best, temperature, hardness=0.0, margin=0.0):
+    """The margin is one of cosines, and not of cosines over tau."""
+    return negatives.masked_fill(negatives > best + margin, NONE)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "flags"),
+    [(weights_that_learn, dict(hardness=3.0)), (margin_of_scores, dict(margin=0.05))],
+)
+def test_the_loops_find_wrong_weights(wrong, flags):
+    """Negative control: a weight with a gradient; a margin in other units."""
+    loss = partial(loss_over_ranks, reweigh=partial(wrong, **flags))
+    with pytest.raises(AssertionError):
+        check(flags, partial(looped, **flags), loss)
+
+
+# --------------------------------------------------------------------------------------- the edges
+
+
+def test_weights_leave_hits_and_a_query_without_negatives_as_they_are():
+    """A hit is no matter of weights; where all negatives are left out, loss and gradient are 0, and
+    no NaN, in float32, too."""
+    batch, z = batch_and_z()
+    _, (_, hits, columns) = chosen(**LOUD)(z, batch, TAU)
+    _, (_, plain_hits, _) = loss_over_ranks(z, batch, TAU)
+    equal((hits, columns), (plain_hits, len(KEYS)), "hits, columns")
+    expect(0 < hits < 1, hits, "some", "too easy")
+    q = torch.tensor([[1.0, 0.0]])
+    t = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.9, 0.1]])  # both negatives are far nearer
+    for dtype in (torch.float32, torch.float64):
+        reweigh = partial(losses.weighed, hardness=9.0, margin=0.1)
+        z = torch.cat([q, t]).to(dtype)
+        loss, grad = with_gradient(lambda z: info_nce(z[:1], z[1:], 0.01, reweigh=reweigh)[0], z)
+        equal((loss.item(), grad.abs().max().item()), (0.0, 0.0), f"{dtype}: no negative is left")
+    loss, _ = info_nce(q, t, 0.01, keys=torch.zeros(3), reweigh=partial(losses.weighed, hardness=9))
+    equal(loss.item(), 0.0, "all are alike: no negative, whatever it would weigh")
+
+
+def test_the_symmetric_loss_is_clips_where_each_query_has_its_own_target():
+    """CLIP, figure 3: cross-entropy along both axes of one matrix."""
+    z, n = embeddings(12), 6
+    batch = Batch(list(range(12)), torch.arange(n)[:, None], torch.arange(n))
+    scores = z[:n] @ z[n:].T / TAU
+    own = torch.arange(n)
+    want = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    close(chosen(symmetric=True)(z, batch, TAU)[0], want, "CLIP", rel=1e-12)
+
+
+def test_false_negatives_that_stay_are_negatives_in_both_directions():
+    """--no-mask-false-negatives gives all columns other keys: a target has its own query alone."""
+    z = embeddings(len(LABELS) + len(KEYS))
+    keys = torch.arange(len(KEYS))
+    batch = Batch(list(range(len(z))), LABELS, keys)
+    want = looped_symmetric(z, LABELS, keys)
+    close(chosen(symmetric=True)(z, batch, TAU)[0], want, "all differ", rel=1e-12)
+
+
+# -------------------------------------------------------------------------- ranks, chunks, dropout
+
+EVERYTHING = dict(symmetric=True, matryoshka="3", **LOUD)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_with_unequal_shares_have_the_whole_batchs_loss(monkeypatch, shared, world):
+    """All variants at once: shares sum to the loss of the whole batch, gradients too; equal targets
+    lie on different ranks."""
+    whole = examples.batch_of(shared)
+    z, loss = embeddings(len(whole.rows)), chosen(**EVERYTHING)
+    want, want_grad = with_gradient(lambda z: loss(z, whole, TAU)[0], z)
+    parts = shares(whole, world)
+    keys = [set(part.keys.tolist()) for part in parts]
+    expect(bool(keys[0] & keys[-1]), keys, "a key on two ranks", "too easy")
+    place = {id(row): i for i, row in enumerate(whole.rows)}
+
+    def work(rank):
+        mine = [place[id(row)] for row in parts[rank].rows]
+        own = z[mine].requires_grad_()
+        share, (mean, *_) = loss(own, parts[rank], TAU)
+        share.backward()
+        return share.item(), mean, mine, own.grad
+
+    grad, total = torch.zeros_like(z), 0.0
+    for share, mean, mine, own in on_ranks(monkeypatch, world, work):
+        total += share
+        grad[mine] += own
+        close(mean, want.item(), "what each rank's log says", 1e-12)
+    close(total, want.item(), "the shares' sum", 1e-12)
+    close(grad, want_grad, "d loss / d z", 1e-12)
+
+
+def test_gradcache_has_the_gradient_of_the_whole_batch():
+    """All variants at once, through the model, with chunks of a few rows, in float64."""
+    embedder = examples.build("lora")
+    batch = examples.batch_of(embedder)
+    cfg = contrastive.Config(symmetric=True, matryoshka="64", **LOUD)
+    loss = losses.asked_for(cfg, embedder, loss_over_ranks, info_nce)
+    z = embedder(embedder.collate.pad_rows(batch.rows))
+    embedder.zero_grad(set_to_none=True)
+    want = loss(z, batch, examples.TEMPERATURE)[0]
+    want.backward()
+    gradient = examples.gradient(embedder)
+    embedder.zero_grad(set_to_none=True)
+    out = contrastive.gradcache_step(embedder, batch, examples.TEMPERATURE, examples.SOME, loss)
+    close(out.loss, want.item(), "loss", 1e-10)
+    close(examples.gradient(embedder), gradient, "gradient", 1e-10)
+
+
+# --------------------------------------------------------------------------------- prefixes in use
+
+
+def test_lengths_are_rising_and_below_the_embeddings_own():
+    """Everything else is refused, with what would be right."""
+    equal(losses.lengths_of("", 128), (), "none")
+    equal(losses.lengths_of(" 32, 64", 128), (32, 64), "two")
+    for text in ("128", "64,32", "32,32", "0,4", "32;64", "x", "32,", "3.5", "-1", "1_6"):
+        with pytest.raises(InputError, match="--matryoshka .*rising lengths below 128"):
+            losses.lengths_of(text, 128)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A step of stage 2 with prefixes, its folder."""
+    out = tmp_path_factory.mktemp("matryoshka") / "out"
+    flags = dict(model="toy-random", steps=1, batch=4, block=2, muon_lr=0.0, workers=0)
+    contrastive.main(contrastive.Config(out=str(out), matryoshka="32,64", **flags))
+    return out
+
+
+def test_a_folder_knows_its_prefixes_and_dim_takes_one(trained):
+    """nanocoma.json has them; `dim` numbers of the whole embedding, of unit length; saved again it
+    is the same; what was trained without has none."""
+    whole, short = (model.load(trained, device="cpu", dim=n) for n in (0, 32))
+    equal((whole.prefixes, short.prefixes), ((32, 64), (32, 64)), "nanocoma.json")
+    z, prefix = whole.encode(["a red circle", "b"]), short.encode(["a red circle", "b"])
+    equal((z.shape, prefix.shape), ((2, 128), (2, 32)), "lengths")
+    want = F.normalize(torch.from_numpy(z[:, :32]), dim=-1)
+    close(torch.from_numpy(prefix), want, "the first 32 of 128", 1e-6)
+    model.save(short, trained.parent / "again")
+    again = model.load(trained.parent / "again", device="cpu")
+    equal((again.prefixes, again.dim), ((32, 64), 128), "a shorter use loses nothing")
+    equal(model.load("toy", device="cpu").prefixes, (), "none")
+
+
+def test_a_dim_beyond_the_embedding_or_a_damaged_list_is_an_error(trained):
+    """With what would be right."""
+    with pytest.raises(InputError, match="--dim 129: its embeddings have 128 numbers"):
+        model.load(trained, device="cpu", dim=129)
+    with pytest.raises(InputError, match="dim"):
+        model.load(trained, device="cpu", dim=-1)
+    stored = (trained / "nanocoma.json").read_text()
+    for damaged in ('"32"', "[32, 0]", "[true]", "7"):
+        text = stored.replace('"matryoshka": [\n  32,\n  64\n ]', f'"matryoshka": {damaged}')
+        expect(text != stored, text, "another list", "too easy")
+        (trained / "nanocoma.json").write_text(text)
+        with pytest.raises(InputError, match="nanocoma.json: .matryoshka. is"):
+            model.load(trained, device="cpu")
+    (trained / "nanocoma.json").write_text(stored)
