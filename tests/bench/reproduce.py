@@ -90,8 +90,17 @@ STUDIES = {
     }),
     "false-negatives": (2, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
     "instructions": (2, {"with": (COMA, ""), "without": (COMA, "bare")}),
+    "losses": (3, {
+        "plain": (NONE, "prefixes"),
+        "symmetric": (NONE, "--symmetric"),
+        "hardness 9": (NONE, "--hardness 9"),
+        "margin 0.1": (NONE, "--margin 0.1"),
+        "matryoshka": (NONE, "--matryoshka 16,32 prefixes"),
+    }),
 }  # fmt: skip
 
+
+PREFIXES = (16, 32)  # of an embedding, scored where a run's flags say "prefixes"
 
 # ----------------------------------------------------------------------------- one run, one process
 
@@ -126,6 +135,10 @@ def run_contrastive(job):
     if "bare" in words:
         without_instructions()
         words.remove("bare")
+    dims = ()
+    if "prefixes" in words:
+        dims = PREFIXES
+        words.remove("prefixes")
     steps, curve = [], []
 
     @contextmanager
@@ -147,7 +160,9 @@ def run_contrastive(job):
         contrastive.main(cfg)
         embedder = model.load(out, device="cpu")
         log = [json.loads(x) for x in Path(out, "log.jsonl").read_text().splitlines()[1:]]
-    means = score(embedder, job["queries"])
+    means, prefixes = score(embedder, job["queries"]), {}
+    for embedder.dim in dims:
+        prefixes[embedder.dim] = score(embedder, job["queries"])["overall"]["p_at_1"]
     return dict(
         first=job["first"], second=job["second"], seed=job["seed"], K=embedder.K, batch=cfg.batch,
         pairs=sum(int(x.partition(":")[2] or 0) for x in cfg.subsets.split(",")),
@@ -155,7 +170,7 @@ def run_contrastive(job):
         loss=[round(x["loss"], 4) for x in log[:: max(1, cfg.steps // 20)]],
         ind=means["ind"]["p_at_1"], ood=means["ood"]["p_at_1"],
         overall=means["overall"]["p_at_1"], chance=means["overall"]["chance"],
-        meta_tasks={m: r["p_at_1"] for m, r in means["meta_tasks"].items()},
+        meta_tasks={m: r["p_at_1"] for m, r in means["meta_tasks"].items()}, prefixes=prefixes,
     )  # fmt: skip
 
 
