@@ -121,6 +121,7 @@ def facts(folder, base, licence) -> str:
             ("base model", base),
             ("family", config.get("model_type", "")),
             ("dimensions", config.get("text_config", config).get("hidden_size", "")),
+            ("prefixes trained, too", ", ".join(map(str, settings.get("matryoshka", ())))),
             ("compression tokens K", settings.get("compress_tokens", "")),
             ("pooling", pooling.get(settings.get("pooling"), "")),
             ("prompt", settings.get("prompt", "")),
@@ -187,6 +188,9 @@ def scores(folder) -> str:
     means.update(known.get("meta_tasks") or {})
     rows = [(name, f"{100 * x:.1f}") for name, x in means.items() if isinstance(x, float)]
     sets = len(known.get("sets") or {})
-    partial = ", of a part of the queries" if known.get("partial") else ""
-    title = f"## Scores: Precision@1 x 100, means over {sets} sets{partial}"
+    title = f"## Scores: Precision@1 x 100, means over {sets} sets"
+    if known.get("partial"):
+        title += ", of a part of the queries"
+    if dim := (known.get("config") or {}).get("dim"):
+        title += f", by the first {dim} numbers of an embedding"
     return f"{title}\n\n{table(rows)}" if rows else ""

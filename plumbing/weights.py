@@ -253,12 +253,24 @@ def prove(embedder, folder):
                 row = collate.row(Content(IMAGE, (picture,)))
                 z.append(embedder(collate.pad_rows([row], embedder.device)))
     z = torch.cat(z)
-    if embedder.dim > z.shape[1]:
-        raise InputError(f"--dim {embedder.dim}: its embeddings have {z.shape[1]} numbers")
+    refuse_longer(embedder, z.shape[1])
     if not z.isfinite().all():
         text = "its vectors are not finite: NaN or infinity in its weights, or its processor's"
         raise InputError(f"--model {brief(folder)}: {text}")
     return embedder
+
+
+def refuse_longer(embedder, width):
+    """InputError where --dim asks for more numbers than an embedding has (`width`); says so where
+    the model was not trained for as few."""
+    whole = embedder.mllm.get_input_embeddings().weight.shape[1]
+    if embedder.dim > width:
+        raise InputError(f"--dim {embedder.dim}: its embeddings have {width} numbers")
+    if embedder.dim < whole and embedder.dim not in embedder.prefixes:
+        known = ", ".join(map(str, embedder.prefixes)) or "none"
+        say(
+            f"--dim {embedder.dim}: not among the prefixes that the model was trained for ({known})"
+        )
 
 
 def describe(embedder) -> str:

@@ -1,6 +1,7 @@
 """Variants of the loss (plumbing/losses.py), each against a loop over single scores in float64,
 over ranks, and through GradCache."""
 
+import json
 import math
 from functools import partial
 
@@ -14,9 +15,11 @@ from threads import on_ranks
 
 import contrastive
 import model
+import plumbing.card
 from contrastive import Batch, info_nce, loss_over_ranks
 from plumbing import losses
 from plumbing.errors import InputError
+from tools import search
 
 TAU = 0.3
 NONE = torch.finfo(torch.float64).min
@@ -288,6 +291,44 @@ def test_a_folder_knows_its_prefixes_and_dim_takes_one(trained):
     again = model.load(trained.parent / "again", device="cpu")
     equal((again.prefixes, again.dim), ((32, 64), 128), "a shorter use loses nothing")
     equal(model.load("toy", device="cpu").prefixes, (), "none")
+
+
+def test_a_prefix_that_was_not_trained_is_told_of(trained, capsys):
+    """It is no error: one wants to compare."""
+    model.load(trained, device="cpu", dim=32)
+    equal(capsys.readouterr().out, "", "trained")
+    model.load(trained, device="cpu", dim=48)
+    model.load("toy", device="cpu", dim=16)
+    said = capsys.readouterr().out
+    expect(
+        "--dim 48: not among the prefixes that the model was trained for (32, 64)" in said,
+        said,
+        "48",
+        "",
+    )
+    expect(
+        "--dim 16: not among the prefixes that the model was trained for (none)" in said,
+        said,
+        "16",
+        "",
+    )
+
+
+def test_the_card_names_prefixes_and_what_was_scored(trained):
+    """README.md of the folder."""
+    card = (trained / "README.md").read_text()
+    expect("| prefixes trained, too | 32, 64 |" in card, card, "32, 64", "facts")
+    scores = dict(overall=0.5, sets={}, meta_tasks={}, config=dict(dim=32))
+    (trained / "scores.json").write_text(json.dumps(scores))
+    said = plumbing.card.scores(trained)
+    (trained / "scores.json").unlink()
+    expect(", by the first 32 numbers of an embedding" in said, said, "32", "title")
+
+
+def test_an_index_of_another_length_is_another_one(trained):
+    """`tools.search --dim` never compares a prefix with whole embeddings."""
+    keys = [search.fingerprint(model.load(trained, device="cpu", dim=n), "x") for n in (0, 32, 64)]
+    equal(len(set(keys)), 3, "a key for each")
 
 
 def test_a_dim_beyond_the_embedding_or_a_damaged_list_is_an_error(trained):
