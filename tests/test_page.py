@@ -260,6 +260,15 @@ def choose(page, selector, value):
     )
 
 
+def test_the_page_in_docs_shows_todays_functions():
+    """Else it is to be made again: `python -m tools.explain --html docs/explain.html`."""
+    page = (ROOT / "docs" / "explain.html").read_text()
+    for function in explain_page.SOURCES:
+        expect(
+            explain_page.source(function) in page, function.__name__, "its source", "make it again"
+        )
+
+
 @needs_browser
 @pytest.mark.parametrize("made", ["now", "docs/explain.html"])
 @pytest.mark.parametrize("width", WIDTHS)
