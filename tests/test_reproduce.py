@@ -27,7 +27,9 @@ def test_every_arm_is_made_of_flags_that_exist():
             if first is not None:
                 pretrain.Config.parse(f"{reproduce.STAGE1} {first}".split())
             words = f"{reproduce.STAGE2} {second}".split()
-            cfg = contrastive.Config.parse([w for w in words if w not in ("bare", "prefixes")])
+            cfg = contrastive.Config.parse(
+                [w for w in words if w not in ("bare", "prefixes", "mined")]
+            )
             refuse_impossible(cfg, 1)
             pairs = sum(map(len, read_pairs(subsets=cfg.subsets).values()))
             assert seeds > 0 and pairs >= 200, (study, pairs)

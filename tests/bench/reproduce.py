@@ -97,6 +97,10 @@ STUDIES = {
         "margin 0.1": (NONE, "--margin 0.1"),
         "matryoshka": (NONE, "--matryoshka 16,32 prefixes"),
     }),
+    "mined": (3, {
+        "1,000 pairs": (NONE, caps(1000)),
+        "with mined negatives": (NONE, f"{caps(1000)} mined"),
+    }),
 }  # fmt: skip
 
 
@@ -111,6 +115,35 @@ def without_instructions():
 
     INSTRUCT.update({task: ("{}", "{}", "{}") for task in ("vqa", "t2i", "ground")})
     INSTRUCT.update({task: ("", "", "") for task in ("classify", "i2t")})
+
+
+def mine_negatives(words):
+    """Stage 2 once by these flags; from here on its pairs have two negatives each, the wrong
+    targets at ranks 5 and 6 of their set for the model that came out."""
+    import contrastive
+    import model
+    from plumbing.lines import Lazy
+    from tools.mine import Targets, nearest_wrong
+
+    with tempfile.TemporaryDirectory() as out:
+        contrastive.main(contrastive.Config.parse([*words, "--out", out]))
+        embedder = model.load(out, device="cpu")
+    read_pairs = contrastive.read_pairs
+
+    def with_negatives(pairs):
+        pairs = list(pairs)
+        targets = Targets(pairs, [{"target": list(pair.targets)} for pair in pairs])
+        z = embedder.encode([pair.query for pair in pairs] + targets.items)
+        ranked = nearest_wrong(z[: len(pairs)], z[len(pairs) :], targets.own, 5, 6)
+        mined = []
+        for pair, rows in zip(pairs, ranked, strict=True):
+            mined.append(pair._replace(negatives=tuple(targets.items[row] for row in rows)))
+        return Lazy(len(mined), mined.__getitem__)
+
+    def read(*args):
+        return {name: with_negatives(pairs) for name, pairs in read_pairs(*args).items()}
+
+    contrastive.read_pairs = read
 
 
 def score(embedder, limit, subsets=""):
@@ -139,6 +172,10 @@ def run_contrastive(job):
     if "prefixes" in words:
         dims = PREFIXES
         words.remove("prefixes")
+    words += ["--model", job["init"], "--seed", str(job["seed"])]
+    if "mined" in words:
+        words.remove("mined")
+        mine_negatives(words)
     steps, curve = [], []
 
     @contextmanager
@@ -155,8 +192,7 @@ def run_contrastive(job):
 
     checkpoint.kept = look  # the "once in a while" place of the loop
     with tempfile.TemporaryDirectory() as out:
-        words += ["--model", job["init"], "--seed", str(job["seed"]), "--out", out]
-        cfg = contrastive.Config.parse(words)
+        cfg = contrastive.Config.parse([*words, "--out", out])
         contrastive.main(cfg)
         embedder = model.load(out, device="cpu")
         log = [json.loads(x) for x in Path(out, "log.jsonl").read_text().splitlines()[1:]]
