@@ -31,7 +31,7 @@ from data import read_pairs
 from model import choose_trained, load_for, merge, save
 from plumbing import checkpoint, losses, optim, ranks, sampling, sharding
 from plumbing.blocks import sum_over_blocks
-from plumbing.config import flag, refuse_impossible
+from plumbing.config import LossFlags, flag, refuse_impossible
 from plumbing.formats import Place, digest_of
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
@@ -41,7 +41,7 @@ from plumbing.replay import replay, rng_state
 
 
 @dataclass
-class Config(losses.LossFlags):
+class Config(LossFlags):
     """Flags of stage 2."""
 
     model: str = flag("", "toy, a folder, or a hub id; empty: out/pretrain, else toy")

@@ -271,6 +271,20 @@ class TrainingFlags(Flags):
     fitting: int = dataclasses.field(default=0, init=False)
 
 
+@dataclasses.dataclass
+class LossFlags(TrainingFlags):
+    """The flags of the loss' variants (plumbing/losses.py)."""
+
+    symmetric: bool = flag(False, "targets look for their queries, too, as in CLIP")
+    hardness: float = flag(
+        0.0, "alpha: a negative weighs e^(alpha x its cosine), as in LLaVE; 0: one", least=0
+    )
+    margin: float = flag(
+        0.0, "what is nearer than the positive by more is no negative; 0: off", least=0, most=2
+    )
+    matryoshka: str = flag("", "lengths whose prefixes are trained as embeddings, too: 32,64")
+
+
 def refuse_idle_ranks(cfg, world):
     """InputError where stage 1's batch has less examples than there are ranks."""
     if cfg.batch < world:

@@ -2,7 +2,6 @@
 They wrap around InfoNCE as contrastive.py has it, and go through GradCache with it."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,22 +9,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import ranks
-from plumbing.config import TrainingFlags, flag
 from plumbing.errors import InputError, brief
-
-
-@dataclass
-class LossFlags(TrainingFlags):
-    """The flags of the variants."""
-
-    symmetric: bool = flag(False, "targets look for their queries, too, as in CLIP")
-    hardness: float = flag(
-        0.0, "alpha: a negative weighs e^(alpha x its cosine), as in LLaVE; 0: one", least=0
-    )
-    margin: float = flag(
-        0.0, "nearer than the positive by more: no negative (Qwen3-VL 0.1); 0: off", least=0, most=2
-    )
-    matryoshka: str = flag("", "lengths whose prefixes are trained as embeddings, too: 32,64")
 
 
 def asked_for(cfg, embedder, loss_over_ranks, info_nce):
