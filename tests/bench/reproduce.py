@@ -91,15 +91,15 @@ STUDIES = {
     "false-negatives": (2, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
     "instructions": (2, {"with": (COMA, ""), "without": (COMA, "bare")}),
     "losses": (3, {
-        "plain": (NONE, "prefixes"),
-        "symmetric": (NONE, "--symmetric"),
-        "hardness 9": (NONE, "--hardness 9"),
-        "margin 0.1": (NONE, "--margin 0.1"),
-        "matryoshka": (NONE, "--matryoshka 16,32 prefixes"),
+        "plain": (NONE, "--steps 100 prefixes"),
+        "symmetric": (NONE, "--steps 100 --symmetric"),
+        "hardness 9": (NONE, "--steps 100 --hardness 9"),
+        "margin 0.1": (NONE, "--steps 100 --margin 0.1"),
+        "matryoshka": (NONE, "--steps 100 --matryoshka 16,32 prefixes"),
     }),
-    "mined": (3, {
-        "1,000 pairs": (NONE, caps(1000)),
-        "with mined negatives": (NONE, f"{caps(1000)} mined"),
+    "mined": (2, {
+        "1,000 pairs": (NONE, f"{caps(1000)} --steps 100"),
+        "with mined negatives": (NONE, f"{caps(1000)} --steps 100 mined"),
     }),
 }  # fmt: skip
 
