@@ -31,19 +31,21 @@ class Exercise(NamedTuple):
 
 EXERCISES = {  # 100 points in all
     "ex0": Exercise("one bit", 4),
-    "ex1": Exercise("InfoNCE", 8),
-    "ex2": Exercise("compression mask", 8),
-    "ex3": Exercise("answer labels", 8),
-    "ex4": Exercise("pooling", 8),
+    "ex1": Exercise("InfoNCE", 7),
+    "ex2": Exercise("compression mask", 7),
+    "ex3": Exercise("answer labels", 7),
+    "ex4": Exercise("pooling", 7),
     "ex5": Exercise("GradCache", 8),
     "ex6": Exercise("two ranks", 8),
-    "ex7": Exercise("Precision@1", 8),
+    "ex7": Exercise("Precision@1", 7),
     "ex8": Exercise("predict, then run", 8),
     "ex9": Exercise("bug hunt", 8),
     "ex10": Exercise("ablation", 9),
-    "ex11": Exercise("the layout", 5),
-    "ex12": Exercise("the mask as a cache", 5),
-    "ex13": Exercise("InfoNCE's gradient", 5),
+    "ex11": Exercise("the layout", 4),
+    "ex12": Exercise("the mask as a cache", 4),
+    "ex13": Exercise("InfoNCE's gradient", 4),
+    "ex14": Exercise("hardness", 4),
+    "ex15": Exercise("Matryoshka", 4),
 }
 
 
@@ -84,6 +86,19 @@ def load(path):
     module.__file__ = str(path)
     exec(compile(Path(path).read_bytes(), str(path), "exec"), vars(module))
     return module
+
+
+def gradient_of_ours(cosines, temperature, labels=None, keys=None, reweigh=None):
+    """What autograd says of `contrastive.info_nce`, in whatever mode it is called: (B, M)."""
+    import torch
+
+    import contrastive
+
+    with torch.inference_mode(False), torch.enable_grad():
+        q = cosines.clone().requires_grad_()
+        t = torch.eye(q.shape[1], dtype=q.dtype)  # the cosine with unit vector j is entry j
+        loss, _ = contrastive.info_nce(q, t, temperature, labels, keys, reweigh)
+        return torch.autograd.grad(loss, q)[0]
 
 
 class Reference:
@@ -136,16 +151,24 @@ class Reference:
         return mask_as_cache.hidden_through_cache(run, tokens, positions, roles)
 
     def info_nce_gradient(self, cosines, temperature, labels=None, keys=None):
-        """What autograd says of `contrastive.info_nce`, in whatever mode it is called."""
+        return gradient_of_ours(cosines, temperature, labels, keys)
+
+    def hardness_gradient(self, cosines, temperature, alpha, labels=None):
+        from plumbing import losses
+
+        reweigh = functools.partial(losses.weighed, hardness=alpha)
+        return gradient_of_ours(cosines, temperature, labels, reweigh=reweigh)
+
+    def matryoshka_loss(self, loss, q, t, lengths):
+        """`over_prefixes` wants one z, and a loss that also brings what the log shows of it."""
         import torch
 
-        import contrastive
+        from plumbing import losses
 
-        with torch.inference_mode(False), torch.enable_grad():
-            q = cosines.clone().requires_grad_()
-            t = torch.eye(q.shape[1], dtype=q.dtype)  # the cosine with unit vector j is entry j
-            loss, _ = contrastive.info_nce(q, t, temperature, labels, keys)
-            return torch.autograd.grad(loss, q)[0]
+        def loss_of(z, batch, temperature):
+            return loss(z[: len(q)], z[len(q) :]), (0.0, 0.0, len(t))
+
+        return losses.over_prefixes(loss_of, lengths, torch.cat([q, t]), None, None)[0]
 
     def __getattr__(self, name):
         if name.startswith("_"):

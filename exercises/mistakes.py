@@ -1,4 +1,4 @@
-"""Planted mistakes, two to five for each exercise: test_grader.py shows that the grader finds each.
+"""Planted mistakes, two to six for each exercise: test_grader.py shows that the grader finds each.
 Many are those that the main tests' own negative controls use."""
 
 import dataclasses
@@ -10,6 +10,7 @@ import numpy as np
 import test_answers
 import test_cache
 import test_evaluate
+import test_losses
 import test_mask
 import test_pooling
 import torch
@@ -33,6 +34,8 @@ precision_at_1 = evaluate.precision_at_1
 flip_one_bit = OURS.flip_one_bit
 layout = OURS.layout
 info_nce_gradient = OURS.info_nce_gradient
+hardness_gradient = OURS.hardness_gradient
+matryoshka_loss = OURS.matryoshka_loss
 
 
 class Wrong:
@@ -327,6 +330,86 @@ def exp_without_a_shift(cosines, temperature, labels=None, keys=None):
     return (e / e.sum(1, keepdim=True) - own.to(e)) / temperature / len(cosines)
 
 
+# -------------------------------------------------------------------------------------- exercise 14
+
+
+def differentiates_the_weight(cosines, temperature, alpha, labels=None):
+    """A negative's push gets (1 / tau + alpha) in the place of 1 / tau."""
+    reweigh = functools.partial(test_losses.weights_that_learn, hardness=alpha)
+    return ladder.gradient_of_ours(cosines, temperature, labels, reweigh=reweigh)
+
+
+def weighs_the_positive_too(cosines, temperature, alpha, labels=None):
+    """e^(c / tau + alpha c) in every column: another temperature, and no more."""
+    colder = 1 / (1 / temperature + alpha)
+    return info_nce_gradient(cosines, colder, labels) * colder / temperature
+
+
+def weighs_the_gradient(cosines, temperature, alpha, labels=None):
+    """The weight behind the softmax, not in it: the pull is not what is pushed."""
+    gradient = info_nce_gradient(cosines, temperature, labels)
+    return gradient * torch.where(gradient > 0, (alpha * cosines).exp(), 1.0)
+
+
+def has_no_temperature(cosines, temperature, alpha, labels=None):
+    return hardness_gradient(cosines, temperature, alpha, labels) * temperature
+
+
+def sums_over_queries(cosines, temperature, alpha, labels=None):
+    return hardness_gradient(cosines, temperature, alpha, labels) * len(cosines)
+
+
+def weights_times_exp(cosines, temperature, alpha, labels=None):
+    """The formula as it is written, without logarithms."""
+    labels = torch.arange(len(cosines)) if labels is None else labels
+    own = torch.arange(cosines.shape[1])[None] == labels[:, None]
+    weights = torch.where(own, 1.0, (alpha * cosines).exp())
+    e = weights * (cosines / temperature).exp()
+    return (e / e.sum(1, keepdim=True) - own.to(e)) / temperature / len(cosines)
+
+
+# -------------------------------------------------------------------------------------- exercise 15
+
+
+def mean_over(parts_of):
+    """The mean of the loss over parts_of(q or t, lengths)."""
+
+    def matryoshka_loss(loss, q, t, lengths):
+        parts = zip(parts_of(q, lengths), parts_of(t, lengths), strict=True)
+        return torch.stack([loss(*part) for part in parts]).mean()
+
+    matryoshka_loss.__name__ = parts_of.__name__
+    return matryoshka_loss
+
+
+def prefixes_as_they_are(x, lengths):
+    return [x, *(x[:, :n] for n in lengths)]
+
+
+def suffixes(x, lengths):
+    return [x, *(F.normalize(x[:, -n:], dim=1) for n in lengths)]
+
+
+def columns_of_unit_length(x, lengths):
+    return [x, *(F.normalize(x[:, :n], dim=0) for n in lengths)]
+
+
+def without_the_whole(x, lengths):
+    return [F.normalize(x[:, :n], dim=1) for n in lengths] or [x]
+
+
+def sums_over_prefixes(loss, q, t, lengths):
+    return matryoshka_loss(loss, q, t, lengths) * (1 + len(lengths))
+
+
+def prefixes_that_teach_nothing(loss, q, t, lengths):
+    """The right number, without the prefixes' gradient."""
+    whole = loss(q, t) / (1 + len(lengths))
+    with torch.no_grad():
+        rest = matryoshka_loss(loss, q, t, lengths) - whole
+    return whole + rest
+
+
 # ---------------------------------------------------------------------------------------- all of it
 
 
@@ -406,5 +489,23 @@ ALL = {
         pulls_the_diagonal,
         pushes_equal_targets_away,
         exp_without_a_shift,
+    ),
+    "ex14": lambda: replacing(
+        "hardness_gradient",
+        differentiates_the_weight,
+        weighs_the_positive_too,
+        weighs_the_gradient,
+        has_no_temperature,
+        sums_over_queries,
+        weights_times_exp,
+    ),
+    "ex15": lambda: replacing(
+        "matryoshka_loss",
+        mean_over(prefixes_as_they_are),
+        mean_over(suffixes),
+        mean_over(columns_of_unit_length),
+        mean_over(without_the_whole),
+        sums_over_prefixes,
+        prefixes_that_teach_nothing,
     ),
 }

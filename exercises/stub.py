@@ -1,4 +1,4 @@
-"""Your file. Fourteen exercises; exercises/README.md says what each needs and how long it takes.
+"""Your file. Sixteen exercises; exercises/README.md says what each needs and how long it takes.
 
     python -m pytest -q -x --tb=short -m ex1 exercises    grades exercise 1, in your copy
 
@@ -301,3 +301,43 @@ def info_nce_gradient(cosines, temperature, labels=None, keys=None):
     that has the key of the target, and is not the target?
     Temperature 0.005 must not overflow: PyTorch has what you need. Roughly 7 lines, no loop."""
     raise NotImplementedError("Exercise 13: InfoNCE's gradient; grade with pytest -m ex13")
+
+
+# ------------------------------------------------------------------------- Exercise 14: hardness
+
+
+def hardness_gradient(cosines, temperature, alpha, labels=None):
+    """LLaVE (arXiv 2503.04812): a negative that is near its query should be pushed away harder than
+    the softmax does by itself. Each negative j of query i gets a weight
+        w_ij = e^(alpha * c_ij),  c the cosine,
+    and the loss of query i with target p is
+        -log( e^(c_ip / tau) / (e^(c_ip / tau) + sum over j other than p of w_ij e^(c_ij / tau)) ).
+    The weight is a number that is read off the model: *no gradient goes through it*.
+
+    cosines (B, M), temperature, labels (B,) as in exercise 13; alpha 0: exercise 13 without keys
+    -> (B, M): the gradient of the *mean* loss with respect to each cosine. It is called in
+    inference mode, where autograd cannot help. Leave `cosines` as they are.
+
+    On paper: what is the derivative if w is a constant? Of what numbers is it a softmax now?
+    Temperature 0.005 must not overflow: what is the logarithm of w e^(c / tau)? Roughly 7 lines, no
+    loop."""
+    raise NotImplementedError("Exercise 14: hardness; grade with pytest -m ex14")
+
+
+# ----------------------------------------------------------------------- Exercise 15: Matryoshka
+
+
+def matryoshka_loss(loss, q, t, lengths):
+    """Matryoshka representation learning (arXiv 2205.13147, Eq. (1), all weights equal): the first
+    n numbers of an embedding are to be an embedding, too, for an index of n / D the size. So they
+    are trained as one: a doll inside of a doll.
+
+    q (B, D), t (M, D), unit length; loss(q' (B, n), t' (M, n), rows of unit length) -> a scalar,
+    exercise 1's for example; lengths: [n, ...], each below D, or []
+    -> a scalar, with a gradient that reaches q and t: the mean of 1 + len(lengths) losses,
+
+        ( loss(q, t) + sum over n of loss(first n of q, first n of t) ) / (1 + len(lengths))
+
+    where the first n numbers of a unit vector are no unit vector: each row is divided by its own
+    length again. Roughly 5 lines."""
+    raise NotImplementedError("Exercise 15: Matryoshka; grade with pytest -m ex15")
