@@ -15,6 +15,7 @@ import model
 import pretrain
 from data import Item
 from plumbing import families as families_of_models
+from plumbing import loader
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
@@ -135,6 +136,25 @@ def test_encode_goes_over_more_items_than_one_window(shared):
     z = shared.encode(words)
     for i in (0, 255, 256, 299):
         close(z[i : i + 1], alone(shared, [Item(words[i])]), f"item {i}")
+
+
+def test_encode_learns_how_large_pictures_are(shared, monkeypatch):
+    """After the first window the next ones hold as many as fit into WINDOW_BYTES: large pictures
+    come in smaller windows, whatever was guessed."""
+    made = []
+
+    def watched(rows_of, windows, workers, device):
+        for window in windows:
+            made.append(len(window))
+            yield rows_of(window)
+
+    monkeypatch.setattr(model, "prefetch", watched)
+    size = sum(x.nbytes for x in shared.collate.row(ITEMS[4]).images.values())
+    count = len(ITEMS[4].images)
+    monkeypatch.setattr(loader, "FIRST_GUESS", size // count // 4)
+    monkeypatch.setattr(loader, "WINDOW_BYTES", size)
+    shared.encode([ITEMS[4]] * 6)
+    equal(made, [4, 1, 1], "four by the guess, then one at a time")
 
 
 def test_encode_leaves_no_trace(embedder):

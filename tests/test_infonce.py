@@ -308,6 +308,14 @@ def test_memory_grows_with_n_times_block(monkeypatch):
     check_memory(info_nce)
 
 
+def test_without_a_block_size_memory_is_bounded_too():
+    """As training calls it: 3 MiB of scores at a time, whatever the batch."""
+    q, t = (x.requires_grad_() for x in embeddings(1000, 4000, torch.float32))
+    with Peak() as memory:
+        info_nce(q, t, 0.05)
+    expect(memory.largest <= 800_000, f"{memory.largest:,}", "<= 800,000 numbers", "block = ...")
+
+
 def test_the_memory_check_fails_for_dense_scores_and_for_kept_blocks():
     """Negative control: one N x N matrix; row blocks whose graph is kept for the backward pass."""
 

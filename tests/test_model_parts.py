@@ -140,6 +140,13 @@ def test_on_a_cpu_nothing_is_cast(shared):
         equal(torch.is_autocast_enabled("cpu"), False, "Embedder.autocast")
 
 
+def test_on_a_gpu_the_model_runs_in_bfloat16(shared, monkeypatch):
+    """Not in float16, whose largest number is 65,504: hidden states go beyond."""
+    monkeypatch.setattr(type(shared), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch, "autocast", lambda *asked: asked)
+    equal(shared.autocast(), ("cuda", torch.bfloat16, True), "Embedder.autocast")
+
+
 def test_on_a_gpu_what_is_frozen_is_bfloat16(embedder, monkeypatch):
     """Half the memory; what is trained is float32."""
     monkeypatch.setattr(type(embedder), "device", torch.device("cuda"))

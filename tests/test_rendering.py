@@ -2,6 +2,10 @@
 right row, or one clear line."""
 
 import copy
+import json
+import resource
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +13,7 @@ from checks import equal, expect
 from transformers import AddedToken
 
 from data import ANSWER, Item
+from plumbing import rendering
 from plumbing.errors import InputError
 from plumbing.rendering import render
 from plumbing.template import SpecialTokens, as_chat, read_template, starts_itself, write_prompt
@@ -32,6 +37,23 @@ HOSTILE = {
     "a million characters": ("a" * 1_000_001, "at most 1,000,000"),
     "a number": (7, "no text"),
 }
+
+
+def test_a_template_runs_under_limits_of_its_own(monkeypatch):
+    """No core file; two seconds of the processor, where waiting for it would take a minute; 1 GiB
+    beyond what the process has already. Ctrl-C is not for it, SIGTERM ends it."""
+    limits, handlers, answers = {}, {}, []
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    request = {"template": "{{ 'a' * 3 }}", "chats": [[]], "variables": {}, "options": {}}
+    rendering.render_here(json.dumps(request), SimpleNamespace(send_bytes=answers.append))
+    equal(json.loads(answers[0]), [{"text": "aaa"}], "what it writes")
+    memory = limits.pop(resource.RLIMIT_AS)
+    equal(limits, {resource.RLIMIT_CORE: (0, 0), resource.RLIMIT_CPU: (2, 2)}, "limits")
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    expect(memory[0] == memory[1], memory, "no way to raise it", "RLIMIT_AS")
+    expect(2**29 < memory[0] - has < 2**31, memory, "about 1 GiB more", "RLIMIT_AS")
+    equal(handlers, {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}, "signals")
 
 
 @pytest.mark.parametrize("name", HOSTILE)

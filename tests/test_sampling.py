@@ -43,6 +43,7 @@ def test_who_is_asked_first_is_drawn_anew_by_seed_step_and_name():
         ("name", moved(0.5, dialogues=other_names)),
     ):
         expect(other != first, other, "others", what)
+    expect(moved(0.5, seed=1) != moved(0.5, step=1), "the same", "others", "seed and step apart")
     alike = [d._replace(id="one name") for d in DIALOGUES]
     expect(len(moved(0.5, dialogues=alike)) in (0, 200), "some", "all or none", "by name alone")
 
@@ -142,10 +143,12 @@ def test_sets_are_drawn_in_proportion_to_their_size_and_a_block_is_of_one():
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    """Each draws another one."""
-    sets, cfg = {"a": Lazy(1000, None)}, contrastive.Config(batch=8, block=4)
-    other = contrastive.Config(batch=8, block=4, seed=1)
-    one = contrastive.draw(sets, cfg, 0)
-    equal(contrastive.draw(sets, cfg, 0), one, "no state")
-    for drawn in (contrastive.draw(sets, cfg, 1), contrastive.draw(sets, other, 0)):
-        expect(drawn != one, drawn, "another batch", "seed, step")
+    """Each draws another one; step 1 of seed 0 is not step 0 of seed 1, or runs of several seeds
+    would see the same batches."""
+    sets, batches = {"a": Lazy(1000, None)}, {}
+    for seed in range(3):
+        cfg = contrastive.Config(batch=8, block=4, seed=seed)
+        for step in range(3):
+            batches[seed, step] = contrastive.draw(sets, cfg, step)
+            equal(contrastive.draw(sets, cfg, step), batches[seed, step], "no state")
+    equal(len({str(batch) for batch in batches.values()}), 9, "nine batches")

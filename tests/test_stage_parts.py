@@ -286,7 +286,7 @@ def evaluated(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(rank=0, **flags):
-        seen = {"order": []}
+        seen = {"order": [], "agreed": []}
         kinds = ("far", "VQA", True), ("near", "VQA", False), ("other", "Retrieval", False)
         tasks = [Task(*kind, ()) for kind in kinds]
 
@@ -300,13 +300,14 @@ def evaluated(monkeypatch, tmp_path, capsys):
                     "ood": task.ood}  # fmt: skip
 
         def load_for(cfg, device):
+            equal(seen["agreed"], [cfg.model], "all ranks have one model, before it is loaded")
             seen["model"] = cfg.model
             return SimpleNamespace(style="chat", pooling="mean", K=4)
 
         monkeypatch.setattr(evaluate.ranks, "rank", lambda: rank)
         for name, stub in (("read_tasks", read_tasks), ("score", score), ("load_for", load_for)):
             monkeypatch.setattr(evaluate, name, stub)
-        monkeypatch.setattr(evaluate.checkpoint, "same_model", lambda name: "")
+        monkeypatch.setattr(evaluate.checkpoint, "same_model", seen["agreed"].append)
         evaluate.main(evaluate.Config(**flags))
         return SimpleNamespace(**seen, said=capsys.readouterr().out)
 
@@ -330,6 +331,15 @@ def test_sets_in_distribution_come_first_each_under_its_heading(evaluated):
     heads = [line for line in seen.said.splitlines() if line.startswith("-- ")]
     want = ["-- in distribution", "-- out of distribution", "-- mean over sets"]
     equal(heads, want, "headings")
+
+
+def test_what_was_left_out_is_said_beside_each_mean(evaluated):
+    """Who copies the last line alone into a paper has it there."""
+    for flags, note in (({}, ""), ({"limit": 3}, " (partial: --limit 3)")):
+        lines = evaluated(model="x", **flags).said.splitlines()
+        for name in ("Precision@1 x 100", "IND", "OOD", "Overall"):
+            lines_of = [line for line in lines if line.startswith(f"{name}{note} ")]
+            equal(len(lines_of), 1, f"{name}{note}: {lines}")
 
 
 def test_the_flags_of_the_data_reach_the_tasks(evaluated):

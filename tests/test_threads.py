@@ -181,19 +181,22 @@ def test_ranks_with_unequal_answers_have_one_mean(monkeypatch, some_are_right, c
 
 
 def test_the_teacher_has_no_code(embedder):
-    """Its rows are plain instruction tuning's, of the same style, and nothing is masked."""
-    collate, reference = pretrain.teacher(embedder)
+    """Its rows are plain instruction tuning's, of the same style; nothing is masked or dropped."""
+    embedder.style = "coma"  # not the one that is taken where nothing is said
+    collate, reference = pretrain.teacher(embedder.train())
     d = read_dialogues()[0]
     roles = collate.row(d.item, d.turns).tokens["roles"]
     equal(int((roles == COMPRESS).sum()), 0, "Settings(0, ...)")
     equal(collate.style, embedder.style, "Settings(..., style)")
     expect(int((embedder.collate.row(d.item).tokens["roles"] == COMPRESS).sum()) == 4, "", "", "K")
     with pytest.MonkeyPatch.context() as patch:
-        masks = []
-        patch.setattr(model.Embedder, "hidden", lambda e, x, mask: masks.append(mask) or 1 / 0)
+        seen = []
+        patch.setattr(
+            model.Embedder, "hidden", lambda e, x, mask: seen.append((mask, e.mllm.training)) or 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             reference([collate.row(d.item, d.turns)])
-    equal(masks, [None], "the picture is in view")
+    equal(seen, [(None, False)], "the picture is in view, and no dropout")
 
 
 def test_the_flags_of_a_step_reach_the_model(monkeypatch, embedder):

@@ -379,6 +379,7 @@ def test_equal_items_have_equal_keys_and_others_do_not():
         equal(a.key, b.key, "equal content")
         expect(0 <= a.key < 2**63, a.key, "63 bits", "fits an int64 tensor")
     items = [Item("a"), Item("b"), Item(IMAGE, (scene,)), Item(IMAGE + "a", (scene,))]
+    items += [Item("A"), Item("a "), Item(IMAGE, ("a.png",)), Item(IMAGE, ("A.png",))]
     items += [Item(IMAGE, (other,)), Item(IMAGE, (scene.render(),)), Item(IMAGE, (other.render(),))]
     equal(len({x.key for x in items}), len(items), "different content")
 
