@@ -77,7 +77,8 @@ def position_ids(mllm, inputs, sequential):
     mask = inputs["attention_mask"]
     rope = getattr(mllm.model, "get_rope_index", None)
     if rope is None or sequential:
-        return (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
+        # Of padding, too: positions that jump would pass for several texts in one row.
+        return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (B, L)
     positions, _ = rope(
         input_ids=inputs.get("input_ids"),
         mm_token_type_ids=inputs.get("mm_token_type_ids"),
@@ -93,7 +94,9 @@ def attention_mask(mllm, inputs, mask):
     In Gemma 3 a picture's tokens see each other both ways and some layers see a window: there
     `mask` decides about earlier tokens only."""
     if mask is None:
-        return inputs["attention_mask"]
+        # Rows are padded on the right: no token attends to what comes behind it, so padding needs
+        # no mask, and kernels without one are faster (on a GPU: FlashAttention).
+        return None
     if mllm.config._attn_implementation != "sdpa":  # Trap: eager would *add* the booleans
         raise InputError("the compression mask needs --attn sdpa")
     if "token_type_ids" not in inputs:
