@@ -238,9 +238,7 @@ class Outcomes:
         for item in items:
             if not starts_ranks(item.fixturenames):
                 kept.setdefault(item.originalname if self.hunting else item.nodeid, item)
-        # The hunt begins at a file's end: test_gradcache.py's first tests are its slowest.
-        late = self.hunting and items[0].path.name == "test_gradcache.py"
-        items[:] = reversed(kept.values()) if late else kept.values()
+        items[:] = kept.values()
 
     def pytest_runtest_logreport(self, report):
         self.ran += report.when == "call"

@@ -136,6 +136,73 @@ def test_the_check_of_two_passes_fails_for_wrong_ones(monkeypatch):
         check_two_passes(contrastive.two_passes)
 
 
+# -------------------------------------------------------------------------------- the batch's parts
+
+
+def test_the_global_batch_is_the_same_for_any_number_of_ranks(shared):
+    """draw and local_batch: the ranks' rows, side by side, are those of one process; blocks of
+    --block pairs come from one data set; a step is a function of (seed, step)."""
+    cfg = ranks.batch_config()
+    drawn = contrastive.draw(ranks.PAIRS, cfg, 0)
+    equal(contrastive.draw(ranks.PAIRS, copy.copy(cfg), 0), drawn, "a pure function")
+    steps = [contrastive.draw(ranks.PAIRS, cfg, s) for s in range(4)]
+    expect(len({str(x) for x in steps}) == 4, steps, "four batches", "the step is part of the seed")
+    for i in range(0, cfg.batch, cfg.block):
+        names = {name for name, _ in drawn[i : i + cfg.block]}
+        equal(len(names), 1, "a block comes from one data set")
+    alone = ranks.batch_of(shared)
+    for world in (2, 4):
+        parts = [ranks.batch_of(shared, r, world) for r in range(world)]
+        ids = []
+        for part in parts:
+            ids += part.ids
+        equal(ids, alone.ids, "the same pairs")
+        equal(torch.cat([part.keys for part in parts]), alone.keys, "the same columns")
+
+
+def check_batch(local_batch, embedder):
+    for rank, world in ((0, 1), (1, 2), (2, 4)):
+        cfg, share = ranks.batch_config(), 16 // world
+        batch = local_batch(ranks.PAIRS, embedder.collate, cfg, 0, rank, world)
+        drawn = contrastive.draw(ranks.PAIRS, cfg, 0)
+        pairs = [ranks.PAIRS[name][i] for name, i in drawn[rank * share : (rank + 1) * share]]
+        columns = [x for pair in pairs for x in (*pair.targets, *pair.negatives)]
+        for row, item in zip(batch.rows, [p.query for p in pairs] + columns, strict=True):
+            want = embedder.collate.row(item).tokens["input_ids"]
+            equal(row.tokens["input_ids"], want, "queries, then each pair's targets, negatives")
+        equal(batch.keys.tolist(), [x.key for x in columns], "one key a column, its content's")
+        for pair, mine in zip(pairs, batch.labels.tolist(), strict=True):
+            named = [columns[p] for p in mine if p >= 0]
+            equal(named, list(pair.targets), "the labels point at the pair's own targets")
+
+
+def test_a_batch_is_queries_targets_negatives_and_where_the_positives_stand(shared):
+    """local_batch on several ranks: rows, keys and labels, column by column."""
+    check_batch(contrastive.local_batch, shared)
+
+
+def test_the_batch_check_fails_for_labels_that_forget_hard_negatives(shared):
+    """Negative control: query i's first positive at column i."""
+
+    def forgets(*args):
+        batch = contrastive.local_batch(*args)
+        shift = batch.labels[:, :1] - torch.arange(len(batch.labels))[:, None]
+        return batch._replace(labels=(batch.labels - shift).where(batch.labels >= 0, -1))
+
+    with pytest.raises(AssertionError):
+        check_batch(forgets, shared)
+
+
+def test_keys_are_unique_where_false_negatives_stay(shared):
+    """--no-mask-false-negatives: no two columns share a key, on all ranks together."""
+    cfg = dataclasses.replace(ranks.batch_config(), mask_false_negatives=False)
+    keys = []
+    for rank in (0, 1):
+        batch = contrastive.local_batch(ranks.PAIRS, shared.collate, cfg, 0, rank, 2)
+        keys += batch.keys.tolist()
+    equal(len(set(keys)), len(keys), "each column is a negative of every other query")
+
+
 # ------------------------------------------------------------------------------------- one process
 
 
@@ -578,70 +645,3 @@ def test_sharded_gradients_in_bfloat16_are_summed_in_float32(ranks_of, world):
         expect(mine["96"] < 1.2 * mine["1"], mine, "no growth with chunks", "sharding.PRECISION")
     for mine in ranks_of(world)["wrong: sums in bfloat16"]:
         expect(mine["96"] > 3 * mine["1"], mine, "growth with chunks", "does the check see it?")
-
-
-# -------------------------------------------------------------------------------- the batch's parts
-
-
-def test_the_global_batch_is_the_same_for_any_number_of_ranks(shared):
-    """draw and local_batch: the ranks' rows, side by side, are those of one process; blocks of
-    --block pairs come from one data set; a step is a function of (seed, step)."""
-    cfg = ranks.batch_config()
-    drawn = contrastive.draw(ranks.PAIRS, cfg, 0)
-    equal(contrastive.draw(ranks.PAIRS, copy.copy(cfg), 0), drawn, "a pure function")
-    steps = [contrastive.draw(ranks.PAIRS, cfg, s) for s in range(4)]
-    expect(len({str(x) for x in steps}) == 4, steps, "four batches", "the step is part of the seed")
-    for i in range(0, cfg.batch, cfg.block):
-        names = {name for name, _ in drawn[i : i + cfg.block]}
-        equal(len(names), 1, "a block comes from one data set")
-    alone = ranks.batch_of(shared)
-    for world in (2, 4):
-        parts = [ranks.batch_of(shared, r, world) for r in range(world)]
-        ids = []
-        for part in parts:
-            ids += part.ids
-        equal(ids, alone.ids, "the same pairs")
-        equal(torch.cat([part.keys for part in parts]), alone.keys, "the same columns")
-
-
-def check_batch(local_batch, embedder):
-    for rank, world in ((0, 1), (1, 2), (2, 4)):
-        cfg, share = ranks.batch_config(), 16 // world
-        batch = local_batch(ranks.PAIRS, embedder.collate, cfg, 0, rank, world)
-        drawn = contrastive.draw(ranks.PAIRS, cfg, 0)
-        pairs = [ranks.PAIRS[name][i] for name, i in drawn[rank * share : (rank + 1) * share]]
-        columns = [x for pair in pairs for x in (*pair.targets, *pair.negatives)]
-        for row, item in zip(batch.rows, [p.query for p in pairs] + columns, strict=True):
-            want = embedder.collate.row(item).tokens["input_ids"]
-            equal(row.tokens["input_ids"], want, "queries, then each pair's targets, negatives")
-        equal(batch.keys.tolist(), [x.key for x in columns], "one key a column, its content's")
-        for pair, mine in zip(pairs, batch.labels.tolist(), strict=True):
-            named = [columns[p] for p in mine if p >= 0]
-            equal(named, list(pair.targets), "the labels point at the pair's own targets")
-
-
-def test_a_batch_is_queries_targets_negatives_and_where_the_positives_stand(shared):
-    """local_batch on several ranks: rows, keys and labels, column by column."""
-    check_batch(contrastive.local_batch, shared)
-
-
-def test_the_batch_check_fails_for_labels_that_forget_hard_negatives(shared):
-    """Negative control: query i's first positive at column i."""
-
-    def forgets(*args):
-        batch = contrastive.local_batch(*args)
-        shift = batch.labels[:, :1] - torch.arange(len(batch.labels))[:, None]
-        return batch._replace(labels=(batch.labels - shift).where(batch.labels >= 0, -1))
-
-    with pytest.raises(AssertionError):
-        check_batch(forgets, shared)
-
-
-def test_keys_are_unique_where_false_negatives_stay(shared):
-    """--no-mask-false-negatives: no two columns share a key, on all ranks together."""
-    cfg = dataclasses.replace(ranks.batch_config(), mask_false_negatives=False)
-    keys = []
-    for rank in (0, 1):
-        batch = contrastive.local_batch(ranks.PAIRS, shared.collate, cfg, 0, rank, 2)
-        keys += batch.keys.tolist()
-    equal(len(set(keys)), len(keys), "each column is a negative of every other query")
