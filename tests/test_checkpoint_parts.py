@@ -3,6 +3,7 @@ signals are noted. (Whole runs: test_checkpoint.py; what may lie in a folder: te
 
 import dataclasses
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -148,6 +149,26 @@ def test_a_disk_that_refuses_costs_the_checkpoint_alone(cfg, monkeypatch, capsys
     expect("no checkpoint at step 4: " in said and said.count("\n") == 1, said, "", "one line")
     left = [path.name for path in Path(cfg.out, "checkpoints").iterdir()]
     equal(left, [STEP], "the older one")
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(cfg, monkeypatch):
+    """Each of its files: where the machine loses its power, none is there that is not whole."""
+    synced, late, fsync, replace = set(), [], os.fsync, os.replace
+
+    def watched_sync(fd):
+        fsync(fd)
+        synced.add(os.fstat(fd).st_ino)
+
+    def watched_replace(old, new):
+        if Path(new).name == STEP:
+            files = list(Path(old).iterdir())
+            late.append((len(files), [x.name for x in files if x.stat().st_ino not in synced]))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    saved(cfg)
+    equal(late, [(3, [])], "files, and those that are only in memory")
 
 
 def test_what_is_there_already_is_not_written_again(cfg, capsys, monkeypatch):
@@ -312,7 +333,7 @@ def test_a_finished_run_has_its_model_its_mark_and_no_checkpoints(cfg, capsys):
     expect(f"saved {cfg.out}" in capsys.readouterr().out, "", "", "said")
 
 
-def test_a_model_that_cannot_be_saved_leaves_the_newest_checkpoint(cfg):
+def test_a_model_that_cannot_be_saved_leaves_the_newest_checkpoint(cfg, monkeypatch):
     """Older ones make room, once; the way out is named."""
     cfg.keep = 3
     for step in (3, 5):
@@ -323,7 +344,9 @@ def test_a_model_that_cannot_be_saved_leaves_the_newest_checkpoint(cfg):
         tries.append(names_in(cfg.out))
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match="the model is not saved: .*finishes from step-00000005"):
+    monkeypatch.setattr(checkpoint, "weight_of", lambda embedder: 3 * 2**20)
+    says = r"the model is not saved: .*3\.0 MiB are needed in .*finishes from step-00000005"
+    with pytest.raises(InputError, match=says):
         checkpoint.finish(full, net, cfg)
     equal(tries, [[STEP, "step-00000005"], ["step-00000005"]], "before each try")
     equal(Path(cfg.out, checkpoint.MARK).exists(), False, "the run is not over")

@@ -18,7 +18,7 @@ class Library:
     def __init__(self, error=None):
         self.asked, self.error = [], error
         self.files = [
-            SimpleNamespace(filename="A/original-0.parquet", file_size=10**7, will_download=True),
+            SimpleNamespace(filename="A/original-0.parquet", file_size=3 * 10**9, will_download=True),
             SimpleNamespace(filename="A/x.txt", file_size=10**9, will_download=False),
         ]
 
@@ -54,7 +54,7 @@ def test_only_what_is_needed_is_asked_for(library):
 def test_so_much_is_said_as_is_not_here_yet(library, capsys):
     """On rank 0, with a bar; without one where all is here."""
     hub.fetch_here("team/set", "dataset", [], ["A/*.parquet"])
-    equal(capsys.readouterr().out, "team/set: 0.01 GB to download\n", "hub.announce")
+    equal(capsys.readouterr().out, "team/set: 3.00 GB to download\n", "hub.announce")
     equal(len(library.bars), 1, "a bar")
     library.files[0].will_download = False
     hub.fetch_here("team/set", "dataset", [], ["A/*.parquet"])

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -535,6 +536,16 @@ def nudged(embedder):
     with torch.no_grad():
         next(embedder.parameters()).add_(1)
     return embedder
+
+
+def test_the_room_that_is_left_is_said_in_megabytes(tmp_path, monkeypatch):
+    """Of the disk that the folder would be on, which is not there yet."""
+    disk = SimpleNamespace(total=9_000_000, used=6_000_000, free=3_000_000)
+    asked = []
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: asked.append(path) or disk)
+    said = folders.way_out(tmp_path / "a" / "b")
+    expect("; 3.0 MB are free on that disk" in said, said, "3.0 MB", "folders.way_out")
+    equal(asked, [tmp_path], "the folder above it that is there")
 
 
 def test_what_cannot_be_written_is_one_line(shared, tmp_path):

@@ -22,7 +22,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_line_says_speed_waiting_and_what_is_left_of_the_run(tmp_path, clock):
+def test_a_line_says_speed_waiting_and_what_is_left_of_the_run(tmp_path, clock, monkeypatch):
     """Resumed at step 10 of 40; 20 steps took 60 s, 15 of them were waited for batches."""
     logged = log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 10)
     clock[0] += 60
@@ -30,6 +30,10 @@ def test_a_line_says_speed_waiting_and_what_is_left_of_the_run(tmp_path, clock):
     line = logged.line(29, (6, "pairs"), {"loss": 1.5, "lr": 0.002})
     want = "step    30/40 | loss 1.500 | lr 2.0e-03 | 2 pairs/s | waits 25% | eta 0.5m"
     equal(line, want, "3 s a step, of which ten are left")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    line = logged.line(29, (6, "pairs"), {"loss": 1.5, "lr": 0.002})
+    equal(line, want.replace(" | eta", " | 3.0 GiB | eta"), "the most that a GPU has held")
 
 
 def test_the_time_that_steps_wait_is_that_of_their_batches_but_the_first(tmp_path, clock):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checks import equal
+from checks import equal, expect
 
 from plumbing import ranks
 from plumbing.errors import InputError
@@ -90,6 +90,32 @@ def test_ranks_that_cannot_be_joined_are_one_line(error, monkeypatch):
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(InputError, match="RANK=2 is not below"):
         ranks.setup()
+
+
+@pytest.mark.parametrize(("cuda", "backend"), [(True, "nccl"), (False, "gloo")])
+def test_a_rank_has_a_gpu_of_its_own_and_patience(cuda, backend, monkeypatch):
+    """Rank 5 of 8 is the second one of its node, and takes the second GPU; it waits for the others
+    for minutes: one of them may fetch a model."""
+    for name, value in {**WHOLE, "RANK": "5", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    calls = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda x: calls.update(device=x))
+    monkeypatch.setattr(
+        torch, "set_float32_matmul_precision", lambda x: calls.update(precision=x)
+    )
+
+    def init_process_group(backend, timeout):
+        calls.update(backend=backend, minutes=timeout.total_seconds() / 60)
+
+    monkeypatch.setattr(ranks.dist, "init_process_group", init_process_group)
+    device = ranks.setup()
+    expect(10 <= calls.pop("minutes") <= 600, calls, "minutes", "ranks.PATIENCE")
+    gpu = torch.device("cuda:1")
+    equal(device, gpu if cuda else torch.device("cpu"), "LOCAL_RANK")
+    want = dict(device=gpu, precision="high") if cuda else {}
+    equal(calls, {**want, "backend": backend}, "ranks.setup")
 
 
 def test_what_a_user_can_put_right_ends_a_command_with_one_line(monkeypatch):
