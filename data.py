@@ -269,12 +269,11 @@ class Collator:
         """Parts -> token columns {input_ids, roles, ...: (L,)}; zero where a part has none."""
         columns = {key: [] for key in self.token_keys}
         for part in parts:
-            ids = torch.as_tensor(part.content, dtype=torch.long)
-            roles = torch.full_like(ids, part.role)
-            values = {**part.columns, "input_ids": ids, "roles": roles}
-            for key, pieces in columns.items():
-                pieces.append(values.get(key, torch.zeros_like(ids)))  # 0: as text has it
-        return {key: torch.cat(pieces) for key, pieces in columns.items()}
+            n = len(part.content)
+            values = {**part.columns, "input_ids": part.content, "roles": [part.role] * n}
+            for key, numbers in columns.items():
+                numbers += values.get(key, [0] * n)  # 0: as text has it
+        return {key: torch.tensor(numbers, dtype=torch.long) for key, numbers in columns.items()}
 
     def pad_rows(self, rows, device=None) -> dict:
         """Rows -> inputs, right-padded to the longest: input_ids, attention_mask, roles, ... (B,

@@ -340,7 +340,7 @@ def encode_picture(processor, marker, image) -> EncodedPicture:
     columns, images = {}, {}
     for key, value in encoded.items():
         if key == "input_ids" or "type_ids" in key:
-            columns[key] = value[0]
+            columns[key] = value[0].tolist()
         else:
             images[key] = value
     return EncodedPicture(columns, images)

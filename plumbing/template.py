@@ -288,6 +288,8 @@ class Tokens(NamedTuple):
 
 def tokenize(tokenizer, template, text, begins_row) -> Tokens:
     """Of plain text, at the beginning of a row or behind a special token."""
+    if not text:
+        return Tokens([], [], [])
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -343,7 +345,7 @@ def cut_apart(parts, tokens) -> list:
 def picture_parts(tokenizer, template, columns, role) -> list:
     """A picture's tokens, as parts. Plain text at either end of them, as a newline, becomes text
     again: it may share a token with its neighbours."""
-    ids = columns["input_ids"].tolist()
+    ids = columns["input_ids"]
     special = [i for i, token_id in enumerate(ids) if token_id in template.special]
     first, last = special[0], special[-1] + 1
     before, after = tokenizer.decode(ids[:first]), tokenizer.decode(ids[last:])
