@@ -90,7 +90,7 @@ STUDIES = {
     }),
     "false-negatives": (2, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
     "instructions": (2, {"with": (COMA, ""), "without": (COMA, "bare")}),
-    "losses": (3, {
+    "losses": (2, {
         "plain": (NONE, "--steps 100 prefixes"),
         "symmetric": (NONE, "--steps 100 --symmetric"),
         "hardness 9": (NONE, "--steps 100 --hardness 9"),
