@@ -5,7 +5,8 @@
 You may import torch, numpy, math and data (the roles of tokens). Not model, pretrain, contrastive,
 evaluate, plumbing and tools: the solutions stand there.
 
-Letters: B queries, M targets, L tokens, D width."""
+Letters: B rows of a batch, or queries; M targets; L tokens of a row; K of them the code; D width;
+V words of the vocabulary. F is torch.nn.functional, dist torch.distributed."""
 
 import numpy as np  # noqa: F401
 import torch  # noqa: F401
@@ -100,8 +101,8 @@ def compression_pool(h, attention_mask, K):
     """CoMa, section 3.2: an embedding is the mean of the K compression tokens' last hidden states;
     they are the last K real tokens of a row. (VLM2Vec takes the last token: K = 1.)
 
-    h (B, L, D), attention_mask (B, L), 1 at real tokens and 0 at padding. The padding stands on the
-    right in some batches and on the left in others -> (B, D).
+    h (B, L, D), attention_mask (B, L), 1 at real tokens and 0 at padding; K or more are real in
+    each row. The padding stands on the right in some batches and on the left in others -> (B, D).
 
     Slowly, for one row: collect the h of its real tokens, in order; average the last K of them.
     Roughly 4 lines, no loop over rows."""
@@ -126,9 +127,8 @@ def two_passes(embed, chunks, loss_of):
         second pass: for each chunk, embed it again, with a graph and the *same* random numbers;
                     push its part of the gradient through that graph; let the graph go
     One graph is alive at a time. The next random number after the step is the one that would have
-    followed the first pass. Call embed for nothing else; D comes from the first chunk.
-    Look up torch.get_rng_state and torch.random.fork_rng.
-    Roughly 14 lines."""
+    followed the first pass. Call embed for nothing else: what it gave for a chunk says how large D
+    is. Look up torch.get_rng_state and torch.random.fork_rng. Roughly 14 lines."""
     raise NotImplementedError("Exercise 5: GradCache; grade with pytest -m ex5")
 
 
@@ -168,8 +168,8 @@ def precision_at_1(q, c, candidates, tie=1e-6):
 
     Slowly: query i is a hit if the cosine of its right candidate is greater than each other
     candidate's by more than `tie`. So a tie is no hit, and NaN, in whatever place, is no hit
-    either. The right one's row listed twice is no rival of itself. Roughly 6 lines; a loop over
-    queries is fine."""
+    either. The right one's row listed twice is no rival of itself; without any rival all but NaN is
+    a hit. Roughly 6 lines; a loop over queries is fine."""
     raise NotImplementedError("Exercise 7: Precision@1; grade with pytest -m ex7")
 
 
@@ -281,7 +281,8 @@ def hidden_through_cache(run, tokens, positions, roles):
         run head, content and code without a cache
         of each layer's keys and values keep those of tokens that are no content
         run the rest behind them, at the positions that it has in the whole row
-    Each token runs once, in two calls. There may be no question. Roughly 6 lines."""
+    Each token runs once, in two calls; where there is no question, one is enough. Roughly 6
+    lines."""
     raise NotImplementedError("Exercise 12: the mask as a cache; grade with pytest -m ex12")
 
 

@@ -37,6 +37,7 @@ def test_one_bit_is_turned_round_in_a_new_mask(student):
     before = mask.clone()
     for row, column in ((0, 0), (4, 1), (1, 4), (5, 3)):
         flipped = student.flip_one_bit(mask, row, column)
+        expect(isinstance(flipped, torch.Tensor), type(flipped), "a tensor", "is a return missing?")
         equal(mask, before, "the given mask must stay as it is: clone it")
         wrong = (flipped != mask).nonzero().tolist()
         equal(wrong, [[0, 0, row, column]], "the bits that differ: this one alone")

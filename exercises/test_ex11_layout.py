@@ -40,7 +40,10 @@ def tokens_of(parts):
     """[(role, ids), ...] -> [(role's letter, token), ...], one a token."""
     expect(isinstance(parts, list | tuple), type(parts), "a list of (role, ids)", "your file")
     tokens = []
-    for role, ids in parts:
+    for part in parts:
+        pair = isinstance(part, list | tuple) and len(part) == 2
+        expect(pair, part, "a pair (role, ids)", "your file")
+        role, ids = part
         expect(role in LETTER, role, "HEAD ... ANSWER", "roles of data.py")
         tokens += [(LETTER[role], token) for token in ids]
     return tokens

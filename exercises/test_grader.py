@@ -69,14 +69,14 @@ def failures(exercise, student, shared):
     runs."""
     failed, total = {}, 0
     for name, test, case in cases_of(exercise):
-        arguments = {**case, "student": student}
-        if "shared" in inspect.signature(test).parameters:
-            arguments["shared"] = shared
         total += 1
-        try:
-            test(**arguments)
-        except Exception as e:
-            failed[name] = e
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            fixtures = {"student": student, "shared": shared, "monkeypatch": monkeypatch}
+            wanted = inspect.signature(test).parameters
+            try:
+                test(**case, **{name: fixtures[name] for name in wanted if name in fixtures})
+            except Exception as e:
+                failed[name] = e
     return failed, total
 
 
@@ -92,7 +92,7 @@ def test_every_exercise_has_tests_and_two_to_six_mistakes():
 
 
 def test_the_students_page_has_every_exercise_and_nothing_of_the_grader():
-    """exercises/README.md: a row, its points and a command for each; the teacher's page apart."""
+    """exercises/README.md: a row and its points for each; the teacher's page apart."""
     page = (ladder.HERE / "README.md").read_text()
     for name, exercise in ladder.EXERCISES.items():
         row = rf"\| {name[2:]} \| .* \| {exercise.points} \|"
