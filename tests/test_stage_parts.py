@@ -300,7 +300,7 @@ def evaluated(monkeypatch, tmp_path, capsys):
                     "ood": task.ood}  # fmt: skip
 
         def load_for(cfg, device):
-            equal(seen["agreed"], [cfg.model], "all ranks have one model, before it is loaded")
+            equal(seen["agreed"], ["flags", cfg.model], "alike on all ranks, before it is loaded")
             seen["model"] = cfg.model
             return SimpleNamespace(style="chat", pooling="mean", K=4)
 
@@ -308,6 +308,7 @@ def evaluated(monkeypatch, tmp_path, capsys):
         for name, stub in (("read_tasks", read_tasks), ("score", score), ("load_for", load_for)):
             monkeypatch.setattr(evaluate, name, stub)
         monkeypatch.setattr(evaluate.checkpoint, "same_model", seen["agreed"].append)
+        monkeypatch.setattr(evaluate.agreement, "join", lambda cfg: seen["agreed"].append("flags"))
         evaluate.main(evaluate.Config(**flags))
         return SimpleNamespace(**seen, said=capsys.readouterr().out)
 
