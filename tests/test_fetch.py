@@ -18,7 +18,9 @@ class Library:
     def __init__(self, error=None):
         self.asked, self.error = [], error
         self.files = [
-            SimpleNamespace(filename="A/original-0.parquet", file_size=3 * 10**9, will_download=True),
+            SimpleNamespace(
+                filename="A/original-0.parquet", file_size=3 * 10**9, will_download=True
+            ),
             SimpleNamespace(filename="A/x.txt", file_size=10**9, will_download=False),
         ]
 

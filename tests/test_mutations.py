@@ -37,7 +37,7 @@ def test_every_function_has_a_planted_mistake():
     expect(not names, names, "no function left out", hint)
 
 
-# ---------------------------------------------------------------------------------------- the runner
+# --------------------------------------------------------------------------------------- the runner
 
 
 @pytest.mark.parametrize(

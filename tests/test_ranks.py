@@ -102,9 +102,7 @@ def test_a_rank_has_a_gpu_of_its_own_and_patience(cuda, backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda x: calls.update(device=x))
-    monkeypatch.setattr(
-        torch, "set_float32_matmul_precision", lambda x: calls.update(precision=x)
-    )
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda x: calls.update(precision=x))
 
     def init_process_group(backend, timeout):
         calls.update(backend=backend, minutes=timeout.total_seconds() / 60)

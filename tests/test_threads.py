@@ -192,7 +192,9 @@ def test_the_teacher_has_no_code(embedder):
     with pytest.MonkeyPatch.context() as patch:
         seen = []
         patch.setattr(
-            model.Embedder, "hidden", lambda e, x, mask: seen.append((mask, e.mllm.training)) or 1 / 0
+            model.Embedder,
+            "hidden",
+            lambda e, x, mask: seen.append((mask, e.mllm.training)) or 1 / 0,
         )
         with pytest.raises(ZeroDivisionError):
             reference([collate.row(d.item, d.turns)])
