@@ -10,8 +10,10 @@
 Run by hand (a mistake costs about 4 seconds of a core); the suite only checks that the list fits
 the code (test_mutations.py). Each mistake is planted in a copy of the files, so that a run that is
 stopped leaves nothing behind. Tests must first pass without a mistake: those that fail anyway
-notice nothing. This process imports the libraries once, and nothing of ours; each run of tests is
-a fork of it. Exit status 1 where less than 95 % were noticed."""
+notice nothing. A mistake that makes its tests hang is noticed: they are ended after five times the
+seconds that they took without it, and 90 more (without it after 900, and then they count as
+failed). This process imports the libraries once, and nothing of ours; each run of tests is a fork
+of it. Exit status 1 where less than 95 % were noticed."""
 
 # ruff: noqa: F401  libraries are imported for the forks
 
@@ -37,6 +39,7 @@ THIS = ("__main__", "__mp_main__")  # this file; the second name is another libr
 FIVE = ("data.py", "model.py", "pretrain.py", "contrastive.py", "evaluate.py")
 ENOUGH = 0.95  # share of the mistakes that the tests must notice
 OVERDUE, STRANGE = 98, 99  # exit statuses that pytest has none of
+LONGEST = 900  # seconds that tests may take without a mistake
 PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
 
 
@@ -233,7 +236,7 @@ class Campaign:
         """Runs tests, step by step. Yields None while they run. -> (exit status, seconds, reason).
         A mistake that makes tests hang is noticed by the time that they took without it."""
         untouched = self.verdicts.get(("", "", "", tests))
-        run = Run.start(house, tests, 90 + 5 * untouched.seconds if untouched else 900)
+        run = Run.start(house, tests, 90 + 5 * untouched.seconds if untouched else LONGEST)
         try:
             while (status := run.ended()) is None:
                 yield

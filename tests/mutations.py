@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mutations_files import FILES
 from mutations_five import FIVE
+from mutations_fresh import FRESH
 from mutations_rooms import ROOMS
 
 
@@ -15,4 +16,4 @@ class Mutation(NamedTuple):
     tests: str
 
 
-MUTATIONS = [Mutation(*m) for m in FIVE + ROOMS + FILES]
+MUTATIONS = [Mutation(*m) for m in FIVE + ROOMS + FILES + FRESH]

@@ -248,8 +248,8 @@ class Pipe:
 
 INT, TERM, CHILD = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD
 ARRIVE = [  # (does a run note signals, what arrives when, when it ends, how)
-    (False, [(1, TERM)], 1 + ending.UNWIND, ("ended by SIGTERM", 143)),
-    (False, [(1, CHILD), (2, INT)], 2 + ending.UNWIND, ("ended by SIGINT", 130)),
+    (False, [(1, TERM)], 4.0, ("ended by SIGTERM", 143)),
+    (False, [(1, CHILD), (2, INT)], 5.0, ("ended by SIGINT", 130)),
     (True, [(1, INT), (1.1, INT), (9, TERM)], 9, ("ended by a second SIGTERM", 143)),
     (True, [(1, TERM), (2.9, TERM), (3.1, INT)], 3.1, ("ended by a second SIGINT", 130)),
 ]
@@ -282,7 +282,7 @@ def test_the_first_signal_counts(monkeypatch):
         patch.setattr(ending, "handlers_before", {INT: None})
         assert not ending.overdue()
         ending.on_signal(TERM, None)
-        clock.sleep(ending.LEAVE_STEP - 1)
+        clock.sleep(4.0)
         ending.on_signal(INT, None)
         assert [wish.number for wish in ending.stop_asked] == [TERM, INT] and not ending.overdue()
         clock.sleep(1.5)

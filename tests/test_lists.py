@@ -25,7 +25,7 @@ from plumbing.errors import InputError
 from plumbing.formats import choose, digest_of
 from plumbing.images import Images
 from plumbing.lines import Source, open_lines, parse_json
-from plumbing.mmeb import eval_rows, last_loaded, training_mix
+from plumbing.mmeb import contents_of, eval_rows, last_loaded, training_mix
 from plumbing.parquet import Layout, Table
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
@@ -709,5 +709,6 @@ def test_one_evaluation_set_at_a_time_is_in_memory(tmp_path):
     (_, three) = first.queries[0]
     assert three[0] == one[0] and three[0] is not one[0]
     equal(last_loaded.cache_info().currsize, 1, "tables in memory")
+    equal(contents_of.cache_info().currsize, 1, "sets whose contents are in memory")
     rows = eval_rows([tmp_path / "A" / "test-0.parquet"], "A", Images(tmp_path))
     assert rows[0][1][0] is rows[1][1][0], "contents_of"

@@ -58,7 +58,7 @@ def test_two_batches_are_ahead_whatever_the_number_of_workers(workers, tmp_path)
     for i in range(4):
         equal(next(batches), i, "order")
         time.sleep(0.2)
-        expect(len(list(tmp_path.iterdir())) <= i + 1 + loader.AHEAD, i, "AHEAD", "loader.AHEAD")
+        expect(len(list(tmp_path.iterdir())) <= i + 1 + 2, i, "two ahead", "loader.AHEAD")
     batches.close()
 
 

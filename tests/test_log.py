@@ -12,6 +12,7 @@ from checks import equal, expect
 
 from plumbing import log
 from plumbing.config import TrainingFlags
+from plumbing.errors import InputError
 
 
 @pytest.fixture
@@ -134,3 +135,18 @@ def test_the_bar_goes_from_where_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(log, "tqdm", lambda **settings: made.append(settings))
     log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 10)
     expect(made[0]["total"] == 40 and made[0]["initial"] == 10, made, "10 of 40", "Log.__init__")
+
+
+def test_a_log_is_whole_until_the_next_one_is(tmp_path, monkeypatch):
+    """A run that goes on writes its log anew, beside the old one: a kill in between costs nothing,
+    and a disk that refuses is one line."""
+    run(tmp_path, 4)
+    before = Path(tmp_path, "log.jsonl").read_text()
+
+    def refused(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log.os, "replace", refused)
+    with pytest.raises(InputError, match="log.jsonl cannot be written: No space left on device"):
+        log.Log(TrainingFlags(steps=4, out=str(tmp_path)), 2)
+    equal(Path(tmp_path, "log.jsonl").read_text(), before, "log.open_log")

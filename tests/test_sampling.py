@@ -1,6 +1,7 @@
 """Which examples a step takes, which of them are asked first, and how many were skipped: pure
 functions of (seed, step). (That each dialogue comes once an epoch: test_answers.py.)"""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,17 @@ def test_an_order_is_of_its_seed_and_its_epoch():
         equal(sorted(order), list(range(50)), "each once")
     equal(shuffled(10**8, 0, 3), range(10**8), "the toy world's")
     expect(tuple(shuffled(1000, 0, 0)) != tuple(range(1000)), "in order", "shuffled", "a file's")
+
+
+def test_two_orders_are_in_memory_and_no_more():
+    """A batch may lie across two epochs; of ten million examples each order has 80 MB."""
+    orders = [shuffled(100, 9, epoch) for epoch in (0, 1)]
+    expect(shuffled(100, 9, 0) is orders[0], "drawn again", "once", "shuffled's cache")
+    left = [weakref.ref(order) for order in orders]
+    del orders
+    for epoch in (2, 3):
+        shuffled(100, 9, epoch)
+    equal([order() for order in left], [None, None], "orders of past epochs")
 
 
 def test_a_step_takes_up_where_the_one_before_ended():

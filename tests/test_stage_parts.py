@@ -16,7 +16,7 @@ import model
 import plumbing.log
 import plumbing.ranks
 import pretrain
-from data import Item, Task
+from data import Item, Task, read_dialogues, read_pairs
 from plumbing.errors import InputError
 from plumbing.sampling import epoch_batch
 
@@ -210,7 +210,7 @@ def trained(monkeypatch, stage, out, **flags):
 
     def ended(*args):
         norm = end_step(*args)
-        calls.append(("step", args[3], args[4], norm))
+        calls.append(("step", args[3], args[4], norm, args[5]))
         return norm
 
     def finish(save, embedder, cfg, **options):
@@ -224,10 +224,20 @@ def trained(monkeypatch, stage, out, **flags):
     return cfg, calls, [json.loads(line) for line in lines], embedder
 
 
+def names_of(stage, cfg, step) -> list:
+    """What messages call the examples of a step."""
+    if stage is pretrain:
+        dialogues = read_dialogues(seed=cfg.seed)
+        return [dialogues[i].id for i in epoch_batch(len(dialogues), cfg, step, 0, 1)]
+    pairs = read_pairs(seed=cfg.seed)
+    return [f"{name}[{i}]" for name, i in contrastive.draw(pairs, cfg, step)]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_in_each_step_gradients_are_summed_over_ranks_before_the_step(monkeypatch, tmp_path, stage):
     """All parameters', once, in training mode; and in the end the model is saved as an embedder."""
-    _, calls, lines, embedder = trained(monkeypatch, stage, tmp_path / "out", steps=2)
+    out, flags = tmp_path / "out", dict(steps=2, warmup=1.0)
+    cfg, calls, lines, embedder = trained(monkeypatch, stage, out, **flags)
     n = len(list(embedder.parameters()))
     summed = ("sum", n, True)
     equal([calls[0], calls[2]], [summed] * 2, "before each step")
@@ -235,10 +245,11 @@ def test_in_each_step_gradients_are_summed_over_ranks_before_the_step(monkeypatc
     equal(calls[4], ("finish", {"embedding": True} if stage is pretrain else {}), "K = 4")
     equal([x["step"] for x in lines], [1, 2], "log.jsonl")
     more = {"exact"} if stage is pretrain else {"chance", "top1"}
-    for line, (_, _, loss, norm) in zip(lines, (calls[1], calls[3]), strict=True):
+    for line, (_, step, loss, norm, ids) in zip(lines, (calls[1], calls[3]), strict=True):
         equal(set(line), {"step", "loss", "norm", "lr"} | more, "log.jsonl")
         equal((line["loss"], line["norm"]), (loss, norm), "those of the step")
-        expect(line["lr"] > 0, line, "AdamW's rate", "begin_step")
+        equal(line["lr"], cfg.lr * (step + 1) / 2, "AdamW's rate, which rises over two steps")
+        equal(ids, names_of(stage, cfg, step), "its examples, for the message of a NaN")
 
 
 def test_a_model_without_a_code_is_saved_as_no_embedder(monkeypatch, tmp_path):
@@ -265,6 +276,25 @@ def test_what_a_step_of_stage_2_found_goes_into_the_log_and_the_next_step(monkey
     equal(cfg.fitting, 123, "kept by a checkpoint")
     want = {"loss": 1.5, "chance": math.log(77), "top1": 0.25}
     equal({key: lines[0][key] for key in want}, want, "log.jsonl")
+
+
+def test_the_speed_that_stage_2_says_is_that_of_all_ranks(monkeypatch, tmp_path, as_rank):
+    """N pairs a step, of which this rank has half."""
+    as_rank(0, 2)
+
+    def alike(everyone, mine):
+        everyone[:] = [mine] * len(everyone)
+
+    speeds = []
+    monkeypatch.setattr(plumbing.ranks.dist, "all_gather_object", alike)
+    one = contrastive.Step(1.5, 0.25, 77, 123)
+    monkeypatch.setattr(contrastive, "gradcache_step", lambda *_: one)
+    monkeypatch.setattr(contrastive.optim, "end_step", lambda *_: 0.5)
+    monkeypatch.setattr(
+        plumbing.log.Log, "line", lambda log, step, speed, numbers: speeds.append(speed) or ""
+    )
+    trained(monkeypatch, contrastive, tmp_path / "out")
+    equal(speeds, [(4, "pairs")] * 2, "Log(...)")
 
 
 def test_tokens_that_are_cut_are_counted_over_all_ranks(monkeypatch, tmp_path):
@@ -300,7 +330,7 @@ def evaluated(monkeypatch, tmp_path, capsys):
                     "ood": task.ood}  # fmt: skip
 
         def load_for(cfg, device):
-            equal(seen["agreed"], [cfg.model], "all ranks have one model, before it is loaded")
+            equal(seen["agreed"], ["flags", cfg.model], "alike on all ranks, before it is loaded")
             seen["model"] = cfg.model
             return SimpleNamespace(style="chat", pooling="mean", K=4)
 
@@ -308,6 +338,7 @@ def evaluated(monkeypatch, tmp_path, capsys):
         for name, stub in (("read_tasks", read_tasks), ("score", score), ("load_for", load_for)):
             monkeypatch.setattr(evaluate, name, stub)
         monkeypatch.setattr(evaluate.checkpoint, "same_model", seen["agreed"].append)
+        monkeypatch.setattr(evaluate.agreement, "join", lambda cfg: seen["agreed"].append("flags"))
         evaluate.main(evaluate.Config(**flags))
         return SimpleNamespace(**seen, said=capsys.readouterr().out)
 

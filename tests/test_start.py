@@ -34,6 +34,32 @@ def test_what_is_read_is_what_is_declared(script):
     equal(read.__module__, "__main__", "whose docstring the help begins with")
 
 
+MODEL = dict(max_length=0, min_pixels=0, max_pixels=0, seed=0, attn="sdpa", data="shapes")
+TRAINING = dict(lr=3e-3, muon_lr=0.02, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0)
+LORA = dict(lora_rank=0, lora_alpha=64, lora_dropout=0.1, dora=False, freeze_vision=False)
+SAVING = dict(save_every=500, keep=2)
+STAGE_1 = dict(steps=400, batch=64, compress=True, turns=0, caption=False, question_first=0.0)
+STAGE_1.update(texts=0.0, objective="ce")
+STAGE_2 = dict(steps=200, batch=128, block=32, temperature=0.03, mask_false_negatives=True)
+STAGE_2.update(merge=True, split="original", vision_cache="device", fsdp=False)
+
+
+@pytest.mark.parametrize(
+    ("script", "defaults"),
+    [
+        (pretrain, {**MODEL, **TRAINING, **LORA, **SAVING, **STAGE_1}),
+        (contrastive, {**MODEL, **TRAINING, **LORA, **SAVING, **STAGE_2}),
+        (evaluate, {**MODEL, "limit": 0, "subsets": ""}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_the_numbers_of_the_readme_are_of_these_defaults(script, defaults):
+    """What a run without flags does: who changes one measures README's and docs/results.md's
+    numbers anew."""
+    found = {x.name: x.default for x in dataclasses.fields(script.Config)}
+    equal({name: found[name] for name in defaults}, defaults, "flag(...)")
+
+
 def test_a_script_without_a_config_is_none(tmp_path):
     """A class of another name is not taken for it."""
     (tmp_path / "x.py").write_text("class Other:\n    a: int = 1\n")
