@@ -77,14 +77,27 @@ def position_ids(mllm, inputs, sequential):
     mask = inputs["attention_mask"]
     rope = getattr(mllm.model, "get_rope_index", None)
     if rope is None or sequential:
-        return (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
-    positions, _ = rope(
-        input_ids=inputs.get("input_ids"),
-        mm_token_type_ids=inputs.get("mm_token_type_ids"),
-        image_grid_thw=inputs.get("image_grid_thw"),
-        attention_mask=mask,
-    )
-    return positions  # (3, B, L)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # (B, L)
+    else:
+        positions, _ = rope(
+            input_ids=inputs.get("input_ids"),
+            mm_token_type_ids=inputs.get("mm_token_type_ids"),
+            image_grid_thw=inputs.get("image_grid_thw"),
+            attention_mask=mask,
+        )  # (3, B, L)
+    refuse_longer(mllm, positions)
+    return positions
+
+
+def refuse_longer(mllm, positions):
+    """InputError where a row has more positions than the model was made for: a whole book in one
+    text would take the memory, or hours, for a vector of no use."""
+    most = getattr(mllm.config.get_text_config(), "max_position_embeddings", None)
+    L = positions.shape[-1]
+    # The numbers are looked at only where they may be too large: a GPU would be waited for.
+    if most and L > most and positions.max() >= most:
+        text = f"a row of {L:,} tokens, and the model was made for at most {most:,}"
+        raise InputError(f"{text}: --max-length {most} cuts texts that are longer")
 
 
 def attention_mask(mllm, inputs, mask):
