@@ -418,7 +418,7 @@ def refuse_another_run(state, cfg, but=()):
     now = dict(dataclasses.asdict(cfg), world=world())
     # What an older version did not know yet was as it is by default, or was not computed.
     unknown = {f.name: f.default if f.init else now[f.name] for f in dataclasses.fields(cfg)}
-    same = [name for name, digest in DIGEST_OF.items() if then.get(digest) == now[digest] != ""]
+    same = [name for name, x in DIGEST_OF.items() if now[x] and then.get(x) == now[x]]
     changes = []
     for name, value in now.items():
         was = then.get(name, unknown.get(name))

@@ -40,7 +40,7 @@ ROOMS = [
     ("plumbing/writing.py", "return isinstance(json.loads(", "return bool(json.loads(", CARELESS),
     ("plumbing/table.py", 'return "overall" in read_json(', 'return "x" in read_json(', CARELESS),
     ("plumbing/checkpoint.py", "        folder.rmdir()\n", "        shutil.rmtree(folder.resolve())\n", CARELESS),
-    ("plumbing/checkpoint.py", "then.get(digest) == now[digest] != \"\"", "then.get(digest) == now[digest]", RESUME),
+    ("plumbing/checkpoint.py", "if now[x] and then.get(x) == now[x]", "if then.get(x) == now[x]", RESUME),
     ("plumbing/start.py", "while (number := os.open(os.devnull, os.O_RDWR)) <= 2:", "while (number := os.open(os.devnull, os.O_RDWR)) < 0:", CARELESS),
     ("plumbing/start.py", 'errors="backslashreplace"', 'errors="strict"', CARELESS),
     ("plumbing/start.py", "    except OSError:\n        return False", "    except OSError:\n        return True", CARELESS),
