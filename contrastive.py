@@ -47,7 +47,7 @@ class Config(LossFlags):
     model: str = flag("", "toy, a folder, or a hub id; empty: out/pretrain, else toy")
     out: str = flag("out/contrastive", "folder for the model, log.jsonl and checkpoints")
     steps: int = flag(200, "optimiser steps; 0: the model as it is", least=0)
-    batch: int = flag(128, "pairs a step: the loss compares all ranks'", least=2, most=1_000_000)
+    batch: int = flag(128, "pairs a step of all ranks; 1 compares nothing", least=2, most=1_000_000)
     block: int = flag(32, "consecutive pairs of the batch that come from one data set", least=1)
     subsets: str = flag("", "data sets and caps, ImageNet_1K:100000,CIRR, or mmeb20; empty: all")
     split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])

@@ -39,7 +39,11 @@ from plumbing.weights import stage_1_model
 HARMLESS = ("out", "resume", "workers", "save_every", "keep", "skip_bad", "fitting")
 # These too, and they move the last bits: sums are taken in other pieces.
 ROUNDING = ("chunk_tokens", "checkpointing")
+# Names of what a digest tells better: a folder may be moved between runs.
+DIGEST_OF = {"model": "model_digest", "data": "data_digest"}
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+# What a run leaves in OUT/checkpoints.
+OURS = ("step-*", "damaged-step-*", "removed-step-*", "part", "lock")
 # What reading a damaged checkpoint may raise.
 UNREADABLE = (
     OSError,
@@ -178,9 +182,18 @@ def weight_of(embedder) -> int:
 
 
 def remove_checkpoints(out):
-    """The run is over, or a new one begins: the checkpoints are needed no more."""
-    if rank() == 0:
-        shutil.rmtree(Path(out, "checkpoints"), ignore_errors=True)
+    """The run is over, or a new one begins: the checkpoints are needed no more. Only what is ours
+    goes: `checkpoints` may be a link to a disk on which others keep things, too."""
+    if rank() > 0:
+        return
+    folder = Path(out, "checkpoints")
+    for found in [path for pattern in OURS for path in folder.glob(pattern)]:
+        if found.is_dir() and not found.is_symlink():
+            shutil.rmtree(found, ignore_errors=True)
+        else:
+            found.unlink(missing_ok=True)
+    with suppress(OSError):  # a link, or something is left in it
+        folder.rmdir()
 
 
 # --------------------------------------------------------------------------------------- beginning
@@ -236,7 +249,8 @@ def refuse_taken(cfg):
     for folder, name in states if cfg.resume else ():
         with suppress(Damaged):  # told when it is read
             # Stage 2 may come to call its model by another name; the data are not read yet.
-            refuse_another_run(read_state(folder, name), cfg, but=("model", "data_digest"))
+            unknown = ("model", "data", "data_digest")
+            refuse_another_run(read_state(folder, name), cfg, but=unknown)
 
 
 def start_or_resume(embedder, optimizers, cfg) -> int:
@@ -404,10 +418,11 @@ def refuse_another_run(state, cfg, but=()):
     now = dict(dataclasses.asdict(cfg), world=world())
     # What an older version did not know yet was as it is by default, or was not computed.
     unknown = {f.name: f.default if f.init else now[f.name] for f in dataclasses.fields(cfg)}
+    same = [name for name, x in DIGEST_OF.items() if now[x] and then.get(x) == now[x]]
     changes = []
     for name, value in now.items():
         was = then.get(name, unknown.get(name))
-        if name not in (*HARMLESS, *ROUNDING, *but) and was != value:
+        if name not in (*HARMLESS, *ROUNDING, *but, *same) and was != value:
             changes.append(f"{name} was {brief(repr(was), 60)}, is {brief(repr(value), 60)}")
     if changes:
         changes = ", ".join(changes)

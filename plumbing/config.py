@@ -106,7 +106,8 @@ def refuse_value(field, value):
     elif kind is not bool and not in_range(field, value):
         default = "" if field.default is None else f"; the default is {field.default}"
         most = f" (at most {MOST_WHOLE:,})" if kind is int and value > MOST_WHOLE else ""
-        raise InputError(f"{name} {brief(value)} must be {range_of(field)}{most}{default}")
+        text = f"{name} {brief(value)} must be {range_of(field)}{most}{default}"
+        raise InputError(f"{text} ({field.metadata['description']})")  # which may say why
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise InputError(f"{name} {brief(value)}: choose from {', '.join(choices)}")
@@ -122,6 +123,19 @@ def is_unicode(text) -> bool:
 
 
 # ------------------------------------------------------------------------------ the command line
+
+
+def plain(kind):
+    """int or float of a text in plain digits. Trap: to Python "1_0" is a number, and so are the
+    digits of any script."""
+
+    def convert(text):
+        if not text.isascii() or "_" in text:
+            raise ValueError(text)
+        return kind(text)
+
+    convert.__name__ = kind.__name__  # argparse: "invalid int value"
+    return convert
 
 
 class Parser(argparse.ArgumentParser):
@@ -153,6 +167,7 @@ def add_flag(parser, field):
         parser.add_argument(name, default=field.default, help=text, action=action)
     else:
         choices = field.metadata["choices"]
+        kind = kind if kind is str else plain(kind)
         parser.add_argument(name, default=field.default, help=text, type=kind, choices=choices)
 
 

@@ -140,6 +140,7 @@ def outlive_nobody(parent):
 # ------------------------------------------------------------------------------------------ ending
 
 leaving = threading.Lock()  # the line is printed once
+unsaid = []  # what the disk under the output said, when it was full
 
 
 def leave(message="", status=1):
@@ -152,8 +153,12 @@ def leave(message="", status=1):
         os._exit(status)
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):  # nobody reads it
+    except BrokenPipeError:  # nobody reads it
         status = status or 128 + signal.SIGPIPE
+    except (OSError, ValueError) as e:  # a full disk below it
+        unsaid.append(str(e))
+    if unsaid:
+        message, status = message or f"not all that it printed is there: {unsaid[0]}", status or 1
     try:
         if message:
             line = "\n" if sys.stderr.isatty() else ""  # below a progress bar

@@ -77,15 +77,18 @@ def position_ids(mllm, inputs, sequential):
     mask = inputs["attention_mask"]
     rope = getattr(mllm.model, "get_rope_index", None)
     if rope is None or sequential:
+    if rope is None or sequential:
         # Of padding, too: positions that jump would pass for several texts in one row.
-        return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (B, L)
-    positions, _ = rope(
-        input_ids=inputs.get("input_ids"),
-        mm_token_type_ids=inputs.get("mm_token_type_ids"),
-        image_grid_thw=inputs.get("image_grid_thw"),
-        attention_mask=mask,
-    )
-    return positions  # (3, B, L)
+        positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (B, L)
+    else:
+        positions, _ = rope(
+            input_ids=inputs.get("input_ids"),
+            mm_token_type_ids=inputs.get("mm_token_type_ids"),
+            image_grid_thw=inputs.get("image_grid_thw"),
+            attention_mask=mask,
+        )  # (3, B, L)
+    refuse_longer(mllm, positions)
+    return positions
 
 
 def attention_mask(mllm, inputs, mask):

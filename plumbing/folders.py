@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from plumbing.errors import InputError, brief
+from plumbing.files import open_file
 from plumbing.hub import fetch
 from plumbing.images import MOST_PIXELS
 
@@ -24,12 +25,21 @@ CARD = "README.md"  # a model's licence is in it; nothing is loaded from it
 WEIGHTS = "*.safetensors"
 # What an older run or export may have left that `load`, or another library, would believe.
 STALE = [
-    *("adapter_*", "nanocoma.json", "model*.safetensors", "*.index.json", "*.jinja", "merges.txt"),
-    *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*"),
+    *("adapter_config.json", "adapter_model.safetensors", "nanocoma.json", "model*.safetensors"),
+    *("*.safetensors.index.json", "chat_template*.jinja", "additional_chat_templates/*.jinja"),
+    *("config.json", "generation_config.json", "*processor_config.json", "merges.txt"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("compression_pooling.py", "[123]_*/config.json"),
 ]
+# One of these makes a folder a model's, or an adapter's: in a `config.json` of anything else is
+# none of these words.
+MODELS_OWN = {
+    "nanocoma.json": "torch",
+    "config.json": "model_type",
+    "adapter_config.json": "peft_type",
+}
 # Keys of a config that say how often something is built, and how large a weight is.
 COUNTS = re.compile(r"(^|_)(?<!window_)(layers?|depths?|blocks|stages)$")
 SIZES = re.compile(r"^(vocab|hidden|intermediate)_size$|^(embed|head)_dim$|_experts$")
@@ -77,15 +87,18 @@ def refuse_unreadable(folder):
                 raise InputError(f"--model {folder}: {text}")
 
 
-def read_json(folder, name) -> dict:
-    """A small JSON file of a folder, an object; {} where there is none."""
+def read_json(folder, name, members=dict) -> dict:
+    """A small JSON file of a folder, an object; {} where there is none. members: makes an object of
+    its (name, value) pairs."""
     file = Path(folder) / name
     if not file.exists():
         return {}
     try:
-        if file.stat().st_size > LONGEST_JSON:
-            raise InputError(f"{file}: {file.stat().st_size:,} bytes, at most {LONGEST_JSON:,}")
-        value = json.loads(file.read_bytes())
+        with open_file(file) as opened:  # a pipe in its place would be waited for
+            text = opened.read(LONGEST_JSON + 1)
+        if len(text) > LONGEST_JSON:
+            raise InputError(f"{file}: longer than {LONGEST_JSON:,} bytes")
+        value = json.loads(text, object_pairs_hook=members)
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as e:
@@ -142,7 +155,10 @@ def refuse_hostile(folder):
                 raise InputError(f"{index}: the weights in {brief(repr(file))} lie outside of "
                                  "the folder")  # fmt: skip
     if not any(Path(folder).glob(WEIGHTS)):
-        raise InputError(f"--model {folder}: no *.safetensors in it, and pickles are not opened")
+        text = "no *.safetensors in it, and pickles are not opened"
+        if any(Path(folder).glob("checkpoints/step-*")):
+            text = "its run is not finished: the command that began it, with --resume, finishes it"
+        raise InputError(f"--model {folder}: {text}")
 
 
 def shapes_of_weights(folder, pattern=WEIGHTS) -> dict:
@@ -210,6 +226,7 @@ def written_beside(path):
     """Gives a new folder to write into; what it holds at the end goes to `path`, file by file. Of
     an older run in `path` the files go away that `load` would believe. Where writing fails, what
     stood there stays, and an InputError says why."""
+    refuse_foreign(path)
     # Inside of it: `path` may be a disk of its own, and a rename must be all that is left to do.
     path, part = Path(path), Path(path, ".part")
     is_new = not path.exists()
@@ -229,6 +246,21 @@ def written_beside(path):
         if is_new:
             with suppress(OSError):  # not where there is something in it
                 path.rmdir()
+
+
+def refuse_foreign(path):
+    """An InputError where a folder is no model's, and holds files of names that a model's has: they
+    are another program's or a person's, and would be replaced."""
+    theirs = sorted(file.name for pattern in STALE for file in Path(path).glob(pattern))
+    if Path(path, ".part").exists():  # a model was being written, when its run was killed
+        return
+    for name, word in MODELS_OWN.items():
+        with suppress(InputError):
+            if word in read_json(path, name):
+                return
+    if theirs:
+        text = f"{brief(path)} is no model's folder, and holds {brief(', '.join(theirs))}"
+        raise InputError(f"{text}, which a model's files would replace. Take another folder")
 
 
 def put_in_place(part, path):
@@ -265,3 +297,6 @@ def refuse_unwritable(path):
     if not str(path).strip(". ") or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{brief(path)!r} cannot be written: {above} is no folder that you may "
                          "write into. Take another one")  # fmt: skip
+    refuse_foreign(path)
+    if any(path.glob("checkpoints/step-*")):
+        raise InputError(f"{brief(path)} is the --out of an unfinished run; take another folder")

@@ -126,7 +126,8 @@ def parse_turn(raw, i) -> str:
     """One turn of a dialogue, the i-th -> what is said in it."""
     speaker = "gpt" if i % 2 else "human"
     if not isinstance(raw, dict) or raw.get("from") != speaker:
-        raise ValueError(f'conversations[{i}] must have "from": "{speaker}" and a "value"')
+        text = f'conversations[{i}] must have "from": "{speaker}" and a "value"; human and gpt '
+        raise ValueError(f"{text}take turns, and it has {brief(raw, 80)}")
     value = raw.get("value")
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'conversations[{i}] must have a "value", a string that is not blank')
@@ -143,12 +144,12 @@ def parse_dialogue(raw, images) -> tuple:
     refuse_elsewhere(raw, "conversations")
     refuse_unknown(raw, ("id", "image", "conversations", *BESIDE), "an object")
     talk = raw.get("conversations")
-    if not isinstance(talk, list) or not talk or len(talk) % 2:
+    values = [parse_turn(turn, i) for i, turn in enumerate(talk)] if isinstance(talk, list) else []
+    if not values or len(values) % 2:
         raise ValueError('"conversations" must be a list of questions and answers in turn')
     name = raw.get("id")
     if not isinstance(name, str | int | None):
         raise ValueError(f'"id" must be a string or a number, not {brief(name)}')
-    values = [parse_turn(turn, i) for i, turn in enumerate(talk)]
     if raw.get("image") in (None, "", []) and IMAGE not in values[0]:
         raise ValueError(f'has no "image", and no {IMAGE} in its first turn: nothing to compress')
     # What is compressed is the picture alone; the rest of the first turn is its question.

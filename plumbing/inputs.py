@@ -4,8 +4,11 @@ users have them, become (text, pictures); anything else is an InputError that sh
 
 import numbers
 import os
+import threading
+import weakref
 from contextlib import contextmanager
 from functools import wraps
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -109,17 +112,35 @@ def whole_number(name, value, least):
     return value
 
 
+class Inside(NamedTuple):
+    """Of a module that evaluates: how many threads are at it, and the modes of its parts before."""
+
+    count: int
+    modes: list  # of (part, whether it was training)
+
+
+inside, one_at_a_time = weakref.WeakKeyDictionary(), threading.Lock()  # module -> its Inside
+
+
 @contextmanager
 def evaluating(module):
     """A module without dropout; at the end, after an error too, each part of it is in the mode that
     it was in. (`train()` would also wake a frozen tower.)"""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    # Trap: the first of several threads that is through must not wake the dropout of the others.
+    with one_at_a_time:
+        if module not in inside:
+            inside[module] = Inside(0, [(part, part.training) for part in module.modules()])
+            module.eval()
+        inside[module] = inside[module]._replace(count=inside[module].count + 1)
     try:
         yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        with one_at_a_time:
+            count, modes = inside.pop(module)
+            if count > 1:
+                inside[module] = Inside(count - 1, modes)
+            for part, mode in modes if count == 1 else ():
+                part.training = mode
 
 
 def in_evaluation(method):

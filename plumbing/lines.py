@@ -10,7 +10,7 @@ import re
 import tempfile
 import zlib
 from array import array
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,14 +20,22 @@ from plumbing.files import open_file
 MOST = 16 * 2**20  # bytes of one example; what is longer is no example, and is never parsed
 TOO_LONG = f"longer than {MOST // 2**20} MB, which no example is; one example a line"
 ARRAY = "One example a line; or all in [ ], in a file that is called .json"
+csv.field_size_limit(MOST)  # of a text in a csv; Python's own limit is 128 kB
 BLANKS = re.compile(r"[ \t\n\r]*")
 BLOCK = 2**20  # characters of an array that are read at a time
 NO_TEXT = {  # how a file begins that is no list -> what it is, and the way out
     b"PAR1": "a parquet file; give the folder that holds its subset's, as MMEB's",
     b"\x1f\x8b": "compressed; unpack it",
     b"PK\x03\x04": "a zip file; unpack it",
-    b"\xff\xfe": "UTF-16; save it as UTF-8",
-    b"\xfe\xff": "UTF-16; save it as UTF-8",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd); unpack it",
+    b"\xfd7zXZ": "compressed (xz); unpack it",
+    b"BZh": "compressed (bzip2); unpack it",
+    b"version https://git-lfs": "a Git LFS pointer, not the list itself; `git lfs pull` fetches it",
+    # Trap: UTF-32's mark begins with UTF-16's; so it stands first.
+    BOM_UTF32_LE: "UTF-32; save it as UTF-8",
+    BOM_UTF32_BE: "UTF-32; save it as UTF-8",
+    BOM_UTF16_LE: "UTF-16; save it as UTF-8",
+    BOM_UTF16_BE: "UTF-16; save it as UTF-8",
 }
 
 
@@ -141,12 +149,15 @@ def open_lines(path) -> Lines:
     file = open_file(path, f"--data {brief(path)}", "list", hint)
     try:
         start = file.read(BLOCK)
-        if kind := next((NO_TEXT[x] for x in NO_TEXT if start.startswith(x)), None):
+        kind = next((NO_TEXT[x] for x in NO_TEXT if start.startswith(x)), None)
+        if kind or b"\0" in start:  # which JSON escapes; of UTF-16 every other byte is one
+            kind = kind or "no text: it has NUL bytes, as UTF-16 has; save it as UTF-8"
             raise InputError(f"--data {brief(path)}: is {kind}")
         is_array = start.removeprefix(BOM_UTF8).lstrip()[:1] == b"["
-        if path.endswith(".csv"):
+        ending = os.path.splitext(path)[1].lower()
+        if ending == ".csv":
             lines = Lines(path, "line", file, csv_rows(path), tempfile.TemporaryFile())
-        elif path.endswith(".json") and is_array:
+        elif ending == ".json" and is_array:
             lines = Lines(path, "example", file, array_elements(path), tempfile.TemporaryFile())
         else:
             file.seek(0)
@@ -205,7 +216,7 @@ def csv_rows(path):
                     raise InputError(f"{path}, line {reader.line_num}: {count}; {hint}")
                 yield reader.line_num, json.dumps(row).encode() + b"\n"
         except (csv.Error, UnicodeDecodeError) as e:
-            hint = "is it UTF-8, and is each quote closed?"
+            hint = f"is it UTF-8, each quote closed, and no text longer than {MOST // 2**20} MB?"
             raise InputError(f"{path}, after line {reader.line_num}: {e}; {hint}") from None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plumbing.adapters import find_base
 from plumbing.errors import InputError, brief
-from plumbing.folders import TOY, read_json
+from plumbing.folders import TOY, read_json, refuse_foreign
 
 LOCK = "checkpoints/lock"  # goes with them when the run is over
 MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
@@ -23,6 +23,7 @@ def take(cfg):
     out = Path(cfg.out)
     try:
         refuse_own_start(cfg)
+        refuse_foreign(out)
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         if (out / "log.jsonl").is_dir():
             raise IsADirectoryError(f"{out / 'log.jsonl'} is a folder")

@@ -1,6 +1,7 @@
 """Processes that train together. Every collective is a no-op in one process, so that there is one
 code path for world 1 and N; `torchrun` says how many there are."""
 
+import errno
 import os
 import re
 import sys
@@ -11,8 +12,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from plumbing.ending import leave, leave_by
+from plumbing.ending import leave, leave_by, unsaid
 from plumbing.errors import InputError, brief
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that takes no more
 
 
 def rank():
@@ -26,9 +29,16 @@ def world():
 
 
 def say(text):
-    """Prints, on rank 0 only, above a progress bar."""
-    if rank() == 0:
+    """Prints, on rank 0 only, above a progress bar. A full disk under the output costs lines, not
+    the run."""
+    if rank() > 0:
+        return
+    try:
         tqdm.write(text)
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        unsaid.append(e.strerror)
 
 
 # ------------------------------------------------------------------------------------ collectives
@@ -145,9 +155,10 @@ def check_environment(devices):
     if missing := [name for name in TORCHRUN if not os.environ.get(name)]:
         way_out = "start it with torchrun, or unset RANK"
         raise InputError(f"RANK is set, but not {', '.join(missing)}: {way_out}")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        if not os.environ[name].isdecimal():
-            raise InputError(f"{name}={brief(os.environ[name])}: not a number; torchrun sets it")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        value = os.environ.get(name, "1")  # the last one may be missing
+        if not (value.isascii() and value.isdecimal()):
+            raise InputError(f"{name}={brief(value)}: not a number; torchrun sets it")
     if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
         text = f"RANK={os.environ['RANK']} is not below WORLD_SIZE={os.environ['WORLD_SIZE']}"
         raise InputError(f"{text}: start it with torchrun, or unset RANK")
@@ -178,8 +189,10 @@ def run_command(main):
 
 
 def known_reason(error) -> str:
-    """The clear line for two errors of torch, or ""."""
+    """The clear line for a full disk and for two errors of torch, or ""."""
     text = str(error)
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{brief(text)}: of a file that it writes, or of what it prints"
     if isinstance(error, torch.OutOfMemoryError):
         return f"{text:.120}: out of memory; halve --chunk-tokens, or take --checkpointing"
     # The backends have no exception of their own for a peer that is gone.

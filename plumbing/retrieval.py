@@ -13,6 +13,7 @@ from plumbing import formats, mmeb
 from plumbing.errors import InputError, brief
 from plumbing.folders import read_json
 from plumbing.formats import Lazy
+from plumbing.lines import no_twins
 
 DEPTHS = (5, 10)  # of Recall@k, for one's own data
 BLOCK = 256  # queries whose scores against all targets are computed at a time
@@ -55,7 +56,7 @@ def read_tasks(source, image_root, subsets, limit=0) -> list:
 def read_named(folder) -> dict:
     """{set: (meta-task, out of distribution?)} of a folder's sets.json; {} where there is none."""
     file, named = Path(folder, "sets.json"), {}
-    for name, x in read_json(folder, file.name).items():
+    for name, x in read_json(folder, file.name, no_twins).items():
         known = isinstance(x, dict) and x.get("meta_task") in KINDS
         if not known or set(x) - {"meta_task", "ood"} or not isinstance(x.get("ood", False), bool):
             wanted = f'{{"meta_task": one of {", ".join(KINDS)}, "ood": true or false}}'

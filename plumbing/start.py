@@ -38,6 +38,27 @@ def read_field(line) -> tuple:
     return line.target.id, KINDS[ast.unparse(line.annotation)], declare(*values, **named)
 
 
+def open_streams():
+    """Whatever is printed goes somewhere. Trap: where stdout is closed (`>&-`) the next file that
+    is opened takes its number, and what a library prints would stand in it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="backslashreplace")  # letters that a terminal does not have
+        setattr(sys, name, stream)
+
+
+def is_somewhere() -> bool:
+    """Whether there is a working folder. Trap: without one PyTorch ends the process by itself."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
 def begin():
     """Takes the process over, where its script is one of ours."""
     root = Path(__file__).resolve().parent.parent
@@ -48,7 +69,10 @@ def begin():
     # than by default (300,000). Read by OpenMP when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    open_streams()
     watch_signals()
+    if not is_somewhere():
+        leave("the folder that it was started in is not there any more; cd to another one")
     sys.excepthook = lambda kind, error, trace: leave_by(error)
     if {"--help", "-h"} & set(sys.argv[1:]):
         try:

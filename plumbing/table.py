@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from plumbing import card
+from plumbing.folders import read_json
 from plumbing.log import versions
 from plumbing.ranks import rank
-from plumbing.writing import refuse_unwritable, written
+from plumbing.writing import refuse_other, refuse_unwritable, written
 
 
 def head(note) -> str:
@@ -48,6 +49,12 @@ def refuse_json(cfg):
     """Where --json cannot be written, that is said now; rank 0 writes it."""
     if cfg.json and rank() == 0:
         refuse_unwritable(cfg.json, "--json", [cfg.data])
+        refuse_other(cfg.json, "--json", is_scores, "file of scores")
+
+
+def is_scores(path) -> bool:
+    """Whether a file is what `write_json` writes."""
+    return "overall" in read_json(Path(path).parent, Path(path).name)
 
 
 def write_json(cfg, embedder, sets, means):

@@ -243,7 +243,8 @@ def prove(embedder, folder):
     refuse_cross_attention(embedder.mllm)
     collate = copy.copy(embedder.collate)
     collate.max_length = 0  # whatever --max-length makes of them
-    picture, z = Image.new("RGB", (64, 64)), []
+    # Of no round size: a processor that has lost how to resize is found out.
+    picture, z = Image.new("RGB", (70, 50)), []
     # Not `encode`: its loader draws a random number, and the run would be another one.
     with evaluating(embedder):
         with reading(folder, "config.json", "tokenizer.json"):
@@ -291,8 +292,8 @@ def write_folder(embedder, path, weights=None, is_embedder=True):
     """A plain transformers folder (config, safetensors, tokenizer, image processor), or the adapter
     in peft's format; nanocoma.json. Either all of it or, with an InputError, nothing. weights:
     {name: tensor} in the place of the model's own, where it is sharded."""
-    if not str(path).strip():
-        raise InputError("a model is saved into a folder, and its name is empty")
+    if not isinstance(path, str | os.PathLike) or not str(path).strip():
+        raise InputError(f"a model is saved into a folder, and {brief(repr(path))} names none")
     if embedder.adapter:
         origin_of(embedder.mllm).refuse_in_its_place(path)
     with written_beside(path) as part:

@@ -2,12 +2,15 @@
 there. (Models: weights.py; checkpoints: checkpoint.py.)"""
 
 import errno
+import json
 import os
 import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from plumbing.errors import InputError, brief
+
+LONGEST_LINE = 16 * 2**20  # bytes, as of an example
 
 
 def refuse_unwritable(path, name, read=()):
@@ -20,6 +23,27 @@ def refuse_unwritable(path, name, read=()):
         part = part_of(path)
         open(part, "ab").close()
         os.unlink(part)
+
+
+def refuse_other(path, name, is_ours, kind):
+    """Raises InputError where a file of another kind is at `path` already: nobody wants a picture
+    or a model's config replaced by scores. is_ours(path): whether it is what the command writes; an
+    InputError of it means that it is not."""
+    ours = not os.path.isfile(path) or not os.path.getsize(path)
+    with suppress(InputError):
+        ours = ours or is_ours(path)
+    if not ours:
+        text = f"is there already, and is no {kind}, so it stays; take another name"
+        raise InputError(f"{name} {brief(path)}: {text}")
+
+
+def holds_lines(path) -> bool:
+    """Whether a file begins with a line that is an object of JSON."""
+    with open(path, "rb") as file:
+        try:
+            return isinstance(json.loads(file.readline(LONGEST_LINE)), dict)
+        except (ValueError, RecursionError):
+            return False
 
 
 @contextmanager

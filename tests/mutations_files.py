@@ -275,7 +275,7 @@ FILES = [
         "tests/test_inputs.py",
     ),
     (
-        "plumbing/inputs.py", "    module.eval()\n", "",
+        "plumbing/inputs.py", "            module.eval()\n", "",
         "tests/test_inputs.py",
     ),
     (
@@ -349,7 +349,7 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/lines.py", 'path.endswith(".json") and is_array:', 'path.endswith(".json"):',
+        "plumbing/lines.py", 'ending == ".json" and is_array:', 'ending == ".json":',
         "tests/test_lists.py",
     ),
     (
@@ -827,8 +827,8 @@ FILES = [
         "tests/test_threads.py",
     ),
     (
-        "plumbing/ranks.py", "    if rank() == 0:\n        tqdm.write(text)",
-        "    tqdm.write(text)",
+        "plumbing/ranks.py", "    if rank() > 0:\n        return\n    try:\n        tqdm",
+        "    try:\n        tqdm",
         "tests/test_threads.py",
     ),
     (
@@ -904,7 +904,7 @@ FILES = [
         "tests/test_ranks.py",
     ),
     (
-        "plumbing/ranks.py", "if not os.environ[name].isdecimal():", "if not os.environ[name]:",
+        "plumbing/ranks.py", "if not (value.isascii() and value.isdecimal()):", "if not value:",
         "tests/test_ranks.py",
     ),
     (
@@ -1390,7 +1390,7 @@ FILES = [
         "tests/test_folders.py::test_an_adapter_cannot_replace_its_base",
     ),
     (
-        "plumbing/weights.py", "    if not str(path).strip():\n", "    if not str(path):\n",
+        "plumbing/weights.py", "or not str(path).strip():\n", "or not str(path):\n",
         "tests/test_folders.py",
     ),
     (

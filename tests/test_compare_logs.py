@@ -119,7 +119,7 @@ def test_what_is_no_log_is_one_line(tmp_path, reference, text, says):
     (tmp_path / "m.jsonl").write_text(text)
     with pytest.raises(InputError, match=f"m.jsonl.*{says}"):
         compare(tmp_path, str(tmp_path / "m.jsonl"), reference)
-    with pytest.raises(InputError, match="none.jsonl: No such file"):
+    with pytest.raises(InputError, match="none.jsonl: no such log"):
         compare(tmp_path, str(tmp_path / "none.jsonl"), reference)
 
 

@@ -310,7 +310,8 @@ def test_a_toy_set_has_as_many_queries_as_its_cap_says():
 def test_scores_that_cannot_be_written_leave_the_old_ones(tmp_path, shared, monkeypatch):
     """The disk is full at the end: one line, and the file of before."""
     file = tmp_path / "s.json"
-    file.write_text("old")
+    old = '{"overall": 0.5}'
+    file.write_text(old)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -322,7 +323,7 @@ def test_scores_that_cannot_be_written_leave_the_old_ones(tmp_path, shared, monk
     means = {"meta_tasks": {}, "ind": None, "ood": None, "overall": None}
     with pytest.raises(InputError, match="--json .*s.json: not written: No space left on device"):
         table.write_json(cfg, shared, {}, means)
-    equal((file.read_text(), len(list(tmp_path.iterdir()))), ("old", 1), "and no half of a new one")
+    equal((file.read_text(), len(list(tmp_path.iterdir()))), (old, 1), "and no half of a new one")
 
 
 def mmeb_folder(folder, *names):

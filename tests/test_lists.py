@@ -610,7 +610,8 @@ def test_captions_that_leave_nothing_to_tell_apart_are_said(place, files, texts,
 
 
 def test_a_batch_of_one_is_refused():
-    with pytest.raises(InputError, match="--batch 1 must be 2 to"):
+    """And the line says why: the flag's own description stands behind it."""
+    with pytest.raises(InputError, match=r"--batch 1 must be 2 to .*\(.*; 1 compares nothing\)"):
         contrastive.Config(batch=1, block=1)
 
 

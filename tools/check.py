@@ -8,7 +8,8 @@
 No model is needed. Prints counts, words and sizes, and each bad example with its place. --clean
 writes a copy of the list without the bad ones (of a folder: of its lists; the pictures stay where
 they are), --list-bad a list of the bad ones, for data that are to stay as they are, and for a run
-that goes on. Exit status 1 where something is bad and neither was asked for.
+that goes on. Exit status 1 where something is bad and neither was asked for, and where a list
+cannot be read, or has no good example.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError, brief
-from plumbing.first_pass import Listed
+from plumbing.first_pass import Listed, read_listed
 from plumbing.formats import (
     IMAGE,
     Content,
@@ -39,7 +40,7 @@ from plumbing.formats import (
 from plumbing.images import Images, open_image
 from plumbing.mmeb import eval_rows, train_rows
 from plumbing.ranks import run_command
-from plumbing.writing import refuse_unwritable, written
+from plumbing.writing import holds_lines, refuse_other, refuse_unwritable, written
 
 WINDOW = 4096  # examples that wait for a thread at a time
 SHOWN = 20  # errors of a list that are printed
@@ -168,7 +169,7 @@ def write_copy(survey, path, name):
 def clean_path(source, file, clean) -> Path:
     """Where the copy of a list goes; a .csv or .json was turned into lines of JSON."""
     out = Path(clean, file.relative_to(source)) if Path(source).is_dir() else Path(clean)
-    return out.with_suffix(".jsonl") if file.suffix in (".csv", ".json") else out
+    return out.with_suffix(".jsonl") if file.suffix.lower() in (".csv", ".json") else out
 
 
 def name_in(source, file) -> str:
@@ -184,12 +185,13 @@ class Outputs(NamedTuple):
 
 
 class Count(NamedTuple):
-    """Examples read, how many of them (or of the files) are bad, and the bad ones as --skip-bad
-    takes them."""
+    """Examples read, how many of them (or of the files) are bad, the bad ones as --skip-bad takes
+    them, and whether the list is of no use, with neither a good example nor a listed bad one."""
 
     total: int
     bad: int
     listed: tuple = ()
+    useless: bool = False
 
 
 def check_list(file, read, source, clean) -> Count:
@@ -198,7 +200,7 @@ def check_list(file, read, source, clean) -> Count:
         rows = read()
     except InputError as e:  # the file itself: it counts as one bad example
         print(f"{file}\n  bad: {e}")
-        return Count(0, 1)
+        return Count(0, 1, useless=True)
     survey = Survey(file, rows)
     survey.report()
     if clean and survey.good:
@@ -209,7 +211,7 @@ def check_list(file, read, source, clean) -> Count:
         print("  none is good: no copy of it")
     name, digest = name_in(source, file), rows.source.digest
     listed = tuple(Listed(name, digest, i + 1, brief(e)) for i, e in survey.errors.items())
-    return Count(len(rows), len(survey.errors), listed)
+    return Count(len(rows), len(survey.errors), listed, useless=not survey.good)
 
 
 def refuse_outputs(source, lists, outputs):
@@ -219,14 +221,17 @@ def refuse_outputs(source, lists, outputs):
         for file, _ in lists:
             out = clean_path(source, file, outputs.clean)
             refuse_unwritable(out, "--clean", [file])
+            if out.suffix != ".parquet":
+                refuse_other(out, "--clean", holds_lines, "list of examples")
             taken.append(out)
     if outputs.list_bad:
         refuse_unwritable(outputs.list_bad, "--list-bad", taken)
+        refuse_other(outputs.list_bad, "--list-bad", read_listed, "list of bad examples")
 
 
-def check(source, image_root=None, outputs=Outputs()) -> int:  # noqa: B008
+def check(source, image_root=None, outputs=Outputs()) -> Count:  # noqa: B008
     """Reads every example of `source` (a list; a folder with captions, or in MMEB's layout) and
-    opens every picture; prints a report. -> how many are bad."""
+    opens every picture; prints a report. -> of all lists together."""
     if not os.path.lexists(source):
         raise InputError(f"{brief(source)}: no such file or folder")
     lists = list(lists_of(source, image_root))
@@ -242,7 +247,7 @@ def check(source, image_root=None, outputs=Outputs()) -> int:  # noqa: B008
     pictures = image_root or (source if Path(source).is_dir() else Path(source).parent)
     hint = f"; --image-root {pictures}" if outputs.clean else ""
     print(f"{total:,} examples, {bad:,} bad{hint}")
-    return bad
+    return Count(total, bad, useless=any(c.useless for c in counts))
 
 
 @dataclass
@@ -259,8 +264,8 @@ def main(argv):
     """The command line."""
     cfg = Config.parse(argv)
     outputs = Outputs(cfg.clean, cfg.list_bad)
-    bad = check(cfg.data, cfg.image_root, outputs)
-    return 1 if bad and outputs == Outputs() else 0
+    count = check(cfg.data, cfg.image_root, outputs)
+    return 1 if count.useless or (count.bad and outputs == Outputs()) else 0
 
 
 if __name__ == "__main__":

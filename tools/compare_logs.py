@@ -21,6 +21,7 @@ import numpy as np
 
 from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError, brief, needs
+from plumbing.files import open_file
 from plumbing.log import versions
 from plumbing.ranks import run_command
 from plumbing.writing import refuse_unwritable, written
@@ -68,7 +69,8 @@ def read_log(path) -> Run:
     """A log.jsonl; InputError with file and line where it is something else."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open_file(path, kind="log") as file:
+            lines = file.read().decode().splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{brief(path)}: {getattr(e, 'strerror', None) or 'no text'}") from None
     records = []
@@ -112,8 +114,9 @@ def first_outside(loss, band):
     in_a_row = 0
     for i, is_outside in enumerate(outside):
         in_a_row = in_a_row + 1 if is_outside else 0
-        if in_a_row == IN_A_ROW:
-            return i - IN_A_ROW + 2
+        # NaN is never chance.
+        if in_a_row == IN_A_ROW or not np.isfinite(loss[i]):
+            return i - in_a_row + 2
     return None
 
 
@@ -189,7 +192,9 @@ def main(argv):
     if len(runs) < LEAST:
         place = f"{reference.path.stem}-seed1{reference.path.suffix}"
         raise InputError(f"{brief(reference.path)}: no other seed beside it, as {place}: no spread")
-    refuse_unwritable(Path(cfg.out), "--out")
+    refuse_unwritable(cfg.out, "--out", [cfg.mine, *(run.path for run in runs)])
+    if Path(cfg.out).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
     band = band_of(runs)
     is_normal, line = verdict(mine, reference, band)
     figure = draw((mine, reference), band, line)

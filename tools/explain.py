@@ -29,7 +29,7 @@ from plumbing.formats import digest_of
 from plumbing.memory import token_chunks
 from plumbing.ranks import run_command, say, setup
 from plumbing.weights import first_model, stage_1_model
-from plumbing.writing import refuse_unwritable, written
+from plumbing.writing import refuse_other, refuse_unwritable, written
 from tools import explain_page
 from tools.measured import InBatch, Saved, gap, gradients, norm
 
@@ -259,9 +259,16 @@ class Aloud(InBatch):
 # ----------------------------------------------------------------------------------------- the page
 
 
+def is_page(path) -> bool:
+    """Whether a file begins as a page does."""
+    with open(path, "rb") as file:
+        return file.read(100).lstrip().lower().startswith(b"<!doctype html")
+
+
 def write_html(cfg, device):
     """Both stages in one file, see explain_page.py."""
-    refuse_unwritable(Path(cfg.html), "--html")
+    refuse_unwritable(Path(cfg.html), "--html", [cfg.data])
+    refuse_other(cfg.html, "--html", is_page, "page")
     if not cfg.compress:
         raise InputError("--no-compress: the page of --html shows the mask on and off")
     first = cfg.model or first_model("out/pretrain")

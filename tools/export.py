@@ -17,17 +17,20 @@ import plumbing.start  # noqa: F401  # signals, and --help, before torch is ther
 import csv
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from data import read_dialogues, read_pairs, read_tasks
 from plumbing.config import CommandLine, flag, word
-from plumbing.errors import needs
+from plumbing.errors import InputError, brief, needs
 from plumbing.formats import IMAGE
 from plumbing.ranks import run_command
 from plumbing.writing import refuse_unwritable, written
 from tools.conversations import as_conversations
 from toy.world import Shapes
+
+MARK, TITLE = "README.md", "# The toy world of nanoCoMa\n\n"
 
 
 @dataclass
@@ -36,6 +39,12 @@ class Config(CommandLine):
 
     folder: str = word("where the files go", "DIR")
     examples: int = flag(100, "examples of each kind", least=1, most=100_000)
+
+
+def is_export(folder) -> bool:
+    """Whether a folder was written by this command, be it in part."""
+    file = Path(folder, MARK)
+    return file.is_file() and file.read_bytes().startswith(TITLE.encode())
 
 
 def write_picture(picture, path):
@@ -143,7 +152,10 @@ def export_tasks(out, n):
 
 def export(out, n=100):
     """All of it, n examples of each kind."""
-    refuse_unwritable(Path(out, "dialogues.jsonl"), "the list")
+    refuse_unwritable(Path(out, MARK), "the lists")
+    if os.listdir(out) and not is_export(out):
+        raise InputError(f"{brief(out)}: holds files that are no export's; take a new folder")
+    write_text(TITLE + __doc__, Path(out, MARK))  # first of all: what is there is an export's
     export_dialogues(out, n)
     export_captions(out, n)
     export_pairs(out, n)

@@ -424,7 +424,8 @@ def generate(args) -> int:
     # 1. What an earlier run has done.
     if args.server:
         refuse_no_url(args.server, args.api_key)
-    refuse_unwritable(args.out, "--out", [args.questions])
+    for path in (args.out, f"{args.out}.failed.jsonl"):
+        refuse_unwritable(path, "--out", [args.questions])
     done = read_done(Path(args.out))
 
     # 2. What is left to do, and who is asked.

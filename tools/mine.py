@@ -24,7 +24,7 @@ from plumbing.errors import InputError, brief
 from plumbing.lines import open_lines, parse_json
 from plumbing.ranks import run_command, say, setup
 from plumbing.weights import first_model
-from plumbing.writing import refuse_unwritable, written
+from plumbing.writing import holds_lines, refuse_other, refuse_unwritable, written
 
 BLOCK = 1024  # queries whose cosines with all targets are in memory at a time
 
@@ -100,11 +100,12 @@ def main(argv):
     cfg = Config.parse(argv)
     if cfg.first > cfg.last:
         raise InputError(f"--first {cfg.first} is beyond --last {cfg.last}")
-    if not cfg.data.endswith(".jsonl"):
+    if not cfg.data.lower().endswith(".jsonl"):
         raise InputError(f"--data {brief(cfg.data)}: mining takes a .jsonl of pairs")
     if Path(cfg.data).resolve() == Path(cfg.out).resolve():
         raise InputError(f"--out {brief(cfg.out)}: the list itself; give it another name")
     refuse_unwritable(cfg.out, "--out")
+    refuse_other(cfg.out, "--out", holds_lines, "list of pairs")
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
     embedder = model.load_for(cfg, setup())
     say(f"mining with {brief(cfg.model)}")
