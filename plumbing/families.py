@@ -77,7 +77,6 @@ def position_ids(mllm, inputs, sequential):
     mask = inputs["attention_mask"]
     rope = getattr(mllm.model, "get_rope_index", None)
     if rope is None or sequential:
-    if rope is None or sequential:
         # Of padding, too: positions that jump would pass for several texts in one row.
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (B, L)
     else:
@@ -89,6 +88,17 @@ def position_ids(mllm, inputs, sequential):
         )  # (3, B, L)
     refuse_longer(mllm, positions)
     return positions
+
+
+def refuse_longer(mllm, positions):
+    """InputError where a row has more positions than the model was made for: a whole book in one
+    text would take the memory, or hours, for a vector of no use."""
+    most = getattr(mllm.config.get_text_config(), "max_position_embeddings", None)
+    L = positions.shape[-1]
+    # The numbers are looked at only where they may be too large: a GPU would be waited for.
+    if most and L > most and positions.max() >= most:
+        text = f"a row of {L:,} tokens, and the model was made for at most {most:,}"
+        raise InputError(f"{text}: --max-length {most} cuts texts that are longer")
 
 
 def attention_mask(mllm, inputs, mask):
