@@ -357,6 +357,8 @@ def join_images(rows) -> dict:
 
 def cat_padded(tensors) -> torch.Tensor:
     """Tensors end to end along their first axis; the other axes zero-padded to the largest."""
+    if len(tensors) == 1:  # pictures are large: no copy
+        return tensors[0]
     sizes = zip(*(t.shape[1:] for t in tensors), strict=True)
     largest = [max(size) for size in sizes]
     # Tiles of pictures of other shapes: zeros are what the processors pad with.
