@@ -139,13 +139,13 @@ def test_what_is_written_beside_takes_the_place_whole_or_not_at_all(tmp_path, er
     """What a disk may say is one line; a mistake of ours is one. The older files stay."""
     folder = tmp_path / "m"
     with folders.written_beside(folder) as part:
-        (part / "config.json").write_text("1")
+        (part / "config.json").write_text('{"model_type": 1}')
     with pytest.raises(told):
         with folders.written_beside(folder) as part:
-            (part / "config.json").write_text("2")
+            (part / "config.json").write_text('{"model_type": 2}')
             raise error
     left = {path.name: path.read_text() for path in folder.iterdir()}
-    equal(left, {"config.json": "1"}, "written_beside")
+    equal(left, {"config.json": '{"model_type": 1}'}, "written_beside")
     expect(oct((folder / "config.json").stat().st_mode)[-3:] in ("644", "664"), "", "644", "umask")
 
 

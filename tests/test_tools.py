@@ -551,11 +551,11 @@ def test_a_damaged_csv_is_an_error_and_no_other_caption(tmp_path):
 
 
 def test_check_writes_no_copy_of_a_list_of_which_nothing_is_good(tmp_path, capsys):
-    """Training would refuse a list without examples."""
+    """Training would refuse a list without examples; so the status is 1."""
     export.export(tmp_path / "toy", 2)
     for picture in (tmp_path / "toy").rglob("*.png"):
         picture.unlink()
-    assert checked(tmp_path / "toy" / "MMEB-train", "--clean", tmp_path / "c") == 0
+    assert checked(tmp_path / "toy" / "MMEB-train", "--clean", tmp_path / "c") == 1
     assert "none is good" in capsys.readouterr().out
     assert not list((tmp_path / "c").rglob("*.parquet"))
 
