@@ -44,6 +44,10 @@ FRESH = [
      "tests/test_threads.py -k teacher"),
     # ----------------------------------------------------------- ranks that do not have the same
     ("evaluate.py", "    checkpoint.same_model(cfg.model)\n", "", "tests/test_stage_parts.py -k last_stage"),
+    ("plumbing/checkpoint.py", "if by_rank_0(lambda: is_finished(cfg)):", "if is_finished(cfg):",
+     "tests/test_checkpoint_parts.py -k rank_0_finds"),
+    ("plumbing/folders.py", "    for path in sorted(Path(folder).glob(WEIGHTS)):\n        size",
+     "    for path in Path(folder).glob(WEIGHTS):\n        size", "tests/test_folders.py -k whatever_order"),
     ("evaluate.py", "device = agreement.join(cfg)", "device = ranks.setup()",
      "tests/test_stage_parts.py -k last_stage"),
     ("plumbing/checkpoint.py", "    same_data(cfg)\n    shapes", "    shapes",
@@ -89,5 +93,7 @@ FRESH = [
      "tests/test_rendering.py -k limits_of"),
     ("plumbing/rendering.py", "(has + MEMORY, has + MEMORY)", "(has + MEMORY, -1)",
      "tests/test_rendering.py -k limits_of"),
+    ("plumbing/lines.py", "MOST = 16 * 2**20", "MOST = 160 * 2**20", "tests/test_safety.py -k these_numbers"),
+    ("plumbing/images.py", "= 100_000_000, 200", "= 1_000_000_000, 200", "tests/test_safety.py -k these_numbers"),
     ("plumbing/loader.py", "AHEAD = 2", "AHEAD = 20", "tests/test_loader.py -k two_batches"),
 ]  # fmt: skip
