@@ -68,6 +68,11 @@ FRESH = [
      "tests/test_checkpoint_parts.py -k cannot_be_saved"),
     ("plumbing/log.py", "max_memory_allocated() / 2**30", "max_memory_allocated() / 1e9",
      "tests/test_log.py -k says_speed"),
+    ("plumbing/weights.py", "        stored.update(versions())\n", "", "tests/test_settings.py -k with_the_versions"),
+    ("plumbing/outfolder.py", "    file.truncate(0)\n", "", "tests/test_checkpoint_parts.py -k lock_names"),
+    ("plumbing/table.py", '"--json", [cfg.data])', '"--json")', "tests/test_evaluate.py -k over_the_data"),
+    ("plumbing/mmeb.py", 'for path in sorted(root.glob(f"*/{pattern}")):', 'for path in root.glob(f"*/{pattern}"):',
+     "tests/test_lists.py -k order_of_their_names"),
     # ------------------------------------------- other numbers than those that are written elsewhere
     ("contrastive.py", "temperature: float = flag(0.03,", "temperature: float = flag(0.3,",
      "tests/test_start.py -k of_these_defaults"),

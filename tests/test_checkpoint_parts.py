@@ -409,6 +409,15 @@ def test_what_is_in_the_folder_decides_whether_a_run_may_begin_there(cfg):
         checkpoint.refuse_taken(resumed)
 
 
+def test_a_lock_names_the_process_that_holds_it_and_no_earlier_one(tmp_path):
+    """What an earlier run has left in the file is not said of this one."""
+    (tmp_path / "lock").write_text("process 99999999 on another-machine.example.org")
+    outfolder.lock(tmp_path / "lock")
+    words = (tmp_path / "lock").read_text()
+    equal(words, f"process {os.getpid()} on {outfolder.socket.gethostname()}", "outfolder.lock")
+    outfolder.held.pop((tmp_path / "lock").resolve()).close()
+
+
 @pytest.mark.parametrize("out", ["", " ", "  \t"])
 def test_a_folder_without_a_name_is_refused(cfg, out, tmp_path, monkeypatch):
     """Blanks are no name, and would be a folder that nobody finds."""
