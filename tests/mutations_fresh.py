@@ -37,6 +37,9 @@ FRESH = [
     ("plumbing/ranks.py", '"nccl" if cuda else "gloo"', '"gloo"', "tests/test_ranks.py -k patience"),
     ("plumbing/ranks.py", "PATIENCE = timedelta(minutes=30)", "PATIENCE = timedelta(seconds=30)",
      "tests/test_ranks.py -k patience"),
+    ("plumbing/memory.py", 'torch.device("cpu") if where == "host" else home', "home",
+     "tests/test_memory.py -k waits_where"),
+    ("plumbing/ranks.py", "            size = 0\n", "", "tests/test_ranks.py -k sent_together"),
     # ------------------------------------------------------------------------------ KL's teacher
     ("pretrain.py", "copy.deepcopy(embedder.mllm).eval().requires_grad_(False)",
      "copy.deepcopy(embedder.mllm).requires_grad_(False)", "tests/test_threads.py -k teacher"),
