@@ -37,6 +37,9 @@ FRESH = [
     ("plumbing/ranks.py", '"nccl" if cuda else "gloo"', '"gloo"', "tests/test_ranks.py -k patience"),
     ("plumbing/ranks.py", "PATIENCE = timedelta(minutes=30)", "PATIENCE = timedelta(seconds=30)",
      "tests/test_ranks.py -k patience"),
+    ("plumbing/memory.py", 'torch.device("cpu") if where == "host" else home', "home",
+     "tests/test_memory.py -k waits_where"),
+    ("plumbing/ranks.py", "            size = 0\n", "", "tests/test_ranks.py -k sent_together"),
     # ------------------------------------------------------------------------------ KL's teacher
     ("pretrain.py", "copy.deepcopy(embedder.mllm).eval().requires_grad_(False)",
      "copy.deepcopy(embedder.mllm).requires_grad_(False)", "tests/test_threads.py -k teacher"),
@@ -44,6 +47,10 @@ FRESH = [
      "tests/test_threads.py -k teacher"),
     # ----------------------------------------------------------- ranks that do not have the same
     ("evaluate.py", "    checkpoint.same_model(cfg.model)\n", "", "tests/test_stage_parts.py -k last_stage"),
+    ("plumbing/checkpoint.py", "if by_rank_0(lambda: is_finished(cfg)):", "if is_finished(cfg):",
+     "tests/test_checkpoint_parts.py -k rank_0_finds"),
+    ("plumbing/folders.py", "    for path in sorted(Path(folder).glob(WEIGHTS)):\n        size",
+     "    for path in Path(folder).glob(WEIGHTS):\n        size", "tests/test_folders.py -k whatever_order"),
     ("evaluate.py", "device = agreement.join(cfg)", "device = ranks.setup()",
      "tests/test_stage_parts.py -k last_stage"),
     ("plumbing/checkpoint.py", "    same_data(cfg)\n    shapes", "    shapes",
@@ -64,6 +71,11 @@ FRESH = [
      "tests/test_checkpoint_parts.py -k cannot_be_saved"),
     ("plumbing/log.py", "max_memory_allocated() / 2**30", "max_memory_allocated() / 1e9",
      "tests/test_log.py -k says_speed"),
+    ("plumbing/weights.py", "        stored.update(versions())\n", "", "tests/test_settings.py -k with_the_versions"),
+    ("plumbing/outfolder.py", "    file.truncate(0)\n", "", "tests/test_checkpoint_parts.py -k lock_names"),
+    ("plumbing/table.py", '"--json", [cfg.data])', '"--json")', "tests/test_evaluate.py -k over_the_data"),
+    ("plumbing/mmeb.py", 'for path in sorted(root.glob(f"*/{pattern}")):', 'for path in root.glob(f"*/{pattern}"):',
+     "tests/test_lists.py -k order_of_their_names"),
     # ------------------------------------------- other numbers than those that are written elsewhere
     ("contrastive.py", "temperature: float = flag(0.03,", "temperature: float = flag(0.3,",
      "tests/test_start.py -k of_these_defaults"),
@@ -89,5 +101,7 @@ FRESH = [
      "tests/test_rendering.py -k limits_of"),
     ("plumbing/rendering.py", "(has + MEMORY, has + MEMORY)", "(has + MEMORY, -1)",
      "tests/test_rendering.py -k limits_of"),
+    ("plumbing/lines.py", "MOST = 16 * 2**20", "MOST = 160 * 2**20", "tests/test_safety.py -k these_numbers"),
+    ("plumbing/images.py", "= 100_000_000, 200", "= 1_000_000_000, 200", "tests/test_safety.py -k these_numbers"),
     ("plumbing/loader.py", "AHEAD = 2", "AHEAD = 20", "tests/test_loader.py -k two_batches"),
 ]  # fmt: skip

@@ -372,6 +372,16 @@ def test_a_run_begins_with_a_model_that_has_a_name_and_a_digest(cfg, monkeypatch
     equal(agreed[-1], want, "the layout")
 
 
+def test_whether_a_run_is_finished_is_what_rank_0_finds_on_its_disk(cfg, monkeypatch):
+    """A rank on another node has no mark; it ends with the others, and does not wait for them."""
+    monkeypatch.setattr(checkpoint, "by_rank_0", lambda work: True)
+    net = Small()
+    with pytest.raises(SystemExit) as end:
+        checkpoint.start_or_resume(net, [stepped(net)], dataclasses.replace(cfg, resume=True))
+    checkpoint.forget_signals()
+    equal(end.value.code, 0, "it is finished")
+
+
 def test_what_is_in_the_folder_decides_whether_a_run_may_begin_there(cfg):
     """An unfinished run is gone on with, or left alone; a finished one may be replaced; a model
     that no run of ours has left is never taken for one's own."""
@@ -397,6 +407,15 @@ def test_what_is_in_the_folder_decides_whether_a_run_may_begin_there(cfg):
     Path(cfg.out, "config.json").touch()
     with pytest.raises(InputError, match="holds a model, and no checkpoint to go on from"):
         checkpoint.refuse_taken(resumed)
+
+
+def test_a_lock_names_the_process_that_holds_it_and_no_earlier_one(tmp_path):
+    """What an earlier run has left in the file is not said of this one."""
+    (tmp_path / "lock").write_text("process 99999999 on another-machine.example.org")
+    outfolder.lock(tmp_path / "lock")
+    words = (tmp_path / "lock").read_text()
+    equal(words, f"process {os.getpid()} on {outfolder.socket.gethostname()}", "outfolder.lock")
+    outfolder.held.pop((tmp_path / "lock").resolve()).close()
 
 
 @pytest.mark.parametrize("out", ["", " ", "  \t"])

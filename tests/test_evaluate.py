@@ -326,6 +326,14 @@ def test_scores_that_cannot_be_written_leave_the_old_ones(tmp_path, shared, monk
     equal((file.read_text(), len(list(tmp_path.iterdir()))), (old, 1), "and no half of a new one")
 
 
+def test_scores_are_not_written_over_the_data(tmp_path):
+    """--data pairs.jsonl --json pairs.jsonl: a slip that would cost the data."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("{}")
+    with pytest.raises(InputError, match="--json .*would be written over what is read"):
+        table.refuse_json(evaluate.Config(data=str(file), json=str(file)))
+
+
 def mmeb_folder(folder, *names):
     """A folder in MMEB's layout: sets of three queries with two candidates each."""
     columns = {"qry_text": ["q"] * 3, "qry_img_path": [""] * 3}

@@ -169,6 +169,17 @@ def test_the_digest_changes_with_any_weight(tmp_path):
     equal(folders.digest_of_weights(tmp_path) in digests, True, "and with nothing else")
 
 
+def test_the_digest_is_the_same_in_whatever_order_a_disk_lists_the_files(tmp_path, monkeypatch):
+    """Or --resume on another disk would be another run."""
+    for name in "abc":
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode() * 100)
+    digests, glob = set(), Path.glob
+    for backwards in (False, True):
+        monkeypatch.setattr(Path, "glob", lambda *x, r=backwards: sorted(glob(*x), reverse=r))
+        digests.add(folders.digest_of_weights(tmp_path))
+    equal(len(digests), 1, "sorted(...)")
+
+
 def test_what_the_libraries_raise_is_the_folders_fault():
     """Also a panic in Rust, which is no Exception. No more: memory that is short, a signal, one's
     own errors stay what they are."""

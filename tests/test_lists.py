@@ -10,6 +10,7 @@ import re
 import sys
 import zipfile
 import zlib
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet as pq
@@ -471,6 +472,19 @@ def test_of_a_set_that_is_evaluated_only_what_is_scored_is_looked_up(tmp_path):
         equal(len(task.queries), 1, f"{words}")
         query, candidates = task.queries[0]
         equal([len(query.images), len(candidates)], [1, 2], "the query's own picture")
+
+
+def test_files_of_one_set_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):
+    """In whatever order a disk lists them: a pair has the same number everywhere."""
+    for part in "01":
+        write(
+            tmp_path / "A" / f"original-{part}.parquet", {**TRAIN, "qry": [f"{part}a", f"{part}b"]}
+        )
+    glob = Path.glob
+    for backwards in (False, True):
+        monkeypatch.setattr(Path, "glob", lambda *x, r=backwards: sorted(glob(*x), reverse=r))
+        pairs = data.read_pairs(str(tmp_path))["A"]
+        equal([x.query.text for x in pairs], ["0a", "0b", "1a", "1b"], "find_subsets")
 
 
 def test_files_of_one_set_must_agree(tmp_path):

@@ -147,6 +147,19 @@ def test_what_a_tower_said_is_given_back_once_and_then_forgotten(where):
         expect(tower(one).requires_grad, "no graph", "a graph", "a chunk that comes once")
 
 
+@pytest.mark.parametrize(("where", "waits"), [("device", "meta"), ("host", "cpu")])
+def test_a_towers_output_waits_where_it_is_asked_to(where, waits, monkeypatch):
+    """On the GPU, or beside it, where there is more room; recalled it is on the GPU again. (The
+    device "meta" stands for it.)"""
+    moves, tower = [], torch.nn.Linear(2, 3, device="meta")
+    monkeypatch.setattr(memory, "move", lambda x, device: moves.append(device.type) or x)
+    for second_pass in (False, True):
+        with torch.set_grad_enabled(second_pass), answering(tower, outputs := {}, 0, where):
+            outputs.update({(0, 0): "said"} if second_pass else {})
+            tower(torch.ones(1, 2, device="meta"))
+    equal(moves, [waits, "meta"], "--vision-cache")
+
+
 # ------------------------------------------------------------------------------------ many towers
 
 

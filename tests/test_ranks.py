@@ -38,6 +38,15 @@ def test_each_gradient_is_summed_once_in_whatever_bucket(bucket, monkeypatch):
     assert max(sent) < bucket + 6
 
 
+def test_small_gradients_are_sent_together(monkeypatch):
+    """After a full bucket, too: thousands of small messages would take longer than the step."""
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    sent = []
+    monkeypatch.setattr(ranks, "all_sum", lambda x: sent.append(len(x)) or x)
+    ranks.sum_gradients(parameters(4, 1, 1, 1, 1, 2), 4)
+    equal(sent, [4, 4, 2], "numbers in each message")
+
+
 def test_of_one_rank_all_is_its_own():
     """No process group: nothing is sent, and gradients flow through."""
     x = torch.ones(3, 2, requires_grad=True)

@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 import torch
-from checks import change, close
+from checks import change, close, equal
 from safetensors.torch import load_file, save_file
 
 import model
+from plumbing import config, folders, hub, images, lines, rendering, weights, zips
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 
@@ -178,3 +179,26 @@ def test_an_adapter_of_another_model_is_an_error(adapter, tmp_path):
     save_file(fewer, other / "adapter_model.safetensors")
     with pytest.raises(InputError, match="not an adapter of this model: .*missing adapter keys"):
         model.load(other, device="cpu")
+
+
+LIMITS = {  # what comes from elsewhere -> the most of it that is read, made or waited for
+    (lines, "MOST"): 16 * 2**20,
+    (images, "MOST_PIXELS"): 100_000_000,
+    (images, "MOST_STRETCHED"): 200,
+    (zips, "MOST_BYTES"): 200_000_000,
+    (zips, "MOST_TABLE"): 2_000_000_000,
+    (folders, "LONGEST_JSON"): 50_000_000,
+    (folders, "LONGEST_EDGE"): 10_000,
+    (rendering, "LONGEST"): 1_000_000,
+    (rendering, "PROCESSOR_SECONDS"): 2,
+    (rendering, "MEMORY"): 2**30,
+    (hub, "LONGEST_WAIT"): 3600,
+    (weights, "MOST_K"): 1_000,
+    (config, "MOST_WHOLE"): 1_000_000_000,
+}
+
+
+def test_the_limits_on_what_comes_from_elsewhere_are_these_numbers():
+    """The tests of each lower it, or count from it: a nought too many would pass them all."""
+    found = {(module, name): getattr(module, name) for module, name in LIMITS}
+    equal(found, LIMITS, "a limit was moved: measure what it costs, and change it here too")

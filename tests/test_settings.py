@@ -10,6 +10,7 @@ from checks import equal, toy
 import model
 from plumbing import weights
 from plumbing.errors import InputError
+from plumbing.log import versions
 from plumbing.weights import Options, Settings, describe, device_of, draw_weights, settings
 
 NOTHING = Settings(None, None, None)
@@ -111,3 +112,11 @@ def test_a_model_is_described_by_what_is_trained():
     total = sum(p.numel() for p in embedder.parameters())
     says = f"qwen2_vl | {p.numel():,} of {total:,} parameters trained | K = 4, mean pooling, "
     equal(describe(embedder), says + "chat prompt | 1 rank(s) on cpu", "describe")
+
+
+def test_settings_are_written_with_the_versions_that_made_them(tmp_path, shared):
+    """Where numbers differ years later, these are asked for first."""
+    weights.write_settings(shared, tmp_path, tmp_path)
+    stored = json.loads((tmp_path / "nanocoma.json").read_text())
+    want = {"compress_tokens": 4, "pooling": "mean", "prompt": "chat", **versions()}
+    equal(stored, want, "nanocoma.json")
