@@ -66,6 +66,10 @@ def opens_the_whole_row(mask, row, column):
     return mask
 
 
+def returns_nothing(mask, row, column):
+    flip_one_bit(mask, row, column)
+
+
 # --------------------------------------------------------------------------------------- exercise 1
 
 
@@ -93,6 +97,10 @@ def a_tie_is_a_hit(q, t, temperature, labels=None, keys=None):
     loss, _ = info_nce(q, t, temperature, labels, keys)
     labels = torch.arange(len(q)) if labels is None else labels
     return loss, ((q @ t.T).argmax(1) == labels).double().mean()
+
+
+def the_loss_alone(q, t, temperature, labels=None, keys=None):
+    return info_nce(q, t, temperature, labels, keys)[0]
 
 
 def keys_in_the_queries_order(q, t, temperature, labels=None, keys=None):
@@ -204,7 +212,7 @@ def wrong_predictions():
         for value in values:
             predictions = {**OURS.PREDICTIONS, question: value}
             wrong[f"{question} {value:.4g}"] = Wrong(PREDICTIONS=predictions)
-    return wrong
+    return {**wrong, "no answers": Wrong(PREDICTIONS={})}
 
 
 # ---------------------------------------------------------------------------------- exercises 6, 9
@@ -268,6 +276,10 @@ def code_after_the_question(template, content, code, turns):
     roles = [role for role, _ in rest]
     at = roles.index(ANSWER) if turns else len(rest)
     return [*rest[:at], (COMPRESS, code), *rest[at:]]
+
+
+def one_list_of_ids(template, content, code, turns):
+    return [token for _, ids in layout(template, content, code, turns) for token in ids]
 
 
 def changes_the_template(template, content, code, turns):
@@ -426,11 +438,18 @@ def mistakes(exercise) -> dict:
 ALL = {
     "ex0": lambda: {
         **replacing("flip_one_bit", flips_in_place, flips_the_mirrored_bit, opens_the_whole_row),
+        **replacing("flip_one_bit", returns_nothing),
         "a_bit_of_the_code": Wrong(FLIP=(37, 21)),
         "not_two_numbers": Wrong(FLIP=37),
     },
     "ex1": lambda: replacing(
-        "info_nce", overflows, forgets_keys, sums, a_tie_is_a_hit, keys_in_the_queries_order
+        "info_nce",
+        overflows,
+        forgets_keys,
+        sums,
+        a_tie_is_a_hit,
+        keys_in_the_queries_order,
+        the_loss_alone,
     ),
     "ex2": lambda: replacing(
         "compression_mask",
@@ -460,6 +479,7 @@ ALL = {
         "another_bugs_test": bug("b1", OURS.BUGS["b5"]),
         "no_such_test": bug("b3", "test_answers.py::test_nothing_at_all"),
         "not_named": bug("b5", ""),
+        "no_table": Wrong(BUGS={}),
     },
     "ex10": lambda: {
         "two_seeds": arms_with(two_seeds),
@@ -474,6 +494,7 @@ ALL = {
         never_learns_to_stop,
         code_after_the_question,
         changes_the_template,
+        one_list_of_ids,
     ),
     "ex12": lambda: replacing(
         "hidden_through_cache",
