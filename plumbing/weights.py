@@ -13,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from plumbing import folders
@@ -164,7 +165,7 @@ def load_mllm(path, name, options=Options()) -> tuple:  # noqa: B008
         if origin.name == "toy-random":
             mllm = draw_weights(config, options.attn)
         else:
-            mllm = read_weights(base, options.attn)
+            mllm = read_weights(base, config, options.attn)
     mllm.origin = origin
     return mllm, processor, bool(adapter)
 
@@ -180,7 +181,7 @@ def refuse_other_kinds(folder, config):
 def refuse_larger_than_its_files(folder, config):
     """A model that would take far more memory than its files hold, found on PyTorch's meta device:
     what is built there has shapes and no memory."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), no_init_weights():
         mllm = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
     claimed = sum(x.numel() for x in (*mllm.parameters(), *mllm.buffers()))
     stored = sum(math.prod(shape) for shape in folders.shapes_of_weights(folder).values())
@@ -197,10 +198,12 @@ def draw_weights(config, attn):
     )
 
 
-def read_weights(folder, attn):
-    """A model with the weights of a folder; ValueError where they are not all there."""
+def read_weights(folder, config, attn):
+    """A model with the weights of a folder, whose config is read already; ValueError where they are
+    not all there."""
     mllm, loaded = AutoModelForImageTextToText.from_pretrained(
         folder,
+        config=config,
         dtype="auto",  # as the checkpoint has it; `choose_trained` widens what is trained
         attn_implementation=attn,
         use_safetensors=True,

@@ -44,8 +44,8 @@ def change(file, **fields):
 
 
 def shorten(embedder, layers=2, blocks=1):
-    """The embedder with the first layers of its language model and its vision tower alone: as deep
-    as a test needs, and twice as fast."""
+    """The embedder with the first layers of its language model and of its vision tower alone: as
+    deep as most tests need, and twice as fast. (An adapter of it would fit no saved model.)"""
     text = embedder.mllm.config.get_text_config()
     text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
     embedder.mllm.config.vision_config.depth = blocks
@@ -55,15 +55,14 @@ def shorten(embedder, layers=2, blocks=1):
 
 
 def toy():
-    """A new toy-random embedder, K = 4, of two layers, with weights large enough that every token
-    matters.
+    """A new toy-random embedder, K = 4, with weights large enough that every token matters.
 
     The library's start (std 0.02) makes attention all but uniform, and mistakes small."""
     import families  # here: the checks alone should import fast, in fresh processes too
 
     import model
 
-    embedder = shorten(model.load("toy-random", compress_tokens=4, device="cpu"))
+    embedder = model.load("toy-random", compress_tokens=4, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         families.redraw(embedder)

@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from checks import toy
+from checks import shorten, toy
 
 from plumbing.ending import forget_signals
 
@@ -39,8 +39,8 @@ def embedder():
 
 @pytest.fixture(scope="session")
 def shared():
-    """One toy-random embedder for all tests that only read it."""
-    return toy()
+    """One short toy-random embedder for all tests that only read it."""
+    return shorten(toy())
 
 
 @pytest.fixture(scope="session")

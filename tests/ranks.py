@@ -12,7 +12,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from checks import distance, toy
+from checks import distance, shorten, toy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
@@ -99,7 +99,7 @@ FLAGS = {
 def build(trained="all", dtype=torch.float64, **more):
     """An embedder of which everything, all but the vision tower, or a LoRA adapter is trained."""
     flags = {**FLAGS[trained], **more}
-    embedder = toy().to(dtype)
+    embedder = shorten(toy()).to(dtype)
     model.choose_trained(embedder, contrastive.Config(model="toy-random", **flags))
     torch.manual_seed(2)
     for name, p in embedder.named_parameters():

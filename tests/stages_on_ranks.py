@@ -14,8 +14,8 @@ from plumbing import ranks, sharding
 TOY = ["--model", "toy-random", "--steps", "2", "--batch", "8", "--muon-lr", "0", "--workers", "0"]
 PAIRS = [*TOY, "--block", "4", "--chunk-tokens", "300"]
 # What test_torchrun.py kills a rank of; each step leaves a checkpoint.
-EIGHT_STEPS = "--steps 8 --batch 16 --workers 1 --save-every 1 --resume"
-LONGER = [*PAIRS, *EIGHT_STEPS.split()]
+SIX_STEPS = "--steps 6 --workers 1 --save-every 1 --resume"
+LONGER = [*PAIRS, *SIX_STEPS.split()]
 RUNS = [  # (name, stage, flags): each writes FOLDER/name
     ("pretrain", pretrain, TOY),
     ("contrastive", contrastive, PAIRS),

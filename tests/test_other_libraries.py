@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from sentence_transformers import SentenceTransformer
 
 import contrastive
 import evaluate
@@ -141,6 +140,9 @@ def test_with_torchvision_every_family_loads_there(tmp_path, family, pooling):
     """The toy too."""
     if not TORCHVISION:
         pytest.skip("torchvision is not installed, and sentence-transformers' processors need it")
+    # Here: it imports for seconds, in each of `pytest -n`'s processes, and one of them needs it.
+    from sentence_transformers import SentenceTransformer
+
     name = "toy" if family == "toy" else families.build(family, tmp_path / "f")
     embedder = model.load(name, 4, pooling, "coma", device="cpu")
     model.save(embedder, tmp_path / "in")
@@ -292,7 +294,7 @@ def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
     """Base, data, flags of both stages, K, pooling; scores where they were written; what a person
     changed stays; `merge` brings it along."""
     monkeypatch.chdir(tmp_path)
-    flags = {"steps": 1, "workers": 0, "out": "out/pretrain"}
+    flags = {"steps": 1, "workers": 0, "muon_lr": 0.0, "out": "out/pretrain"}
     pretrain.main(pretrain.Config(model="toy-random", batch=2, turns=1, **flags))
     flags.update(out="out/contrastive", steps=2)
     contrastive.main(contrastive.Config(model="out/pretrain", batch=4, block=4, **flags))
@@ -310,7 +312,8 @@ def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
     order = [card.text.index(words) for words in ("## Training: comp", "## Training: contr")]
     assert order == sorted(order), "stage 1 comes first"
     scores = "out/contrastive/scores.json"
-    evaluate.main(evaluate.Config(model="out/contrastive", limit=2, workers=0, json=scores))
+    few = dict(limit=2, subsets="classify,vqa", workers=0, json=scores)
+    evaluate.main(evaluate.Config(model="out/contrastive", **few))
     overall = json.loads(Path(scores).read_text())["overall"]
     card = Path("out/contrastive/README.md")
     assert f"| overall | {100 * overall:.1f} |" in card.read_text()
@@ -325,7 +328,7 @@ def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
     assert plumbing.card.scores("out/contrastive")
     weights.write_bytes(weights.read_bytes())
     assert not plumbing.card.scores("out/contrastive"), "of the weights before"
-    evaluate.main(evaluate.Config(model="out/contrastive", limit=2, workers=0, json=scores))
+    evaluate.main(evaluate.Config(model="out/contrastive", **few))
     assert card.read_text() == kept
 
 

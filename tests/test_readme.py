@@ -59,6 +59,7 @@ def python_files():
     return paths
 
 
+@cache
 def docstrings():
     """The first words of each file, as documents: their indented lines are commands."""
     documents = []

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from checks import toy
+from checks import shorten, toy
 from PIL import Image
 
 import model
@@ -83,16 +83,17 @@ def test_only_new_and_changed_files_are_embedded_again(folder, shared, capsys, m
 def test_an_index_of_another_model_is_never_used(folder, shared, capsys):
     """Another weight (a single bit), prompt, pooling, K, pixel range, instruction: another key."""
     keys = {search.fingerprint(shared)}
-    assert search.fingerprint(shared) in keys and search.fingerprint(toy()) in keys
-    bit = toy()
+    assert search.fingerprint(shared) in keys and search.fingerprint(shorten(toy())) in keys
+    bit = shorten(toy())
     weight = bit.mllm.get_output_embeddings().weight.data
     weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
-    swapped = toy()
+    swapped = shorten(toy())
     rows = swapped.mllm.get_input_embeddings().weight.data
     rows[[5, 6]] = rows[[6, 5]]
     settings = [dict(pooling="last"), dict(prompt="coma"), dict(compress_tokens=2)]
     settings += [dict(max_pixels=2048), dict(min_pixels=2048), dict(max_length=50)]
-    resized = toy()  # as the other kind of image processor does where torchvision is installed
+    # As the other kind of image processor does where torchvision is installed.
+    resized = shorten(toy())
     resized.processor.image_processor = copy.copy(resized.processor.image_processor)
     resized.processor.image_processor.__class__ = type(
         "Other", (type(shared.processor.image_processor),), {}
