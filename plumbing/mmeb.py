@@ -268,10 +268,10 @@ def what_else(root) -> str:
         return "; its lists are for training: contrastive.py, with --split as they are called"
     if any(root.glob("*.parquet")):
         return "; it is one subset itself: give the folder that holds it"
-    if captions := sorted(root.glob("*/metadata.[jc]s*")):
-        return f"; if you mean pictures with captions, give {brief(captions[0].parent)}"
     if lists := sorted([*root.glob("*.jsonl"), *root.glob("*.json")]):
         return f"; if you mean its lists, name one: {brief(lists[0])}"
+    if captions := sorted(root.glob("*/metadata.[jc]s*")):
+        return f"; if you mean pictures with captions, give {brief(captions[0].parent)}"
     return ", as MMEB has"
 
 
