@@ -2,7 +2,8 @@
 
     python -m tools.export DIR
 
-Writes 100 examples of each kind; they read back to the same examples:
+Writes 100 examples of each kind into a new folder, or over an earlier export; they read back to
+the same examples:
 
     python pretrain.py --data DIR/dialogues.jsonl       LLaVA's layout
     python pretrain.py --data DIR/captions              pictures with metadata.jsonl
