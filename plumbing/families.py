@@ -77,8 +77,10 @@ def position_ids(mllm, inputs, sequential):
     mask = inputs["attention_mask"]
     rope = getattr(mllm.model, "get_rope_index", None)
     if rope is None or sequential:
-        # Of padding, too: positions that jump would pass for several texts in one row.
-        positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (B, L)
+        # Padding behind a row counts on: positions that stop would pass for several texts in a row.
+        first = mask.argmax(1, keepdim=True)  # (B, 1) the first real token
+        places = torch.arange(mask.shape[1], device=mask.device)  # (L,)
+        positions = (places - first).clamp(min=0)  # (B, L)
     else:
         positions, _ = rope(
             input_ids=inputs.get("input_ids"),
@@ -107,9 +109,9 @@ def attention_mask(mllm, inputs, mask):
     In Gemma 3 a picture's tokens see each other both ways and some layers see a window: there
     `mask` decides about earlier tokens only."""
     if mask is None:
-        # Rows are padded on the right: no token attends to what comes behind it, so padding needs
-        # no mask, and kernels without one are faster (on a GPU: FlashAttention).
-        return None
+        # No token attends to what comes behind it: padding on the right, as the collator pads,
+        # needs no mask, and kernels without one are faster (on a GPU: FlashAttention).
+        return None if inputs["attention_mask"][:, 0].all() else inputs["attention_mask"]
     if mllm.config._attn_implementation != "sdpa":  # Trap: eager would *add* the booleans
         raise InputError("the compression mask needs --attn sdpa")
     if "token_type_ids" not in inputs:
