@@ -259,10 +259,16 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
 
 def main(cfg):
     """Stage 2, from flags to a saved folder."""
-    # 1. The model, and what of it is trained.
+    # 1. The data: a bad list is told of before a large model is loaded.
     device = checkpoint.begin(cfg)  # names cfg.model, too
     rank, world = ranks.rank(), ranks.world()
     refuse_impossible(cfg, world)
+    pairs = read_pairs(cfg.data, Place.of(cfg), cfg.subsets, cfg.seed, cfg.split)
+    cfg.data_digest = digest_of(pairs.values())
+    for name, examples in pairs.items():
+        ranks.say(f"  {name:<20} {len(examples):>13,} pairs")
+
+    # 2. The model, and what of it is trained.
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     if embedder.adapter and cfg.merge:
@@ -274,14 +280,8 @@ def main(cfg):
         sharding.shard(embedder)
     optimizers = optim.make_optimizers(embedder, cfg)
 
-    # 2. The data: pairs, made into model inputs in the loader's workers.
-    pairs = read_pairs(cfg.data, Place.of(cfg), cfg.subsets, cfg.seed, cfg.split)
-    cfg.data_digest = digest_of(pairs.values())
-    for name, examples in pairs.items():
-        ranks.say(f"  {name:<20} {len(examples):>13,} pairs")
+    # 3. Train. Pairs are made into model inputs in the loader's workers.
     batch_of = partial(local_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
-
-    # 3. Train.
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
     N = cfg.batch
     shares = f"{world} x {N // world} = {N} pairs"

@@ -131,14 +131,14 @@ def score(embedder, task, cfg) -> dict:
 
 def main(cfg):
     """The table, from flags to the overall mean."""
-    # 1. The model and the tasks.
+    # 1. The tasks and the model.
     device = agreement.join(cfg)
     table.refuse_json(cfg)
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
     checkpoint.same_model(cfg.model)
+    tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
     embedder = load_for(cfg, device)
     say(f"evaluating {cfg.model}")
-    tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
 
     # 2. Each set, those in distribution first.
     note, sets = table.partial_note(cfg), {}

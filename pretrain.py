@@ -176,10 +176,14 @@ def teacher(embedder):
 
 def main(cfg):
     """Stage 1, from flags to a saved folder."""
-    # 1. The model, and what of it is trained.
+    # 1. The data: a bad list is told of before a large model is loaded.
     device = checkpoint.begin(cfg)
     rank, world = ranks.rank(), ranks.world()
     refuse_idle_ranks(cfg, world)
+    dialogues = read_dialogues(cfg.data, Place.of(cfg), cfg.seed, cfg.turns, cfg.caption, cfg.texts)
+    cfg.data_digest = digest_of([dialogues])  # a run is not resumed with other data
+
+    # 2. The model, and what of it is trained.
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     # Before LoRA is added: the teacher is the model as it comes.
@@ -187,10 +191,7 @@ def main(cfg):
     choose_trained(embedder, cfg)
     optimizers = optim.make_optimizers(embedder, cfg)
 
-    # 2. The data: dialogues, made into model inputs in the loader's workers.
-    dialogues = read_dialogues(cfg.data, Place.of(cfg), cfg.seed, cfg.turns, cfg.caption, cfg.texts)
-    cfg.data_digest = digest_of([dialogues])  # a run is not resumed with other data
-
+    # 3. Train. Dialogues are made into model inputs in the loader's workers.
     def examples_of(step):
         def example(i):
             d = ask_first(dialogues[i], cfg, step)
@@ -200,7 +201,6 @@ def main(cfg):
 
         return each(example, epoch_batch(len(dialogues), cfg, step, rank, world))
 
-    # 3. Train.
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
     ranks.say(f"{len(dialogues):,} dialogues, {cfg.batch} a step over {world} rank(s)")
     log = Log(cfg, start)

@@ -727,3 +727,14 @@ def test_one_evaluation_set_at_a_time_is_in_memory(tmp_path):
     equal(contents_of.cache_info().currsize, 1, "sets whose contents are in memory")
     rows = eval_rows([tmp_path / "A" / "test-0.parquet"], "A", Images(tmp_path))
     assert rows[0][1][0] is rows[1][1][0], "contents_of"
+
+
+@pytest.mark.parametrize("stage", [pretrain, contrastive, evaluate])
+def test_a_bad_list_is_told_before_a_model_is_loaded(stage, tmp_path, monkeypatch):
+    """A large one takes minutes."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("no JSON\n")
+    monkeypatch.setattr(stage, "load_for", lambda *_: 1 / 0)
+    out = {} if stage is evaluate else {"out": str(tmp_path / "out")}
+    with pytest.raises(InputError, match="bad.jsonl"):
+        stage.main(stage.Config(model="toy-random", data=str(bad), **out))
