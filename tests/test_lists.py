@@ -20,6 +20,8 @@ from PIL import Image
 
 import contrastive
 import data
+import evaluate
+import pretrain
 from data import Item
 from plumbing import first_pass, lines, mmeb
 from plumbing.errors import InputError
