@@ -23,10 +23,10 @@ def read_config(script):
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             fields = [read_field(line) for line in node.body if isinstance(line, ast.AnnAssign)]
             bases = tuple(getattr(config, base.id) for base in node.bases)
+            read = dataclasses.make_dataclass("Config", fields, bases=bases)
             # The help begins with the docstring of the module that the class is in.
-            return dataclasses.make_dataclass(
-                "Config", fields, bases=bases, namespace={"__module__": "__main__"}
-            )
+            read.__module__ = "__main__"
+            return read
     raise LookupError(f"{script} has no Config")
 
 

@@ -383,7 +383,7 @@ ROOMS = [
     ("plumbing/once.py", "if rank() == ranks[0]:", "if True:", "tests/test_fetch.py"),
     # ------------------------------------------------------------------------------- plumbing/start
     ("plumbing/start.py", "bases = tuple(getattr(config, base.id) for base in node.bases)", "bases = (config.CommandLine,)", "tests/test_start.py"),
-    ("plumbing/start.py", 'namespace={"__module__": "__main__"}', "namespace={}", "tests/test_start.py"),
+    ("plumbing/start.py", 'read.__module__ = "__main__"', "pass", "tests/test_start.py"),
     ("plumbing/start.py", "declare = getattr(config, line.value.func.id)", "declare = config.flag", "tests/test_start.py"),
     ("plumbing/start.py", "named = {x.arg: ast.literal_eval(x.value) for x in line.value.keywords}", "named = {}", "tests/test_start.py"),
     ("plumbing/start.py", 'not in (root, root / "tools"):', "not in (root,):", "tests/test_ending.py -k takes_over"),
