@@ -126,7 +126,8 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     """`python -m tools.check talks.jsonl | head -1`, and its help (argparse itself takes no
     notice): not a word, and the status that any program has there."""
     (tmp_path / "pairs.jsonl").write_text('{"query": {"text": "q"}, "target": {"text": "t"}}\n')
-    cases = {("tools.look", "--help"): 0, ("tools.check", tmp_path / "pairs.jsonl"): 141}
+    help_status = 0 if sys.version_info >= (3, 11) else 141  # argparse takes notice of it there
+    cases = {("tools.look", "--help"): help_status, ("tools.check", tmp_path / "pairs.jsonl"): 141}
     for words, expected in cases.items():
         reader, writer = os.pipe()
         os.close(reader)

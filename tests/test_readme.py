@@ -207,8 +207,8 @@ def options_of(path):
 
 @cache
 def torchrun_options():
-    """torchrun's flags; it takes them with - and with _."""
-    return set(torchrun_parser()._option_string_actions)
+    """torchrun's flags; it takes them with - and with _. README names one that older ones lack."""
+    return {*torchrun_parser()._option_string_actions, "--shutdown-timeout"}
 
 
 def scripts():

@@ -236,8 +236,8 @@ def refuse_no_search(cfg):
         raise InputError("a search needs --images DIR, and --text TEXT or --query-image FILE")
     if cfg.query_image:
         refuse_special(cfg.query_image, f"--query-image {brief(cfg.query_image)}", "picture")
-    ending = Path(cfg.out).suffix.lower()
-    if Image.registered_extensions().get(ending) not in Image.SAVE:
+    kind = Image.registered_extensions().get(Path(cfg.out).suffix.lower())
+    if kind is None or kind not in Image.SAVE:
         raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
     if ranks.rank() == 0:
         refuse_unwritable(cfg.out, "--out", [cfg.query_image])
