@@ -188,14 +188,15 @@ def test_gradient_checkpointing_is_on_where_it_is_asked_for(embedder, asked, mon
 
 
 def test_arguments_of_a_forward_pass_are_the_models_and_none_of_ours(embedder, monkeypatch):
-    """No roles, no cache; positions and mask always given; what else is asked for goes along."""
+    """No roles, no cache; positions always given, a mask where there is one; what else is asked for
+    goes along."""
     seen = {}
     monkeypatch.setattr(embedder.mllm.model, "forward", lambda **kwargs: seen.update(kwargs))
     inputs = embedder.collate([Item("red")])
     embedder.outputs(inputs, output_attentions=True)
     expect("roles" not in seen and seen["use_cache"] is False, seen.keys(), "", "outputs")
     equal(seen["output_attentions"], True, "**extra")
-    equal(seen["attention_mask"], inputs["attention_mask"], "without a mask")
+    equal(seen["attention_mask"], None, "padding stands on the right, where nobody looks")
     equal(seen["input_ids"], inputs["input_ids"], "the rest as it is")
     L = inputs["input_ids"].shape[1]
     equal(seen["position_ids"].shape, (3, 1, L), "M-RoPE")
@@ -339,7 +340,7 @@ def test_a_kernel_that_would_not_take_the_mask_is_refused(kernel):
     with pytest.raises(InputError, match="the compression mask needs --attn sdpa"):
         families.attention_mask(mllm, {"attention_mask": mask[:, 0, 0]}, mask)
     plain = {"attention_mask": torch.ones(1, 2)}
-    equal(families.attention_mask(mllm, plain, None), plain["attention_mask"], "without a mask")
+    equal(families.attention_mask(mllm, plain, None), None, "without a mask")
 
 
 def test_the_vision_tower_is_asked_for_as_that_of_pictures():
@@ -350,11 +351,12 @@ def test_the_vision_tower_is_asked_for_as_that_of_pictures():
     equal(asked, ["image"], "families.vision_tower")
 
 
-def test_positions_without_rope_of_its_own_count_real_tokens():
-    """From 0, whatever stands in front; a family's own are asked for with all that they need."""
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    plain = SimpleNamespace(model=SimpleNamespace())
-    want = [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+def test_positions_without_rope_of_its_own_are_a_count():
+    """From 0, padding with it; a family's own are asked for with all that they need."""
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    config = SimpleNamespace(get_text_config=SimpleNamespace)  # which names no longest row
+    plain = SimpleNamespace(model=SimpleNamespace(), config=config)
+    want = [[0, 1, 2, 3, 4]] * 2
     equal(families.position_ids(plain, {"attention_mask": mask}, False).tolist(), want, "a count")
     seen = []
 
@@ -362,7 +364,7 @@ def test_positions_without_rope_of_its_own_count_real_tokens():
         seen.append(kwargs)
         return torch.full((3, 2, 5), 7), None
 
-    mllm = SimpleNamespace(model=SimpleNamespace(get_rope_index=rope))
+    mllm = SimpleNamespace(model=SimpleNamespace(get_rope_index=rope), config=config)
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw")
     inputs = {name: torch.tensor(i) for i, name in enumerate(names)} | {"attention_mask": mask}
     equal(families.position_ids(mllm, inputs, True).tolist(), want, "sequential: a count")

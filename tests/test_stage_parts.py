@@ -264,7 +264,7 @@ def test_what_a_step_of_stage_2_found_goes_into_the_log_and_the_next_step(monkey
     step's budget, and --temperature the loss'."""
     budgets = []
 
-    def step(embedder, batch, temperature, budget):
+    def step(embedder, batch, temperature, budget, loss):
         budgets.append((budget.chunk_tokens, temperature))
         return contrastive.Step(1.5, 0.25, 77, 123)
 
