@@ -104,4 +104,15 @@ FRESH = [
     ("plumbing/lines.py", "MOST = 16 * 2**20", "MOST = 160 * 2**20", "tests/test_safety.py -k these_numbers"),
     ("plumbing/images.py", "= 100_000_000, 200", "= 1_000_000_000, 200", "tests/test_safety.py -k these_numbers"),
     ("plumbing/loader.py", "AHEAD = 2", "AHEAD = 20", "tests/test_loader.py -k two_batches"),
+    # -------------------------------------------------------------------- a second list of this kind
+    ("model.py", "torch.randn(K, table.shape[1], generator=generator)", "torch.randn(K, table.shape[1])",
+     "tests/test_model_parts.py -k rows_to_spare"),
+    ("pretrain.py", "cut = sum(x.row.cut for x in examples)", "cut = max(x.row.cut for x in examples)",
+     "tests/test_stage_parts.py -k all_rows_of_a_step"),
+    ("contrastive.py", "cut = sum(row.cut for row in batch.rows)", "cut = max(row.cut for row in batch.rows)",
+     "tests/test_stage_parts.py -k all_rows_of_a_step"),
+    ("plumbing/mmeb.py", ".first(cap).first(limit)", ".first(limit or cap)",
+     "tests/test_evaluate.py -k mmebs_or_what"),
+    ("plumbing/images.py", '== "PNG" or high > 255', '== "PNG" or high > 256',
+     "tests/test_pictures.py -k whole_numbers"),
 ]  # fmt: skip
