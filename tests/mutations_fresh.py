@@ -115,4 +115,8 @@ FRESH = [
      "tests/test_evaluate.py -k mmebs_or_what"),
     ("plumbing/images.py", '== "PNG" or high > 255', '== "PNG" or high > 256',
      "tests/test_pictures.py -k whole_numbers"),
+    ("model.py", "np.full((len(items), self.dim), np.nan, np.float32)",
+     "np.zeros((len(items), self.dim), np.float32)", "tests/test_model_parts.py -k row_of_nan"),
+    ("model.py", 'sequential = self.style == "vlm2vec"', 'sequential = self.style != "chat"',
+     "tests/test_model_parts.py -k counts_positions"),
 ]  # fmt: skip
