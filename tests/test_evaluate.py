@@ -354,6 +354,9 @@ def test_a_set_s_meta_task_is_mmebs_or_what_sets_json_says(tmp_path):
     want.update({"yours": ("Grounding", False), "nobody's": ("Other", False)})
     equal(got, want, "retrieval.read_named, mmeb.meta_task_of")
     equal([len(task.queries) for task in read_tasks(str(folder), limit=2)], [2] * 5, "limit")
+    for subsets, limit, want in (("GQA:2", 0, 2), ("GQA:2", 1, 1), ("GQA:1", 2, 1)):
+        (task,) = read_tasks(str(folder), None, subsets, limit)
+        equal(len(task.queries), want, f"--subsets {subsets} --limit {limit}")
 
 
 def test_a_right_target_that_stands_twice_is_one(tmp_path, shared):

@@ -68,6 +68,7 @@ def test_rows_to_spare_stay_and_are_used_before_new_ones_are_made(plain, spare, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.ranks, "rank", lambda: 1)
         other = Table(known + spare)
+        torch.manual_seed(1)  # whatever a rank has drawn before
         model.add_compression_tokens(other, copy.deepcopy(plain.collate.tokenizer), 4)
     equal(other.table.weight.data[ids], new, "the same on every rank")
     model.add_compression_tokens(mllm, tokenizer, 4)
@@ -209,10 +210,21 @@ def test_arguments_of_a_forward_pass_are_the_models_and_none_of_ours(embedder, m
     equal(seen["attention_mask"], left, "padded on the left")
 
 
+def test_an_item_that_cannot_be_read_is_a_row_of_nan_and_costs_no_other(tmp_path):
+    """Where the caller has a list for the errors; else it is one."""
+    items, bad = ["red", tmp_path / "nowhere.png", "blue"], []
+    z = torch.from_numpy(toy().encode(items, bad=bad))
+    equal(z.isfinite().all(1).tolist(), [True, False, True], "the rows that were read")
+    expect(z[1].isnan().all(), z[1], "NaN", "what no one takes for a vector")
+    expect(len(bad) == 1 and "nowhere.png" in bad[0], bad, "its error", "encode(..., bad=)")
+    with pytest.raises(InputError, match="nowhere.png"):
+        toy().encode(items)
+
+
 def test_the_vlm2vec_style_counts_positions_and_pools_the_last_token():
     """Also where there is a picture; the others have positions of rows and columns."""
     item = Item(f"{IMAGE} what?", (Image.new("RGB", (64, 64)),))
-    for style, counted in (("vlm2vec", True), ("chat", False)):
+    for style, counted in (("vlm2vec", True), ("chat", False), ("coma", False)):
         embedder = model.load("toy-random", prompt=style, device="cpu")
         inputs = embedder.collate([item])
         got = []

@@ -416,6 +416,8 @@ def test_whole_numbers_are_of_8_or_of_16_bits():
         image = Image.frombytes(mode, (4, 1), (grey * scale).astype(kind).tobytes())
         got = [open_image(image).getpixel((i, 0))[0] for i in range(4)]
         assert got == grey[0].tolist(), f"{mode} times {scale}: got {got}"
+    just = Image.fromarray(np.array([[256, 0]], np.int32))  # which no 8 bits hold
+    assert open_image(just).getpixel((0, 0)) == (1, 1, 1)
     dark = Image.fromarray(np.array([[0, 255]], np.uint16))  # known to be 16 bits: it is dark
     assert open_image(io.BytesIO(encoded("PNG", dark))).getpixel((1, 0)) == (0, 0, 0)
     for low, high in ((-1, 70000), (-1, 255), (0, 65536)):

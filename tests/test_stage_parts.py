@@ -297,6 +297,27 @@ def test_the_speed_that_stage_2_says_is_that_of_all_ranks(monkeypatch, tmp_path,
     equal(speeds, [(4, "pairs")] * 2, "Log(...)")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_tokens_that_are_cut_are_those_of_all_rows_of_a_step(monkeypatch, tmp_path, stage):
+    """Dialogues; queries, targets and negatives. Here row i costs i tokens."""
+    want = []
+
+    def prefetch(make, steps, workers, device):
+        for step in steps:
+            batch = make(step)
+            rows = [x.row for x in batch] if stage is pretrain else batch.rows
+            rows = [row._replace(cut=i) for i, row in enumerate(rows)]
+            want.append(sum(range(len(rows))))
+            if stage is pretrain:
+                yield [x._replace(row=row) for x, row in zip(batch, rows, strict=True)]
+            else:
+                yield batch._replace(rows=rows)
+
+    monkeypatch.setattr(stage, "prefetch", prefetch)
+    _, _, lines, _ = trained(monkeypatch, stage, tmp_path / "out", steps=1)
+    equal([line["cut"] for line in lines], want, "log.jsonl")
+
+
 def test_tokens_that_are_cut_are_counted_over_all_ranks(monkeypatch, tmp_path):
     """Of each step; the other numbers are of all ranks already."""
     monkeypatch.setattr(plumbing.log, "all_sum", lambda x: 10 * x)
