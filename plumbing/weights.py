@@ -31,6 +31,11 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 DEFAULT_K = 4  # where nothing says how many: toy pictures have 16 tokens. The paper: 32
 MOST_K = 1_000  # as the flag has it; beyond, it is a slip
+PATCHES = {  # of a processor -> of a vision tower's config
+    "patch_size": "patch_size",
+    "merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+}
 PROBE = 300  # tokens of a picture, at most, that `prove` embeds: on a CPU more would take minutes
 
 
@@ -244,10 +249,12 @@ def prove(embedder, folder):
     """-> the embedder, after it has embedded a text and a small picture: what does not fit together
     in a folder, or is not finite, is said now and not in the midst of a training."""
     refuse_cross_attention(embedder.mllm)
+    refuse_other_patches(embedder, folder)
     collate = copy.copy(embedder.collate)
     collate.max_length = 0  # whatever --max-length makes of them
-    # Of no round size: a processor that has lost how to resize is found out.
-    picture, z = Image.new("RGB", (70, 50)), []
+    # Of no round size, and not black: a processor that has lost how to resize is found out, and one
+    # that scales to infinity.
+    picture, z = Image.new("RGB", (70, 50), "white"), []
     # Not `encode`: its loader draws a random number, and the run would be another one.
     with evaluating(embedder):
         with reading(folder, "config.json", "tokenizer.json"):
@@ -262,6 +269,18 @@ def prove(embedder, folder):
         text = "its vectors are not finite: NaN or infinity in its weights, or its processor's"
         raise InputError(f"--model {brief(folder)}: {text}")
     return embedder
+
+
+def refuse_other_patches(embedder, folder):
+    """InputError where the processor cuts pictures otherwise than the vision tower takes them: one
+    of many tokens is not tried out."""
+    processor = embedder.processor.image_processor
+    tower = getattr(embedder.mllm.config, "vision_config", None)
+    for name, name_there in PATCHES.items():
+        cut, taken = getattr(processor, name, None), getattr(tower, name_there, None)
+        if isinstance(cut, int) and isinstance(taken, int) and cut != taken:
+            text = f"its processor has {name} {cut}, its config.json {name_there} {taken}"
+            raise InputError(f"--model {brief(folder)}: {text}")
 
 
 def refuse_longer(embedder, width):

@@ -126,4 +126,8 @@ FRESH = [
      "np.zeros((len(items), self.dim), np.float32)", "tests/test_model_parts.py -k row_of_nan"),
     ("model.py", 'sequential = self.style == "vlm2vec"', 'sequential = self.style != "chat"',
      "tests/test_model_parts.py -k counts_positions"),
+    # ----------------------------------------------------------------- what fuzzing folders found
+    ("plumbing/weights.py", "isinstance(taken, int) and cut != taken", "isinstance(taken, int) and cut > taken",
+     "tests/test_careless.py -k other_patches"),
+    ("plumbing/weights.py", '(70, 50), "white")', "(70, 50))", "tests/test_careless.py -k other_patches"),
 ]  # fmt: skip

@@ -388,6 +388,18 @@ def test_a_processor_that_resizes_nothing_is_found_when_it_is_loaded(folder):
     refused(lambda: model.load(folder, device="cpu"), "processor_config.json", "reshape")
 
 
+def test_a_processor_of_other_patches_or_of_infinite_pixels_is_found_when_it_is_loaded(folder):
+    """Patches of one pixel: so many tokens that the trial picture was left out, and the first real
+    one was a traceback. A black trial picture stays black, whatever it is multiplied with."""
+    file = folder / "processor_config.json"
+    whole = file.read_bytes()
+    change(file, image_processor__patch_size=1)
+    refused(lambda: model.load(folder, device="cpu"), "patch_size 1", "config.json patch_size 8")
+    file.write_bytes(whole)
+    change(file, image_processor__rescale_factor=1e18)
+    refused(lambda: model.load(folder, device="cpu"), "not finite")
+
+
 def test_a_row_beyond_what_the_model_was_made_for_is_refused(shared):
     """A book in one text: it took hours, or the memory. Positions count, not tokens: a picture's
     are fewer."""
