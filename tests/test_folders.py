@@ -92,7 +92,7 @@ def test_a_config_that_its_files_do_not_hold_is_refused(folder, field, value, wo
     ("image_processor__image_mean", [float("nan")] * 3, ["not finite", "processor"]),
     ("image_processor__image_std", [0, 0, 0], ["not finite"]),
     ("image_processor__image_std", "x", ["another model: config.json, processor_config.json, t"]),
-    ("image_processor__patch_size", 14, ["processor has patch_size 14, its config.json patch_size 8"]),
+    ("image_processor__patch_size", 14, ["patch_size 14, its config.json patch_size 8"]),
 ])  # fmt: skip
 def test_a_processor_of_absurd_size_or_without_numbers_is_refused(folder, field, value, words):
     """Pictures of 10^12 pixels from any small one; pixels that are NaN or infinite."""
