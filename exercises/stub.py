@@ -244,7 +244,8 @@ def layout(template, content, code, turns):
         template.answer_ids    close a user turn, open the assistant's
         template.end_ids       close an assistant turn
         template.turn_ids      close an assistant turn (they begin with end_ids), open a user turn
-    -> [(role, ids), ...], HEAD ... ANSWER. What has one role may stand in one pair or in several.
+    -> [(role, ids), ...]; a role is HEAD ... ANSWER, the numbers imported above. What has one role
+    may stand in one pair or in several.
 
     Slowly, with a code: to the model the code is the assistant's answer to the content.
         HEAD      head_ids
@@ -334,7 +335,8 @@ def matryoshka_loss(loss, q, t, lengths):
     are trained as one: a doll inside of a doll.
 
     q (B, D), t (M, D), unit length; loss(q' (B, n), t' (M, n), rows of unit length) -> a scalar,
-    exercise 1's for example; lengths: [n, ...], each below D, or []
+    exercise 1's loss for example, at some temperature and without its hits; lengths: [n, ...], each
+    below D, or []
     -> a scalar, with a gradient that reaches q and t: the mean of 1 + len(lengths) losses,
 
         ( loss(q, t) + sum over n of loss(first n of q, first n of t) ) / (1 + len(lengths))

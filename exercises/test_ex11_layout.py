@@ -44,7 +44,7 @@ def tokens_of(parts):
         pair = isinstance(part, list | tuple) and len(part) == 2
         expect(pair, part, "a pair (role, ids)", "your file")
         role, ids = part
-        expect(role in LETTER, role, "HEAD ... ANSWER", "roles of data.py")
+        expect(role in LETTER, repr(role), "HEAD ... ANSWER", "the numbers of data.py, no words")
         tokens += [(LETTER[role], token) for token in ids]
     return tokens
 

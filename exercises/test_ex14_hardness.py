@@ -20,7 +20,7 @@ def check(student, x, temperature, alpha=ALPHA, labels=None, rel=1e-10):
     expect(bool(torch.isfinite(got).all()), "inf or NaN", "numbers", "which exp overflows?")
     hint = f"tau {temperature}, alpha {alpha}: d loss / d cosine, of the *mean* over queries"
     if alpha:
-        hint += "; w = e^(alpha c), of negatives alone: no tau in it"
+        hint += "; w = e^(alpha c), of negatives alone: no tau in it, no gradient through it"
     close(got, want, hint, rel)
 
 
