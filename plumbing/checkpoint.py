@@ -187,11 +187,11 @@ def remove_checkpoints(out):
     if rank() > 0:
         return
     folder = Path(out, "checkpoints")
-    for found in [path for pattern in OURS for path in folder.glob(pattern)]:
-        if found.is_dir() and not found.is_symlink():
-            shutil.rmtree(found, ignore_errors=True)
+    for path in [path for pattern in OURS for path in folder.glob(pattern)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            found.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
     with suppress(OSError):  # a link, or something is left in it
         folder.rmdir()
 

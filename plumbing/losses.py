@@ -99,7 +99,7 @@ def over_prefixes(loss, lengths, z, batch, temperature):
 
 
 def lengths_of(text, width) -> tuple:
-    """ "32,64" -> (32, 64): of prefixes of embeddings of `width` numbers. InputError otherwise."""
+    """Of prefixes of embeddings of `width` numbers: "32,64" -> (32, 64). InputError otherwise."""
     words = [word.strip() for word in text.split(",")] if text.strip() else []
     lengths = tuple(int(word) for word in words if word.isdecimal() and word.isascii())
     rising = list(lengths) == sorted(set(lengths)) and len(lengths) == len(words)

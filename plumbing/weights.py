@@ -250,6 +250,7 @@ def prove(embedder, folder):
     in a folder, or is not finite, is said now and not in the midst of a training."""
     refuse_cross_attention(embedder.mllm)
     refuse_other_patches(embedder, folder)
+    refuse_dim(embedder)
     collate = copy.copy(embedder.collate)
     collate.max_length = 0  # whatever --max-length makes of them
     # Of no round size, and not black: a processor that has lost how to resize is found out, and one
@@ -263,9 +264,7 @@ def prove(embedder, folder):
             if len(collate.picture(picture).columns["input_ids"]) < PROBE:
                 row = collate.row(Content(IMAGE, (picture,)))
                 z.append(embedder(collate.pad_rows([row], embedder.device)))
-    z = torch.cat(z)
-    refuse_longer(embedder, z.shape[1])
-    if not z.isfinite().all():
+    if not torch.cat(z).isfinite().all():
         text = "its vectors are not finite: NaN or infinity in its weights, or its processor's"
         raise InputError(f"--model {brief(folder)}: {text}")
     return embedder
@@ -283,17 +282,15 @@ def refuse_other_patches(embedder, folder):
             raise InputError(f"--model {brief(folder)}: {text}")
 
 
-def refuse_longer(embedder, width):
-    """InputError where --dim asks for more numbers than an embedding has (`width`); says so where
-    the model was not trained for as few."""
-    whole = embedder.mllm.get_input_embeddings().weight.shape[1]
-    if embedder.dim > width:
-        raise InputError(f"--dim {embedder.dim}: its embeddings have {width} numbers")
-    if embedder.dim < whole and embedder.dim not in embedder.prefixes:
+def refuse_dim(embedder):
+    """InputError where --dim asks for more numbers than an embedding has; says so where the model
+    was not trained for as few."""
+    width, dim = embedder.mllm.get_input_embeddings().weight.shape[1], embedder.dim
+    if dim > width:
+        raise InputError(f"--dim {dim}: its embeddings have {width} numbers")
+    if dim < width and dim not in embedder.prefixes:
         known = ", ".join(map(str, embedder.prefixes)) or "none"
-        say(
-            f"--dim {embedder.dim}: not among the prefixes that the model was trained for ({known})"
-        )
+        say(f"--dim {dim}: not among the prefixes that the model was trained for ({known})")
 
 
 def describe(embedder) -> str:

@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from plumbing.errors import InputError, brief
-
-LONGEST_LINE = 16 * 2**20  # bytes, as of an example
+from plumbing.lines import MOST
 
 
 def refuse_unwritable(path, name, read=()):
@@ -41,7 +40,7 @@ def holds_lines(path) -> bool:
     """Whether a file begins with a line that is an object of JSON."""
     with open(path, "rb") as file:
         try:
-            return isinstance(json.loads(file.readline(LONGEST_LINE)), dict)
+            return isinstance(json.loads(file.readline(MOST)), dict)
         except (ValueError, RecursionError):
             return False
 

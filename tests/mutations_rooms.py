@@ -182,7 +182,7 @@ ROOMS = [
     ("plumbing/losses.py", "return share / n, (mean / n, hits, columns)", "return share / n, (mean, hits, columns)", "tests/test_losses.py"),
     ("plumbing/losses.py", "0 < length < width", "0 < length <= width", "tests/test_losses.py -k rising"),
     ("plumbing/losses.py", "sorted(set(lengths)) and", "sorted(lengths) and", "tests/test_losses.py -k rising"),
-    ("plumbing/weights.py", "if embedder.dim > width:", "if embedder.dim > 2 * width:", "tests/test_losses.py -k beyond"),
+    ("plumbing/weights.py", "if dim > width:", "if dim > 2 * width:", "tests/test_losses.py -k beyond"),
     ("plumbing/weights.py", "type(n) is int and n > 0 for n", "n for n", "tests/test_losses.py -k beyond"),
     ("plumbing/weights.py", "stored.update(matryoshka=list(embedder.prefixes))", "stored.update(matryoshka=[embedder.dim])", "tests/test_losses.py -k folder"),
     ("plumbing/config.py", "if value is not None:\n        return value\n    return defaults", "if value is None:\n        return value\n    return defaults", FLAGS),
