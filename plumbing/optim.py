@@ -26,8 +26,45 @@ def make_optimizers(embedder, cfg) -> list:
         decay = cfg.weight_decay
         optimizers.append(torch.optim.AdamW(adam, cfg.lr, (0.9, 0.98), weight_decay=decay))
     if muon:
-        optimizers.append(torch.optim.Muon(muon, cfg.muon_lr, weight_decay=cfg.weight_decay))
+        optimizers.append(Muon(muon, cfg.muon_lr, weight_decay=cfg.weight_decay))
     return optimizers
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's, whose products are bfloat16: on a CPU without instructions for it (before AVX-512
+    BF16) they take 15 times as long as float32's, and 1.7 times as long as all else in the toy's
+    step. Here they are float32 on a CPU; the rest is the same, and so is the state."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of every matrix that has a gradient; closure must be None."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(average, group["momentum"])  # Nesterov's
+                rows, columns = p.shape
+                lr = group["lr"] * math.sqrt(max(1, rows / columns))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(orthogonal(update, group["ns_coefficients"]), alpha=-lr)
+
+
+def orthogonal(g, coefficients):
+    """About U V^T of g = U S V^T: five rounds of the polynomial that pulls all singular values to
+    1 (Newton-Schulz; Jordan, "Muon", 2024). (m, n) -> (m, n)."""
+    a, b, c = coefficients
+    x = g if g.device.type == "cpu" else g.bfloat16()
+    if len(x) > x.shape[1]:
+        x = x.T
+    x = x / x.norm().clamp(min=1e-7)  # no singular value above 1
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if len(g) > g.shape[1] else x
 
 
 def rate_at(step, peak, cfg) -> float:

@@ -114,6 +114,60 @@ def test_each_optimiser_has_a_rate_of_its_own():
     close([rates["AdamW"], rates["Muon"]], [0.05, 0.1], "half of each peak")
 
 
+def matrices(cls, **settings):
+    """-> (three matrices, tall, wide and square, and one that never has a gradient; Muon)."""
+    torch.manual_seed(3)
+    sizes = [(24, 8), (8, 24), (16, 16), (4, 4)]
+    parameters = [nn.Parameter(torch.randn(size)) for size in sizes]
+    return parameters, cls(parameters, 0.02, **settings)
+
+
+def take_steps(parameters, optimizer, steps, seed):
+    """Steps along drawn gradients."""
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in parameters[:-1]:
+            p.grad = torch.randn(p.shape, generator=draw)
+        optimizer.step()
+
+
+def test_muon_takes_the_steps_of_pytorchs():
+    """Up to bfloat16's three digits, in which PyTorch's multiplies; decay and momentum to the last
+    bits of float32. A run that PyTorch's began goes on with its state."""
+    ours, muon = matrices(optim.Muon, weight_decay=0.1)
+    theirs, reference = matrices(torch.optim.Muon, weight_decay=0.1)
+    start = [p.detach().clone() for p in theirs]
+    take_steps(ours, muon, 3, 0)
+    take_steps(theirs, reference, 3, 0)
+    for mine, other, before in zip(ours, theirs, start, strict=True):
+        moved = (other - before).norm()
+        assert (mine - other).norm() <= 0.04 * moved, (mine.shape, "another step")
+    states = zip(muon.state.values(), reference.state.values(), strict=True)
+    for mine, other in states:
+        close(mine["momentum_buffer"], other["momentum_buffer"], "momentum", 1e-6)
+    equal(ours[-1].tolist(), start[-1].tolist(), "without a gradient nothing is decayed")
+    muon.load_state_dict(reference.state_dict())
+    take_steps(ours, muon, 1, 1)
+    close(len(muon.state), 3, "the states of three matrices")
+
+
+@pytest.mark.parametrize("size", [(24, 8), (8, 24), (16, 16), (1, 5)])
+def test_an_orthogonal_update_has_singular_values_around_one(size):
+    """And the gradient's own directions; on a CPU in float32, elsewhere in bfloat16."""
+    torch.manual_seed(0)
+    g = torch.randn(size)
+    coefficients = torch.optim.Muon([nn.Parameter(g)]).defaults["ns_coefficients"]
+    update = optim.orthogonal(g, coefficients)
+    values = torch.linalg.svdvals(update)
+    assert values.min() > 0.3 and values.max() < 1.3, values
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    along = (u.T @ update @ v.T).diagonal()  # the update in the gradient's own basis
+    close(along.sort().values, values.sort().values, "the same directions", 1e-4)
+    equal(update.dtype, torch.float32, "on a CPU")
+    elsewhere = optim.orthogonal(torch.empty(size, device="meta"), coefficients)
+    equal(elsewhere.dtype, torch.bfloat16, "elsewhere")
+
+
 @pytest.mark.parametrize(("clip", "factor"), [(1.0, 0.2), (10.0, 1.0), (0.0, 1.0)])
 def test_a_step_clips_the_gradient_says_its_norm_and_leaves_none(clip, factor):
     """A gradient (3, 4), of norm 5: cut to norm 1, or left where it is small, or clip is 0."""
