@@ -33,6 +33,7 @@ from plumbing import checkpoint, losses, optim, ranks, sampling, sharding
 from plumbing.blocks import sum_over_blocks
 from plumbing.config import LossFlags, flag, refuse_impossible
 from plumbing.formats import Place, digest_of
+from plumbing.graphs import KeptGraphs
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
 from plumbing.memory import Budget, leavable, meeting, remember_tower, token_chunks, until_it_fits
@@ -53,7 +54,7 @@ class Config(LossFlags):
     split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])
     temperature: float = flag(0.03, "tau; cosines are divided by it", above=0)
     mask_false_negatives: bool = flag(True, "what equals a query's own target is no negative")
-    keep_graphs: int | None = flag(None, "chunks run once; default: CPU 24, GPU 1", least=0)
+    graph_memory: str = flag("", "for chunks that run once, 4GiB; empty: a share of what is free")
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
     merge: bool = flag(True, "fold stage 1's adapter into the weights first")
     fsdp: bool = flag(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")
@@ -283,17 +284,16 @@ def main(cfg):
     # 3. Train. Pairs are made into model inputs in the loader's workers.
     batch_of = partial(local_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
-    N = cfg.batch
-    shares = f"{world} x {N // world} = {N} pairs"
-    ranks.say(f"loss sees N = {shares} (chance loss ln N = {math.log(N):.2f})")
-    log = Log(cfg, start)
+    N, share = cfg.batch, cfg.batch // world
+    ranks.say(f"loss sees N = {world} x {share} = {N} pairs (chance loss ln N = {math.log(N):.2f})")
+    log, graphs = Log(cfg, start), KeptGraphs(cfg, embedder)
     embedder.train()
     batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)
     for step, batch in log.steps(batches):
         with checkpoint.kept(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
-            budget = Budget.of(cfg, device)
+            budget = Budget.of(cfg, device, graphs.of_this_step())
             out = gradcache_step(embedder, batch, cfg.temperature, budget, loss)
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from plumbing.ranks import say
 from plumbing.writing import written
 
 SCORES = "scores.json"
-UNSAID = ("out", "workers", "save_every", "keep", "fitting")  # of one machine, or no flag
+UNSAID = ("out", "workers", "save_every", "keep", "fitting", "graph_memory")  # of one machine, or no flag
 TAGS = ["multimodal-embedding", "image-text-retrieval", "sentence-similarity", "coma", "vlm2vec"]
 
 

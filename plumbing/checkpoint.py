@@ -35,8 +35,9 @@ from plumbing.ranks import all_sum, gather_objects, rank, say, world
 from plumbing.weights import stage_1_model
 
 # What may change in between: where and how often it is saved, who reads the data, which pictures
-# are skipped. (`fitting` is no flag: the run goes on from what the checkpoint says.)
-HARMLESS = ("out", "resume", "workers", "save_every", "keep", "skip_bad", "fitting")
+# are skipped, what is kept and not made again. (`fitting` is no flag: the run goes on from what the
+# checkpoint says.)
+HARMLESS = ("out", "resume", "workers", "save_every", "keep", "skip_bad", "fitting", "graph_memory")
 # These too, and they move the last bits: sums are taken in other pieces.
 ROUNDING = ("chunk_tokens", "checkpointing")
 # Names of what a digest tells better: a folder may be moved between runs.

@@ -3,6 +3,7 @@ something of it. First what the flags alone decide, then what the model decides.
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,6 +35,16 @@ def has_sets(cfg) -> bool:
     return is_toy(cfg) or not (cfg.data.endswith((".jsonl", ".json", ".csv")) or has_captions(cfg))
 
 
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", re.ASCII)
+UNITS = {None: 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def bytes_of(text):
+    """"4GiB" -> 4 * 2**30, "0" -> 0; None where it is no size."""
+    match = SIZE.fullmatch(text)
+    return int(float(match[1]) * UNITS[match[2]]) if match else None
+
+
 NO_LORA = "LoRA is off; --lora-rank 16 would switch it on"
 OWN_DIALOGUES = "goes with --data shapes; a file brings its own dialogues"
 OWN_TEACHER = "without the mask the model is its own teacher; leave --no-compress out"
@@ -41,6 +52,7 @@ SAME_ANSWERS = "model and teacher need the same answers; --max-length 0"
 NO_CODE = "without tokens there is nothing to compress into; add --no-compress if that is meant"
 BELOW_LEAST = "below --min-pixels {min_pixels}"
 DRAWN = "the toy world draws its pictures; --data is where others are"
+NO_SIZE = "must be a number of bytes, KiB, MiB or GiB, as 4GiB; 0 keeps no graph"
 NO_SERVER = "no server is asked; --server URL would be"
 RULES = {  # a field -> the rules of every Config that has it
     "min_pixels": (
@@ -70,6 +82,7 @@ RULES = {  # a field -> the rules of every Config that has it
         Rule("compress_tokens", lambda c: c.compress_tokens != 0 or not c.compress, NO_CODE),
     ),
     "split": (  # stage 2
+        Rule("graph_memory", lambda c: bytes_of(c.graph_memory) is not None, NO_SIZE),
         Rule("split", lambda c: has_sets(c) and not is_toy(c), "is of MMEB-train"),
     ),
     "json": (  # evaluation

@@ -17,8 +17,6 @@ from plumbing.errors import InputError, brief
 
 # Padded tokens that go through the model at a time. A CPU likes what fits into its caches.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
-# Of a contrastive step, the chunks whose graph is kept, so that they run once.
-KEEP_GRAPHS = {"cpu": 24, "cuda": 1}
 MOST_WHOLE = 1_000_000_000  # of a whole number whose flag says no `most`: beyond, it is a slip
 
 # Flags of earlier versions, and the command that does it now.
@@ -28,6 +26,7 @@ MOVED = {
     "--query-image": "python -m tools.search",
     "--images": "python -m tools.search",
     "--figures": "python -m tools.figures",
+    "--keep-graphs": "--graph-memory 4GiB of contrastive.py",
 }
 KINDS = {  # of a field -> what its value must be, and how that is called
     bool: (bool, "True or False"),

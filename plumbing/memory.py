@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from plumbing import sharding
 from plumbing.blocks import KnownGradient
-from plumbing.config import CHUNK_TOKENS, KEEP_GRAPHS, by_device
+from plumbing.config import CHUNK_TOKENS, by_device
 from plumbing.ending import StepLeft, overdue
 from plumbing.errors import InputError
 from plumbing.families import vision_tower
@@ -27,11 +27,10 @@ class Budget(NamedTuple):
     vision_cache: str = "off"
 
     @staticmethod
-    def of(cfg, device) -> "Budget":
-        """What has fitted so far, or what the flags ask for, or where they say nothing this kind of
-        device's default."""
+    def of(cfg, device, keep_graphs) -> "Budget":
+        """chunk_tokens: what has fitted so far, or what the flags ask for, or where they say
+        nothing this kind of device's default. keep_graphs: see plumbing/graphs.py."""
         chunk_tokens = cfg.fitting or by_device(cfg.chunk_tokens, CHUNK_TOKENS, device)
-        keep_graphs = by_device(cfg.keep_graphs, KEEP_GRAPHS, device)
         return Budget(chunk_tokens, keep_graphs, cfg.vision_cache)
 
 
