@@ -284,9 +284,10 @@ def main(cfg):
     # 3. Train. Pairs are made into model inputs in the loader's workers.
     batch_of = partial(local_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
-    N, share = cfg.batch, cfg.batch // world
-    ranks.say(f"loss sees N = {world} x {share} = {N} pairs (chance loss ln N = {math.log(N):.2f})")
-    log, graphs = Log(cfg, start), KeptGraphs(cfg, embedder)
+    N = cfg.batch
+    ranks.say(f"loss sees N = {world} x {N // world} = {N} pairs (chance: ln N = {math.log(N):.2f})")
+    graphs = KeptGraphs(cfg, embedder)
+    log = Log(cfg, start)
     embedder.train()
     batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)
     for step, batch in log.steps(batches):

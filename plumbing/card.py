@@ -16,7 +16,8 @@ from plumbing.ranks import say
 from plumbing.writing import written
 
 SCORES = "scores.json"
-UNSAID = ("out", "workers", "save_every", "keep", "fitting", "graph_memory")  # of one machine, or no flag
+# Flags of one machine, and what is no flag.
+UNSAID = ("out", "workers", "save_every", "keep", "fitting", "graph_memory")
 TAGS = ["multimodal-embedding", "image-text-retrieval", "sentence-similarity", "coma", "vlm2vec"]
 
 

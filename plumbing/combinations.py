@@ -40,7 +40,7 @@ UNITS = {None: 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 1
 
 
 def bytes_of(text):
-    """"4GiB" -> 4 * 2**30, "0" -> 0; None where it is no size."""
+    """Of a size, as "4GiB" or "0", its number; None where it is none."""
     match = SIZE.fullmatch(text)
     return int(float(match[1]) * UNITS[match[2]]) if match else None
 

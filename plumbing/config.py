@@ -26,7 +26,6 @@ MOVED = {
     "--query-image": "python -m tools.search",
     "--images": "python -m tools.search",
     "--figures": "python -m tools.figures",
-    "--keep-graphs": "--graph-memory 4GiB of contrastive.py",
 }
 KINDS = {  # of a field -> what its value must be, and how that is called
     bool: (bool, "True or False"),

@@ -1,5 +1,5 @@
 """How many of GradCache's chunks may keep their graph of pass 1, so that they run once: as many as
-fit into --graph-memory. What a graph takes is measured in the run's first step, which keeps none."""
+fit into --graph-memory. What a graph takes is measured in a run's first step, which keeps none."""
 
 import os
 import re
