@@ -285,7 +285,7 @@ def main(cfg):
     batch_of = partial(local_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
     N = cfg.batch
-    ranks.say(f"loss sees N = {world} x {N // world} = {N} pairs (chance: ln N = {math.log(N):.2f})")
+    ranks.say(f"loss sees N = {world} x {N // world} = {N} pairs (chance: ln N {math.log(N):.2f})")
     graphs = KeptGraphs(cfg, embedder)
     log = Log(cfg, start)
     embedder.train()
