@@ -258,7 +258,7 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
     return Batch(rows, labels, torch.tensor(keys), ids)
 
 
-def main(cfg):
+def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     """Stage 2, from flags to a saved folder."""
     # 1. The data: a bad list is told of before a large model is loaded.
     device = checkpoint.begin(cfg)  # names cfg.model, too
@@ -282,7 +282,7 @@ def main(cfg):
     optimizers = optim.make_optimizers(embedder, cfg)
 
     # 3. Train. Pairs are made into model inputs in the loader's workers.
-    batch_of = partial(local_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
+    batch_of = partial(make_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
     N = cfg.batch
     ranks.say(f"loss sees N = {world} x {N // world} = {N} pairs (chance: ln N {math.log(N):.2f})")
@@ -295,7 +295,7 @@ def main(cfg):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
             budget = Budget.of(cfg, device, graphs.of_this_step())
-            out = gradcache_step(embedder, batch, cfg.temperature, budget, loss)
+            out = take_step(embedder, batch, cfg.temperature, budget, loss)
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------
             cfg.fitting = out.chunk_tokens  # kept by a checkpoint: what was halved stays so

@@ -62,7 +62,7 @@ class KeptGraphs:
         if room is None:
             device = self.embedder.device
             room = by_device(None, SHARE, device) * free_bytes(device)
-        chunk = max(gather_objects(self.most)) * self.chunk_tokens
+        chunk = max(1, *gather_objects(self.most)) * self.chunk_tokens
         number = int(min(gather_objects(room)) / chunk)
         size = f"{number * chunk / 2**30:.2f} GiB at most"
         say(f"as many as {number} chunks keep their graph, and run once ({size}; --graph-memory)")

@@ -12,22 +12,30 @@ from pathlib import Path
 from plumbing import config
 from plumbing.ending import leave, leave_by, watch_signals
 
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"bool": bool, "int": int, "float": float, "str": str, "int | None": int | None}
 KINDS["str | None"] = str | None
 
 
 def read_config(script):
     """The class Config of a script, read and not run: what the script imports takes seconds. Its
-    fields are literals, and its bases stand in plumbing/config.py."""
+    fields are literals; its base stands in plumbing/config.py, or is another script's Config."""
     for node in ast.parse(script.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             fields = [read_field(line) for line in node.body if isinstance(line, ast.AnnAssign)]
-            bases = tuple(getattr(config, base.id) for base in node.bases)
+            bases = tuple(read_base(base) for base in node.bases)
             read = dataclasses.make_dataclass("Config", fields, bases=bases)
             # The help begins with the docstring of the module that the class is in.
             read.__module__ = "__main__"
             return read
     raise LookupError(f"{script} has no Config")
+
+
+def read_base(base):
+    """A base as it is written, TrainingFlags or contrastive.Config -> the class."""
+    if isinstance(base, ast.Attribute):
+        return read_config(ROOT / f"{base.value.id}.py")
+    return getattr(config, base.id)
 
 
 def read_field(line) -> tuple:
@@ -61,9 +69,8 @@ def is_somewhere() -> bool:
 
 def begin():
     """Takes the process over, where its script is one of ours."""
-    root = Path(__file__).resolve().parent.parent
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
-    if script.parent not in (root, root / "tools"):
+    if script.parent not in (ROOT, ROOT / "tools"):
         return
     # A thread that waits for another spins, and keeps it from the core on a busy machine: shorter
     # than by default (300,000). Read by OpenMP when torch is loaded.

@@ -193,9 +193,9 @@ def test_what_is_sharded_is_sharded_before_its_optimiser_is_made(watched, monkey
 # ---------------------------------------------------------------------------------- while it trains
 
 
-def trained(monkeypatch, stage, out, **flags):
-    """A run of a stage from a toy that is there already. -> (its Config, the calls in their order,
-    the lines of log.jsonl)."""
+def trained(monkeypatch, stage, out, take_step=None, **flags):
+    """A run of a stage from a toy that is there already, stage 2's with another step if one is
+    given. -> (its Config, the calls in their order, the lines of log.jsonl)."""
     cfg, calls = config(stage, out, **flags), []
     K = flags.get("compress_tokens", 4)
     embedder = toy() if K else model.load("toy-random", compress_tokens=0, device="cpu")
@@ -219,7 +219,7 @@ def trained(monkeypatch, stage, out, **flags):
     monkeypatch.setattr(plumbing.ranks, "sum_gradients", summed)
     monkeypatch.setattr(stage.optim, "end_step", ended)
     monkeypatch.setattr(stage.checkpoint, "finish", finish)
-    stage.main(cfg)
+    stage.main(cfg, **({"take_step": take_step} if take_step else {}))
     lines = Path(out, "log.jsonl").read_text().splitlines()[1:]
     return cfg, calls, [json.loads(line) for line in lines], embedder
 
@@ -268,10 +268,9 @@ def test_what_a_step_of_stage_2_found_goes_into_the_log_and_the_next_step(monkey
         budgets.append((budget.chunk_tokens, temperature))
         return contrastive.Step(1.5, 0.25, 77, 123)
 
-    monkeypatch.setattr(contrastive, "gradcache_step", step)
     monkeypatch.setattr(contrastive.optim, "end_step", lambda *_: 0.5)
     flags = dict(chunk_tokens=500, temperature=0.07)
-    cfg, _, lines, _ = trained(monkeypatch, contrastive, tmp_path / "out", **flags)
+    cfg, _, lines, _ = trained(monkeypatch, contrastive, tmp_path / "out", step, **flags)
     equal(budgets, [(500, 0.07), (123, 0.07)], "Budget.of")
     equal(cfg.fitting, 123, "kept by a checkpoint")
     want = {"loss": 1.5, "chance": math.log(77), "top1": 0.25}
@@ -288,12 +287,11 @@ def test_the_speed_that_stage_2_says_is_that_of_all_ranks(monkeypatch, tmp_path,
     speeds = []
     monkeypatch.setattr(plumbing.ranks.dist, "all_gather_object", alike)
     one = contrastive.Step(1.5, 0.25, 77, 123)
-    monkeypatch.setattr(contrastive, "gradcache_step", lambda *_: one)
     monkeypatch.setattr(contrastive.optim, "end_step", lambda *_: 0.5)
     monkeypatch.setattr(
         plumbing.log.Log, "line", lambda log, step, speed, numbers: speeds.append(speed) or ""
     )
-    trained(monkeypatch, contrastive, tmp_path / "out")
+    trained(monkeypatch, contrastive, tmp_path / "out", lambda *_: one)
     equal(speeds, [(4, "pairs")] * 2, "Log(...)")
 
 

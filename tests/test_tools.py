@@ -24,7 +24,7 @@ import model
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import DESCRIBE, IMAGE, digest_of
-from tools import check, compare_logs, explain, export, figures, look, merge, mine, search
+from tools import check, compare_logs, condense, explain, export, figures, look, merge, mine, search
 from tools import generate as generator
 from toy.world import META_TASK, NUMBERS, Scene, Shapes
 
@@ -39,6 +39,7 @@ HELP = {  # of each command what reads its command line, and a word of its help
     "figures": (figures.main, "--model"),
     "compare_logs": (compare_logs.main, "REFERENCE"),
     "mine": (mine.main, "--first"),
+    "condense": (condense.Config.parse, "--condense-share"),
 }
 QUESTIONS = "how many objects are there?\nwhat is at the top left?\nwhat is at the top right?\n"
 

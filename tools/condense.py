@@ -1,0 +1,96 @@
+"""Stage 2 with a part of stage 1 in it: for the first steps the K tokens of one side of a pair must
+also tell the text of the other (Bottleneck Tokens, arXiv 2604.11095).
+
+    python -m tools.condense                                       the toy world, no stage 1
+    torchrun --nproc-per-node 2 -m tools.condense --data MMEB-train   and all flags of contrastive.py
+
+The loss is InfoNCE + --condense x the next-token loss of that text, read from head and C alone,
+under stage 1's mask: of each pair the target's text, from the query's C; where the target has a
+picture, the query's text from the target's C; where both have pictures, nothing. In log.jsonl
+`loss` is the sum of both.
+
+It is stage 1's own step (pretrain.accumulate) beside stage 2's own: one more pass of these rows,
+exact over chunks and ranks, for it is a plain sum over tokens.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import contrastive
+import pretrain
+from data import Pair
+from plumbing import ranks
+from plumbing.config import flag
+from plumbing.errors import InputError
+
+
+@dataclass
+class Config(contrastive.Config):
+    """Flags of stage 2, and two more."""
+
+    out: str = flag("out/condense", "folder for the model, log.jsonl and checkpoints")
+    condense: float = flag(5.0, "weight of the text's loss", above=0)
+    condense_share: float = flag(0.4, "of the steps, the first ones, that have it", above=0, most=1)
+
+
+class Batch(NamedTuple):
+    """contrastive.Batch, with this rank's rows that end in a text which C must tell."""
+
+    rows: list
+    labels: object
+    keys: object
+    ids: list
+    examples: list  # of pretrain.Example; none after the first steps
+
+
+def told(pair: Pair):
+    """-> (the side that is compressed, the text that its C must tell), or None: see above."""
+    query, target = pair.query, pair.targets[0]
+    if not target.images:
+        return query, target.text
+    if not query.images:
+        return target, query.text
+    return None
+
+
+def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
+    """contrastive.local_batch, and the rows of its pairs that have a text to tell."""
+    batch = contrastive.local_batch(pairs, collate, cfg, step, rank, world)
+    examples = []
+    if step < cfg.condense_share * cfg.steps:
+        share = cfg.batch // world
+        for name, i in contrastive.draw(pairs, cfg, step)[rank * share : (rank + 1) * share]:
+            side = told(pairs[name][i])
+            if side:
+                row = collate.row(side[0], [("", side[1])])
+                examples.append(pretrain.Example(row, id=f"{name}[{i}]"))
+    return Batch(*batch, examples)
+
+
+def condensing_step(cfg, embedder, batch, temperature, budget, loss) -> contrastive.Step:
+    """contrastive.gradcache_step, and cfg.condense times the gradient of the texts' loss, the mean
+    over *all ranks'* tokens."""
+    step = contrastive.gradcache_step(embedder, batch, temperature, budget, loss)
+    if not ranks.all_sum(len(batch.examples)):
+        return step
+    parameters = [p for p in embedder.parameters() if p.requires_grad]
+    matching = [p.grad for p in parameters]
+    embedder.zero_grad(set_to_none=True)
+    nats, _, _ = pretrain.accumulate(embedder, batch.examples, cfg)
+    ranks.sum_gradients(parameters)
+    for p, matched in zip(parameters, matching, strict=True):
+        p.grad.mul_(cfg.condense).add_(matched)
+    return step._replace(loss=step.loss + cfg.condense * nats)
+
+
+def main(cfg):
+    """Stage 2, with another batch and another step."""
+    if cfg.fsdp:
+        raise InputError("--fsdp: tools.condense trains whole weights on each rank; leave it out")
+    cfg.compress = True  # of pretrain.Config: what accumulate asks for
+    contrastive.main(cfg, local_batch, partial(condensing_step, cfg))
+
+
+if __name__ == "__main__":
+    ranks.run(main, Config)
