@@ -18,8 +18,8 @@ from plumbing import start
 from plumbing.errors import InputError
 from plumbing.ranks import rank, world
 from plumbing.weights import first_model
-from toy.world import Shapes
 from tools import condense
+from toy.world import Shapes
 
 WEIGHT = 3.0
 PICTURE = (Shapes().dialogue(0)[0][1][0],)  # a scene

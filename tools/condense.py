@@ -2,7 +2,7 @@
 also tell the text of the other (Bottleneck Tokens, arXiv 2604.11095).
 
     python -m tools.condense                                       the toy world, no stage 1
-    torchrun --nproc-per-node 2 -m tools.condense --data MMEB-train   and all flags of contrastive.py
+    torchrun --nproc-per-node 2 -m tools.condense --data MMEB-train     with all flags of stage 2
 
 The loss is InfoNCE + --condense x the next-token loss of that text, read from head and C alone,
 under stage 1's mask: of each pair the target's text, from the query's C; where the target has a
