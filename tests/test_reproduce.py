@@ -28,7 +28,7 @@ def test_every_arm_is_made_of_flags_that_exist():
                 pretrain.Config.parse(f"{reproduce.STAGE1} {first}".split())
             words = f"{reproduce.STAGE2} {second}".split()
             cfg = contrastive.Config.parse(
-                [w for w in words if w not in ("bare", "prefixes", "mined")]
+                [w for w in words if w not in ("bare", "prefixes", "mined", "condense")]
             )
             refuse_impossible(cfg, 1)
             pairs = sum(map(len, read_pairs(subsets=cfg.subsets).values()))

@@ -4,10 +4,12 @@
     python tests/bench/reproduce.py --study arms,K      some of them
     python tests/bench/reproduce.py --show              only the table of what has been run
 
-Matched arms start from the same toy MLLM: `none` (contrastive only), `coma` (compression, then
-contrastive), `plain` (the control that the papers leave out: the same steps on the same dialogues
-in the same layout with the mask off, then contrastive), `both` (an idea beyond the paper: some
-questions stand before the code, some texts are compressed). Contrastive data, steps, batch and
+Matched arms start from the same toy MLLM: `none` (contrastive only, the mean of K new tokens),
+`last` (the same with the last token: VLM2Vec), `coma` (compression, then contrastive), `plain` (the
+control that the papers leave out: the same steps on the same dialogues in the same layout with the
+mask off, then contrastive), `both` (an idea beyond the paper: some questions stand before the code,
+some texts are compressed), `condense` (no stage 1, but C must tell the other side's text in the
+first part of stage 2: tools/condense.py), and that after `coma`. Contrastive data, steps, batch and
 learning rates are the same in every arm. An arm is the flags of its two stages; each run is a
 record in --json, and no run is ever repeated: studies share their arms, and the command goes on
 where it was stopped.
@@ -39,65 +41,74 @@ def caps(pairs):
     return "--subsets " + ",".join(f"{t}:{pairs // len(TASKS)}" for t in TASKS)
 
 
-def faster(x):
-    """Both learning rates of stage 2 times x."""
-    return "" if x == 1 else f"--lr {3e-3 * x:g} --muon-lr {0.02 * x:g}"
-
-
 NONE, COMA, PLAIN, BOTH = None, "", "--no-compress", "--question-first 0.5 --texts 0.3"
-PAPER = dict(none=NONE, coma=COMA, plain=PLAIN)
-ARMS = dict(**PAPER, both=BOTH)
+LAST = "--pooling last --compress-tokens 0"  # no new token: that is VLM2Vec
+LORA = "--lora-rank 16"  # the tower is frozen then
+ARMS = {  # name: (flags of stage 1, or NONE; flags of stage 2; words of ours as "condense")
+    "none": (NONE, ""),
+    "last": (NONE, LAST),
+    "plain": (PLAIN, ""),
+    "coma": (COMA, ""),
+    "both": (BOTH, ""),
+    "condense": (NONE, "condense"),
+    "coma, condense": (COMA, "condense"),
+}
+PAPER = {arm: ARMS[arm] for arm in ("none", "plain", "coma")}
+
+
+def with_flags(arms, first="", second=""):
+    """The arms with these flags behind their own."""
+    more = {}
+    for arm, (its_first, its_second) in arms.items():
+        stage1 = its_first if its_first is NONE else f"{its_first} {first}".strip()
+        more[arm] = stage1, f"{second} {its_second}".strip()
+    return more
+
+
 STUDIES = {
     # name: (seeds, {arm: (flags of stage 1, flags of stage 2)}); NONE: there is no stage 1
-    "arms": (5, {arm: (first, "") for arm, first in ARMS.items()}),
+    "arms": (5, ARMS),
+    **{f"pairs-{n}": (5, with_flags(ARMS, second=caps(n))) for n in (200, 1000, 5000)},
+    "lora": (5, with_flags(ARMS, LORA, LORA)),
     **{
-        f"pairs-{n}": (5, {arm: (first, caps(n)) for arm, first in ARMS.items()})
-        for n in (200, 1000, 5000)
+        f"lora-{n}": (5, with_flags(ARMS, LORA, f"{LORA} {caps(n)}")) for n in (200, 1000, 5000)
     },
-    "lr": (1, {
-        f"{arm} x{x}": (first, faster(x)) for arm, first in PAPER.items() for x in (0.5, 1, 2)
+    "dialogues": (5, {
+        "multi-turn": (COMA, ""), "single-turn": ("--turns 1", ""), "caption": ("--caption", ""),
     }),
-    "length": (1, {
-        f"{arm} {steps}": (f"{first} --steps {steps}".strip() if steps != 400 else first, "")
-        for steps in (100, 400, 1200) for arm, first in (("coma", COMA), ("plain", PLAIN))
+    "objective": (5, {"ce": (COMA, ""), "kl": ("--objective kl", "")}),
+    "K": (5, {
+        f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
     }),
-    "beyond": (1, {
+    "pooling": (5, {"mean": (COMA, ""), "last": ("--pooling last", "")}),
+    "beyond": (3, {
         "coma": (COMA, ""),
         "question first": ("--question-first 0.5", ""),
         "texts too": ("--texts 0.3", ""),
         "both": (BOTH, ""),
     }),
-    "K": (1, {
-        f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
+    "length": (3, {
+        f"{arm} {steps}": (f"{first} --steps {steps}".strip() if steps != 400 else first, "")
+        for steps in (100, 400, 1200) for arm, first in (("coma", COMA), ("plain", PLAIN))
     }),
-    "dialogues": (2, {
-        "multi-turn": (COMA, ""), "single-turn": ("--turns 1", ""), "caption": ("--caption", ""),
-    }),
-    "objective": (1, {"ce": (COMA, ""), "kl": ("--objective kl", "")}),
-    "pooling": (2, {
-        "coma, mean": (COMA, ""),
-        "coma, last": ("--pooling last", ""),
-        "none, mean": (NONE, ""),
-        "none, last": (NONE, "--pooling last --compress-tokens 0"),  # that is VLM2Vec
-    }),
-    "temperature": (2, {
+    "temperature": (3, {
         f"{arm} {t}": (first, f"--temperature {t}" if t != 0.03 else "")
-        for arm, first in PAPER.items() for t in (0.01, 0.03, 0.1)
+        for arm, (first, _) in PAPER.items() for t in (0.01, 0.03, 0.1)
     }),
-    "batch": (1, {
+    "batch": (3, {
         f"N={n}": (COMA, f"--batch {n} --block {min(n, 32)} --steps 100")
         for n in (16, 64, 256, 1024)
     }),
-    "false-negatives": (2, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
-    "instructions": (2, {"with": (COMA, ""), "without": (COMA, "bare")}),
-    "losses": (2, {
+    "false-negatives": (3, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
+    "instructions": (3, {"with": (COMA, ""), "without": (COMA, "bare")}),
+    "losses": (3, {
         "plain": (NONE, "--steps 100 prefixes"),
         "symmetric": (NONE, "--steps 100 --symmetric"),
         "hardness 9": (NONE, "--steps 100 --hardness 9"),
         "margin 0.1": (NONE, "--steps 100 --margin 0.1"),
         "matryoshka": (NONE, "--steps 100 --matryoshka 16,32 prefixes"),
     }),
-    "mined": (2, {
+    "mined": (3, {
         "1,000 pairs": (NONE, f"{caps(1000)} --steps 100"),
         "with mined negatives": (NONE, f"{caps(1000)} --steps 100 mined"),
     }),
@@ -162,6 +173,7 @@ def run_contrastive(job):
     import contrastive
     import model
     from plumbing import checkpoint
+    from tools import condense
 
     torch.set_num_threads(1)
     words = f"{STAGE2} {job['second']}".split()
@@ -172,6 +184,10 @@ def run_contrastive(job):
     if "prefixes" in words:
         dims = PREFIXES
         words.remove("prefixes")
+    stage = contrastive
+    if "condense" in words:
+        stage = condense
+        words.remove("condense")
     words += ["--model", job["init"], "--seed", str(job["seed"])]
     if "mined" in words:
         words.remove("mined")
@@ -192,8 +208,8 @@ def run_contrastive(job):
 
     checkpoint.kept = look  # the "once in a while" place of the loop
     with tempfile.TemporaryDirectory() as out:
-        cfg = contrastive.Config.parse([*words, "--out", out])
-        contrastive.main(cfg)
+        cfg = stage.Config.parse([*words, "--out", out])
+        stage.main(cfg)
         embedder = model.load(out, device="cpu")
         log = [json.loads(x) for x in Path(out, "log.jsonl").read_text().splitlines()[1:]]
     means, prefixes = score(embedder, job["queries"]), {}
