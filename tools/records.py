@@ -59,9 +59,22 @@ def mean_error(scores) -> tuple:
     return np.mean(scores), error
 
 
-def percent(scores) -> str:
-    """Mean and standard error of shares, in percent, as tables say it: "70.4 ± 3.1"."""
+def percent(scores, sign=False) -> str:
+    """Mean and standard error of shares, in percent, as tables say it: "70.4 ± 3.1", or with the
+    sign of a difference, "+2.0 ± 1.1"."""
     mean, error = mean_error(scores)
-    if len(scores) == 1:
-        return f"{100 * mean:.1f}"
-    return f"{100 * mean:.1f} ± {100 * error:.1f}"
+    text = f"{100 * mean:+.1f}" if sign else f"{100 * mean:.1f}"
+    return text if len(scores) == 1 else f"{text} ± {100 * error:.1f}"
+
+
+def gains(rows, base, key="overall") -> list:
+    """By how much each run of an arm is ahead of the other arm's of the same seed; key: a score of
+    a run, or a meta-task."""
+    return [
+        score_of(row, key) - score_of(other, key) for row, other in zip(rows, base, strict=True)
+    ]
+
+
+def score_of(run, key) -> float:
+    """A run's overall, ind or ood, or that of a meta-task."""
+    return run["meta_tasks"].get(key, run.get(key))

@@ -53,6 +53,15 @@ ARMS = {  # name: (flags of stage 1, or NONE; flags of stage 2; words of ours as
     "condense": (NONE, "condense"),
     "coma, condense": (COMA, "condense"),
 }
+NAMES = {  # in tables
+    "none": "contrastive only",
+    "last": "contrastive only, last token (VLM2Vec)",
+    "plain": "the same dialogues, no mask",
+    "coma": "CoMa",
+    "both": "CoMa, beyond the paper",
+    "condense": "contrastive only, condense",
+    "coma, condense": "CoMa, then condense",
+}
 PAPER = {arm: ARMS[arm] for arm in ("none", "plain", "coma")}
 
 
@@ -299,26 +308,33 @@ def main(args):
     show(args)
 
 
-def show(args):
-    """Mean and standard error over seeds of each arm, x 100; `gain`: of overall against the study's
-    first arm, paired by seed."""
-    from tools.records import percent, read_records
+def rows_of(arms) -> list:
+    """A study as lines of Markdown: mean and standard error over seeds of each arm, x 100; `gain`:
+    of overall against the study's first arm, paired by seed. arms: {arm: [run, by seed]}."""
+    from tools.records import gains, percent
 
-    runs = json.loads(args.json.read_text())["runs"]
-    metas = list(runs[0]["meta_tasks"]) if runs else []
-    print(f"{'study':<16}{'arm':<16}{'seeds':>5}" + "".join(
-        f"{h[:9]:>13}" for h in ["overall", "gain", "IND", "OOD", *metas]))  # fmt: skip
+    (first, base), *_ = arms.items()
+    metas = list(base[0]["meta_tasks"])
+    head = f"| {len(base)} seed(s) | overall | gain | IND | OOD | {' | '.join(metas)} |"
+    lines = [head, "|---" * (5 + len(metas)) + "|"]
+    for arm, rows in arms.items():
+        cells = [percent([r[k] for r in rows]) for k in ("overall", "ind", "ood")]
+        cells.insert(1, "–" if arm == first else percent(gains(rows, base), sign=True))
+        cells += [percent([r["meta_tasks"][m] for r in rows]) for m in metas]
+        lines.append(f"| {NAMES.get(arm, arm)} | {' | '.join(cells)} |")
+    return lines
+
+
+def show(args):
+    """The tables of docs/results.md, and what they cost."""
+    from tools.records import read_records
+
     for study, arms in read_records(args.json).items():
-        base = next(iter(arms.values()))
-        for arm, rows in arms.items():
-            cells = [[r[k] for r in rows] for k in ("overall", "ind", "ood")]
-            cells.insert(1, [r["overall"] - b["overall"] for r, b in zip(rows, base, strict=True)])
-            cells += [[r["meta_tasks"][m] for r in rows] for m in metas]
-            words = "".join(f"{percent(cell):>13}" for cell in cells)
-            print(f"{study:<16}{arm:<16}{len(rows):>5}{words}")
+        print(f"\n`{study}`\n", *rows_of(arms), sep="\n")
+    runs = json.loads(args.json.read_text())["runs"]
     stages = {(r["first"], r["seed"]): r["seconds1"] for r in runs if r["first"] is not None}
     hours = (sum(stages.values()) + sum(r["seconds2"] for r in runs)) / 3600
-    print(f"{len(runs)} runs after {len(stages)} stages 1: {hours:.1f} CPU hours")
+    print(f"\n{len(runs)} runs after {len(stages)} stages 1: {hours:.1f} CPU hours")
 
 
 if __name__ == "__main__":
