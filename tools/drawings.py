@@ -25,7 +25,7 @@ from tools.figure_numbers import (
     smooth,
     token_cosines,
 )
-from tools.records import mean_error
+from tools.records import NAMES, mean_error
 from toy.world import ASK, META_TASK, Scene, Shapes
 
 # How many a figure is made of.
@@ -41,8 +41,8 @@ GREEN = "#009E73"
 BLUE = "#0072B2"
 RED = "#D55E00"
 GREY = "#666666"
-COLORS = (BLUE, RED, GREEN, ORANGE)  # of lines
-MARKERS = ("o", "s", "^", "D")  # of lines
+COLORS = (BLUE, GREY, RED, GREEN, ORANGE, SKY, BLACK)  # of lines
+MARKERS = ("o", "x", "s", "^", "D", "v", "P")  # of lines
 WIDTH = 8  # inches; 880 pixels
 STYLE = {
     "figure.dpi": 110,
@@ -55,12 +55,6 @@ STYLE = {
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
     "legend.frameon": False,
-}
-ARMS = {
-    "none": "contrastive only",
-    "plain": "the same dialogues, no mask",
-    "coma": "CoMa",
-    "both": "CoMa, beyond the paper",
 }
 MODELS = ("compressed", "contrastive")  # after stage 1, after stage 2
 
@@ -190,7 +184,7 @@ def arms(sources):
 
 def arms_over_steps(ax, runs_of, pairs):
     """One amount of pairs: how each arm learns."""
-    for i, (arm, label) in enumerate(ARMS.items()):
+    for i, (arm, label) in enumerate(NAMES.items()):
         runs = runs_of.get(arm)
         if runs:
             scores = zip(*(r["curve"] for r in runs), strict=True)  # of each step, (seeds,)
@@ -201,7 +195,7 @@ def arms_over_steps(ax, runs_of, pairs):
 
 def arms_over_pairs(ax, amounts):
     """Each arm at the end of its runs. amounts[n]: {arm: its runs}."""
-    for i, (arm, label) in enumerate(ARMS.items()):
+    for i, (arm, label) in enumerate(NAMES.items()):
         x = [n for n, runs_of in enumerate(amounts) if arm in runs_of]
         if x:
             error_bars(ax, x, [scores_of(amounts[n][arm], "ind") for n in x], i, label)

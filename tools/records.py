@@ -10,6 +10,15 @@ import numpy as np
 from plumbing.errors import InputError
 
 RECORDS = Path(__file__).parent.parent / "docs" / "reproduce.json"
+NAMES = {  # of the arms
+    "none": "contrastive only",
+    "last": "contrastive only, last token (VLM2Vec)",
+    "plain": "the same dialogues, no mask",
+    "coma": "CoMa",
+    "both": "CoMa, beyond the paper",
+    "condense": "contrastive only, condense",
+    "coma, condense": "CoMa, then condense",
+}
 FIELDS = {"first", "second", "seed", "pairs", "K", "steps", "curve", "ind", "ood", "overall"}
 
 

@@ -53,15 +53,6 @@ ARMS = {  # name: (flags of stage 1, or NONE; flags of stage 2; words of ours as
     "condense": (NONE, "condense"),
     "coma, condense": (COMA, "condense"),
 }
-NAMES = {  # in tables
-    "none": "contrastive only",
-    "last": "contrastive only, last token (VLM2Vec)",
-    "plain": "the same dialogues, no mask",
-    "coma": "CoMa",
-    "both": "CoMa, beyond the paper",
-    "condense": "contrastive only, condense",
-    "coma, condense": "CoMa, then condense",
-}
 PAPER = {arm: ARMS[arm] for arm in ("none", "plain", "coma")}
 
 
@@ -311,7 +302,7 @@ def main(args):
 def rows_of(arms) -> list:
     """A study as lines of Markdown: mean and standard error over seeds of each arm, x 100; `gain`:
     of overall against the study's first arm, paired by seed. arms: {arm: [run, by seed]}."""
-    from tools.records import gains, percent
+    from tools.records import NAMES, gains, percent
 
     (first, base), *_ = arms.items()
     metas = list(base[0]["meta_tasks"])
