@@ -291,10 +291,10 @@ def main(cfg):
     embedder.train()
     batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)
     for step, batch in log.steps(batches):
-        with checkpoint.kept(embedder, optimizers, cfg, step):
+        with checkpoint.kept(embedder, optimizers, cfg, step), graphs.of_a_step() as keep:
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
-            budget = Budget.of(cfg, device, graphs.of_this_step())
+            budget = Budget.of(cfg, device, keep)
             out = gradcache_step(embedder, batch, cfg.temperature, budget, loss)
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------
