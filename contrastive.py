@@ -284,8 +284,8 @@ def main(cfg):
     # 3. Train. Pairs are made into model inputs in the loader's workers.
     batch_of = partial(local_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
-    N = cfg.batch
-    ranks.say(f"loss sees N = {world} x {N // world} = {N} pairs (chance: ln N = {math.log(N):.2f})")
+    N, B = cfg.batch, cfg.batch // world
+    ranks.say(f"loss sees N = {world} x {B} = {N} pairs (chance: ln N = {math.log(N):.2f})")
     graphs = KeptGraphs(cfg, embedder)
     log = Log(cfg, start)
     embedder.train()

@@ -59,11 +59,12 @@ class KeptGraphs:
             return 0
         if self.room is None:
             device = self.embedder.device
-            self.room = int(by_device(None, SHARE, device) * min(gather_objects(free_bytes(device))))
+            free = min(gather_objects(free_bytes(device)))
+            self.room = int(by_device(None, SHARE, device) * free)
         number = self.room // int(self.largest)
         if number != self.number:
-            size = f"{number * self.largest / 2**30:.2f} GiB at most"
-            say(f"as many as {number} chunks keep their graph, and run once ({size}; --graph-memory)")
+            size = f"{number * self.largest / 2**20:,.0f} MiB"
+            say(f"up to {number} chunks keep their graph, and run once: {size} (--graph-memory)")
         self.number = number
         return number
 
@@ -107,8 +108,9 @@ def free_of_machine() -> int:
     try:
         text = Path(PROC, "meminfo").read_text()
     except OSError:  # not Linux
-        return UNKNOWN
-    return int(re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)[1]) * 1024
+        text = ""
+    found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else UNKNOWN
 
 
 def free_of_container() -> float:

@@ -516,8 +516,6 @@ FIVE = [
     # ------------------------------------------------------------------------------ plumbing/memory
     ("plumbing/memory.py", "cfg.fitting or by_device(cfg.chunk_tokens,",
      "by_device(cfg.chunk_tokens,", "tests/test_memory.py"),
-    ("plumbing/memory.py", "by_device(cfg.keep_graphs, KEEP_GRAPHS, device)",
-     "by_device(None, KEEP_GRAPHS, device)", "tests/test_memory.py"),
     ("plumbing/memory.py", "Budget(chunk_tokens, keep_graphs, cfg.vision_cache)",
      "Budget(chunk_tokens, keep_graphs)", "tests/test_memory.py"),
     ("plumbing/memory.py", "(len(chunks[-1]) + 1) * longest <= budget",

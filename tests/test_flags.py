@@ -25,7 +25,6 @@ import pretrain
 from plumbing import combinations, config
 from plumbing.config import (
     CHUNK_TOKENS,
-    KEEP_GRAPHS,
     in_range,
     kind_of,
     option,
@@ -301,7 +300,8 @@ TOGETHER = [  # the same flags in company in which they do something
     ("pretrain", "--attn flash_attention_2 --no-compress"),
     ("pretrain", "--compress-tokens 0 --no-compress"),
     ("contrastive", "--compress-tokens 0 --pooling last --attn flash_attention_2"),
-    ("contrastive", "--keep-graphs 0 --vision-cache off --freeze-vision --no-mask-false-negatives"),
+    ("contrastive", "--vision-cache off --freeze-vision --no-mask-false-negatives"),
+    ("contrastive", "--graph-memory 0"),
     ("contrastive", "--lora-alpha 64"),  # the default, spelled out
     ("generate", "--api-key abc --timeout 5 --server http://h:1/v1"),
 ]
@@ -562,9 +562,8 @@ def test_flags_are_declared_in_words_that_need_no_import():
     expect(calls > 70, calls, "> 70", "the form of a declaration")
     fields = {f.name: f.metadata for f in dataclasses.fields(contrastive.Config) if f.init}
     equal(fields["prompt"]["choices"], list(STYLES), "plumbing/template.py")
-    for name, numbers in (("chunk_tokens", CHUNK_TOKENS), ("keep_graphs", KEEP_GRAPHS)):
-        said = [int(x) for x in re.findall(r"\d+", fields[name]["description"])]
-        equal(said, list(numbers.values()), name)
+    said = [int(x) for x in re.findall(r"\d+", fields["chunk_tokens"]["description"])]
+    equal(said, list(CHUNK_TOKENS.values()), "chunk_tokens")
 
 
 MANY = int(os.environ.get("FUZZ", 0))
