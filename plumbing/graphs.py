@@ -40,9 +40,8 @@ class KeptGraphs:
         def forward_measured(inputs):
             with graph_bytes() as sizes:
                 z = forward(inputs)
-            if z.requires_grad:
-                size = as_if_full(sum(sizes.values()), inputs["input_ids"].numel(), full)
-                self.largest = max(self.largest, size)
+            tokens = inputs["input_ids"].numel()
+            self.largest = max(self.largest, as_if_full(sum(sizes.values()), tokens, full))
             return z
 
         self.embedder.forward = forward_measured
