@@ -166,8 +166,7 @@ def test_each_flag_arrives_as_a_user_spells_it(flag):
         value = next(x for x in (1, 2, 0.5) if in_range(field, x))
     if field.metadata["choices"]:
         value = field.metadata["choices"][-1]
-    if name == "--server":
-        value = "http://x"
+    value = {"--server": "http://x", "--graph-memory": "4GiB"}.get(name, value)
     cases = [([name, str(value)], value)]
     if kind_of(field) is bool:
         cases = [([name], True), ([f"--no-{name[2:]}"], False)]
@@ -265,6 +264,7 @@ ALONE = [  # (command, words that are refused, the rule's flag, a part of what i
     ("contrastive", "--data pairs.jsonl --subsets A", "subsets", "pairs.jsonl is none"),
     ("evaluate", "--data birds --subsets A", "subsets", "chooses sets of MMEB or shapes"),
     ("explain", "--data pairs.jsonl --subsets A", "subsets", "pairs.jsonl is none"),
+    ("contrastive", "--graph-memory 4gib", "graph_memory", "as 4GiB; 0 keeps no graph"),
     ("contrastive", "--split diverse_instruction", "split", "is of MMEB-train"),
     ("contrastive", "--data pairs.jsonl --split diverse_instruction", "split", "is of MMEB-train"),
     ("contrastive", "--data birds --split diverse_instruction", "split", "is of MMEB-train"),

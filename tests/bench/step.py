@@ -361,7 +361,7 @@ MEMORY = {
     "GradCache, chunks of 32": Setting("naive"),
     "ours, --graph-memory 0": Setting(),
     "ours, --graph-memory 500MiB": Setting(graph_memory="500MiB"),
-    "ours, --graph-memory 2GiB": Setting(graph_memory="2GiB"),
+    "ours, --graph-memory 4GiB": Setting(graph_memory="4GiB"),
     "ours, 500MiB, frozen tower remembered": Setting(frozen=True, graph_memory="500MiB"),
 }
 
