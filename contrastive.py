@@ -284,17 +284,17 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     # 3. Train. Pairs are made into model inputs in the loader's workers.
     batch_of = partial(make_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
-    N = cfg.batch
-    ranks.say(f"loss sees N = {world} x {N // world} = {N} pairs (chance: ln N {math.log(N):.2f})")
+    N, B = cfg.batch, cfg.batch // world
+    ranks.say(f"loss sees N = {world} x {B} = {N} pairs (chance: ln N = {math.log(N):.2f})")
     graphs = KeptGraphs(cfg, embedder)
     log = Log(cfg, start)
     embedder.train()
     batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)
     for step, batch in log.steps(batches):
-        with checkpoint.kept(embedder, optimizers, cfg, step):
+        with checkpoint.kept(embedder, optimizers, cfg, step), graphs.of_a_step() as keep:
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
-            budget = Budget.of(cfg, device, graphs.of_this_step())
+            budget = Budget.of(cfg, device, keep)
             out = take_step(embedder, batch, cfg.temperature, budget, loss)
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------

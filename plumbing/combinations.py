@@ -35,7 +35,7 @@ def has_sets(cfg) -> bool:
     return is_toy(cfg) or not (cfg.data.endswith((".jsonl", ".json", ".csv")) or has_captions(cfg))
 
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", re.ASCII)
+SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?) ?([KMG]i?B)?", re.ASCII)
 UNITS = {None: 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 

@@ -1,7 +1,6 @@
 """How many of GradCache's chunks may keep their graph of pass 1, so that they run once: as many as
-fit into --graph-memory. What a graph takes is measured in a run's first step, which keeps none."""
+fit into --graph-memory. What a graph takes is measured: the first step keeps none."""
 
-import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,63 +9,71 @@ import torch
 from torch import nn
 
 from plumbing.combinations import bytes_of
-from plumbing.config import CHUNK_TOKENS, by_device
+from plumbing.config import by_device
+from plumbing.memory import Budget
 from plumbing.once import ranks_of_node
 from plumbing.ranks import gather_objects, say
 
 # Of the memory that is free after the first step. A CPU's may be others' in the next moment.
 SHARE = {"cpu": 0.25, "cuda": 0.5}
-PROC, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+UNKNOWN = 4 * 2**30  # bytes, where the system does not say what is free
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 class KeptGraphs:
     """What a run knows of its graphs' memory."""
 
     def __init__(self, cfg, embedder):
-        self.embedder = embedder
-        # Bytes; None: a share of what is free.
-        self.asked = bytes_of(cfg.graph_memory) if cfg.graph_memory else None
-        self.chunk_tokens = by_device(cfg.chunk_tokens, CHUNK_TOKENS, embedder.device)
-        self.most = None  # bytes of graph a padded token; None: not measured yet
-        self.number = 0
+        self.cfg, self.embedder = cfg, embedder
+        # Bytes; None: not known before the first step is over.
+        self.room = bytes_of(cfg.graph_memory) if cfg.graph_memory else None
+        self.largest = 0.0  # bytes of graph, of the largest chunk so far, were it a full one
+        self.number = None  # that was said last
 
-    def of_this_step(self) -> int:
-        """How many chunks may keep their graph; asked once a step, by all ranks. The number is of
-        chunks as the flags have them: where out of memory halves the chunks, it halves the memory
-        of the kept graphs, too."""
-        if self.asked == 0:
-            return 0
-        if self.most is None:  # the first step
-            self.most = 0.0
-            self.embedder.forward = self.measured(self.embedder.forward)
-        elif "forward" in vars(self.embedder):  # the second
-            del self.embedder.forward
-            self.number = self.that_fit()
-        return self.number
-
-    def measured(self, forward):
-        """The embedder's forward pass, which notes what its graph takes (in pass 2)."""
+    @contextmanager
+    def of_a_step(self):
+        """Around a step of all ranks: how many chunks may keep their graph. Inside, what graphs
+        take is measured, so that a step with heavier rows is the last to keep too many."""
+        number, forward = self.that_fit(), self.embedder.forward
+        full = Budget.of(self.cfg, self.embedder.device, number).chunk_tokens
 
         def forward_measured(inputs):
             with graph_bytes() as sizes:
                 z = forward(inputs)
-            if z.requires_grad:
-                self.most = max(self.most, sum(sizes.values()) / inputs["input_ids"].numel())
+            tokens = inputs["input_ids"].numel()
+            self.largest = max(self.largest, as_if_full(sum(sizes.values()), tokens, full))
             return z
 
-        return forward_measured
+        self.embedder.forward = forward_measured
+        try:
+            yield number
+        finally:
+            del self.embedder.forward
 
     def that_fit(self) -> int:
-        """The same number on all ranks: sharded, their calls must be the same."""
-        room = self.asked
-        if room is None:
+        """The same number on all ranks: sharded, their calls must be the same. Where out of memory
+        halves the chunks it halves the memory of the kept graphs, too: what was largest stays."""
+        self.largest = max(gather_objects(self.largest))
+        if not self.largest:  # the first step
+            return 0
+        if self.room is None:
             device = self.embedder.device
-            room = by_device(None, SHARE, device) * free_bytes(device)
-        chunk = max(1, *gather_objects(self.most)) * self.chunk_tokens
-        number = int(min(gather_objects(room)) / chunk)
-        size = f"{number * chunk / 2**30:.2f} GiB at most"
-        say(f"as many as {number} chunks keep their graph, and run once ({size}; --graph-memory)")
+            free = min(gather_objects(free_bytes(device)))
+            self.room = int(by_device(None, SHARE, device) * free)
+        number = self.room // int(self.largest)
+        if number != self.number:
+            size = f"{number * self.largest / 2**20:,.0f} MiB"
+            say(f"up to {number} chunks keep their graph, and run once: {size} (--graph-memory)")
+        self.number = number
         return number
+
+
+def as_if_full(size, tokens, full) -> float:
+    """Bytes of graph that a chunk of `full` padded tokens would take, by those of one of `tokens`.
+
+    At most twice its own: only a step's first chunk, the rest, is less than half full, and what
+    does not grow with the tokens (a GPU's bfloat16 copy of each weight) must not be multiplied."""
+    return size * min(max(full / tokens, 1), 2)
 
 
 @contextmanager
@@ -80,33 +87,49 @@ def graph_bytes():
         if not isinstance(whole, nn.Parameter):
             storage = x.untyped_storage()  # which several saved tensors may share
             sizes[storage.data_ptr()] = storage.nbytes()
-        return x
+        # Trap: x itself would hold the graph that holds it, and out of memory would free nothing.
+        return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         yield sizes
 
 
 def free_bytes(device) -> int:
-    """What this rank may still take on its device: its share of what no program uses."""
+    """What this rank may still take on its device: its share of what no program uses; on a GPU
+    beside the most that the first step took, for PyTorch has not given that back."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + unused
+        return torch.cuda.mem_get_info(device)[0]
     return min(free_of_machine(), free_of_container()) // len(ranks_of_node())
 
 
 def free_of_machine() -> int:
-    """Bytes of main memory that no program uses; where the system does not say, half of all."""
+    """Bytes of main memory that no program uses."""
     try:
-        return int(re.search(r"MemAvailable:\s+(\d+) kB", PROC.read_text())[1]) * 1024
-    except (OSError, TypeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        text = Path(PROC, "meminfo").read_text()
+    except OSError:  # not Linux
+        text = ""
+    found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else UNKNOWN
 
 
 def free_of_container() -> float:
-    """Bytes up to the limit of this container (cgroup v2); infinity where it has none."""
+    """Bytes up to the limit of this container or job, or of what it is a part of (cgroup v2);
+    infinity where there is none."""
     try:
-        limit = int(Path(CGROUP, "memory.max").read_text())
-        return max(0, limit - int(Path(CGROUP, "memory.current").read_text()))
+        own = re.search(r"^0::/(.*)$", Path(PROC, "self/cgroup").read_text(), re.MULTILINE)
+        folder = Path(CGROUP, own[1] if own else "")
+    except OSError:
+        return float("inf")
+    return min(map(free_of_group, [folder, *folder.parents]))
+
+
+def free_of_group(folder) -> float:
+    """Bytes up to the limit of one group of processes; infinity where it has none."""
+    try:
+        limit = int(Path(folder, "memory.max").read_text())
+        used = int(Path(folder, "memory.current").read_text())
+        files = re.search(r"^inactive_file (\d+)$", Path(folder, "memory.stat").read_text(), re.M)
     except (OSError, ValueError):  # no such file, or "max"
         return float("inf")
+    # Files that were read lie in memory until somebody needs it.
+    return max(0, limit - used + int(files[1] if files else 0))

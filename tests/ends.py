@@ -20,8 +20,8 @@ from plumbing import ending, loader, optim, ranks
 SMALL = "--model toy-random --steps 4 --batch 4 --workers 2 --chunk-tokens 100 --muon-lr 0".split()
 WAYS = {
     "pretrain": (pretrain, SMALL),
-    "contrastive": (contrastive, [*SMALL, "--block", "2", "--keep-graphs", "0"]),
-    "sharded": (contrastive, [*SMALL, *"--block 2 --keep-graphs 0 --fsdp".split()]),
+    "contrastive": (contrastive, [*SMALL, "--block", "2", "--graph-memory", "0"]),
+    "sharded": (contrastive, [*SMALL, *"--block 2 --graph-memory 0 --fsdp".split()]),
 }
 end_step = optim.end_step
 TOO_LONG = 0.0  # seconds: any step is, that meets a signal

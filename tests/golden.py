@@ -54,16 +54,16 @@ RUNS = {  # name -> (stage, flags); each with OUT = the name
         "pretrain",
         PRETRAIN | dict(freeze_vision=True, question_first=0.5, texts=0.3),
     ),
-    "contrastive": ("contrastive", CONTRASTIVE | dict(model="pretrain", keep_graphs=2)),
+    "contrastive": ("contrastive", CONTRASTIVE | dict(model="pretrain", graph_memory="200MiB")),
     "contrastive-lora": (
         "contrastive",
-        CONTRASTIVE | LORA | dict(model="pretrain-lora", keep_graphs=0),
+        CONTRASTIVE | LORA | dict(model="pretrain-lora", graph_memory="0"),
     ),
-    "contrastive-frozen": ("contrastive", CONTRASTIVE | dict(freeze_vision=True, keep_graphs=0)),
+    "contrastive-frozen": ("contrastive", CONTRASTIVE | dict(freeze_vision=True, graph_memory="0")),
 }
 TWO_RANKS = {  # the same, on two ranks
     "pretrain-2": ("pretrain", PRETRAIN),
-    "contrastive-2": ("contrastive", CONTRASTIVE | dict(keep_graphs=2)),
+    "contrastive-2": ("contrastive", CONTRASTIVE | dict(graph_memory="200MiB")),
 }
 
 

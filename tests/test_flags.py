@@ -25,7 +25,6 @@ import pretrain
 from plumbing import combinations, config
 from plumbing.config import (
     CHUNK_TOKENS,
-    KEEP_GRAPHS,
     in_range,
     kind_of,
     option,
@@ -167,8 +166,7 @@ def test_each_flag_arrives_as_a_user_spells_it(flag):
         value = next(x for x in (1, 2, 0.5) if in_range(field, x))
     if field.metadata["choices"]:
         value = field.metadata["choices"][-1]
-    if name == "--server":
-        value = "http://x"
+    value = {"--server": "http://x", "--graph-memory": "4GiB"}.get(name, value)
     cases = [([name, str(value)], value)]
     if kind_of(field) is bool:
         cases = [([name], True), ([f"--no-{name[2:]}"], False)]
@@ -266,6 +264,7 @@ ALONE = [  # (command, words that are refused, the rule's flag, a part of what i
     ("contrastive", "--data pairs.jsonl --subsets A", "subsets", "pairs.jsonl is none"),
     ("evaluate", "--data birds --subsets A", "subsets", "chooses sets of MMEB or shapes"),
     ("explain", "--data pairs.jsonl --subsets A", "subsets", "pairs.jsonl is none"),
+    ("contrastive", "--graph-memory 4gib", "graph_memory", "as 4GiB; 0 keeps no graph"),
     ("contrastive", "--split diverse_instruction", "split", "is of MMEB-train"),
     ("contrastive", "--data pairs.jsonl --split diverse_instruction", "split", "is of MMEB-train"),
     ("contrastive", "--data birds --split diverse_instruction", "split", "is of MMEB-train"),
@@ -301,7 +300,8 @@ TOGETHER = [  # the same flags in company in which they do something
     ("pretrain", "--attn flash_attention_2 --no-compress"),
     ("pretrain", "--compress-tokens 0 --no-compress"),
     ("contrastive", "--compress-tokens 0 --pooling last --attn flash_attention_2"),
-    ("contrastive", "--keep-graphs 0 --vision-cache off --freeze-vision --no-mask-false-negatives"),
+    ("contrastive", "--vision-cache off --freeze-vision --no-mask-false-negatives"),
+    ("contrastive", "--graph-memory 0"),
     ("contrastive", "--lora-alpha 64"),  # the default, spelled out
     ("generate", "--api-key abc --timeout 5 --server http://h:1/v1"),
 ]
@@ -562,9 +562,8 @@ def test_flags_are_declared_in_words_that_need_no_import():
     expect(calls > 70, calls, "> 70", "the form of a declaration")
     fields = {f.name: f.metadata for f in dataclasses.fields(contrastive.Config) if f.init}
     equal(fields["prompt"]["choices"], list(STYLES), "plumbing/template.py")
-    for name, numbers in (("chunk_tokens", CHUNK_TOKENS), ("keep_graphs", KEEP_GRAPHS)):
-        said = [int(x) for x in re.findall(r"\d+", fields[name]["description"])]
-        equal(said, list(numbers.values()), name)
+    said = [int(x) for x in re.findall(r"\d+", fields["chunk_tokens"]["description"])]
+    equal(said, list(CHUNK_TOKENS.values()), "chunk_tokens")
 
 
 MANY = int(os.environ.get("FUZZ", 0))

@@ -466,7 +466,7 @@ def check_dropout(embedder, want, after, budget):
 def test_dropout_falls_alike_in_both_passes(dropping, trained, keep, vision_cache):
     """With dropout 0.1 the gradient is that of one graph over the same chunks with the same random
     numbers, to 1e-10: the second pass replays the generator's state. After the step the generator
-    is where pass 1 left it, so that a run is a function of its seed whatever --keep-graphs is."""
+    is where pass 1 left it, so that a run is a function of its seed whatever --graph-memory is."""
     check_dropout(*dropping(trained), Budget(SOME.chunk_tokens, keep, vision_cache))
 
 

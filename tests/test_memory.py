@@ -9,7 +9,7 @@ import torch
 from checks import equal, expect
 
 from plumbing import memory
-from plumbing.config import CHUNK_TOKENS, KEEP_GRAPHS
+from plumbing.config import CHUNK_TOKENS
 from plumbing.ending import StepLeft
 from plumbing.errors import InputError
 from plumbing.memory import Budget, answering, meeting, token_chunks, until_it_fits
@@ -243,16 +243,12 @@ def test_what_is_remembered_is_a_copy_and_not_the_same_container():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_budget_is_what_has_fitted_else_the_flags_else_the_devices(device):
-    """Each of the three fields; 0 graphs are a number, too."""
+    """Chunks; how many graphs are kept is measured (plumbing/graphs.py)."""
     device = torch.device(device)
-    own = CHUNK_TOKENS[device.type], KEEP_GRAPHS[device.type], "host"
-    for fitting, chunk_tokens, keep_graphs, want in (
-        (0, None, None, own), (0, 7, 0, (7, 0, "host")), (5, 7, 3, (5, 3, "host")),
-        (5, None, None, (5, *own[1:])),
-    ):  # fmt: skip
-        cfg = SimpleNamespace(fitting=fitting, chunk_tokens=chunk_tokens, keep_graphs=keep_graphs)
-        cfg.vision_cache = "host"
-        equal(tuple(Budget.of(cfg, device)), want, f"{fitting} {chunk_tokens} {keep_graphs}")
+    own = CHUNK_TOKENS[device.type]
+    for fitting, chunk_tokens, want in ((0, None, own), (0, 7, 7), (5, 7, 5), (5, None, 5)):
+        cfg = SimpleNamespace(fitting=fitting, chunk_tokens=chunk_tokens, vision_cache="host")
+        equal(tuple(Budget.of(cfg, device, 3)), (want, 3, "host"), f"{fitting} {chunk_tokens}")
 
 
 # -------------------------------------------------------------------------------- where ranks meet
