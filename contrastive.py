@@ -284,8 +284,8 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     # 3. Train. Pairs are made into model inputs in the loader's workers.
     batch_of = partial(make_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
-    N, B = cfg.batch, cfg.batch // world
-    ranks.say(f"loss sees N = {world} x {B} = {N} pairs (chance: ln N = {math.log(N):.2f})")
+    N = cfg.batch
+    ranks.say(f"loss sees N = {N} pairs of {world} rank(s) (chance: ln N = {math.log(N):.2f})")
     graphs = KeptGraphs(cfg, embedder)
     log = Log(cfg, start)
     embedder.train()
