@@ -21,7 +21,7 @@ KNOWN = golden.machine() in GOLDEN["numbers"]
 FIRST = next(iter(GOLDEN["numbers"]))
 NUMBERS = GOLDEN["numbers"][golden.machine() if KNOWN else FIRST]
 ALL = os.environ.get("GOLDEN") == "all"
-# Muon on all matrices is what costs: two stages without the tower's, and two with LoRA's alone.
+# Two stages without the tower's weights, and two with LoRA's alone.
 RUNS = golden.RUNS if ALL else [name for name in golden.RUNS if "-" in name]
 TWO_RANKS, STEPS = (golden.TWO_RANKS, 6) if ALL else (["pretrain-2"], 2)
 FAMILIES = ["toy", *families.FAMILIES] if ALL else ["toy", "qwen2_5_vl", "smolvlm", "gemma3"]
