@@ -8,7 +8,6 @@ Top to bottom: saving - ending - beginning - going on - what is the same run."""
 
 import dataclasses
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -45,18 +44,6 @@ DIGEST_OF = {"model": "model_digest", "data": "data_digest"}
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 # What a run leaves in OUT/checkpoints.
 OURS = ("step-*", "damaged-step-*", "removed-step-*", "part", "lock")
-# What reading a damaged checkpoint may raise.
-UNREADABLE = (
-    OSError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
 
 
 def save_checkpoint(embedder, optimizers, cfg, step):
@@ -366,7 +353,7 @@ def read_tensors(folder, shapes) -> tuple:
         named = [name for group in optimizer["param_groups"] for name in group["params"]]
         if sorted(named) != sorted(shapes):
             raise ValueError("the optimisers' states are of other weights")
-    except UNREADABLE as e:
+    except Exception as e:  # whatever a damaged file makes of the libraries
         text = f"{folder}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
         raise Damaged(text) from None
     return weights, optimizer
@@ -381,7 +368,7 @@ def load_checkpoint(embedder, optimizers, found):
         # Trap: not in one call. Without weights `set_state_dict` takes the optimisers to be all.
         dcp.set_optimizer_state_dict(embedder, optimizers, states, options=options)
         dcp.set_model_state_dict(embedder, weights, options=options)
-    except UNREADABLE as e:
+    except Exception as e:  # as in `read_tensors`
         where = found.folder if found else "the checkpoint"
         text = f"{where}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
         raise InputError(f"{text}. Remove it, and --resume goes on from the one before") from None
