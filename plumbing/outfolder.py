@@ -1,6 +1,7 @@
 """OUT, the folder that a run writes: found fit before any work, of one run at a time, and marked
 when the run is over."""
 
+import fcntl
 import json
 import os
 import socket
@@ -53,10 +54,6 @@ def refuse_own_start(cfg):
 def lock(path):
     """Holds the lock file `path` until this process ends, however it does. BlockingIOError where
     another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing stops a second run there
-        return
     path = path.resolve()
     # Trap: to close a file gives up the lock that a later one holds; so the earlier one first.
     if path in held:
