@@ -2,7 +2,6 @@
 when the run is over."""
 
 import fcntl
-import json
 import os
 import socket
 from pathlib import Path
@@ -73,10 +72,3 @@ def lock(path):
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     held[path] = file
-
-
-def write_json(path, value):
-    """Written beside and renamed: it is whole, or not there."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)

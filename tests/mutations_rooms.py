@@ -120,7 +120,7 @@ ROOMS = [
     ("plumbing/checkpoint.py", "done % cfg.save_every == 0 and done < cfg.steps", "done % cfg.save_every == 0", "tests/test_checkpoint_parts.py"),
     ("plumbing/checkpoint.py", "stop_asked[0].number if stop_asked else signal.SIGTERM", "signal.SIGTERM", "tests/test_checkpoint_parts.py"),
     ("plumbing/checkpoint.py", "for old in checkpoints_in(cfg.out)[:-1]:  # room", "for old in checkpoints_in(cfg.out):  # room", DISK),
-    ("plumbing/checkpoint.py", "write_json(Path(cfg.out, MARK), finished)", "pass", RESUME),
+    ("plumbing/checkpoint.py", "part.write_text(mark)", "pass", RESUME),
     ("plumbing/checkpoint.py", "    remove_checkpoints(cfg.out)\n    forget_signals()", "    forget_signals()", "tests/test_checkpoint_parts.py"),
     ("plumbing/checkpoint.py", '    forget_signals()\n    say(f"saved', '    say(f"saved', "tests/test_checkpoint_parts.py"),
     ("plumbing/checkpoint.py", "return gather_objects(cause)[0]", "return gather_objects(cause)[-1]", DISK),
@@ -375,7 +375,6 @@ ROOMS = [
     ("plumbing/outfolder.py", "    held[path] = file\n", "", RESUME),
     ("plumbing/outfolder.py", "if path in held:", "if False:", RESUME),
     ("plumbing/outfolder.py", "    file.truncate(0)\n", "", RESUME),
-    ("plumbing/outfolder.py", 'part = Path(f"{path}.part")', "part = Path(path)", DISK),
     # -------------------------------------------------------------------------------- plumbing/once
     ("plumbing/once.py", 'first = rank() - int(os.environ.get("LOCAL_RANK", 0))', "first = rank()", "tests/test_fetch.py"),
     ("plumbing/once.py", "dist.new_group(ranks_of_node(), LONGEST, \"gloo\"", "dist.new_group(ranks_of_node(), timedelta(seconds=1), \"gloo\"", "tests/test_fetch.py"),
