@@ -15,8 +15,8 @@ def find_pictures(folder) -> list:
     """The pictures below a folder, by their names' endings: relative paths, sorted. Left out, and
     named: what is no ordinary file (a pipe would wait for ever), and what has a name that is not
     UTF-8, which no list of pictures can hold."""
-    endings = picture_endings()
-    pictures, left_out = [], []
+    decoded, pictures, left_out = decoded_formats(), [], []
+    endings = tuple(x for x, kind in Image.registered_extensions().items() if kind in decoded)
 
     def unreadable(e):
         left_out.append(f"{brief(os.path.relpath(e.filename, folder))}: {e.strerror}")
@@ -36,12 +36,6 @@ def find_pictures(folder) -> list:
     if not pictures:
         raise InputError(f"--images {brief(folder)}: no such folder, or no pictures in it")
     return sorted(pictures)
-
-
-def picture_endings() -> tuple:
-    """Of the formats that are decoded, and of no other."""
-    decoded = decoded_formats()
-    return tuple(x for x, name in Image.registered_extensions().items() if name in decoded)
 
 
 def why_not(folder, name) -> str:
