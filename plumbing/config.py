@@ -99,7 +99,7 @@ def refuse_value(field, value):
     if not isinstance(value, right) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{name} {brief(repr(value))} must be {called}")
     if kind is str:
-        if "\0" in value or not value.isascii() and not is_unicode(value):
+        if "\0" in value or not is_unicode(value):
             raise InputError(f"{name} {brief(ascii(value))} is no text (UTF-8): rename or copy it")
     elif kind is not bool and not in_range(field, value):
         default = "" if field.default is None else f"; the default is {field.default}"

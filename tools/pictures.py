@@ -4,6 +4,7 @@ import os
 
 from PIL import Image
 
+from plumbing.config import is_unicode
 from plumbing.errors import InputError, brief
 from plumbing.images import decoded_formats
 from plumbing.ranks import say
@@ -43,8 +44,4 @@ def why_not(folder, name) -> str:
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return "no ordinary file"
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return "its name is not UTF-8; rename it"
-    return ""
+    return "" if is_unicode(path) else "its name is not UTF-8; rename it"
