@@ -7,8 +7,8 @@ nodes only its disk counts.
 Top to bottom: saving - ending - beginning - going on - what is the same run."""
 
 import dataclasses
+import json
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -30,9 +30,10 @@ from plumbing.files import refuse_special
 from plumbing.first_pass import digest_of_listed
 from plumbing.folders import digest_of_weights, place, read_json
 from plumbing.log import versions
-from plumbing.outfolder import MARK, take, write_json
+from plumbing.outfolder import MARK, take
 from plumbing.ranks import all_sum, gather_objects, rank, say, world
 from plumbing.weights import stage_1_model
+from plumbing.writing import written
 
 # What may change in between: where and how often it is saved, who reads the data, which pictures
 # are skipped, what is kept and not made again. (`fitting` is no flag: the run goes on from what the
@@ -45,18 +46,6 @@ DIGEST_OF = {"model": "model_digest", "data": "data_digest"}
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 # What a run leaves in OUT/checkpoints.
 OURS = ("step-*", "damaged-step-*", "removed-step-*", "part", "lock")
-# What reading a damaged checkpoint may raise.
-UNREADABLE = (
-    OSError,
-    EOFError,
-    LookupError,
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
 
 
 def save_checkpoint(embedder, optimizers, cfg, step):
@@ -75,7 +64,7 @@ def save_checkpoint(embedder, optimizers, cfg, step):
         weights = {name: w.contiguous() for name, w in weights.items() if name in names}
         save_file(weights, part / "weights.safetensors")
         torch.save(optimizer, part / "optimizer.pt")
-        write_json(part / "state.json", written_state(cfg, step))
+        (part / "state.json").write_text(json.dumps(written_state(cfg, step), indent=1) + "\n")
         for path in part.iterdir():  # on the disk before the name says so
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -155,10 +144,11 @@ def finish(save, embedder, cfg, **options):
         room = f"{weight_of(embedder) / 2**20:.1f} MiB are needed in {cfg.out}"
         raise InputError(f"the model is not saved: {cause}. {room}; {way}")
     if rank() == 0:
-        finished = written_state(cfg, cfg.steps)
+        mark = json.dumps(written_state(cfg, cfg.steps), indent=1) + "\n"
         try:
-            write_json(Path(cfg.out, MARK), finished)
-        except OSError as e:
+            with written(Path(cfg.out, MARK), "the mark") as part:
+                part.write_text(mark)
+        except InputError as e:
             say(f"{cfg.out}: the model is saved; not so that the run is over: {e}")
         card.write(cfg.out)
     remove_checkpoints(cfg.out)
@@ -366,7 +356,7 @@ def read_tensors(folder, shapes) -> tuple:
         named = [name for group in optimizer["param_groups"] for name in group["params"]]
         if sorted(named) != sorted(shapes):
             raise ValueError("the optimisers' states are of other weights")
-    except UNREADABLE as e:
+    except Exception as e:  # whatever a damaged file makes of the libraries
         text = f"{folder}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
         raise Damaged(text) from None
     return weights, optimizer
@@ -381,7 +371,7 @@ def load_checkpoint(embedder, optimizers, found):
         # Trap: not in one call. Without weights `set_state_dict` takes the optimisers to be all.
         dcp.set_optimizer_state_dict(embedder, optimizers, states, options=options)
         dcp.set_model_state_dict(embedder, weights, options=options)
-    except UNREADABLE as e:
+    except Exception as e:  # as in `read_tensors`
         where = found.folder if found else "the checkpoint"
         text = f"{where}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
         raise InputError(f"{text}. Remove it, and --resume goes on from the one before") from None

@@ -99,7 +99,7 @@ def refuse_value(field, value):
     if not isinstance(value, right) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{name} {brief(repr(value))} must be {called}")
     if kind is str:
-        if "\0" in value or not value.isascii() and not is_unicode(value):
+        if "\0" in value or not is_unicode(value):
             raise InputError(f"{name} {brief(ascii(value))} is no text (UTF-8): rename or copy it")
     elif kind is not bool and not in_range(field, value):
         default = "" if field.default is None else f"; the default is {field.default}"
@@ -137,15 +137,7 @@ def plain(kind):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the docstring as it stands, without abbreviations, and with short errors."""
-
-    def __init__(self, prog, description):
-        super().__init__(
-            prog,
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,  # --step would pass for --steps
-        )
+    """argparse with short errors."""
 
     def error(self, message):
         """One line and status 2: the usage of forty flags would bury it."""
@@ -193,15 +185,19 @@ class CommandLine:
         refuse_combinations(self)
 
     @classmethod
-    def parse(cls, argv=None):
+    def parse(cls, argv):
         """The command line as a Config. Unknown and abbreviated flags are errors."""
-        words = sys.argv[1:] if argv is None else argv
         known = {option(f.name) for f in dataclasses.fields(cls)}
-        for each in words:
+        for each in argv:
             name = each.partition("=")[0]
             if name in MOVED and name not in known:
                 raise InputError(f"{name} has moved: {MOVED[name]} --help")
-        parser = Parser(program(cls.__module__), sys.modules[cls.__module__].__doc__)
+        parser = Parser(
+            program(cls.__module__),
+            description=sys.modules[cls.__module__].__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # --step would pass for --steps
+        )
         for field in dataclasses.fields(cls):
             if field.init:
                 add_flag(parser, field)

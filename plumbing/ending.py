@@ -123,8 +123,7 @@ def be_a_child(deaf=False):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Trap: not for all. A multiprocessing.Pool is ended by SIGTERM, and joined.
     signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else signal.SIG_DFL)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     # A signal would be no help: what kills a rank with -9 sends none.
     threading.Thread(target=outlive_nobody, args=(os.getppid(),), daemon=True).start()
 

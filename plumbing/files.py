@@ -43,9 +43,9 @@ def open_file(path, name=None, kind="file", hint="") -> BinaryIO:
     raise InputError(f"{name}: {reason}. {hint}" if hint else f"{name}: {reason}")
 
 
-def refuse_special(path, name=None, kind="file", hint=""):
+def refuse_special(path, name=None, kind="file"):
     """`open_file` for readers that open by themselves: an InputError, or nothing."""
-    open_file(path, name, kind, hint).close()
+    open_file(path, name, kind).close()
 
 
 def absence(path, kind) -> str:

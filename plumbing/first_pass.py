@@ -33,9 +33,7 @@ class Place(NamedTuple):
 
     @staticmethod
     def of(x) -> "Place":
-        """From an image root, or from a stage's flags."""
-        if isinstance(x, Place):
-            return x
+        """From an image root, from a stage's flags, or as it is."""
         if hasattr(x, "image_root"):
             return Place(x.image_root or None, x.skip_bad)
         return Place(x)

@@ -252,15 +252,15 @@ def refuse_foreign(path):
     """An InputError where a folder is no model's, and holds files of names that a model's has: they
     are another program's or a person's, and would be replaced."""
     theirs = sorted(file.name for pattern in STALE for file in Path(path).glob(pattern))
-    if Path(path, ".part").exists():  # a model was being written, when its run was killed
+    # With .part a model was being written, when its run was killed.
+    if not theirs or Path(path, ".part").exists():
         return
     for name, word in MODELS_OWN.items():
         with suppress(InputError):
             if word in read_json(path, name):
                 return
-    if theirs:
-        text = f"{brief(path)} is no model's folder, and holds {brief(', '.join(theirs))}"
-        raise InputError(f"{text}, which a model's files would replace. Take another folder")
+    text = f"{brief(path)} is no model's folder, and holds {brief(', '.join(theirs))}"
+    raise InputError(f"{text}, which a model's files would replace. Take another folder")
 
 
 def put_in_place(part, path):

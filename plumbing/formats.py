@@ -73,10 +73,8 @@ def choose(subsets, names) -> dict:
 # -------------------------------------------------------------------------------------- one record
 
 
-def refuse_unknown(raw, known, form):
+def refuse_unknown(raw, known):
     """ValueError where a record has a key that no code would read."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"needs {form}, not a {type(raw).__name__}")
     if unknown := raw.keys() - known:
         key = min(unknown)
         close = get_close_matches(key, known, 1, 0.6)
@@ -96,7 +94,9 @@ CONTENT = '{"text": ..., "image": ...}, at least one of them not empty'
 
 def parse_content(raw, images, subset="") -> Content:
     """{"text", "image"}, either of which may be missing; `image`: one path or more. ValueError."""
-    refuse_unknown(raw, ("text", "image"), CONTENT)
+    if not isinstance(raw, dict):
+        raise ValueError(f"needs {CONTENT}, not a {type(raw).__name__}")
+    refuse_unknown(raw, ("text", "image"))
     text, paths = raw.get("text"), raw.get("image")
     text = "" if text is None else text
     paths = [] if paths in (None, "") else paths
@@ -142,7 +142,7 @@ def parse_dialogue(raw, images) -> tuple:
     """LLaVA: {"id", "image", "conversations": [{"from": "human" or "gpt", "value": ...}, ...]}.
     -> (Content, ((question, answer), ...), id). ValueError."""
     refuse_elsewhere(raw, "conversations")
-    refuse_unknown(raw, ("id", "image", "conversations", *BESIDE), "an object")
+    refuse_unknown(raw, ("id", "image", "conversations", *BESIDE))
     talk = raw.get("conversations")
     values = [parse_turn(turn, i) for i, turn in enumerate(talk)] if isinstance(talk, list) else []
     if not values or len(values) % 2:
@@ -166,7 +166,7 @@ def parse_pair(raw, images) -> tuple:
     refuse_elsewhere(raw, "query")
     if not raw.get("query") or not raw.get("target"):
         raise ValueError('needs "query" and "target"')
-    refuse_unknown(raw, ("query", "target", "negatives", "id", *BESIDE), "an object")
+    refuse_unknown(raw, ("query", "target", "negatives", "id", *BESIDE))
     query = parse_field("query", raw["query"], images)
     targets, negatives = raw["target"], raw.get("negatives")
     if not isinstance(targets, list):
@@ -195,7 +195,7 @@ def parse_caption(raw, images) -> tuple:
         if not isinstance(value, str) or not value.strip():
             has = f"it has {brief(', '.join(map(str, raw)), 60)}"
             raise ValueError(f'needs "{field}", a string that is not empty; {has}')
-    refuse_unknown(raw, ("file_name", "text", "id", *BESIDE), "an object")
+    refuse_unknown(raw, ("file_name", "text", "id", *BESIDE))
     return images.find(raw["file_name"]), raw["text"]
 
 
@@ -293,15 +293,12 @@ def refuse_folder(source):
 
 def captions_file(folder):
     """metadata.jsonl or metadata.csv of a folder of pictures with captions, or None."""
-    names = [name for name in ("metadata.jsonl", "metadata.csv") if lexists(folder, name)]
+    names = ("metadata.jsonl", "metadata.csv")
+    # Be it a link that leads nowhere.
+    names = [name for name in names if os.path.lexists(f"{folder}/{name}")]
     if len(names) > 1:
         raise InputError(f"{brief(folder)}: holds {' and '.join(names)}; remove one of them")
     return Path(folder, names[0]) if names else None
-
-
-def lexists(folder, name) -> bool:
-    """Whether something of that name is in the folder, be it a link that leads nowhere."""
-    return os.path.isdir(folder) and os.path.lexists(os.path.join(folder, name))
 
 
 def caption_dialogues(file, image_root) -> Lazy:

@@ -87,8 +87,7 @@ def both(x) -> Content:
 def checked(item):
     """An Item as it is, where its text and pictures are some."""
     good = isinstance(item.text, str) and isinstance(item.images, tuple | list)
-    pictures = item.images if good else ()
-    if not good or not all(isinstance(x, str) or is_picture(x) for x in pictures):
+    if not good or not all(isinstance(x, str) or is_picture(x) for x in item.images):
         raise refuse(item, "an Item is Item(text, (picture, ...))")
     return item
 

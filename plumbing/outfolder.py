@@ -1,7 +1,7 @@
 """OUT, the folder that a run writes: found fit before any work, of one run at a time, and marked
 when the run is over."""
 
-import json
+import fcntl
 import os
 import socket
 from pathlib import Path
@@ -53,10 +53,6 @@ def refuse_own_start(cfg):
 def lock(path):
     """Holds the lock file `path` until this process ends, however it does. BlockingIOError where
     another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing stops a second run there
-        return
     path = path.resolve()
     # Trap: to close a file gives up the lock that a later one holds; so the earlier one first.
     if path in held:
@@ -76,10 +72,3 @@ def lock(path):
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     held[path] = file
-
-
-def write_json(path, value):
-    """Written beside and renamed: it is whole, or not there."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)

@@ -142,7 +142,7 @@ def stage_1_model() -> str:
 # ------------------------------------------------------------------------------------------ loading
 
 
-def load_mllm(path, name, options=Options()) -> tuple:  # noqa: B008
+def load_mllm(path, name, options) -> tuple:
     """Model and processor of a folder, `path = place(name)`; of an adapter's folder, those of its
     base. -> (the transformers model, its processor, whether `path` holds an adapter)."""
     adapter = read_json(path, "adapter_config.json")
@@ -307,7 +307,7 @@ def describe(embedder) -> str:
 # ------------------------------------------------------------------------------------------- saving
 
 
-def write_folder(embedder, path, weights=None, is_embedder=True):
+def write_folder(embedder, path, weights, is_embedder):
     """A plain transformers folder (config, safetensors, tokenizer, image processor), or the adapter
     in peft's format; nanocoma.json. Either all of it or, with an InputError, nothing. weights:
     {name: tensor} in the place of the model's own, where it is sharded."""

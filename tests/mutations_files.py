@@ -245,8 +245,8 @@ FILES = [
         "tests/test_inputs.py",
     ),
     (
-        "plumbing/inputs.py", "isinstance(x, str) or is_picture(x) for x in pictures):",
-        "is_picture(x) for x in pictures):",
+        "plumbing/inputs.py", "isinstance(x, str) or is_picture(x) for x in item.images):",
+        "is_picture(x) for x in item.images):",
         "tests/test_inputs.py",
     ),
     (

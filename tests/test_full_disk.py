@@ -11,7 +11,7 @@ import pytest
 
 import model
 import pretrain
-from plumbing import checkpoint, optim, outfolder
+from plumbing import checkpoint, optim
 from plumbing.errors import InputError
 from plumbing.log import Log, earlier_lines
 
@@ -155,19 +155,6 @@ def test_that_rank_0_cannot_write_is_known_to_all(monkeypatch):
     """It alone writes; the others could."""
     monkeypatch.setattr(checkpoint, "gather_objects", lambda mine: ["No space left", mine])
     assert checkpoint.try_to_save(lambda *_: None, None, CONFIG, {}) == "No space left"
-
-
-def test_what_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
-    """A small file is written beside, and renamed."""
-    outfolder.write_json(tmp_path / "state.json", {"step": 1})
-
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(outfolder.os, "replace", refuse)
-    with pytest.raises(OSError):
-        outfolder.write_json(tmp_path / "state.json", {"step": 2})
-    assert json.loads((tmp_path / "state.json").read_text()) == {"step": 1}
 
 
 def test_a_line_that_the_disk_refuses_is_said_once(tmp_path, capsys):

@@ -16,9 +16,8 @@ def commands() -> dict:
     """{name: what it does} of the files that can be run."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem != Path(__file__).stem and "\n    run_command(main)" in path.read_text():
-            found[path.stem] = first_sentence(path)
-        elif "\n    ranks.run(main, Config)" in path.read_text():
+        text = path.read_text()
+        if "\n    run_command(main)" in text or "\n    ranks.run(main, Config)" in text:
             found[path.stem] = first_sentence(path)
     return found
 

@@ -160,21 +160,10 @@ def first_of_each(errors) -> list:
     return lost + others
 
 
-def write_copy(survey, path, name):
-    """Writes a list without its bad examples."""
-    with written(path, name) as part, open(part, "wb") as file:
-        survey.rows.source.raw.copy(survey.good, file)
-
-
 def clean_path(source, file, clean) -> Path:
     """Where the copy of a list goes; a .csv or .json was turned into lines of JSON."""
     out = Path(clean, file.relative_to(source)) if Path(source).is_dir() else Path(clean)
     return out.with_suffix(".jsonl") if file.suffix.lower() in (".csv", ".json") else out
-
-
-def name_in(source, file) -> str:
-    """What --skip-bad calls a list."""
-    return file.relative_to(source).as_posix() if Path(source).is_dir() else file.name
 
 
 class Outputs(NamedTuple):
@@ -205,11 +194,13 @@ def check_list(file, read, source, clean) -> Count:
     survey.report()
     if clean and survey.good:
         out = clean_path(source, file, clean)
-        write_copy(survey, out, "--clean")
+        with written(out, "--clean") as part, open(part, "wb") as copy:
+            rows.source.raw.copy(survey.good, copy)
         print(f"  wrote the {len(survey.good):,} good ones to {out}")
     elif clean:
         print("  none is good: no copy of it")
-    name, digest = name_in(source, file), rows.source.digest
+    name = file.relative_to(source).as_posix() if Path(source).is_dir() else file.name
+    digest = rows.source.digest
     listed = tuple(Listed(name, digest, i + 1, brief(e)) for i, e in survey.errors.items())
     return Count(len(rows), len(survey.errors), listed, useless=not survey.good)
 

@@ -3,6 +3,7 @@ that train: a dialogue's row through stage 1's model, a batch of pairs through s
 
 import base64
 import io
+import itertools
 import math
 from typing import NamedTuple
 
@@ -125,14 +126,6 @@ def zeros_and_ones(mask) -> list:
     return ["".join(map(str, row)) for row in mask.int().tolist()]
 
 
-def rounded(rows, digits) -> list:
-    """Lists of lists, with fewer digits: the page must stay small."""
-    shorter = []
-    for row in rows:
-        shorter.append([round(x, digits) for x in row])
-    return shorter
-
-
 def tokens_of(embedder, inputs) -> list:
     """Each token as text, with its role."""
     ids, roles = inputs["input_ids"][0].tolist(), inputs["roles"][0].tolist()
@@ -142,16 +135,10 @@ def tokens_of(embedder, inputs) -> list:
 
 def turns_of(turns, roles) -> list:
     """[(question, answer, places of the answer's tokens, the closing one among them)]."""
-    found, places = [], []
-    for i, role in enumerate(roles):
-        if role == ANSWER:
-            places.append(i)
-        if places and (i + 1 == len(roles) or roles[i + 1] != ANSWER):
-            found.append((*turns[len(found)], places))
-            places = []
-        if len(found) == len(turns):
-            break
-    return found
+    runs = itertools.groupby(range(len(roles)), lambda i: roles[i])
+    answers = [list(places) for role, places in runs if role == ANSWER]
+    # --max-length may have cost the last turns.
+    return [(*turn, places) for turn, places in zip(turns, answers, strict=False)]
 
 
 def grid_of(inputs, count) -> tuple:
@@ -242,9 +229,9 @@ def through_cache(embedder, inputs) -> Cache:
     is_label = labels != -100
     loss = pretrain.answer_loss(embedder.logits(h[is_label]), labels[is_label])
     (_, whole), (kept, _) = seen
-    norms = [keys[0].float().norm(dim=-1).mean(0).tolist() for keys, _ in whole]
+    norms = [keys[0].float().norm(dim=-1).mean(0).double() for keys, _ in whole]
     return Cache(
-        norms=rounded(norms, 3),
+        norms=[x.round(decimals=3).tolist() for x in norms],  # the page must stay small
         whole=sum(keys.nbytes + values.nbytes for keys, values in whole),
         kept=sum(keys.nbytes + values.nbytes for keys, values in kept),
         apart=(h - want).abs().max().item(),
@@ -326,12 +313,12 @@ def matrix(embedder, chosen, temperature) -> Matrix:
         q, t = z[:size], z[n : n + size]
         losses[size] = contrastive.info_nce(q, t, temperature, keys=keys[:size])[0].item()
     _, same = keys.unique(return_inverse=True)  # small numbers: 63 bits are too many for a script
-    cosines = (z[:n] @ z[n:].T).tolist()
+    cosines = (z[:n] @ z[n:].T).double()
     return Matrix(
         queries=[side(item) for item in queries],
         targets=[side(item) for item in targets],
         sets=[name for name, _ in chosen],
-        cosines=rounded(cosines, 5),
+        cosines=cosines.round(decimals=5).tolist(),
         keys=same.tolist(),
         temperature=temperature,
         losses=losses,

@@ -4,6 +4,7 @@ it. The page's own script draws, and recomputes InfoNCE for another temperature.
 import html
 import inspect
 import io
+import itertools
 import json
 import keyword
 import tokenize
@@ -49,27 +50,18 @@ def source(function) -> str:
 
 def marked(code) -> str:
     """Python as HTML, with <b> for keywords, <i> for comments and <em> for strings."""
-    lines, pieces, at = code.splitlines(True), [], (1, 0)
+    starts = [0, *itertools.accumulate(map(len, code.splitlines(True)))]  # of each line
+    pieces, at = [], 0
     tags = {tokenize.COMMENT: "i", tokenize.STRING: "em"}
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
         is_word = token.type == tokenize.NAME and keyword.iskeyword(token.string)
         tag = "b" if is_word else tags.get(token.type)
         if tag:
-            pieces.append(html.escape(between(lines, at, token.start)))
+            start, end = (starts[row - 1] + column for row, column in (token.start, token.end))
+            pieces.append(html.escape(code[at:start]))
             pieces.append(f"<{tag}>{html.escape(token.string)}</{tag}>")
-            at = token.end
-    pieces.append(html.escape(between(lines, at, (len(lines), len(lines[-1])))))
-    return "".join(pieces)
-
-
-def between(lines, start, end) -> str:
-    """The text between two (line, column), lines counted from 1."""
-    (first, left), (last, right) = start, end
-    if first == last:
-        return lines[first - 1][left:right]
-    middle = lines[first : last - 1]
-    tail = lines[last - 1][:right] if last <= len(lines) else ""
-    return "".join([lines[first - 1][left:], *middle, tail])
+            at = end
+    return "".join([*pieces, html.escape(code[at:])])
 
 
 def plain(x):

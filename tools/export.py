@@ -24,8 +24,9 @@ from pathlib import Path
 
 from data import read_dialogues, read_pairs, read_tasks
 from plumbing.config import CommandLine, flag, word
-from plumbing.errors import InputError, brief, needs
+from plumbing.errors import InputError, brief
 from plumbing.formats import IMAGE
+from plumbing.parquet import pyarrow
 from plumbing.ranks import run_command
 from plumbing.writing import refuse_unwritable, written
 from tools.conversations import as_conversations
@@ -74,13 +75,10 @@ def write_item(item, root) -> tuple:
 
 def write_table(rows, columns, path):
     """Rows as a parquet file."""
-    with needs("pyarrow", "MMEB's parquet files"):
-        import pyarrow
-        import pyarrow.parquet as pq
     values = map(list, zip(*rows, strict=True))  # rows become columns
-    table = pyarrow.table(dict(zip(columns, values, strict=True)))
+    table = pyarrow().table(dict(zip(columns, values, strict=True)))
     with written(path, "the table") as part:
-        pq.write_table(table, part)
+        pyarrow().parquet.write_table(table, part)
 
 
 def export_dialogues(out, n):

@@ -8,24 +8,21 @@ import torch
 import contrastive
 
 
-class Saved:
+class Saved(torch.autograd.graph.saved_tensors_hooks):
     """Counts what autograd keeps for the backward pass while it is open, each storage once."""
 
     def __init__(self):
+        super().__init__(self.note, lambda x: x)
         self.sizes = {}  # where a storage begins -> its bytes
 
     def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.note, lambda x: x)
-        self.hooks.__enter__()
+        super().__enter__()
         return self
 
     def note(self, x):
         if not isinstance(x, torch.nn.Parameter):  # weights are there anyway
             self.sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
 
     def bytes(self) -> int:
         """All of it."""

@@ -4,6 +4,7 @@ import os
 
 from PIL import Image
 
+from plumbing.config import is_unicode
 from plumbing.errors import InputError, brief
 from plumbing.images import decoded_formats
 from plumbing.ranks import say
@@ -15,8 +16,8 @@ def find_pictures(folder) -> list:
     """The pictures below a folder, by their names' endings: relative paths, sorted. Left out, and
     named: what is no ordinary file (a pipe would wait for ever), and what has a name that is not
     UTF-8, which no list of pictures can hold."""
-    endings = picture_endings()
-    pictures, left_out = [], []
+    decoded, pictures, left_out = decoded_formats(), [], []
+    endings = tuple(x for x, kind in Image.registered_extensions().items() if kind in decoded)
 
     def unreadable(e):
         left_out.append(f"{brief(os.path.relpath(e.filename, folder))}: {e.strerror}")
@@ -38,19 +39,9 @@ def find_pictures(folder) -> list:
     return sorted(pictures)
 
 
-def picture_endings() -> tuple:
-    """Of the formats that are decoded, and of no other."""
-    decoded = decoded_formats()
-    return tuple(x for x, name in Image.registered_extensions().items() if name in decoded)
-
-
 def why_not(folder, name) -> str:
     """Why a file is left out; empty: it is not."""
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return "no ordinary file"
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return "its name is not UTF-8; rename it"
-    return ""
+    return "" if is_unicode(path) else "its name is not UTF-8; rename it"
