@@ -293,12 +293,15 @@ def refuse_folder(source):
 
 def captions_file(folder):
     """metadata.jsonl or metadata.csv of a folder of pictures with captions, or None."""
-    names = ("metadata.jsonl", "metadata.csv")
-    # Be it a link that leads nowhere.
-    names = [name for name in names if os.path.lexists(f"{folder}/{name}")]
+    names = [name for name in ("metadata.jsonl", "metadata.csv") if lexists(folder, name)]
     if len(names) > 1:
         raise InputError(f"{brief(folder)}: holds {' and '.join(names)}; remove one of them")
     return Path(folder, names[0]) if names else None
+
+
+def lexists(folder, name) -> bool:
+    """Whether something of that name is in the folder, be it a link that leads nowhere."""
+    return os.path.isdir(folder) and os.path.lexists(os.path.join(folder, name))
 
 
 def caption_dialogues(file, image_root) -> Lazy:

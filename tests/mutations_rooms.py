@@ -344,7 +344,7 @@ ROOMS = [
     ("plumbing/formats.py", "return *targets, *negatives", "return targets", LISTS),
     ("plumbing/formats.py", 'any(Path(source).glob("*/*.parquet"))', 'any(Path(source).glob("*.parquet"))', LISTS),
     ("plumbing/formats.py", "if len(names) > 1:", "if len(names) > 2:", LISTS),
-    ("plumbing/formats.py", "os.path.lexists(f\"{folder}/{name}\")", "os.path.isfile(f\"{folder}/{name}\")", "tests/test_reading.py"),
+    ("plumbing/formats.py", "os.path.lexists(os.path.join(folder, name))", "os.path.isfile(os.path.join(folder, name))", "tests/test_reading.py"),
     ("plumbing/formats.py", "return Content(IMAGE, (path,)), ((DESCRIBE, text),)", "return Content(IMAGE, (path,)), ((text, DESCRIBE),)", "tests/test_reading.py"),
     ("plumbing/formats.py", "texts = texts_of.setdefault(caption[0], [])", "texts = texts_of[caption[0]] = []", "tests/test_reading.py"),
     ("plumbing/formats.py", "texts += [] if i in bad else [caption[1]]", "texts += [caption[1]]", SKIP),
