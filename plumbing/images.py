@@ -415,6 +415,8 @@ def cat_padded(tensors) -> torch.Tensor:
     """Tensors end to end along their first axis; the other axes zero-padded to the largest."""
     if len(tensors) == 1:  # pictures are large: no copy
         return tensors[0]
+    if len({t.shape[1:] for t in tensors}) == 1:  # and none is filled with zeros first
+        return torch.cat(tensors)
     sizes = zip(*(t.shape[1:] for t in tensors), strict=True)
     largest = [max(size) for size in sizes]
     # Tiles of pictures of other shapes: zeros are what the processors pad with.

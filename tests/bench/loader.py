@@ -152,11 +152,7 @@ def by_the_peer(processor, marker, paths):
         return processor(text=text, images=pictures, padding=True, return_tensors="pt")
 
     return DataLoader(
-        paths,
-        batch_size=8,
-        collate_fn=collate,
-        num_workers=1,
-        multiprocessing_context="fork",
+        paths, batch_size=8, collate_fn=collate, num_workers=1, multiprocessing_context="fork"
     )
 
 
