@@ -379,7 +379,7 @@ class PictureEncoder:
 
     def learn(self, image, encoded):
         """Remembers a size when it comes for the second time: many data sets have no size twice."""
-        if len(self.times) == MOST_SIZES:
+        if image.size not in self.times and len(self.times) == MOST_SIZES:
             self.times.clear()
             self.known.clear()
         self.times[image.size] += 1

@@ -205,8 +205,8 @@ FILES = [
         "tests/test_picture_encoder.py",
     ),
     (
-        "plumbing/images.py", "if len(self.times) == MOST_SIZES:",
-        "if len(self.times) == MOST_SIZES + 1:",
+        "plumbing/images.py", "and len(self.times) == MOST_SIZES:",
+        "and len(self.times) == MOST_SIZES + 1:",
         "tests/test_picture_encoder.py",
     ),
     (
