@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from plumbing import formats, mmeb, retrieval
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE, Lazy
-from plumbing.images import encode_picture, join_images, open_image, pixels_of
+from plumbing.images import PictureEncoder, join_images, open_image, pixels_of
 from plumbing.inputs import checked, content_of
 from plumbing.template import STYLES, Part, picture_parts, read_template, shorten, spell
 from toy.world import META_TASK, Shapes, evaluation_sets
@@ -212,15 +212,14 @@ class Collator:
         self.compress_ids, self.style, self.max_length = list(compress_ids), style, max_length
         self.template = read_template(processor, style)  # what stands around the user's words
         self.pad = self.tokenizer.pad_token_id or 0  # any id will do: it is masked
-        # Families differ in their token columns: one encoded picture shows them.
-        columns = self.picture(Image.new("RGB", (64, 64))).columns
-        self.token_keys = ["input_ids", "roles", *(k for k in columns if k != "input_ids")]
+        self.encode_picture = PictureEncoder(processor, self.template.picture)
+        self.token_keys = list(dict.fromkeys(["input_ids", "roles", *self.encode_picture.columns]))
 
     def picture(self, image):
         """A picture as the processor writes it: token columns and image tensors."""
         if self.style == "vlm2vec" and min(image.size) < 28:
             image = image.resize((56, 56))  # as VLM2Vec's code does
-        return encode_picture(self.processor, self.template.picture, image)
+        return self.encode_picture(image)
 
     def row(self, item: Item, turns=()) -> Row:
         """One example: head, content, C, then Q_1 A_1 Q_2 A_2 ... (CoMa, section 3.1)."""

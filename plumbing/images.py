@@ -9,6 +9,7 @@ import os
 import warnings
 from array import array
 from bisect import bisect_left
+from collections import Counter
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -323,6 +324,9 @@ class Images:
 # ------------------------------------------------------------------------------- as model inputs
 
 
+MOST_SIZES = 256  # of pictures, whose tokens are remembered
+
+
 class EncodedPicture(NamedTuple):
     """A picture as the processor writes it: token columns {input_ids, ...: (L,)}, and the image
     tensors {pixel_values, ...: (n, ...)}."""
@@ -346,6 +350,58 @@ def encode_picture(processor, marker, image) -> EncodedPicture:
     return EncodedPicture(columns, images)
 
 
+class Known(NamedTuple):
+    """What pictures of one size have in common."""
+
+    columns: dict  # their token columns
+    shapes: dict  # {key: shape} of their image tensors
+
+
+class PictureEncoder:
+    """Pictures as the processor writes them. Two thirds of its call go into what the picture's size
+    decides: the tokens. Of a size that comes again they are remembered, and the image processor is
+    called alone, where it was seen to make the same tensors as inside the processor."""
+
+    def __init__(self, processor, marker):
+        self.processor, self.marker = processor, marker  # see encode_picture
+        self.times, self.known = Counter(), {}  # both by size
+        # Families differ in their token columns: one encoded picture shows them.
+        self.columns = list(self(Image.new("RGB", (64, 64))).columns)
+
+    def __call__(self, image) -> EncodedPicture:
+        if known := self.known.get(image.size):
+            images = self.tensors(image, known.shapes)
+            if shapes_of(images) == known.shapes:  # and nobody has changed its settings since
+                return EncodedPicture(known.columns, images)
+        encoded = encode_picture(self.processor, self.marker, image)
+        self.learn(image, encoded)
+        return encoded
+
+    def learn(self, image, encoded):
+        """Remembers a size when it comes for the second time: many data sets have no size twice."""
+        if image.size not in self.times and len(self.times) == MOST_SIZES:
+            self.times.clear()
+            self.known.clear()
+        self.times[image.size] += 1
+        if self.times[image.size] == 2:
+            # Trap: a processor may give its image processor other settings than its own.
+            alone = self.tensors(image, encoded.images)
+            if alone.keys() == encoded.images.keys() and all(
+                torch.equal(tensor, encoded.images[key]) for key, tensor in alone.items()
+            ):
+                self.known[image.size] = Known(encoded.columns, shapes_of(alone))
+
+    def tensors(self, image, keys) -> dict:
+        """Those of the image processor that the model takes."""
+        made = self.processor.image_processor(images=[image], return_tensors="pt")
+        return {key: made[key] for key in keys if key in made}
+
+
+def shapes_of(images) -> dict:
+    """{key: shape} of image tensors."""
+    return {key: tensor.shape for key, tensor in images.items()}
+
+
 def join_images(rows) -> dict:
     """The image tensors {key: (n, ...)} of several rows, end to end; a row may have none."""
     keys = dict.fromkeys(key for images in rows for key in images)
@@ -359,6 +415,8 @@ def cat_padded(tensors) -> torch.Tensor:
     """Tensors end to end along their first axis; the other axes zero-padded to the largest."""
     if len(tensors) == 1:  # pictures are large: no copy
         return tensors[0]
+    if len({t.shape[1:] for t in tensors}) == 1:  # and none is filled with zeros first
+        return torch.cat(tensors)
     sizes = zip(*(t.shape[1:] for t in tensors), strict=True)
     largest = [max(size) for size in sizes]
     # Tiles of pictures of other shapes: zeros are what the processors pad with.
