@@ -23,7 +23,19 @@ import evaluate
 import pretrain
 from plumbing import checkpoint, ending, ranks, start
 from plumbing.errors import InputError
-from tools import check, compare_logs, explain, export, figures, generate, look, merge, mine, search
+from tools import (
+    check,
+    compare_logs,
+    condense,
+    explain,
+    export,
+    figures,
+    generate,
+    look,
+    merge,
+    mine,
+    search,
+)
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 240  # seconds
@@ -428,7 +440,19 @@ def test_a_checkpoint_that_is_there_is_not_written_again(shared, tmp_path):
 
 # -------------------------------------------------------------------------------------------- help
 
-COMMANDS = [check, compare_logs, explain, export, figures, generate, look, merge, mine, search]
+COMMANDS = [
+    check,
+    compare_logs,
+    condense,
+    explain,
+    export,
+    figures,
+    generate,
+    look,
+    merge,
+    mine,
+    search,
+]
 
 
 def test_every_script_begins_with_start():

@@ -13,6 +13,7 @@ It is stage 1's own step (pretrain.accumulate) beside stage 2's own: one more pa
 exact over chunks and ranks, for it is a plain sum over tokens.
 """
 
+import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple

@@ -178,7 +178,7 @@ def arms(sources):
     # The panel with the most arms names them all.
     legends = [ax.get_legend_handles_labels() for ax in axes]
     handles, labels = max(legends, key=lambda legend: len(legend[1]))
-    fig.legend(handles, labels, loc="outside upper center", ncols=4)
+    fig.legend(handles, labels, loc="outside upper center", ncols=3)
     return fig
 
 
