@@ -76,14 +76,6 @@ def percent(scores, sign=False) -> str:
     return text if len(scores) == 1 else f"{text} ± {100 * error:.1f}"
 
 
-def gains(rows, base, key="overall") -> list:
-    """By how much each run of an arm is ahead of the other arm's of the same seed; key: a score of
-    a run, or a meta-task."""
-    return [
-        score_of(row, key) - score_of(other, key) for row, other in zip(rows, base, strict=True)
-    ]
-
-
-def score_of(run, key) -> float:
-    """A run's overall, ind or ood, or that of a meta-task."""
-    return run["meta_tasks"].get(key, run.get(key))
+def gains(rows, base) -> list:
+    """By how much each run of an arm is ahead of the other arm's of the same seed, overall."""
+    return [row["overall"] - other["overall"] for row, other in zip(rows, base, strict=True)]
