@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 import runpy
 import sys
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 from bench import reproduce
 from checks import equal, expect
-from forked import Fork, as_script
+from forked import Fork
 
 import contrastive
+import model
 import pretrain
-from data import read_pairs
+from data import Item, read_pairs
 from plumbing import checkpoint
 from plumbing.config import refuse_impossible
 from tools.records import RECORDS, read_records
+from toy.world import IMAGE, Shapes
 
 
 def test_every_arm_is_made_of_flags_that_exist():
@@ -24,7 +27,8 @@ def test_every_arm_is_made_of_flags_that_exist():
     for study, (seeds, arms) in reproduce.STUDIES.items():
         for first, second in arms.values():
             if first is not None:
-                pretrain.Config.parse(f"{reproduce.STAGE1} {first}".split())
+                words = f"{reproduce.STAGE1} {first}".split()
+                pretrain.Config.parse([w for w in words if w != "short"])
             words = f"{reproduce.STAGE2} {second}".split()
             cfg = contrastive.Config.parse(
                 [w for w in words if w not in ("bare", "prefixes", "mined", "condense")]
@@ -93,11 +97,12 @@ def forks(monkeypatch, tmp_path):
 
     def call(script, *words):
         def run():
-            if script == "pretrain.py":
-                as_script(pretrain, words)
-            print(json.dumps(reproduce.run_contrastive(json.loads(words[1]))))
+            if words[0] == "--run-first":
+                reproduce.run_compression(json.loads(words[1]))
+            else:
+                print(json.dumps(reproduce.run_contrastive(json.loads(words[1]))))
 
-        scripts.append(Path(script).name)
+        scripts.append(words[0])
         said = tmp_path / f"said-{len(scripts)}"
         equal(Fork(run, said).wait(), 0, script)
         return said.read_text(), 1.0
@@ -112,12 +117,12 @@ def test_it_runs_what_is_missing_and_nothing_twice(forks, tmp_path, monkeypatch,
     monkeypatch.setattr(reproduce, "CURVE", 2)
     monkeypatch.setattr(reproduce, "STAGE1", "--steps 1 --batch 2 --workers 0 --muon-lr 0")
     small = "--steps 2 --batch 4 --block 4 --muon-lr 0"
-    arms = {"none": (None, small), "plain": ("--no-compress", small)}
+    arms = {"none": (None, small), "caption": ("--caption short", small)}
     monkeypatch.setattr(reproduce, "STUDIES", dict(arms=(1, arms)))
     args = argparse.Namespace(study="arms", seeds=None, jobs=1)
     args.out, args.json = tmp_path / "out", tmp_path / "r.json"
     reproduce.main(args)
-    equal(forks, ["reproduce.py", "pretrain.py", "reproduce.py"], "a stage 1, and two stages 2")
+    equal(forks, ["--run", "--run-first", "--run"], "a stage 1, and two stages 2")
     runs = json.loads(args.json.read_text())["runs"]
     equal([r["steps"] for r in runs], [[1, 2]] * 2, "scored twice")
     equal(sorted(r["seconds1"] > 0 for r in runs), [False, True], "one of them had a stage 1")
@@ -125,3 +130,59 @@ def test_it_runs_what_is_missing_and_nothing_twice(forks, tmp_path, monkeypatch,
     expect("2 runs after 1 stages 1" in said, said, "the sum", "show")
     reproduce.main(args)
     equal(len(forks), 3, "nothing is run twice")
+
+
+def test_a_short_caption_is_the_names_alone(monkeypatch):
+    """Of the descriptions; all other answers are as they were."""
+    monkeypatch.setattr(Shapes, "_answer", Shapes._answer)  # it is put back
+    scene = Shapes().scene(random.Random(0), 3, 3)
+    long = {kind: answer for kind, _, answer in Shapes().ask(random.Random(1), scene)}
+    reproduce.short_captions()
+    short = {kind: answer for kind, _, answer in Shapes().ask(random.Random(1), scene)}
+    equal(short.pop("describe"), "orange circle and green triangle and purple diamond", "short")
+    assert long.pop("describe").startswith("a small orange circle at the top right and")
+    equal(short, long, "all other answers")
+
+
+def test_arms_with_larger_pictures_start_from_a_toy_that_has_seen_such(monkeypatch, tmp_path):
+    """Made once, by stage 1 without a mask: 64 image tokens, in a folder that says so. The other
+    arms start from the toy."""
+    called = []
+
+    def call(script, flag, words):
+        called.append(flag)
+        folder = Path(json.loads(words)[-1])
+        large = model.load("toy", 0, device="cpu", min_pixels=128**2, max_pixels=128**2)
+        model.save(large, folder, embedding=False)
+        return "", 1.0
+
+    monkeypatch.setattr(reproduce, "call", call)
+    equal(reproduce.start_of("--symmetric", tmp_path), "toy", "its start")
+    for _ in range(2):
+        large = reproduce.start_of(f"{reproduce.LARGE} condense", tmp_path)
+    equal(called, ["--run-first"], "made once")
+    picture = Item(IMAGE, (Shapes().scene(random.Random(0)),))
+    for name, tokens in ((large, 64), ("toy", 16)):
+        embedder = model.load(name, device="cpu")
+        ids = embedder.collate.row(picture).tokens["input_ids"]
+        equal(int((ids == embedder.mllm.config.image_token_id).sum()), tokens, f"of {name}")
+
+
+def test_the_literature_stands_beside_what_was_seen():
+    """By hand: five seeds, one arm surely behind as in the paper, one ahead, one that varies."""
+
+    def runs(*scores):
+        return [dict(overall=score) for score in scores]
+
+    base = runs(0.5, 0.6, 0.5, 0.6, 0.5)
+    dialogues = {
+        "multi-turn": base,
+        "single turn": runs(0.4, 0.5, 0.41, 0.5, 0.4),
+        "long description": runs(0.6, 0.7, 0.61, 0.7, 0.6),
+        "caption": runs(0.6, 0.5, 0.6, 0.5, 0.6),
+    }
+    *_, single, long, caption = reproduce.beside_the_literature({"dialogues": dialogues})
+    ours, paper = "-9.8 ± 0.2 (44.2 ± 2.4)", "-0.7 (64.8)"
+    want = f"| single turn | multi-turn | ours | {ours} | {paper} | same direction |"
+    equal(single, want.replace("ours | ", "", 1), "a row")
+    equal([row.split(" | ")[-1] for row in (long, caption)], ["opposite |", "cannot tell |"], "")

@@ -24,7 +24,19 @@ import model
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import DESCRIBE, IMAGE, digest_of
-from tools import check, compare_logs, condense, explain, export, figures, look, merge, mine, search
+from tools import (
+    check,
+    compare_logs,
+    condense,
+    explain,
+    export,
+    figures,
+    lessons,
+    look,
+    merge,
+    mine,
+    search,
+)
 from tools import generate as generator
 from toy.world import META_TASK, NUMBERS, Scene, Shapes
 
@@ -40,6 +52,7 @@ HELP = {  # of each command what reads its command line, and a word of its help
     "compare_logs": (compare_logs.main, "REFERENCE"),
     "mine": (mine.main, "--first"),
     "condense": (condense.Config.parse, "--condense-share"),
+    "lessons": (lessons.Config.parse, "--question-first"),
 }
 QUESTIONS = "how many objects are there?\nwhat is at the top left?\nwhat is at the top right?\n"
 
@@ -610,7 +623,7 @@ def test_each_command_explains_itself_shortly(name, capsys):
         read(["--help"])
     said = capsys.readouterr().out
     assert end.value.code == 0 and f"    python -m tools.{name}" in said and word in said, said
-    pages = 3 if name == "condense" else 1  # all flags of stage 2
+    pages = 3 if name in ("condense", "lessons") else 1  # all flags of a stage
     assert len(said.splitlines()) <= 66 * pages, f"{pages} page(s)"
     with pytest.raises(SystemExit) as end:
         read(["--unknown"])

@@ -1,12 +1,21 @@
 r"""Makes the toy MLLM: a real Qwen2-VL of 1.3 M parameters, with a tokenizer of its own.
 
     python -m toy.make toy/mllm
-    python pretrain.py --model toy-random --no-compress --compress-tokens 0 --steps 1600 \
+    python pretrain.py --model toy-random --no-compress --compress-tokens 0 --steps 2500 \
         --out out/toy
-    cp out/toy/model.safetensors toy/mllm/
+    torchrun --nproc-per-node 2 -m tools.lessons --model out/toy --no-compress \
+        --compress-tokens 0 --steps 1500 --lr 0.0015 --muon-lr 0.01 --out out/lessons
+    torchrun --nproc-per-node 2 -m tools.lessons --model out/lessons --no-compress \
+        --compress-tokens 0 --steps 800 --lr 0.0015 --muon-lr 0.01 --least 4 --seed 1 \
+        --out out/lessons2
+    torchrun --nproc-per-node 2 -m tools.lessons --model out/lessons2 --no-compress \
+        --compress-tokens 0 --steps 600 --lr 0.0015 --muon-lr 0.01 --least 4 --seed 2 \
+        --out out/finished
+    cp out/finished/model.safetensors toy/mllm/
 
 The first writes config, tokenizer, image processor and random weights; the others are how the
-weights in toy/mllm were made: by stage 1 with the mask off, that is, plain instruction tuning.
+weights in toy/mllm were made: by stage 1 with the mask off, that is, plain instruction tuning, at
+last with harder dialogues (docs/logs/README.md: what each brought, and its minutes).
 """
 
 from dataclasses import dataclass
@@ -76,12 +85,15 @@ def build_processor(tokenizer):
 
 
 def build_config(tokenizer):
-    """Four layers of width 128 behind a vision tower of two."""
+    """Four layers of width 128 behind a vision tower of two.
+
+    M-RoPE gives rotary frequencies, the highest first, to time, height and width in turn. Most are
+    the width's: with an equal share its are so low that left and right look alike."""
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
     text = dict(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 2, 13]),
         bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
         tie_word_embeddings=True,
     )  # fmt: skip

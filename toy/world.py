@@ -176,10 +176,11 @@ class Shapes:
     def _words(self, rng, choices):
         return choices[-1] if self.new_words else rng.choice(choices[:-1])
 
-    def scene(self, rng, least=1, most=4) -> Scene:
-        """A scene of `least` to `most` objects; colour-shape combinations are distinct in it."""
+    def scene(self, rng, least=1, most=4, choice=SEEN) -> Scene:
+        """A scene of `least` to `most` objects; colour-shape combinations are distinct in it, and
+        drawn from `choice`."""
         while True:
-            names = rng.sample(SEEN, rng.randint(least, most))
+            names = rng.sample(choice, rng.randint(least, most))
             if self.split == "new":
                 names[0] = rng.choice(sorted(HELD_OUT))
             places = rng.sample(PLACES, len(names))
