@@ -95,7 +95,7 @@ def test_a_run_that_the_old_code_began_is_finished_by_this_one():
     stage, flags = golden.RUNS["pretrain-lora"]
     module = golden.STAGES[stage]
     module.main(module.Config(**flags, out="unfinished", resume=True))
-    begun = GOLDEN["begun"]  # on another machine than that of the other numbers
+    begun = GOLDEN["begun"]  # perhaps on another machine than that of the other numbers
     numbers = {"runs": {"pretrain-lora": begun["run"]}}
     known = golden.machine() == begun["machine"]
     check_run(golden.trained("unfinished"), "pretrain-lora", known, numbers)
