@@ -101,9 +101,10 @@ def band_of(runs) -> Band:
     known = min(run.steps[-1] for run in runs)
     losses = np.stack([run.until(known) for run in runs])  # (seeds, known)
     low, high = losses.min(0), losses.max(0)
-    # The range of five values is 2.3 standard deviations, in the mean: a sixth hardly leaves three
-    # of them. By chance the five meet at some steps, so the range is a running mean, too.
-    width = smooth(high - low)
+    # The range of five values is 2.3 standard deviations, in the mean, but may be half of that by
+    # chance: one and a half of it, and a sixth seed hardly leaves the band. By chance the five meet
+    # at some steps, so the range is a running mean, too.
+    width = 1.5 * smooth(high - low)
     return Band(low - width, high + width, len(runs))
 
 
