@@ -18,6 +18,7 @@ import pretrain
 from data import Item, read_pairs
 from plumbing import checkpoint
 from plumbing.config import refuse_impossible
+from tools import condense
 from tools.records import RECORDS, read_records
 from toy.world import IMAGE, Shapes
 
@@ -30,7 +31,8 @@ def test_every_arm_is_made_of_flags_that_exist():
                 words = f"{reproduce.STAGE1} {first}".split()
                 pretrain.Config.parse([w for w in words if w != "short"])
             words = f"{reproduce.STAGE2} {second}".split()
-            cfg = contrastive.Config.parse(
+            stage = condense if "condense" in words else contrastive
+            cfg = stage.Config.parse(
                 [w for w in words if w not in ("bare", "prefixes", "mined", "condense")]
             )
             refuse_impossible(cfg, 1)
@@ -55,6 +57,24 @@ def test_the_page_says_what_the_records_say():
     for study, arms in read_records().items():
         for row in reproduce.rows_of(arms):
             expect(row in page, "another row", row, f"of `{study}`: --show prints the tables")
+
+
+def test_a_study_begins_with_the_first_seed_that_all_its_arms_have(tmp_path):
+    """And goes on with such seeds alone; before there is one, it is left out."""
+    arms = {"none": (None, ""), "coma": ("", "")}
+
+    def seeds(*runs):
+        file = tmp_path / "records.json"
+        numbers = dict(pairs=0, K=4, steps=[], curve=[], ind=0, ood=0, overall=0)
+        kept = [dict(numbers, first=a, second=b, seed=seed) for (a, b), seed in runs]
+        file.write_text(json.dumps(dict(studies={"arms": arms}, runs=kept)))
+        study = read_records(file).get("arms", {})
+        return {arm: [run["seed"] for run in runs] for arm, runs in study.items()}
+
+    none, coma = arms.values()
+    equal(seeds((none, 0), (none, 1)), {}, "one arm")
+    equal(seeds((none, 0), (coma, 1)), {}, "other seeds")
+    equal(seeds((none, 0), (none, 1), (coma, 1)), dict(none=[1], coma=[1]), "one in common")
 
 
 def test_rows_are_means_errors_and_gains_paired_by_seed():

@@ -24,8 +24,8 @@ FIELDS = {"first", "second", "seed", "pairs", "K", "steps", "curve", "ind", "ood
 
 def read_records(path=RECORDS) -> dict:
     """{study: {arm: [run, by seed]}}; a run: seed, pairs, K, steps, curve, ind, ood, overall, ...
-    Of a study only the seeds that all of its arms have run (but those with no run at all): every
-    comparison is between the same seeds."""
+    Of a study only the seeds that all of its arms have run, so that every comparison is between the
+    same seeds; before there is one, the study is left out."""
     if not Path(path).exists():
         raise InputError(f"{path} is missing: `python tests/bench/reproduce.py` writes it")
     kept = json.loads(Path(path).read_text())
@@ -34,11 +34,7 @@ def read_records(path=RECORDS) -> dict:
             raise InputError(f"{path}: run {i} lacks {', '.join(missing)}")
     records = {}
     for study, arms in kept["studies"].items():
-        runs_of = {}  # arm -> {seed: run}
-        for arm, flags in arms.items():
-            runs = runs_with(kept["runs"], flags)
-            if runs:
-                runs_of[arm] = runs
+        runs_of = {arm: runs_with(kept["runs"], flags) for arm, flags in arms.items()}
         seeds = common_seeds(runs_of.values())
         if seeds:
             records[study] = {arm: in_order(runs, seeds) for arm, runs in runs_of.items()}

@@ -93,6 +93,12 @@ STUDIES = {
         "texts too": ("--texts 0.3", ""),
         "both": (BOTH, ""),
     }),
+    "weight": (3, {
+        "none": (NONE, ""),
+        "condense": (NONE, "condense"),
+        "condense 1": (NONE, "--condense 1 condense"),
+        "condense 0.2": (NONE, "--condense 0.2 condense"),
+    }),
     "length": (3, {
         f"{arm} {steps}": (f"{first} --steps {steps}".strip() if steps != 400 else first, "")
         for steps in (100, 400, 1200) for arm, first in (("coma", COMA), ("plain", PLAIN))
