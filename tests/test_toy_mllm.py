@@ -19,10 +19,10 @@ from toy.make import build_toy
 from toy.world import ASK, HELD_OUT, IMAGE, Shapes
 
 
-def answered(embedder, kind, split="test", n=200):
+def answered(embedder, kind, n=200):
     """How many of n questions of a kind, about scenes that training never showed, one each, a model
     answers word for word, by greedy decoding."""
-    world, rows = Shapes(split, seed=1), []
+    world, rows = Shapes("test", seed=1), []
     for i in range(10 * n):
         rng = random.Random(f"{kind} {i}")
         scene = world.scene(rng)

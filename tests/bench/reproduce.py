@@ -346,7 +346,7 @@ def main(args):
             for seed in range(args.seeds or STUDIES[study][0]):
                 if (first, second, seed) not in done:
                     arms[seed, first][second] = None
-    for second in {second for seconds in arms.values() for second in seconds}:
+    for second in set().union(*arms.values()):
         start_of(second, args.out)  # made once, before the others
     lock = threading.Lock()
     with ThreadPoolExecutor(args.jobs) as pool:
