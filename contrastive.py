@@ -140,13 +140,14 @@ def two_passes(embed, chunks, loss_of, keep=0):
     z = z[order.argsort()].requires_grad_()  # argsort undoes the order: row i is the batch's row i
     loss = loss_of(z)
     loss.backward()
+    gradients = z.grad[order].split([len(chunk) for chunk in chunks])
 
     for i in reversed(range(len(chunks))):  # pass 2, kept graphs first: their memory is freed
         part = parts.pop()
         if not part.requires_grad:
             with replay(rng_states[i]):  # the same dropout as in pass 1
                 part = embed(chunks[i])
-        part.backward(z.grad[chunks[i]])  # the chain rule's other half
+        part.backward(gradients[i])  # the chain rule's other half
     return loss.detach()
 
 
@@ -197,7 +198,7 @@ def gradcache_step(embedder, batch, temperature, budget, loss=loss_over_ranks) -
     seen = []  # filled by loss_of, in the order of Step: loss, top1, columns
 
     def embed(chunk):
-        inputs = embedder.collate.pad_rows([batch.rows[i] for i in chunk], embedder.device)
+        inputs = embedder.collate.pad_rows([batch.rows[i] for i in chunk])
         return embedder(inputs)  # (len(chunk), D)
 
     def loss_of(z):
@@ -214,8 +215,7 @@ def gradcache_step(embedder, batch, temperature, budget, loss=loss_over_ranks) -
     if sharding.sharded(embedder):  # FSDP reduces by itself; no rank can leave the others' forward
         attempt(chunk_tokens)
     else:
-        start_over = partial(embedder.zero_grad, set_to_none=True)
-        chunk_tokens = until_it_fits(attempt, chunk_tokens, max(lengths), start_over)
+        chunk_tokens = until_it_fits(attempt, chunk_tokens, max(lengths), embedder.zero_grad)
         ranks.sum_gradients(embedder.parameters())  # each rank's came through its own rows only
     return Step(*seen, chunk_tokens)
 

@@ -274,7 +274,7 @@ class Collator:
                 numbers += values.get(key, [0] * n)  # 0: as text has it
         return {key: torch.tensor(numbers, dtype=torch.long) for key, numbers in columns.items()}
 
-    def pad_rows(self, rows, device=None) -> dict:
+    def pad_rows(self, rows) -> dict:
         """Rows -> inputs, right-padded to the longest: input_ids, attention_mask, roles, ... (B,
         L), and the image tensors of all rows end to end."""
         inputs = {}
@@ -284,9 +284,7 @@ class Collator:
             inputs[key] = pad_sequence(column, batch_first=True, padding_value=pad)  # (B, L)
         inputs["attention_mask"] = (inputs["roles"] != PAD).long()  # (B, L)
         inputs.update(join_images([row.images for row in rows]))  # (n, ...), see Row
-        if device is None:
-            return inputs
-        return {key: x.to(device, non_blocking=True) for key, x in inputs.items()}
+        return inputs
 
     def __call__(self, items, turns=None) -> dict:
         """Items (and the turns of each) -> padded model inputs."""

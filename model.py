@@ -24,8 +24,9 @@ from plumbing import adapters, families, folders, ranks, sharding, weights
 from plumbing.config import CHUNK_TOKENS, by_device, refuse_for_model
 from plumbing.inputs import in_evaluation, listed, whole_number
 from plumbing.loader import Windows, prefetch, try_each
-from plumbing.memory import token_chunks
+from plumbing.memory import to_device, token_chunks
 from plumbing.precision import at_least_float32
+from plumbing.vision_attention import attend_by_length
 
 # ----------------------------------------------------------------------------------------- pooling
 
@@ -36,8 +37,8 @@ def compression_pool(h, attention_mask, K):
     h (B, L, D), attention_mask (B, L) with 1 for real tokens, either padding -> (B, D), float32."""
     from_end = attention_mask.flip(1).argmax(1)  # (B,) padding behind the last real token
     last = attention_mask.shape[1] - 1 - from_end  # (B,) its position
-    positions = last[:, None] - torch.arange(K - 1, -1, -1, device=h.device)  # (B, K)
-    index = positions[..., None].expand(-1, -1, h.shape[-1])  # (B, K, D)
+    positions = last[:, None] - torch.arange(K - 1, -1, -1, device=last.device)  # (B, K)
+    index = to_device(positions, h.device)[..., None].expand(-1, -1, h.shape[-1])  # (B, K, D)
     return at_least_float32(h.gather(1, index)).mean(1)  # (B, D)
 
 
@@ -58,7 +59,7 @@ class Embedder(nn.Module):
 
     def __init__(self, mllm, processor, settings, max_length=0, dim=0):
         super().__init__()
-        self.mllm, self.processor = mllm, processor
+        self.mllm, self.processor = attend_by_length(mllm), processor
         self.K, self.pooling, self.style, self.prefixes = settings
         self.dim = dim or mllm.get_input_embeddings().weight.shape[1]  # D
         ids = processor.tokenizer.convert_tokens_to_ids(compression_tokens(self.K))
@@ -87,6 +88,7 @@ class Embedder(nn.Module):
         sequential = self.style == "vlm2vec"
         arguments["position_ids"] = families.position_ids(self.mllm, inputs, sequential)
         arguments["attention_mask"] = families.attention_mask(self.mllm, inputs, mask)
+        arguments = to_device(arguments, self.device)  # so far on the host: no GPU was waited for
         with self.autocast():  # .model: all of it but the language model's head
             return self.mllm.model(**arguments, **extra, use_cache=False)
 
@@ -138,7 +140,7 @@ class Embedder(nn.Module):
                 lengths = [rows[i].length for i in readable]
                 for chunk in token_chunks(lengths, chunk_tokens):
                     places = [readable[i] for i in chunk]  # in the window
-                    inputs = self.collate.pad_rows([rows[i] for i in places], self.device)
+                    inputs = self.collate.pad_rows([rows[i] for i in places])
                     z[[window[i] for i in places]] = self(inputs).float().cpu().numpy()
                     bar.update(len(chunk))
         return z

@@ -32,7 +32,7 @@ from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag, refuse
 from plumbing.formats import Place, digest_of
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
-from plumbing.memory import token_chunks, unless_stopped
+from plumbing.memory import to_device, token_chunks, unless_stopped
 from plumbing.sampling import ask_first, epoch_batch, skipped_dialogues
 from plumbing.weights import Settings
 
@@ -98,11 +98,12 @@ def distillation_loss(logits, reference) -> torch.Tensor:
 
 def answer_logits(embedder, inputs, compress=True):
     """-> (logits (n, V), labels (n,)) of the n positions that predict an answer token."""
-    mask = compression_mask(inputs["roles"]) if compress and embedder.K else None
+    roles = to_device(inputs["roles"], embedder.device)
+    mask = compression_mask(roles) if compress and embedder.K else None
     h = embedder.hidden(inputs, mask)  # (B, L, D)
     labels = answer_labels(inputs["input_ids"], inputs["roles"])  # (B, L)
     is_label = labels != -100
-    return embedder.logits(h[is_label]), labels[is_label]
+    return embedder.logits(h[is_label]), to_device(labels[is_label], h.device)
 
 
 def exact_answers(logits, labels, inputs) -> tuple:
@@ -114,7 +115,7 @@ def exact_answers(logits, labels, inputs) -> tuple:
     before = F.pad(is_answer, (1, 0))[:, :-1]  # (B, L) of the token before
     starts = is_answer & ~before
     answer_of = starts[is_answer].cumsum(0)  # (n,) which answer; logits stand in the same order
-    is_wrong = logits.argmax(-1) != labels  # (n,)
+    is_wrong = (logits.argmax(-1) != labels).cpu()  # (n,)
     wrong = answer_of[is_wrong].unique()
     total = int(starts.sum())
     return total - len(wrong), total
@@ -139,21 +140,21 @@ def accumulate(embedder, examples, cfg, reference=None):
     -> (mean loss in nats, share of answers that are right word for word, answer tokens)."""
     rows = [example.row for example in examples]
     mine = sum(int((row.tokens["roles"] == ANSWER).sum()) for row in rows)
-    tokens = ranks.all_sum(mine)  # of all ranks: known before the first backward pass
+    tokens = ranks.all_sum(mine)  # of all ranks: a sum over chunks and ranks is then the mean
     loss_sum, right, answers = 0.0, 0, 0
     chunk_tokens = by_device(cfg.chunk_tokens, CHUNK_TOKENS, embedder.device)
     for chunk in unless_stopped(token_chunks([row.length for row in rows], chunk_tokens)):
-        inputs = embedder.collate.pad_rows([rows[i] for i in chunk], embedder.device)
+        inputs = embedder.collate.pad_rows([rows[i] for i in chunk])
         logits, labels = answer_logits(embedder, inputs, cfg.compress)
         if reference:
             loss = distillation_loss(logits, reference([examples[i].plain for i in chunk]))
         else:
             loss = answer_loss(logits, labels)
-        (loss / tokens).backward()  # a sum over chunks and ranks is the mean over tokens
         chunk_right, chunk_answers = exact_answers(logits.detach(), labels, inputs)
         loss_sum += loss.item()
         right += chunk_right
         answers += chunk_answers
+        (loss / tokens).backward()  # last: a GPU is busy with it while the next chunk is padded
     mean = ranks.all_sum(loss_sum) / tokens
     exact = ranks.all_sum(right) / ranks.all_sum(answers)
     return mean, exact, tokens
@@ -168,7 +169,7 @@ def teacher(embedder):
 
     @torch.no_grad()
     def logits(rows):
-        inputs = uncompressed.collate.pad_rows(rows, embedder.device)
+        inputs = uncompressed.collate.pad_rows(rows)
         return answer_logits(uncompressed, inputs, compress=False)[0]
 
     return uncompressed.collate, logits

@@ -116,14 +116,15 @@ def attention_mask(mllm, inputs, mask):
         raise InputError("the compression mask needs --attn sdpa")
     if "token_type_ids" not in inputs:
         return mask
-    is_image = inputs["token_type_ids"] == 1  # (B, L)
+    device = mask.device
+    is_image = inputs["token_type_ids"].to(device) == 1  # (B, L)
     starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
     picture = torch.where(is_image, starts.cumsum(1) - 1, -1)  # (B, L) which picture, from 0
-    embeddings = mllm.get_input_embeddings()(inputs["input_ids"])
+    embeddings = mllm.get_input_embeddings()(inputs["input_ids"].to(device))
     return create_masks_for_generate(
         mllm.config,
         embeddings,
-        inputs["attention_mask"],
+        inputs["attention_mask"].to(device),
         None,  # no cache; by its place, for versions of transformers differ in its name
         and_mask_function=lambda b, head, i, j: mask[b, 0, i, j] | (j > i),
         block_sequence_ids=picture,

@@ -48,6 +48,18 @@ def token_chunks(lengths, budget) -> list:
     return chunks[::-1]
 
 
+def to_device(inputs, device):
+    """A batch, or one tensor, from the host. To a GPU it goes from pinned memory: only such a copy
+    runs beside the GPU's work, and the host goes on."""
+
+    def copied(x):
+        if device.type == "cuda" and not x.is_cuda:
+            x = x.pin_memory()
+        return x.to(device, non_blocking=True)
+
+    return tree_map_only(torch.Tensor, copied, inputs)
+
+
 # ---------------------------------------------------------------------- a step that is not finished
 
 

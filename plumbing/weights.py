@@ -259,11 +259,11 @@ def prove(embedder, folder):
     # Not `encode`: its loader draws a random number, and the run would be another one.
     with evaluating(embedder):
         with reading(folder, "config.json", "tokenizer.json"):
-            z.append(embedder(collate.pad_rows([collate.row(Content("a"))], embedder.device)))
+            z.append(embedder(collate.pad_rows([collate.row(Content("a"))])))
         with reading(folder, "config.json", "*processor_config.json"):
             if len(collate.picture(picture).columns["input_ids"]) < PROBE:
                 row = collate.row(Content(IMAGE, (picture,)))
-                z.append(embedder(collate.pad_rows([row], embedder.device)))
+                z.append(embedder(collate.pad_rows([row])))
     if not torch.cat(z).isfinite().all():
         text = "its vectors are not finite: NaN or infinity in its weights, or its processor's"
         raise InputError(f"--model {brief(folder)}: {text}")

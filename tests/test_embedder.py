@@ -172,7 +172,8 @@ def test_encode_leaves_no_trace(embedder):
 
 
 def test_all_that_is_made_on_the_way_is_made_where_the_model_is(monkeypatch):
-    """As on a GPU: the device "meta" holds shapes alone, and takes no tensor from another one."""
+    """As on a GPU: the device "meta" holds shapes alone, and takes no tensor from another one. What
+    the collator makes stays on the host until the model takes it."""
     embedder = model.load("toy-random", compress_tokens=4, prompt="vlm2vec", pooling="mean")
     embedder.to("meta")
     equal(embedder.device.type, "meta", "where its weights are")
@@ -183,11 +184,15 @@ def test_all_that_is_made_on_the_way_is_made_where_the_model_is(monkeypatch):
         families_of_models, "attention_mask", lambda _, x, mask: mask_of(x["roles"])
     )
     rows = [embedder.collate.row(Item(text)) for text in ("red", "a longer one")]
-    inputs = embedder.collate.pad_rows(rows, embedder.device)
+    inputs = embedder.collate.pad_rows(rows)
     z = embedder(inputs)
     equal((z.device.type, z.shape), ("meta", (2, 128)), "the embeddings")
-    labels = pretrain.answer_labels(inputs["input_ids"], inputs["roles"])
-    equal(labels.device.type, "meta", "stage 1")
+    equal({x.device.type for x in inputs.values()}, {"cpu"}, "the collator's")
+    talk = embedder.collate([Item("red")], [[("What?", "a circle")]])
+    for compress in (True, False):
+        logits, labels = pretrain.answer_logits(embedder, talk, compress)
+        equal((logits.device.type, labels.device.type), ("meta", "meta"), "stage 1")
+        equal(len(logits), len(labels), "the answer's tokens")
     equal(contrastive.paper_info_nce(z, z, 0.03).device.type, "meta", "stage 2")
 
 

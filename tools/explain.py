@@ -93,7 +93,7 @@ def walk_dialogue(embedder, dialogue, compress):
     for question, answer in dialogue.turns:
         print(f"  Q: {question}   A: {answer}")
     row = embedder.collate.row(dialogue.item, dialogue.turns)
-    inputs = embedder.collate.pad_rows([row], embedder.device)
+    inputs = embedder.collate.pad_rows([row])
     heading("2. Tokens: position, role (head, conteXt, Code, Question, Answer), what they predict")
     print_tokens(embedder.processor.tokenizer, inputs)
     heading("3. The mask: row attends to column where there is a #")

@@ -95,7 +95,6 @@ def story(embedder, dialogue) -> Story:
     """A dialogue's row through the model, its first two turns."""
     turns = dialogue.turns[:2]
     inputs = embedder.collate.pad_rows([embedder.collate.row(dialogue.item, turns)])
-    inputs = {name: x.to(embedder.device) for name, x in inputs.items()}
     roles = inputs["roles"]
     L = roles.shape[1]
     if L > LONGEST:

@@ -76,7 +76,7 @@ def look(embedder, pictures) -> Look:
     """Embeds pictures of one size. Only the eager kernel gives attention out; the embeddings under
     both kernels are the same."""
     rows = [embedder.collate.row(Item(IMAGE, (picture,))) for picture in pictures]
-    inputs = embedder.collate.pad_rows(rows, embedder.device)
+    inputs = embedder.collate.pad_rows(rows)
     kernel = embedder.mllm.config._attn_implementation
     embedder.mllm.set_attn_implementation("eager")
     outputs = embedder.outputs(inputs, output_attentions=True)
@@ -119,7 +119,7 @@ def answered(embedder, asked) -> float:
     budget = by_device(None, CHUNK_TOKENS, embedder.device)
     lengths = [row.length for row in rows]
     for chunk in token_chunks(lengths, budget):
-        inputs = embedder.collate.pad_rows([rows[i] for i in chunk], embedder.device)
+        inputs = embedder.collate.pad_rows([rows[i] for i in chunk])
         logits, labels = pretrain.answer_logits(embedder, inputs)
         right += pretrain.exact_answers(logits, labels, inputs)[0]
     return right / len(rows)

@@ -56,7 +56,7 @@ class InBatch:
     def forward(self, chunk):
         """The embeddings of some rows: (chunk, D)."""
         rows = [self.batch.rows[i] for i in chunk]
-        return self.embedder(self.embedder.collate.pad_rows(rows, self.embedder.device))
+        return self.embedder(self.embedder.collate.pad_rows(rows))
 
     def info_nce(self, z):
         """The loss of all embeddings: queries first, then targets. -> (loss, hits)."""

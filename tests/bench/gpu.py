@@ -1,7 +1,8 @@
 """Both stages at the size of real models: pairs/s, tokens/s, MFU and peak memory on one GPU.
 
     python tests/bench/gpu.py                        Qwen2-VL-2B and Qwen2.5-VL-3B, random weights
-    python tests/bench/gpu.py --model qwen2_5_vl_3b --batches 64,256 --chunk-tokens 32768
+    python tests/bench/gpu.py --model qwen2_5_vl_3b --batches 64,256 --chunk-tokens 16384
+    python tests/bench/gpu.py --profile              where the time of a step goes, too
     python tests/bench/gpu.py --tiny                 a minute on a CPU: does everything here run?
 
 LoRA of rank 16, K = 32, bfloat16; a query is a picture of 256-1024 tokens and 8-60 words, a target
@@ -20,9 +21,11 @@ torch's FlopCounterMode at --tiny: 2 to 4 % apart.)
 import argparse
 import random
 import time
+import warnings
+from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import step  # which also puts the repository's root on the path
 import torch
@@ -34,7 +37,9 @@ import contrastive
 import model
 import pretrain
 from data import IMAGE, Item
-from plumbing import families
+from plumbing.config import CHUNK_TOKENS
+from plumbing.graphs import KeptGraphs
+from plumbing.loader import halved
 from plumbing.memory import Budget
 from plumbing.weights import Settings
 
@@ -176,7 +181,12 @@ def workload(embedder, tiny, distinct=16) -> Workload:
         w, h = (28 * rng.randint(low, high) for _ in range(2))
         return Image.frombytes("RGB", (w, h), rng.randbytes(3 * w * h))
 
-    row = embedder.collate.row
+    def row(*args):  # as the loader hands it over
+        made = embedder.collate.row(*args)
+        if embedder.device.type == "cpu":
+            return made
+        return made._replace(images={key: halved(x) for key, x in made.images.items()})
+
     queries = [row(Item(f"{IMAGE} {words(8, 60)}", (picture(),))) for _ in range(distinct)]
     targets = [row(Item(words(3, 120))) for _ in range(distinct)]
     talks = []
@@ -252,29 +262,65 @@ def timed(step, device, repeats=2) -> tuple:
     return min(seconds), torch.cuda.max_memory_allocated() / 2**30 if cuda else None
 
 
-def unmasked(embedder, *args, **options):
-    """Ours without the padding mask. Causal attention on right-padded rows needs none, and without
-    one `sdpa` may take its flash kernel, which knows no masks."""
-    attention_mask = families.attention_mask
-
-    def no_padding(mllm, inputs, mask):
-        return None if mask is None else attention_mask(mllm, inputs, mask)
-
-    with mock.patch.object(families, "attention_mask", no_padding):
-        step.ours(embedder, *args, **options)
+def as_trained(embedder, cfg, graphs, queries, targets):
+    """Our step as `contrastive.py` takes it, with as many graphs as fit."""
+    with graphs.of_a_step() as keep:
+        step.ours(embedder, queries, targets, Budget.of(cfg, embedder.device, keep))
 
 
-def contestants(embedder, rows, chunk_tokens) -> dict:
+def contestants(embedder, cfg, rows) -> dict:
     """{name: function(queries, targets)}."""
-    size = max(1, chunk_tokens // max(row.length for row in rows))
-    budget = Budget(chunk_tokens, 1, "device")
-    small = Budget(chunk_tokens // 4, 4, "device")
+    size = max(1, cfg.chunk_tokens // max(row.length for row in rows))
+    none_kept = Budget(cfg.chunk_tokens, 0, "device")
     return {
         f"GradCache, chunks of {size}": partial(step.naive, embedder, size=size),
-        "ours, keep 1": partial(step.ours, embedder, budget=budget),
-        "ours, chunks / 4, keep 4": partial(step.ours, embedder, budget=small),
-        "ours, keep 1, no padding mask": partial(unmasked, embedder, budget=budget),
+        "ours, no graph kept": partial(step.ours, embedder, budget=none_kept),
+        "ours, as trained": partial(as_trained, embedder, cfg, KeptGraphs(cfg, embedder)),
     }
+
+
+# ----------------------------------------------------------------------- where the time of it goes
+
+
+def print_waits(run):
+    """The places at which the host waits for the GPU in run(), and how often."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    torch.cuda.set_sync_debug_mode("default")
+    places = Counter(
+        f"{Path(w.filename).parent.name}/{Path(w.filename).name}:{w.lineno}"
+        for w in caught
+        if "synchronizing" in str(w.message)
+    )
+    print(f"    the host waits {places.total()} times:")
+    for place, times in places.most_common(12):
+        print(f"      {times:>6}  {place}")
+
+
+def print_kernels(run, seconds):
+    """How much of `seconds` (of run() without a profiler) the GPU is busy, and with what."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    spent, calls = Counter(), Counter()
+    for kernel in kernels:
+        spent[kernel.name] += kernel.device_time / 1e6
+        calls[kernel.name] += 1
+    busy = 100 * spent.total() / seconds
+    print(f"    {len(kernels):,} kernels and copies, {busy:.0f} % of {seconds:.2f} s:")
+    for name, total in spent.most_common(16):
+        print(f"      {100 * total / seconds:>5.1f} %  {calls[name]:>6}  {name[:110]}")
+
+
+def profiled(run, device, args, seconds):
+    """Prints both, where asked for and where there is a GPU."""
+    if args.profile and device.type == "cuda":
+        print_waits(run)
+        print_kernels(run, seconds)
 
 
 def peak_of(device, measured, asked) -> float:
@@ -305,7 +351,11 @@ class Line(NamedTuple):
 def measure(name, args):
     """The table of one model."""
     cfg = contrastive.Config(
-        model=name, lora_rank=16, lora_dropout=0.0, checkpointing=args.checkpointing
+        model=name,
+        lora_rank=16,
+        lora_dropout=0.0,
+        checkpointing=args.checkpointing,
+        chunk_tokens=args.chunk_tokens,
     )
     embedder = build(SHAPES[name], cfg, args.tiny)
     device = embedder.device
@@ -319,7 +369,9 @@ def measure(name, args):
     for n in batches:
         q, t = repeat(rows.queries, n), repeat(rows.targets, n)
         tokens, work = tokens_in(q + t), flops(embedder, q + t)
-        for who, contestant in contestants(embedder, q + t, args.chunk_tokens).items():
+        for who, contestant in contestants(embedder, cfg, q + t).items():
+            if args.only not in who:
+                continue
 
             def run(contestant=contestant, q=q, t=t):
                 embedder.zero_grad()
@@ -331,25 +383,37 @@ def measure(name, args):
                 print(f"{who:<32}{n:>6}   out of memory")
                 continue
             Line(who, n, "pairs", tokens, work, peak).show(*seconds)
+            if n == batches[0]:
+                profiled(run, device, args, seconds[0])
     talks = repeat(rows.talks, batches[0])
     examples = [pretrain.Example(row) for row in talks]
-    stage1 = pretrain.Config(chunk_tokens=args.chunk_tokens)
-    seconds = timed(lambda: pretrain.accumulate(embedder, examples, stage1), device, args.repeats)
     work = flops(embedder, talks)  # without the answers' logits: below 1 %
-    Line("stage 1", len(talks), "talks", tokens_in(talks), work, peak).show(*seconds)
+    for compress, who in ((True, "stage 1"), (False, "stage 1, no mask at all")):
+        stage1 = pretrain.Config(chunk_tokens=args.chunk_tokens, compress=compress)
+
+        def run(stage1=stage1):
+            embedder.zero_grad()
+            pretrain.accumulate(embedder, examples, stage1)
+
+        seconds = timed(run, device, args.repeats)
+        Line(who, len(talks), "talks", tokens_in(talks), work, peak).show(*seconds)
+        if compress:
+            profiled(run, device, args, seconds[0])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--model", default="", help=f"{', '.join(SHAPES)}; empty: all")
     parser.add_argument("--batches", default="", help="pairs a step (default: 64,256,1024)")
-    parser.add_argument("--chunk-tokens", type=int, default=0, help="(default: 16384)")
+    parser.add_argument("--chunk-tokens", type=int, default=0, help="(default: contrastive.py's)")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--peak", type=float, default=0.0, help="TFLOP/s, for a GPU not known here")
+    parser.add_argument("--only", default="", help="stage 2: lines with this in their name")
+    parser.add_argument("--profile", action="store_true", help="kernels; where the host waits")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     args = parser.parse_args()
     args.batches = args.batches or ("16,32" if args.tiny else "64,256,1024")
-    args.chunk_tokens = args.chunk_tokens or (1024 if args.tiny else 16384)
+    args.chunk_tokens = args.chunk_tokens or (1024 if args.tiny else CHUNK_TOKENS["cuda"])
     for name in [args.model] if args.model else SHAPES:
         measure(name, args)

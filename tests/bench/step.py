@@ -122,7 +122,7 @@ def naive(embedder, queries, targets, size=CHUNK):
     rows = queries + targets
 
     def embed(chunk):
-        return embedder(embedder.collate.pad_rows([rows[i] for i in chunk], embedder.device))
+        return embedder(embedder.collate.pad_rows([rows[i] for i in chunk]))
 
     grad_cache(embed, len(queries), size)
 
