@@ -1,4 +1,4 @@
-"""What only a GPU can show: `python -m pytest -q tests/test_gpu.py`. Skipped where there is none."""
+"""What only a GPU shows: `python -m pytest -q tests/test_gpu.py`. Skipped where there is none."""
 
 import json
 import os
