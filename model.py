@@ -26,7 +26,7 @@ from plumbing.inputs import in_evaluation, listed, whole_number
 from plumbing.loader import Windows, prefetch, try_each
 from plumbing.memory import to_device, token_chunks
 from plumbing.precision import at_least_float32
-from plumbing.vision_attention import attend_by_length
+from plumbing.towers import in_large_calls
 
 # ----------------------------------------------------------------------------------------- pooling
 
@@ -59,7 +59,7 @@ class Embedder(nn.Module):
 
     def __init__(self, mllm, processor, settings, max_length=0, dim=0):
         super().__init__()
-        self.mllm, self.processor = attend_by_length(mllm), processor
+        self.mllm, self.processor = in_large_calls(mllm), processor
         self.K, self.pooling, self.style, self.prefixes = settings
         self.dim = dim or mllm.get_input_embeddings().weight.shape[1]  # D
         ids = processor.tokenizer.convert_tokens_to_ids(compression_tokens(self.K))

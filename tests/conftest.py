@@ -1,4 +1,5 @@
-"""Fixtures that the tests share. Everything runs on the CPU, on one thread, without a network."""
+"""Fixtures that the tests share. Everything runs on the CPU (but with GPU=1), on one thread, without
+a network."""
 
 import os
 import shutil
@@ -7,7 +8,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if not os.environ.get("GPU"):  # GPU=1 python -m pytest tests/test_gpu.py
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest

@@ -1,4 +1,4 @@
-"""What only a GPU shows: `python -m pytest -q tests/test_gpu.py`. Skipped where there is none."""
+"""What only a GPU shows: `GPU=1 python -m pytest -q tests/test_gpu.py`. Else skipped."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from data import IMAGE, Item
 from plumbing import replay
 from plumbing.graphs import graph_bytes
 from plumbing.memory import Budget, to_device
-from plumbing.vision_attention import NAME
+from plumbing.towers import NAME
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -117,7 +117,8 @@ def test_every_family_embeds_as_on_the_cpu(family, tmp_path):
     cosines = (here.encode(items) * there.encode(items)).sum(1)
     expect(cosines.min() > 0.999, cosines, "> 0.999", family)
     if family.startswith("qwen"):
-        equal(there.mllm.config.vision_config._attn_implementation, NAME, "windows go together")
+        used = there.mllm.get_encoder(modality="image").blocks[0].attn.config._attn_implementation
+        equal(used, NAME, "windows go together")
     talk = here.collate([Item(IMAGE, items[-1].images)], [[("What?", "a circle")]])
     want, got = (pretrain.answer_logits(e, talk)[0].float().cpu() for e in (here, there))
     cosine = F.cosine_similarity(got, want, dim=1).min().item()

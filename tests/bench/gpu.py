@@ -301,17 +301,15 @@ def print_waits(run):
 
 def print_kernels(run, seconds):
     """How much of `seconds` (of run() without a profiler) the GPU is busy, and with what."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
     spent, calls = Counter(), Counter()
-    for kernel in kernels:
-        spent[kernel.name] += kernel.device_time / 1e6
-        calls[kernel.name] += 1
+    for kernel in profile.key_averages():
+        spent[kernel.key] += kernel.self_device_time_total / 1e6
+        calls[kernel.key] += kernel.count
     busy = 100 * spent.total() / seconds
-    print(f"    {len(kernels):,} kernels and copies, {busy:.0f} % of {seconds:.2f} s:")
+    print(f"    {calls.total():,} kernels and copies, {busy:.0f} % of {seconds:.2f} s:")
     for name, total in spent.most_common(16):
         print(f"      {100 * total / seconds:>5.1f} %  {calls[name]:>6}  {name[:110]}")
 

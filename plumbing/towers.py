@@ -1,16 +1,20 @@
-"""Attention of the vision towers that take all pictures of a batch end to end (the Qwen family's):
-each piece, which is a picture or a window of one, sees only itself.
+"""Vision towers that take all pictures of a batch end to end (the Qwen family's), in few large
+calls in the place of many small ones, between which a GPU is idle. The weights stay as they are.
 
-transformers calls the kernel once for each piece. Of Qwen2.5-VL's windows a batch has thousands in
-every layer, each too small for a GPU to be busy with. Here all pieces of one length are one call:
-the same numbers, and no padding."""
+Patches: a convolution over inputs of one patch each is a matrix product. As a convolution in
+bfloat16 it may take a kernel that goes from patch to patch (pytorch issue 166643).
+Attention: each piece, which is a picture or a window of one, sees only itself, and transformers
+calls the kernel once for each. Of Qwen2.5-VL's windows a batch has thousands in every layer. Here
+all pieces of one length are one call: the same numbers, and no padding."""
 
+import copy
 import inspect
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AttentionInterface
 
 from plumbing.families import vision_tower
@@ -19,16 +23,30 @@ from plumbing.families import vision_tower
 NAME = "flash_by_length"
 
 
-def attend_by_length(mllm):
-    """The MLLM, its vision tower with this attention, where it takes pictures end to end and its
-    kernel is PyTorch's (sdpa)."""
-    tower = vision_tower(mllm)
-    asked = [inspect.signature(module.forward).parameters for module in tower.modules()]
-    is_packed = any("cu_seqlens" in parameters for parameters in asked)
-    if is_packed and tower.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, attention)
-        tower.config._attn_implementation = NAME
+def in_large_calls(mllm):
+    """The MLLM, its vision tower so, where it takes pictures end to end. Attention by another
+    kernel than PyTorch's (sdpa) is left as it is."""
+    AttentionInterface.register(NAME, attention)
+    for module in vision_tower(mllm).modules():
+        if type(module) is nn.Conv3d and module.stride == module.kernel_size:
+            module.__class__ = PatchProjection
+        if takes_pieces(module) and module.config._attn_implementation == "sdpa":
+            module.config = copy.copy(module.config)  # its own: models are made of the tower's
+            module.config._attn_implementation = NAME
     return mllm
+
+
+def takes_pieces(module) -> bool:
+    """Whether it is an attention over pictures end to end."""
+    return hasattr(module, "qkv") and "cu_seqlens" in inspect.signature(module.forward).parameters
+
+
+class PatchProjection(nn.Conv3d):
+    """The convolution of inputs that are as large as its kernel."""
+
+    def forward(self, patches):
+        """(n, channels, frames, height, width) -> (n, D)."""
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
 def attention(module, query, key, value, attention_mask, cu_seq_lens_q, scaling, **others):
