@@ -59,7 +59,7 @@ class Embedder(nn.Module):
 
     def __init__(self, mllm, processor, settings, max_length=0, dim=0):
         super().__init__()
-        self.mllm, self.processor = in_large_calls(mllm), processor
+        self.mllm, self.processor = families.join_in_one_type(in_large_calls(mllm)), processor
         self.K, self.pooling, self.style, self.prefixes = settings
         self.dim = dim or mllm.get_input_embeddings().weight.shape[1]  # D
         ids = processor.tokenizer.convert_tokens_to_ids(compression_tokens(self.K))

@@ -57,6 +57,19 @@ def vision_tower(mllm):
     return mllm.get_encoder(modality="image")
 
 
+def join_in_one_type(mllm):
+    """The MLLM. Trap: under autocast SmolVLM's pictures are bfloat16 where float32 weights make its
+    texts float32, and what joins them takes one type alone."""
+    if mllm.config.model_type == "smolvlm":
+        mllm.model.connector.register_forward_hook(in_its_own_type)
+    return mllm
+
+
+def in_its_own_type(module, inputs, output):
+    """A hook: what the module gives, in the type of its weights."""
+    return output.to(next(module.parameters()).dtype)
+
+
 def rest_frozen_tower(embedder):
     """The embedder, its vision tower in evaluation mode where it is frozen. With dropout its output
     would be another one in GradCache's second pass than what was remembered from the first."""

@@ -1,5 +1,5 @@
-"""Fixtures that the tests share. Everything runs on the CPU (but with GPU=1), on one thread, without
-a network."""
+"""Fixtures that the tests share. Everything runs without a network, on one thread of a CPU, but for
+GPU=1 python -m pytest tests/test_gpu.py."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not os.environ.get("GPU"):  # GPU=1 python -m pytest tests/test_gpu.py
+if not os.environ.get("GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 

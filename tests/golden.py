@@ -12,7 +12,8 @@ Stage 2's numbers were recorded anew when attention began to do without a mask f
 first steps' losses differ by 6e-6 of themselves, other kernels round otherwise. All numbers were
 recorded anew when Muon began to multiply in float32 on a CPU: with PyTorch's own in its place the
 six runs were the old ones, bit for bit. And when the toy MLLM was finished: other weights, other
-numbers; the unfinished run's weights and optimizer are new ones in the old code's files."""
+numbers; the unfinished run's weights and optimizer are new ones in the old code's files. And when
+patches became a matrix product: with the convolution in its place all runs were the old ones."""
 
 import contextlib
 import hashlib

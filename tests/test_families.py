@@ -211,6 +211,16 @@ def test_both_stages_see_the_same_code(loaded):
 # ---------------------------------------------------------------------------------------- training
 
 
+def test_under_autocast_the_vectors_are_the_same_but_for_bfloat16(loaded, monkeypatch):
+    """As on a GPU, float32 weights: where texts and pictures are joined their types must agree."""
+    embedder = loaded
+    items = [Item("red"), Item("<image> what is it?", (photo(0),))]
+    want = embedder.encode(items)
+    monkeypatch.setattr(embedder, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    cosines = (embedder.encode(items) * want).sum(1)
+    assert 0.995 < cosines.min() < 1 - 1e-7, f"{cosines}: want > 0.995, and not the same"
+
+
 def test_stage_1_learns(fresh):
     """A few steps on four dialogues: the answers' loss falls, from near ln V."""
     batch, cfg = examples(fresh), pretrain.Config(chunk_tokens=200)

@@ -1,0 +1,99 @@
+"""Vision towers in large calls give what transformers' many small ones give."""
+
+import families
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import close, equal
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+import model
+from data import Item
+from plumbing.families import vision_tower
+from plumbing.towers import NAME, PatchProjection, attention, in_large_calls, pieces_of
+
+QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.mark.parametrize("family", QWENS)
+def test_a_tower_gives_what_it_gave(family, tmp_path, monkeypatch):
+    """Pictures of three sizes, two of one; with their gradients. Qwen2.5-VL's have windows."""
+    ours = model.load(families.build(family, tmp_path / "m"), 4, "mean", "chat", "cpu")
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "m")
+    towers = [vision_tower(mllm).double() for mllm in (ours.mllm, theirs)]
+    calls = []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *qkv, **kw: calls.append(1) or sdpa(*qkv, **kw)
+    )
+    sizes = ((64, 64), (100, 60), (64, 64), (60, 100))
+    pictures = [Item("<image>", (Image.effect_noise(size, 50).convert("RGB"),)) for size in sizes]
+    inputs = ours.collate(pictures)
+    results, spent = [], []
+    for tower in towers:
+        calls.clear()
+        out = tower(inputs["pixel_values"].double(), grid_thw=inputs["image_grid_thw"])
+        spent.append(len(calls))
+        out.pooler_output.pow(2).sum().backward()
+        gradients = [
+            p.grad.flatten() for _, p in sorted(tower.named_parameters()) if p.grad is not None
+        ]
+        results.append((out.pooler_output, torch.cat(gradients)))
+    close(results[0][0], results[1][0], f"{family}: features", 1e-6)
+    close(results[0][1], results[1][1], f"{family}: gradients", 1e-6)
+    assert 0 < spent[0] < spent[1], f"{family}: calls {spent}"
+
+
+def test_pieces_of_one_length_go_together():
+    begins = torch.tensor([0, 2, 5, 7, 8])
+    numbers, order, back = pieces_of(begins)
+    equal(numbers, {2: 2, 3: 1, 1: 1}, "lengths")
+    equal(order.tolist(), [0, 1, 5, 6, 2, 3, 4, 7], "places")
+    equal(order[back].tolist(), list(range(8)), "and back")
+    equal(pieces_of(begins) is pieces_of(begins), True, "once for all layers")
+
+
+def test_a_piece_sees_itself_alone():
+    """By hand, a piece at a time, with a scale of its own."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 3, 8, 4, dtype=torch.float64) for _ in range(3))
+    begins = [0, 2, 5, 7, 8]
+    got, no_weights = attention(None, q, k, v, None, torch.tensor(begins), 0.3, dropout=0.0)
+    want = torch.empty(1, 8, 3, 4, dtype=torch.float64)
+    for a, b in zip(begins, begins[1:], strict=False):
+        weights = (0.3 * q[..., a:b, :] @ k[..., a:b, :].transpose(-1, -2)).softmax(-1)
+        want[:, a:b] = (weights @ v[..., a:b, :]).transpose(1, 2)
+    close(got, want, "attention", 1e-10)
+    equal(no_weights, None, "as flash kernels")
+
+
+def test_patches_are_the_convolution():
+    for bias in (True, False):
+        conv = nn.Conv3d(3, 5, (2, 4, 4), stride=(2, 4, 4), bias=bias).double()
+        patches = torch.randn(7, 3, 2, 4, 4, dtype=torch.float64)
+        want = conv(patches).view(-1, 5)
+        conv.__class__ = PatchProjection
+        close(conv(patches), want, "patches", 1e-10)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next"])
+def test_what_is_no_tower_of_pieces_stays(family, tmp_path):
+    """Another kernel than sdpa, another family; the config, of which new models are made."""
+    folder = families.build(family, tmp_path / "m")
+    for attn in ("sdpa", "eager"):
+        mllm = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=attn)
+        mllm = in_large_calls(in_large_calls(mllm))  # twice is once
+        used = {m.config._attn_implementation for m in mllm.modules() if hasattr(m, "config")}
+        wanted = {attn, NAME} if (family, attn) == ("qwen2_5_vl", "sdpa") else {attn}
+        equal(used, wanted, f"{family}, {attn}")
+        equal(vision_tower(mllm).config._attn_implementation, attn, "the tower's own")
+
+
+def test_overlapping_patches_stay_a_convolution(tmp_path):
+    mllm = AutoModelForImageTextToText.from_pretrained(families.build("qwen2_vl", tmp_path / "m"))
+    patches = vision_tower(mllm).patch_embed
+    patches.other = nn.Conv3d(3, 5, (2, 4, 4), stride=(2, 2, 2))
+    in_large_calls(mllm)
+    equal([type(patches.proj), type(patches.other)], [PatchProjection, nn.Conv3d], "by its stride")
