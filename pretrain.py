@@ -112,7 +112,7 @@ def exact_answers(logits, labels, inputs) -> tuple:
     Each step of greedy decoding picks the argmax; it writes the answer if and only if the argmax is
     right at every position of it, given the right words before."""
     is_answer = inputs["roles"] == ANSWER  # (B, L)
-    before = F.pad(is_answer, (1, 0))[:, :-1]  # (B, L) of the token before
+    before = F.pad(is_answer, (1, -1))  # (B, L) of the token before
     starts = is_answer & ~before
     answer_of = starts[is_answer].cumsum(0)  # (n,) which answer; logits stand in the same order
     is_wrong = (logits.argmax(-1) != labels).cpu()  # (n,)

@@ -49,7 +49,7 @@ class PatchProjection(nn.Conv3d):
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
-def attention(module, query, key, value, attention_mask, cu_seq_lens_q, scaling, **others):
+def attention(module, query, key, value, cu_seq_lens_q, scaling, **others):
     """As transformers calls it: query, key, value (1, heads, S, d), cu_seq_lens_q (pieces + 1,)
     where each piece begins. -> ((1, S, heads, d), None)."""
     numbers, order, back = pieces_of(cu_seq_lens_q)

@@ -15,8 +15,8 @@ FRESH = [
      "tests/test_embedder.py -k how_large"),
     ("plumbing/blocks.py", "SCORES = 800_000", "SCORES = 800_000_000_000",
      "tests/test_infonce.py -k without_a_block"),
-    ("contrastive.py", "chunk_tokens, max(lengths), start_over)",
-     "chunk_tokens, min(lengths), start_over)", "tests/test_gradcache.py -k does_not_fit_halves"),
+    ("contrastive.py", "chunk_tokens, max(lengths), embedder.zero_grad)",
+     "chunk_tokens, min(lengths), embedder.zero_grad)", "tests/test_gradcache.py -k does_not_fit_halves"),
     # -------------------------------------------------------------------- seeds that are not apart
     ("contrastive.py", 'random.Random(f"{cfg.seed}/{step}")', "random.Random(cfg.seed + step)",
      "tests/test_sampling.py -k function_of_seed"),

@@ -60,7 +60,7 @@ def test_a_piece_sees_itself_alone():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 3, 8, 4, dtype=torch.float64) for _ in range(3))
     begins = [0, 2, 5, 7, 8]
-    got, no_weights = attention(None, q, k, v, None, torch.tensor(begins), 0.3, dropout=0.0)
+    got, no_weights = attention(None, q, k, v, torch.tensor(begins), 0.3, attention_mask=None)
     want = torch.empty(1, 8, 3, 4, dtype=torch.float64)
     for a, b in zip(begins, begins[1:], strict=False):
         weights = (0.3 * q[..., a:b, :] @ k[..., a:b, :].transpose(-1, -2)).softmax(-1)
