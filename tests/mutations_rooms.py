@@ -404,8 +404,8 @@ ROOMS = [
     ("plumbing/towers.py", "order.argsort()", "order", "tests/test_towers.py -k together"),
     ("plumbing/towers.py", "@lru_cache(maxsize=2)", "@lru_cache(maxsize=0)", "tests/test_towers.py -k together"),
     ("plumbing/memory.py", "return x.to(device, non_blocking=True)\n\n    return", "return x\n\n    return", "tests/test_embedder.py -k where_the_model_is"),
-    ("plumbing/families.py", "register_forward_hook(in_its_own_type)", "eval()", "tests/test_families.py -k autocast"),
-    ("plumbing/families.py", "return output.to(next(module.parameters()).dtype)", "return output", "tests/test_families.py -k autocast"),
+    ("plumbing/families.py", "register_forward_hook(in_its_own_type)", "eval()", "tests/test_families.py -k smolvlms"),
+    ("plumbing/families.py", "return output.to(next(module.parameters()).dtype)", "return output", "tests/test_families.py -k smolvlms"),
     # ------------------------------------------------------------------------------ plumbing/graphs
     ("plumbing/graphs.py", '"cpu": 0.25', '"cpu": 0.5', "tests/test_graphs.py -k share"),
     ("plumbing/graphs.py", '"cuda": 0.5', '"cuda": 0.25', "tests/test_graphs.py -k share"),

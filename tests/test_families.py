@@ -221,6 +221,16 @@ def test_under_autocast_the_vectors_are_the_same_but_for_bfloat16(loaded, monkey
     assert 0.995 < cosines.min() < 1 - 1e-7, f"{cosines}: want > 0.995, and not the same"
 
 
+def test_smolvlms_pictures_have_the_type_of_its_weights(family_folder, monkeypatch):
+    """Under autocast, too: up to some version the library joins only what has one type."""
+    embedder = model.load(family_folder("smolvlm"), K, "mean", "coma", "cpu")
+    monkeypatch.setattr(embedder, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    seen = []
+    embedder.mllm.model.connector.register_forward_hook(lambda part, x, z: seen.append(z.dtype))
+    embedder.encode([photo(0)])
+    assert seen == [torch.float32], f"got {seen}, want its weights' float32"
+
+
 def test_stage_1_learns(fresh):
     """A few steps on four dialogues: the answers' loss falls, from near ln V."""
     batch, cfg = examples(fresh), pretrain.Config(chunk_tokens=200)
