@@ -49,8 +49,9 @@ def token_chunks(lengths, budget) -> list:
 
 
 def to_device(inputs, device):
-    """A batch, or one tensor, from the host. To a GPU it goes from pinned memory: only such a copy
-    runs beside the GPU's work, and the host goes on."""
+    """The tensors in `inputs`, which is one or a container of them. From the host to a GPU they go
+    from pinned memory: only such a copy runs beside the GPU's work, and the host goes on. Always in
+    a new container, for the Qwens overwrite fields of what their tower said."""
 
     def copied(x):
         if device.type == "cuda" and not x.is_cuda:
@@ -191,10 +192,10 @@ def answering(tower, outputs, name, where):
         key = (name, next(calls))
         if not second_pass:
             output = forward(*args, **kwargs)
-            outputs[key] = move(output, away)
+            outputs[key] = to_device(output, away)
             return output
         if key in outputs:
-            return move(outputs.pop(key), home)
+            return to_device(outputs.pop(key), home)
         return forward(*args, **kwargs)  # a chunk whose graph is kept comes only once
 
     tower.forward = answer
@@ -202,8 +203,3 @@ def answering(tower, outputs, name, where):
         yield
     finally:
         del tower.forward
-
-
-def move(output, device):
-    """Trap: makes a new container, for the Qwens overwrite fields of theirs."""
-    return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), output)

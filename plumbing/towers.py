@@ -54,14 +54,13 @@ def attention(module, query, key, value, cu_seq_lens_q, scaling, **others):
     where each piece begins. -> ((1, S, heads, d), None)."""
     numbers, order, back = pieces_of(cu_seq_lens_q)
     q, k, v = (x[0].index_select(1, order).transpose(0, 1) for x in (query, key, value))
-    sizes = [length * n for length, n in numbers.items()]
-    parts = []
-    for (length, n), *qkv in zip(
-        numbers.items(), *(x.split(sizes) for x in (q, k, v)), strict=True
-    ):
-        qkv = [x.unflatten(0, (n, length)).transpose(1, 2) for x in qkv]  # (n, heads, length, d)
-        z = F.scaled_dot_product_attention(*qkv, scale=scaling)
+    parts, start = [], 0
+    for length, n in numbers.items():
+        end = start + n * length
+        together = [x[start:end].unflatten(0, (n, length)).transpose(1, 2) for x in (q, k, v)]
+        z = F.scaled_dot_product_attention(*together, scale=scaling)  # (n, heads, length, d)
         parts.append(z.transpose(1, 2).flatten(0, 1))  # (n * length, heads, d)
+        start = end
     return torch.cat(parts).index_select(0, back)[None], None
 
 

@@ -400,7 +400,7 @@ ROOMS = [
     ("plumbing/towers.py", 'hasattr(module, "qkv") and "cu_seqlens" in', '"cu_seqlens" in', "tests/test_towers.py -k stays"),
     ("plumbing/towers.py", "self.weight.flatten(1), self.bias)", "self.weight.flatten(1))", "tests/test_towers.py -k convolution"),
     ("plumbing/towers.py", "torch.cat(parts).index_select(0, back)", "torch.cat(parts)", "tests/test_towers.py -k alone"),
-    ("plumbing/towers.py", "(*qkv, scale=scaling)", "(*qkv)", "tests/test_towers.py -k alone"),
+    ("plumbing/towers.py", "(*together, scale=scaling)", "(*together)", "tests/test_towers.py -k alone"),
     ("plumbing/towers.py", "order.argsort()", "order", "tests/test_towers.py -k together"),
     ("plumbing/towers.py", "@lru_cache(maxsize=2)", "@lru_cache(maxsize=0)", "tests/test_towers.py -k together"),
     ("plumbing/memory.py", "return x.to(device, non_blocking=True)\n\n    return", "return x\n\n    return", "tests/test_embedder.py -k where_the_model_is"),

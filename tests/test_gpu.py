@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -29,6 +27,9 @@ from plumbing.memory import Budget, to_device
 from plumbing.towers import NAME
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests" / "bench"))
+from gpu import waits  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
 
@@ -137,18 +138,6 @@ def test_a_graph_takes_what_is_counted():
         z = embedder(inputs)
     want, got = torch.cuda.memory_allocated() - before, sum(sizes.values())
     expect(0.9 * want < got < 1.1 * want, got, want, f"bytes of the graph of {len(z)} rows")
-
-
-def waits(run) -> Counter:
-    """The files in which the host waits for the GPU in run(), and how often."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return Counter(Path(w.filename) for w in caught if "synchronizing" in str(w.message))
 
 
 def test_the_host_does_not_wait_for_the_gpu_in_a_chunk():

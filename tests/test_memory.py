@@ -152,7 +152,7 @@ def test_a_towers_output_waits_where_it_is_asked_to(where, waits, monkeypatch):
     """On the GPU, or beside it, where there is more room; recalled it is on the GPU again. (The
     device "meta" stands for it.)"""
     moves, tower = [], torch.nn.Linear(2, 3, device="meta")
-    monkeypatch.setattr(memory, "move", lambda x, device: moves.append(device.type) or x)
+    monkeypatch.setattr(memory, "to_device", lambda x, device: moves.append(device.type) or x)
     for second_pass in (False, True):
         with torch.set_grad_enabled(second_pass), answering(tower, outputs := {}, 0, where):
             outputs.update({(0, 0): "said"} if second_pass else {})
@@ -219,7 +219,7 @@ def test_what_was_said_is_remembered_as_it_was_said():
         features = said["features"]
         said["features"] = None
     with answering(tower, outputs, 0, "device"):
-        equal(tower(x)["features"], features, "memory.move: a container of its own")
+        equal(tower(x)["features"], features, "memory.to_device: a container of its own")
 
 
 def test_a_tower_of_which_a_part_is_trained_is_not_remembered():
@@ -232,10 +232,11 @@ def test_a_tower_of_which_a_part_is_trained_is_not_remembered():
 def test_what_is_remembered_is_a_copy_and_not_the_same_container():
     """Trap: the Qwens overwrite fields of what their tower said."""
     output = {"a": [torch.ones(2)]}
-    moved = memory.move(output, torch.device("cpu"))
+    moved = memory.to_device(output, torch.device("cpu"))
     moved["a"].append(3)
     equal(len(output["a"]), 1, "another container")
-    equal(memory.move({"a": torch.ones(2), "b": 1}, "meta")["a"].device.type, "meta", "move")
+    moved = memory.to_device({"a": torch.ones(2), "b": 1}, torch.device("meta"))
+    equal(moved["a"].device.type, "meta", "to_device")
 
 
 # ----------------------------------------------------------------------------- what a step may take

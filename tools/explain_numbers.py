@@ -18,7 +18,7 @@ from plumbing.families import position_ids
 from plumbing.formats import IMAGE
 from plumbing.images import open_image
 from plumbing.loader import each
-from plumbing.memory import token_chunks
+from plumbing.memory import to_device, token_chunks
 from tools import mask_as_cache
 from tools.measured import InBatch, Saved, gap, gradients, norm
 
@@ -95,6 +95,9 @@ def story(embedder, dialogue) -> Story:
     """A dialogue's row through the model, its first two turns."""
     turns = dialogue.turns[:2]
     inputs = embedder.collate.pad_rows([embedder.collate.row(dialogue.item, turns)])
+    inputs = to_device(
+        inputs, embedder.device
+    )  # the cache and the eager kernel take them as they are
     roles = inputs["roles"]
     L = roles.shape[1]
     if L > LONGEST:

@@ -38,7 +38,6 @@ import model
 import pretrain
 from data import IMAGE, Item
 from plumbing.config import CHUNK_TOKENS
-from plumbing.graphs import KeptGraphs
 from plumbing.loader import halved
 from plumbing.memory import Budget
 from plumbing.weights import Settings
@@ -262,12 +261,6 @@ def timed(step, device, repeats=2) -> tuple:
     return min(seconds), torch.cuda.max_memory_allocated() / 2**30 if cuda else None
 
 
-def as_trained(embedder, cfg, graphs, queries, targets):
-    """Our step as `contrastive.py` takes it, with as many graphs as fit."""
-    with graphs.of_a_step() as keep:
-        step.ours(embedder, queries, targets, Budget.of(cfg, embedder.device, keep))
-
-
 def contestants(embedder, cfg, rows) -> dict:
     """{name: function(queries, targets)}."""
     size = max(1, cfg.chunk_tokens // max(row.length for row in rows))
@@ -275,25 +268,32 @@ def contestants(embedder, cfg, rows) -> dict:
     return {
         f"GradCache, chunks of {size}": partial(step.naive, embedder, size=size),
         "ours, no graph kept": partial(step.ours, embedder, budget=none_kept),
-        "ours, as trained": partial(as_trained, embedder, cfg, KeptGraphs(cfg, embedder)),
+        "ours, as trained": partial(step.as_trained(embedder, cfg), embedder),
     }
 
 
 # ----------------------------------------------------------------------- where the time of it goes
 
 
-def print_waits(run):
-    """The places at which the host waits for the GPU in run(), and how often."""
+def waits(run) -> Counter:
+    """The places, folder/file:line, at which the host waits for the GPU in run(), and how often."""
     torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run()
-    torch.cuda.set_sync_debug_mode("default")
-    places = Counter(
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return Counter(
         f"{Path(w.filename).parent.name}/{Path(w.filename).name}:{w.lineno}"
         for w in caught
         if "synchronizing" in str(w.message)
     )
+
+
+def print_waits(run):
+    """Those of a step."""
+    places = waits(run)
     print(f"    the host waits {places.total()} times:")
     for place, times in places.most_common(12):
         print(f"      {times:>6}  {place}")

@@ -324,9 +324,14 @@ def measure_memory(setting):
 
 
 def ours_as_trained(embedder, setting):
-    """Our step as `contrastive.py` takes it, with as many graphs as fit."""
+    """Our step with the memory that is set for it."""
     cfg = contrastive.Config(graph_memory=setting.graph_memory, chunk_tokens=1024)
     cfg.vision_cache = "device" if setting.frozen else "off"
+    return as_trained(embedder, cfg)
+
+
+def as_trained(embedder, cfg):
+    """Our step as `contrastive.py` takes it, with as many graphs as fit."""
     graphs = KeptGraphs(cfg, embedder)
 
     def step(embedder, queries, targets):
