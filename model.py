@@ -23,10 +23,10 @@ from data import Collator, Item, Row
 from plumbing import adapters, families, folders, ranks, sharding, weights
 from plumbing.config import CHUNK_TOKENS, by_device, refuse_for_model
 from plumbing.inputs import in_evaluation, listed, whole_number
+from plumbing.kernels import in_large_calls
 from plumbing.loader import Windows, prefetch, try_each
 from plumbing.memory import to_device, token_chunks
 from plumbing.precision import at_least_float32
-from plumbing.towers import in_large_calls
 
 # ----------------------------------------------------------------------------------------- pooling
 
@@ -68,7 +68,7 @@ class Embedder(nn.Module):
 
     def set_adapter(self, adapter):
         """Notes the wrapper. Trap: as a submodule, the MLLM's weights would count twice."""
-        object.__setattr__(self, "adapter", adapter)
+        object.__setattr__(self, "adapter", adapters.without_casts(adapter))
 
     def train(self, mode=True):
         """A frozen vision tower stays in evaluation mode."""

@@ -23,8 +23,8 @@ import pretrain
 from data import IMAGE, Item
 from plumbing import replay
 from plumbing.graphs import graph_bytes
+from plumbing.kernels import NAME
 from plumbing.memory import Budget, to_device
-from plumbing.towers import NAME
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests" / "bench"))

@@ -110,6 +110,22 @@ def test_an_adapter_is_noted_and_no_part_of_the_module(embedder):
     equal(embedder.adapter, None, "set_adapter(None)")
 
 
+def test_an_adapter_takes_its_inputs_as_they_are(embedder):
+    """Under autocast those are bfloat16; peft alone would make float32 of them, and the sums of the
+    adapter would be of the same bfloat16 again."""
+    model.choose_trained(embedder, TrainingFlags(model="toy-random", lora_rank=2))
+    given = []
+    for name, module in embedder.named_modules():
+        if name.endswith("lora_A"):
+            module["default"].register_forward_pre_hook(lambda _, args: given.append(args[0].dtype))
+    embedder.mllm.bfloat16()
+    for name, p in embedder.named_parameters():
+        p.data = p.data.float() if "lora_" in name else p.data
+    embedder.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    embedder(embedder.collate([Item("red")]))
+    equal(set(given), {torch.bfloat16}, "adapters.without_casts")
+
+
 def test_a_tower_rests_while_it_is_frozen_and_no_longer(embedder):
     """In every train(); and eval() is for all."""
     tower = families.vision_tower(embedder.mllm)

@@ -200,6 +200,18 @@ def test_other_families_are_shown_or_refused(tmp_path):
             expect(story.cache.apart < 1e-4, story.cache.apart, "< 1e-4", "the cache")
 
 
+def test_in_bfloat16_too(tmp_path):
+    """As on a GPU, where the eager kernel and the other differ in the third digit."""
+    other = model.load(families.build("llava_next", tmp_path), 3, "mean", "chat", "cpu").eval()
+    inputs = row_of(other)
+    mask = pretrain.compression_mask(inputs["roles"])
+    want = torch.tensor(explain_numbers.attention(other, inputs, mask)[0][-1])
+    other.mllm.bfloat16()
+    other.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    got = torch.tensor(explain_numbers.attention(other, inputs, mask)[0][-1])
+    close(got / 1000, want / 1000, "attention of the last token", 0.05)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -4,7 +4,7 @@ import families
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import close, equal
+from checks import close, equal, expect
 from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText
@@ -12,7 +12,16 @@ from transformers import AutoModelForImageTextToText
 import model
 from data import Item
 from plumbing.families import vision_tower
-from plumbing.towers import NAME, PatchProjection, attention, in_large_calls, pieces_of
+from plumbing.kernels import (
+    NAME,
+    EvenLinear,
+    OneKernel,
+    PatchProjection,
+    attention,
+    in_large_calls,
+    in_one_kernel,
+    pieces_of,
+)
 
 QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -91,9 +100,59 @@ def test_what_is_no_tower_of_pieces_stays(family, tmp_path):
         equal(vision_tower(mllm).config._attn_implementation, attn, "the tower's own")
 
 
-def test_overlapping_patches_stay_a_convolution(tmp_path):
+def test_what_is_in_the_way_is_found_by_its_shape(tmp_path):
+    """Overlapping patches stay a convolution, even widths as they are."""
     mllm = AutoModelForImageTextToText.from_pretrained(families.build("qwen2_vl", tmp_path / "m"))
     patches = vision_tower(mllm).patch_embed
     patches.other = nn.Conv3d(3, 5, (2, 4, 4), stride=(2, 2, 2))
+    patches.even, patches.out, patches.into = nn.Linear(8, 16), nn.Linear(8, 9), nn.Linear(9, 8)
     in_large_calls(mllm)
     equal([type(patches.proj), type(patches.other)], [PatchProjection, nn.Conv3d], "by its stride")
+    kinds = [type(x) for x in (patches.even, patches.out, patches.into)]
+    equal(kinds, [nn.Linear, EvenLinear, EvenLinear], "by the widths")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("widths", [(5, 16), (16, 5), (3, 9)])
+def test_zeros_beside_a_layer_add_nothing(widths, bias):
+    """The layer, and its gradients."""
+    layer = nn.Linear(*widths, bias=bias).double()
+    h = torch.randn(2, 4, widths[0], dtype=torch.float64, requires_grad=True)
+    results = []
+    for kind in (nn.Linear, EvenLinear):
+        layer.__class__ = kind
+        z = layer(h)
+        results.append([z, *torch.autograd.grad(z.pow(2).sum(), [h, *layer.parameters()])])
+    for want, got in zip(*results, strict=True):
+        close(got, want, f"widths {widths}", 1e-10)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_norm_in_one_kernel_is_the_norm(family, tmp_path):
+    """Each of a family's, with random weights; its gradient; bfloat16 stays bfloat16. Gemma's are
+    other norms, and stay."""
+    mllm = model.load(families.build(family, tmp_path / "m"), 4, "mean", "chat", "cpu").mllm
+    norms = [m for m in mllm.modules() if type(m).__name__.endswith("RMSNorm")]
+    ours = [m for m in norms if isinstance(m, OneKernel)]
+    equal(len(ours), 0 if family == "gemma3" else len(norms), "norms in one kernel")
+    expect(norms, len(norms), "some", "the family has none?")
+    for norm in ours:
+        norm.weight.data.normal_()
+        h = torch.randn(2, 3, len(norm.weight), requires_grad=True)
+        want, got = norm(h), norm.fused(h)  # on a CPU it is the library's
+        close(got, want, "norm", 1e-6)
+        wanted, given = (torch.autograd.grad(z.pow(3).sum(), [h, norm.weight]) for z in (want, got))
+        for a, b in zip(given, wanted, strict=True):
+            close(a, b, "gradient", 1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = norm.fused(h.detach().bfloat16())
+        equal(half.dtype, torch.bfloat16, "the stream's type")
+        close(half.float(), want, "in bfloat16", 0.02)
+
+
+def test_a_cpu_takes_the_librarys_norm(tmp_path, monkeypatch):
+    mllm = AutoModelForImageTextToText.from_pretrained(families.build("qwen2_vl", tmp_path / "m"))
+    norm = in_large_calls(in_large_calls(mllm)).get_decoder().norm  # twice is once
+    equal(in_one_kernel(type(norm)), type(norm), "no class within a class")
+    monkeypatch.setattr(norm, "fused", None)
+    norm(torch.randn(2, len(norm.weight)))
