@@ -37,9 +37,6 @@ def runner(embedder, inputs):
     """The function `run` of a real model, for the one row of `inputs`, whose pictures it sees in
     the call that has no cache yet."""
     decoder = embedder.mllm.model
-    # The keyword has changed: `past_key_values` up to transformers 5.23, `cache` from then on.
-    accepts = inspect.signature(decoder.forward).parameters
-    keyword = "cache" if "cache" in accepts else "past_key_values"
     ours = ("input_ids", "attention_mask", "roles")
 
     def run(tokens, positions, past):
@@ -56,9 +53,15 @@ def runner(embedder, inputs):
                 input_ids=tokens[None],
                 position_ids=positions[..., None, :],
                 use_cache=True,
-                **{keyword: cache},
+                **{keyword(decoder): cache},
                 **extra,
             )
         return out.last_hidden_state[0], [(x.keys, x.values) for x in cache.layers]
 
     return run
+
+
+def keyword(decoder) -> str:
+    """By which it takes its cache: `past_key_values` up to transformers 5.23, `cache` after."""
+    accepts = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in accepts else "past_key_values"
