@@ -42,7 +42,7 @@ class Config(TrainingFlags):
     """Flags of stage 1."""
 
     out: str = flag("out/pretrain", "folder for the model, log.jsonl and checkpoints")
-    steps: int = flag(300, "optimiser steps; 0: the model as it is", least=0)
+    steps: int = flag(250, "optimiser steps; 0: the model as it is", least=0)
     compress: bool = flag(True, "off: no mask, plain instruction tuning (K tokens stay if K > 0)")
     turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the ablation", least=0)
     caption: bool = flag(False, "a full description in place of the dialogue (toy world)")

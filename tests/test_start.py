@@ -38,7 +38,7 @@ MODEL = dict(max_length=0, min_pixels=0, max_pixels=0, seed=0, attn="sdpa", data
 TRAINING = dict(lr=3e-3, muon_lr=0.02, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0)
 LORA = dict(lora_rank=0, lora_alpha=64, lora_dropout=0.1, dora=False, freeze_vision=False)
 SAVING = dict(save_every=500, keep=2)
-STAGE_1 = dict(steps=400, batch=64, compress=True, turns=0, caption=False, question_first=0.0)
+STAGE_1 = dict(steps=250, batch=64, compress=True, turns=0, caption=False, question_first=0.0)
 STAGE_1.update(texts=0.0, objective="ce")
 STAGE_2 = dict(steps=200, batch=128, block=32, temperature=0.03, mask_false_negatives=True)
 STAGE_2.update(merge=True, split="original", vision_cache="device", fsdp=False)

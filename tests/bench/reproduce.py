@@ -54,6 +54,7 @@ ARMS = {  # name: (flags of stage 1, or NONE; flags of stage 2; words of ours as
     "coma, condense": (COMA, "condense"),
 }
 PAPER = {arm: ARMS[arm] for arm in ("none", "plain", "coma")}
+SLOW = "--lr 3e-4 --muon-lr 2e-3"  # a tenth of both rates
 LARGE = "--min-pixels 16384 --max-pixels 16384"  # 128 x 128, twice the toy's: 64 image tokens
 LARGE_TOY = f"{PLAIN} --compress-tokens 0 {LARGE} --steps 1000"  # such arms start from this one
 
@@ -92,6 +93,13 @@ STUDIES = {
         "question first": ("--question-first 0.5", ""),
         "texts too": ("--texts 0.3", ""),
         "both": (BOTH, ""),
+    }),
+    "rate": (3, {
+        "none": (NONE, ""),
+        "plain": (PLAIN, ""),
+        "plain, slow": (f"{PLAIN} {SLOW}", ""),
+        "coma": (COMA, ""),
+        "coma, slow": (SLOW, ""),
     }),
     "weight": (3, {
         "none": (NONE, ""),
