@@ -54,6 +54,12 @@ ARMS = {  # name: (flags of stage 1, or NONE; flags of stage 2; words of ours as
     "coma, condense": (COMA, "condense"),
 }
 PAPER = {arm: ARMS[arm] for arm in ("none", "plain", "coma")}
+BEYOND = {
+    "coma": (COMA, ""),
+    "question first": ("--question-first 0.5", ""),
+    "texts too": ("--texts 0.3", ""),
+    "both": (BOTH, ""),
+}
 SLOW = "--lr 3e-4 --muon-lr 2e-3"  # a tenth of both rates
 LARGE = "--min-pixels 16384 --max-pixels 16384"  # 128 x 128, twice the toy's: 64 image tokens
 LARGE_TOY = f"{PLAIN} --compress-tokens 0 {LARGE} --steps 1000"  # such arms start from this one
@@ -88,12 +94,8 @@ STUDIES = {
         f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
     }),
     "pooling": (5, {"mean": (COMA, ""), "last": ("--pooling last", "")}),
-    "beyond": (3, {
-        "coma": (COMA, ""),
-        "question first": ("--question-first 0.5", ""),
-        "texts too": ("--texts 0.3", ""),
-        "both": (BOTH, ""),
-    }),
+    "beyond": (3, BEYOND),
+    "beyond-200": (3, with_flags({"none": (NONE, ""), **BEYOND}, second=caps(200))),
     "rate": (3, {
         "none": (NONE, ""),
         "plain": (PLAIN, ""),
