@@ -94,6 +94,11 @@ STUDIES = {
         f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
     }),
     "pooling": (5, {"mean": (COMA, ""), "last": ("--pooling last", "")}),
+    "mask-200": (5, with_flags({
+        "none": (NONE, ""),
+        "both, no mask": (f"{PLAIN} {BOTH}", ""),
+        "both": (BOTH, ""),
+    }, second=caps(200))),
     "beyond": (3, BEYOND),
     "beyond-200": (3, with_flags({"none": (NONE, ""), **BEYOND}, second=caps(200))),
     "rate": (3, {
