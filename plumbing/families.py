@@ -57,6 +57,14 @@ def vision_tower(mllm):
     return mllm.get_encoder(modality="image")
 
 
+def what_is_taken(tower, output):
+    """Of what a tower says, what the language model takes: where a merger makes one token of four
+    patches (the Qwens), not the patches, which are three quarters of the numbers and more."""
+    if not hasattr(tower, "merger"):
+        return output
+    return type(output)(**{key: x for key, x in output.items() if key != "last_hidden_state"})
+
+
 def join_in_one_type(mllm):
     """The MLLM. Trap: under autocast SmolVLM's pictures are bfloat16 where float32 weights make its
     texts float32, and what joins them takes one type alone."""

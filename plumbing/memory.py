@@ -13,7 +13,7 @@ from plumbing.blocks import KnownGradient
 from plumbing.config import CHUNK_TOKENS, by_device
 from plumbing.ending import StepLeft, overdue
 from plumbing.errors import InputError
-from plumbing.families import vision_tower
+from plumbing.families import vision_tower, what_is_taken
 from plumbing.ranks import gather_objects, say
 
 
@@ -192,7 +192,7 @@ def answering(tower, outputs, name, where):
         key = (name, next(calls))
         if not second_pass:
             output = forward(*args, **kwargs)
-            outputs[key] = to_device(output, away)
+            outputs[key] = to_device(what_is_taken(tower, output), away)
             return output
         if key in outputs:
             return to_device(outputs.pop(key), home)

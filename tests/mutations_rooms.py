@@ -394,6 +394,8 @@ ROOMS = [
     ("plumbing/start.py", '{"--help", "-h"} & set(sys.argv[1:])', '{"--help"} & set(sys.argv[1:])', "tests/test_start.py"),
     ("plumbing/start.py", "            leave(status=0)\n", "            leave(status=2)\n", "tests/test_start.py"),
     # ------------------------------------------------------------------------------ plumbing/kernels
+    ("plumbing/families.py", 'if key != "last_hidden_state"})', "})", "tests/test_memory.py -k takes"),
+    ("plumbing/families.py", 'if not hasattr(tower, "merger"):', "if False:", "tests/test_memory.py -k takes"),
     ("plumbing/kernels.py", "module.stride == module.kernel_size", "True", "tests/test_kernels.py -k by_its_shape"),
     ("plumbing/kernels.py", "module.config = copy.copy(module.config)", "pass", "tests/test_kernels.py -k stays"),
     ("plumbing/kernels.py", 'module.config._attn_implementation == "sdpa"', "True", "tests/test_kernels.py -k stays"),

@@ -4,14 +4,20 @@ real signals: test_ending.py.)"""
 
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 from checks import equal, expect
+from PIL import Image
+from torch.utils._pytree import tree_leaves
 
+import model
+from data import IMAGE, Item
 from plumbing import memory
 from plumbing.config import CHUNK_TOKENS
 from plumbing.ending import StepLeft
 from plumbing.errors import InputError
+from plumbing.families import vision_tower
 from plumbing.memory import Budget, answering, meeting, token_chunks, until_it_fits
 
 
@@ -220,6 +226,25 @@ def test_what_was_said_is_remembered_as_it_was_said():
         said["features"] = None
     with answering(tower, outputs, 0, "device"):
         equal(tower(x)["features"], features, "memory.to_device: a container of its own")
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_what_is_remembered_is_what_the_language_model_takes(family, tmp_path):
+    """Of a Qwen's tower its tokens, and not its patches; and the embedding is the same."""
+    folder = families.build(family, tmp_path / "m")
+    embedder = model.load(folder, 4, "mean", "chat", "cpu").eval()
+    tower, outputs = vision_tower(embedder.mllm).requires_grad_(False), {}
+    inputs = embedder.collate([Item(IMAGE, (Image.new("RGB", (64, 64), "red"),))])
+    with torch.no_grad(), answering(tower, outputs, 0, "device"):
+        first = embedder(inputs)
+    (said,) = outputs.values()
+    kept = sum(x.numel() for x in tree_leaves(said) if isinstance(x, torch.Tensor))
+    with answering(tower, outputs, 0, "device"):
+        equal(embedder(inputs).tolist(), first.tolist(), "from what is remembered")
+    if family in ("qwen2_vl", "qwen2_5_vl"):
+        tokens = int((inputs["mm_token_type_ids"] > 0).sum())
+        width = embedder.mllm.config.get_text_config().hidden_size
+        equal(kept, tokens * width, "numbers")
 
 
 def test_a_tower_of_which_a_part_is_trained_is_not_remembered():
