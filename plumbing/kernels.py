@@ -1,15 +1,16 @@
 """What transformers computes in many small calls, in few large ones: between small ones a GPU is
-idle. The numbers and the weights stay as they are. In vision towers that take all pictures of a
-batch end to end (the Qwen family's):
+idle. Weights stay as they are, and numbers but for rounding.
+
+In vision towers that take all pictures of a batch end to end (the Qwen family's):
 
 Patches: a convolution over inputs of one patch each is a matrix product. As a convolution in
 bfloat16 it may take a kernel that goes from patch to patch (pytorch issue 166643).
 Attention: each piece, which is a picture or a window of one, sees only itself, and transformers
 calls the kernel once for each. Of Qwen2.5-VL's windows a batch has thousands in every layer. Here
 all pieces of one length are one call, without padding.
-Widths: Qwen2.5-VL has one of 3,420. For what is no multiple of 8 a GPU has slow kernels alone.
+Widths: Qwen2.5-VL has one of 3,420. For what is no multiple of 8 a GPU has only slow kernels.
 
-And everywhere, on a GPU: a norm is six kernels, which write and read float32; here it is one."""
+Everywhere, on a GPU: an RMS norm is six kernels, which write and read float32; here it is one."""
 
 import copy
 import inspect

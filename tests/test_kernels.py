@@ -1,4 +1,4 @@
-"""Vision towers in large calls give what transformers' many small ones give."""
+"""Large calls give what transformers' many small ones give: in vision towers, and norms."""
 
 import families
 import pytest

@@ -1,6 +1,6 @@
 """The claim at toy scale: does compression pre-training help contrastive learning?
 
-    python tests/bench/reproduce.py                     all studies (hours: see the README)
+    python tests/bench/reproduce.py                     all studies (hours: docs/results.md)
     python tests/bench/reproduce.py --study arms,K      some of them
     python tests/bench/reproduce.py --show              only the table of what has been run
 
