@@ -18,6 +18,7 @@ NAMES = {  # of the arms
     "both": "CoMa, beyond the paper",
     "condense": "contrastive only, condense",
     "coma, condense": "CoMa, then condense",
+    "both, no mask": "beyond the paper, no mask",
 }
 FIELDS = {"first", "second", "seed", "pairs", "K", "steps", "curve", "ind", "ood", "overall"}
 
