@@ -36,32 +36,37 @@ def without_content(cache, roles):
 def runner(embedder, inputs):
     """The function `run` of a real model, for the one row of `inputs`, whose pictures it sees in
     the call that has no cache yet."""
-    decoder = embedder.mllm.model
-    ours = ("input_ids", "attention_mask", "roles")
 
     def run(tokens, positions, past):
-        extra, cache = {}, DynamicCache()
-        for layer, (keys, values) in enumerate(past or []):
-            cache.update(keys, values, layer)
-        if past is None:
-            for name, x in inputs.items():
-                per_token = x.shape == inputs["input_ids"].shape
-                if name not in ours:
-                    extra[name] = x[:, : len(tokens)] if per_token else x
-        with embedder.autocast():
-            out = decoder(
-                input_ids=tokens[None],
-                position_ids=positions[..., None, :],
-                use_cache=True,
-                **{keyword(decoder): cache},
-                **extra,
-            )
-        return out.last_hidden_state[0], [(x.keys, x.values) for x in cache.layers]
+        seen = seen_first(inputs, len(tokens)) if past is None else {}
+        h, cache = call(embedder, tokens[None], positions[..., None, :], past or [], seen)
+        return h[0], cache
 
     return run
 
 
-def keyword(decoder) -> str:
-    """By which it takes its cache: `past_key_values` up to transformers 5.23, `cache` after."""
+def seen_first(inputs, n) -> dict:
+    """What a first call of n tokens of each row is given beside their ids: pictures, say."""
+    ids, seen = inputs["input_ids"], {}
+    for name, x in inputs.items():
+        if name not in ("input_ids", "attention_mask", "roles"):
+            per_token = x.shape == ids.shape
+            seen[name] = x[:, :n] if per_token else x
+    return seen
+
+
+def call(embedder, ids, positions, past, seen) -> tuple:
+    """Rows of one length, ids (B, n) and positions (..., B, n), behind a cache `past` that stays
+    what it is. -> (hidden states (B, n, D), the cache with these tokens behind it)."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(past):
+        cache.update(keys, values, layer)
+    decoder = embedder.mllm.model
+    # The keyword has changed: `past_key_values` up to transformers 5.23, `cache` from then on.
     accepts = inspect.signature(decoder.forward).parameters
-    return "cache" if "cache" in accepts else "past_key_values"
+    keyword = "cache" if "cache" in accepts else "past_key_values"
+    with embedder.autocast():
+        out = decoder(
+            input_ids=ids, position_ids=positions, use_cache=True, **{keyword: cache}, **seen
+        )
+    return out.last_hidden_state, [(x.keys, x.values) for x in cache.layers]

@@ -31,7 +31,7 @@ import step  # which also puts the repository's root on the path
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import contrastive
 import model
@@ -385,13 +385,12 @@ def measure(name, args):
             Line(who, n, "pairs", tokens, work, peak).show(*seconds)
             if n == batches[0]:
                 profiled(run, device, args, seconds[0])
-    measure_stage1(embedder, rows, args, peak)
+    measure_stage1(embedder, repeat(rows.talks, batches[0]), args, peak)
 
 
-def measure_stage1(embedder, rows, args, peak):
+def measure_stage1(embedder, talks, args, peak):
     """Its lines: a step with the mask and without one; then one call, three ways."""
     device = embedder.device
-    talks = repeat(rows.talks, int(args.batches.split(",")[0]))
     examples = [pretrain.Example(row) for row in talks]
     work = flops(embedder, talks)  # without the answers' logits: below 1 %
     for compress, who in ((True, "stage 1"), (False, "stage 1, no mask at all")):
@@ -405,7 +404,7 @@ def measure_stage1(embedder, rows, args, peak):
         Line(who, len(talks), "talks", tokens_in(talks), work, peak).show(*seconds)
         if compress:
             profiled(run, device, args, seconds[0])
-    row = sorted(rows.talks, key=lambda row: row.length)[len(rows.talks) // 2]
+    row = sorted(talks, key=lambda row: row.length)[len(talks) // 2]
     alike = [row] * max(1, args.chunk_tokens // (1 + row.length))
     for who, way in ways_behind_code(embedder, alike).items():
 
@@ -414,9 +413,8 @@ def measure_stage1(embedder, rows, args, peak):
             way().float().pow(2).mean().backward()
 
         seconds = timed(run, device, args.repeats)
-        Line(
-            f"  a call, {who}", len(alike), "talks", tokens_in(alike), flops(embedder, alike), peak
-        ).show(*seconds)
+        work = flops(embedder, alike)
+        Line(f"  a call, {who}", len(alike), "talks", tokens_in(alike), work, peak).show(*seconds)
 
 
 def ways_behind_code(embedder, rows) -> dict:
@@ -426,34 +424,16 @@ def ways_behind_code(embedder, rows) -> dict:
     inputs = embedder.collate.pad_rows(rows)
     positions = position_ids(embedder.mllm, inputs, False).to(embedder.device)
     inputs = {key: x.to(embedder.device) for key, x in inputs.items()}
-    ids, roles = inputs.pop("input_ids"), inputs.pop("roles")
+    ids, roles = inputs["input_ids"], inputs["roles"]
     after = roles[0] > COMPRESS
     n = int((~after).sum())  # tokens up to C; no row is padded
-    seen = {key: x for key, x in inputs.items() if key != "attention_mask"}
-    seen = {key: x[:, :n] if x.shape == ids.shape else x for key, x in seen.items()}
-
-    def call(part, cache, **seen):
-        with embedder.autocast():
-            return embedder.mllm.model(
-                input_ids=ids[:, part],
-                position_ids=positions[..., part],
-                use_cache=True,
-                **{mask_as_cache.keyword(embedder.mllm.model): cache},
-                **seen,
-            ).last_hidden_state
+    seen = mask_as_cache.seen_first(inputs, n)
 
     def by_cache():
-        cache = DynamicCache()
-        call(slice(n), cache, **seen)
-        left = mask_as_cache.without_content(
-            [(x.keys, x.values) for x in cache.layers], roles[0, :n]
-        )
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(left):
-            cache.update(keys, values, layer)
-        return call(slice(n, None), cache)
+        _, cache = mask_as_cache.call(embedder, ids[:, :n], positions[..., :n], [], seen)
+        left = mask_as_cache.without_content(cache, roles[0, :n])
+        return mask_as_cache.call(embedder, ids[:, n:], positions[..., n:], left, {})[0]
 
-    inputs["input_ids"] = ids
     return {
         "the mask": lambda: embedder.hidden(inputs, pretrain.compression_mask(roles))[:, after],
         "as a cache": by_cache,
