@@ -54,7 +54,7 @@ class Config(LossFlags):
     split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])
     temperature: float = flag(0.03, "tau; cosines are divided by it", above=0)
     mask_false_negatives: bool = flag(True, "what equals a query's own target is no negative")
-    graph_memory: str = flag("", "for chunks that run once, 4GiB; empty: a share of what is free")
+    graph_memory: str = flag("", "for chunks that run once, as 4GiB; empty: a share of the free")
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
     merge: bool = flag(True, "fold stage 1's adapter into the weights first")
     fsdp: bool = flag(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")
@@ -195,14 +195,15 @@ def gradcache_step(embedder, batch, temperature, budget, loss=loss_over_ranks) -
     had gone through the model at once. budget: plumbing.memory.Budget. A chunk that does not fit
     into memory makes all ranks (but sharded ones) begin again with half the chunk_tokens."""
     lengths = [row.length for row in batch.rows]
-    seen = []  # filled by loss_of, in the order of Step: loss, top1, columns
+    seen = []  # what loss_of saw: (loss, top1, columns)
 
     def embed(chunk):
         inputs = embedder.collate.pad_rows([batch.rows[i] for i in chunk])
         return embedder(inputs)  # (len(chunk), D)
 
     def loss_of(z):
-        share, seen[:] = loss(z, batch, temperature)
+        share, numbers = loss(z, batch, temperature)
+        seen.append(numbers)
         return share
 
     def attempt(chunk_tokens):
@@ -217,7 +218,7 @@ def gradcache_step(embedder, batch, temperature, budget, loss=loss_over_ranks) -
     else:
         chunk_tokens = until_it_fits(attempt, chunk_tokens, max(lengths), embedder.zero_grad)
         ranks.sum_gradients(embedder.parameters())  # each rank's came through its own rows only
-    return Step(*seen, chunk_tokens)
+    return Step(*seen[-1], chunk_tokens)
 
 
 # ------------------------------------------------------------------------------------- the batches

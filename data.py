@@ -139,8 +139,7 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
             plain[task] = Lazy(cap or 10**9, partial(Shapes(seed=seed).pair, task))
     elif formats.is_list(source):
         if subsets:
-            text = f"--subsets {subsets}: chooses sets of MMEB or shapes; {source} is none"
-            raise InputError(text)
+            raise InputError(f"--subsets {subsets}: chooses sets of MMEB or shapes, not {source}")
         plain = formats.read_pair_sets(source, image_root)
     else:
         plain = mmeb.train_sets(source, image_root, subsets, split)
@@ -241,8 +240,9 @@ class Collator:
             parts += [Part(ANSWER, x, turn) for x in (template.after_answer, template.end_ids)]
             # An answer brings its own end_ids; only the turn after C begins with them.
             opening = [template.turn_ids[len(template.end_ids) :], template.before_question]
-        parts, cut = shorten(spell(self.tokenizer, template, parts), self.max_length)
-        tokens = self.join_parts([Part(HEAD, template.start_ids), *parts])
+        parts = [Part(HEAD, template.start_ids), *spell(self.tokenizer, template, parts)]
+        parts, cut = shorten(parts, self.max_length, item)
+        tokens = self.join_parts(parts)
         if not len(tokens["input_ids"]):
             raise InputError(f"nothing to embed in {item}: text and picture are empty")
         return Row(tokens, images, cut)

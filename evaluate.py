@@ -84,8 +84,7 @@ def summary(sets) -> dict:
 def encode_sharded(embedder, items, cfg, progress, bad=None) -> np.ndarray:
     """Embeddings of `items`, made by all ranks together; every rank gets all: (len(items), D).
 
-    bad: a list for the errors of items that cannot be read, whose rows are NaN; None: they raise.
-    """
+    bad: a list for errors of items that cannot be read (their rows are NaN); None: they raise."""
     rank, world = ranks.rank(), ranks.world()
     errors = None if bad is None else []  # of this rank's items
     shown = progress if rank == 0 else ""

@@ -21,6 +21,7 @@ CLOSED = {  # where the solutions stand: what a student's file may not import
     "evaluate": "evaluate.py",
     "plumbing": "plumbing/",
     "tools": "tools/",
+    "exercises": "exercises/",
 }
 
 

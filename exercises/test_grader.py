@@ -149,7 +149,14 @@ def test_the_stub_names_its_exercise_and_holds_no_solution():
         expect("oughly" in code[1], code[1], "roughly N lines", name)
 
 
-@pytest.mark.parametrize("line", ["import contrastive", "from model import compression_pool"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import contrastive",
+        "from model import compression_pool",
+        "from exercises.ladder import Reference",
+    ],
+)
 def test_a_file_that_imports_a_solution_is_refused(tmp_path, line):
     """The message names line and file."""
     (tmp_path / "a.py").write_text(f"import torch\n{line}\n")

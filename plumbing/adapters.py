@@ -51,16 +51,23 @@ def origin_of(mllm) -> Origin:
     return getattr(mllm, "origin", None) or Origin(mllm.name_or_path, mllm.name_or_path, None)
 
 
-def find_base(path, adapter) -> Origin:
-    """What an adapter is an adapter of: beside it, or where it was when the adapter was made. Where
-    the adapter says which weights it was trained on, no others are taken. adapter: its config."""
-    stored = read_json(path, "nanocoma.json")
-    name, beside = adapter.get("base_model_name_or_path"), stored.get("base_beside")
+def bases_beside(path, adapter) -> list:
+    """The folders where the base of an adapter may lie: beside it, or where it was when the adapter
+    was made. adapter: its config."""
+    beside = read_json(path, "nanocoma.json").get("base_beside")
+    name = adapter.get("base_model_name_or_path")
     if not isinstance(name, str) or not name or not isinstance(beside, str | None):
         raise InputError(f"--model {path}: its adapter names no base model: {brief(repr(name))}")
+    return [os.path.join(path, beside or name), name]
+
+
+def find_base(path, adapter) -> Origin:
+    """What an adapter is an adapter of: a folder, or a hub id. Where the adapter says which weights
+    it was trained on, no others are taken."""
+    stored, here = read_json(path, "nanocoma.json"), bases_beside(path, adapter)
+    name = adapter["base_model_name_or_path"]
     if name in ("toy", "toy-random"):
         return right_base(path, stored, [Origin.of(name, place(name))])
-    here = [os.path.join(path, beside or name), name]
     if there := [Origin.of(folder, place(folder)) for folder in here if os.path.isdir(folder)]:
         return right_base(path, stored, there)
     # Trap: a folder's name, as out/pretrain, may be anyone's on the hub. Ours say which it is;

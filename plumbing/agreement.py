@@ -50,6 +50,12 @@ def by_rank_0(work):
     return gather_objects(together(lambda: work() if rank() == 0 else None))[0]
 
 
+def command_of(cfg) -> str:
+    """The file whose flags they are, "contrastive" for one."""
+    module = type(cfg).__module__
+    return Path(sys.argv[0]).stem if module == "__main__" else module.rpartition(".")[2]
+
+
 def join(cfg):
     """Joins torchrun's process group. -> this rank's device. Raises InputError where the flags are
     not the same on all ranks: before anything is loaded, and before the first collective that one

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 
 from plumbing import card
 from plumbing.adapters import find_base
-from plumbing.agreement import agree, by_rank_0, join, together
+from plumbing.agreement import agree, by_rank_0, command_of, join, together
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
 from plumbing.files import refuse_special
@@ -102,8 +102,9 @@ def kept(embedder, optimizers, cfg, step):
         yield
     except StepLeft:
         # Nothing of the step is in the weights yet: only gradients are lost.
-        save_checkpoint(embedder, optimizers, cfg, step)
-        stop(f"stopped by a signal: step {step + 1} is left, the state before it saved")
+        if step:  # Trap: optimisers that have taken no step have no state to be saved
+            save_checkpoint(embedder, optimizers, cfg, step)
+        stop(f"stopped by a signal: step {step + 1} is left, as if it had not begun")
     except BaseException:
         forget_signals()  # the run is over, and signals do again what they did before it
         raise
@@ -195,6 +196,7 @@ def begin(cfg) -> torch.device:
     flags or a model that differ between ranks; an --out that cannot be written, is in use or holds
     another run. Sets cfg.model, where it is empty, and cfg.model_digest. -> this rank's device."""
     device = join(cfg)
+    cfg.command = command_of(cfg)
     cfg.model = cfg.model or stage_1_model()
     by_rank_0(lambda: take(cfg))
     cfg.model_digest = same_model(cfg.model)

@@ -1,5 +1,5 @@
 """Flags that do nothing beside others, or nothing good: refused, for who gives a flag wants
-something of it. First what the flags alone decide, then what the model decides."""
+something of it. Here is what the flags alone decide; what the model decides is in config.py."""
 
 import dataclasses
 import os

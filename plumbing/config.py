@@ -273,8 +273,9 @@ class TrainingFlags(Flags):
     keep: int = flag(2, "newest checkpoints that stay during the run", least=1)
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
     skip_bad: str = flag("", "bad examples to pass over: what tools.check --list-bad FILE wrote")
-    # No flags, but of the run: what it starts from (checkpoint.digest_of_model), its data
-    # (formats.digest_of), and the chunk tokens that fitted into memory (0: not known yet).
+    # No flags, but of the run: the file whose flags these are, digests of what it starts from and
+    # of its data, and the chunk tokens that fitted into memory (0: not known yet).
+    command: str = dataclasses.field(default="", init=False)
     model_digest: str = dataclasses.field(default="", init=False)
     data_digest: int = dataclasses.field(default=0, init=False)
     fitting: int = dataclasses.field(default=0, init=False)

@@ -19,7 +19,7 @@ from plumbing.images import MOST_PIXELS
 
 TOY = Path(__file__).parent.parent / "toy" / "mllm"
 SAMPLE = 4096  # bytes, see digest_of_weights
-LONGEST_JSON = 50_000_000  # bytes; the index of a model with a million weights has 100 MB
+LONGEST_JSON = 50_000_000  # bytes; an index has some 100 of them for each weight
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 CARD = "README.md"  # a model's licence is in it; nothing is loaded from it
 WEIGHTS = "*.safetensors"

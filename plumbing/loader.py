@@ -70,7 +70,7 @@ class Slot:
 
 
 class Share:
-    """Which rows of a batch this process makes: of `workers` one after the other every so many."""
+    """Which rows of a batch this process makes: row n is made by worker n modulo `workers`."""
 
     def __init__(self, number, workers, halve):
         self.number, self.workers, self.halve = number, workers, halve

@@ -133,7 +133,8 @@ def until_it_fits(attempt, chunk_tokens, longest, start_over) -> int:
     between two attempts start_over(). longest: tokens of this rank's longest row, which no budget
     can cut. -> the chunk_tokens that fitted."""
     while not fits_into_memory(attempt, chunk_tokens):
-        if chunk_tokens < min(gather_objects(longest)):  # every row of every rank stands alone
+        # Then each rank's largest chunk is its longest row, and nothing cuts that.
+        if chunk_tokens < min(gather_objects(longest)):
             raise InputError(
                 f"out of memory at --chunk-tokens {chunk_tokens}: try half of it, "
                 "--checkpointing, or less --max-pixels"

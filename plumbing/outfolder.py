@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-from plumbing.adapters import find_base
+from plumbing.adapters import bases_beside
 from plumbing.errors import InputError, brief
 from plumbing.folders import TOY, read_json, refuse_foreign
 
@@ -41,7 +41,8 @@ def refuse_own_start(cfg):
     that adapter: a new adapter would be its own base, a resumed run start from another model."""
     starts, written = [TOY, Path(cfg.model)], [Path(cfg.out)]
     if adapter := read_json(cfg.model, "adapter_config.json"):
-        starts.append(Path(find_base(cfg.model, adapter).folder))
+        # Trap: not find_base. It may ask the hub, together with ranks that are not here.
+        starts += map(Path, bases_beside(cfg.model, adapter))
         written.append(Path(cfg.out, "merged"))  # stage 2 merges the adapter into it
     written = [os.path.realpath(folder) for folder in written]
     for start in starts:

@@ -86,7 +86,7 @@ def places(q, c, candidates, rights, pool, tie=1e-6) -> np.ndarray:
     `tie`: 0 is a hit. NaN is never a hit, and never beaten. (n,)
 
     q (n, D) and c (m, D) unit-length. candidates[i]: rows of c, the first rights[i] right; where
-    there are no others, all rows of `pool` are, that are not right."""
+    there are no others, all rows of `pool` but the right ones are wrong candidates."""
     pool = np.array(pool)
     column = {row: j for j, row in enumerate(pool)}
     targets, found = c[pool], np.zeros(len(q), int)  # (columns, D)

@@ -359,10 +359,10 @@ def picture_parts(tokenizer, template, columns, role) -> list:
     return [Part(role, before), picture, Part(role, after)]
 
 
-def shorten(parts, max_length) -> tuple:
+def shorten(parts, max_length, item="") -> tuple:
     """Makes a row fit max_length (0: any): its last turns go, but the first, then text from the
-    middle of the content's longest piece; never a picture's tokens or the code. -> (the parts, how
-    many tokens it cost)."""
+    middle of the content's longest piece; never a picture's tokens or the code. item: what an error
+    names. -> (the parts, how many tokens it cost)."""
     parts, before = list(parts), tokens_in(parts)
     while max_length and tokens_in(parts) > max_length:
         over, last = tokens_in(parts) - max_length, parts[-1].turn
@@ -372,8 +372,10 @@ def shorten(parts, max_length) -> tuple:
         texts = [i for i, part in enumerate(parts) if part.by_user and not part.turn]
         longest = max(texts, key=lambda i: len(parts[i].content), default=None)
         if longest is None or not parts[longest].content:
-            over = f"{over} tokens too many without any text"
-            raise InputError(f"--max-length {max_length}: {over}; lower --max-pixels")
+            uncut = "pictures, a first question and its answer are never cut"
+            text = f"{over} tokens too many, and no text is left to cut ({uncut})"
+            way = f"raise it, or lower --max-pixels; {item!s:.200}"
+            raise InputError(f"--max-length {max_length}: {text}; {way}")
         ids = parts[longest].content
         over = min(over, len(ids))
         keep = (len(ids) - over + 1) // 2  # of its beginning

@@ -53,7 +53,8 @@ class Options(NamedTuple):
     def checked(self) -> "Options":
         """As they are, or an InputError that names one."""
         if not isinstance(self.attn, str):
-            raise InputError(f"attn {brief(repr(self.attn))}: sdpa or eager")
+            known = "sdpa, flash_attention_2 or flex_attention"
+            raise InputError(f"attn {brief(repr(self.attn))}: {known}")
         for name, value in self._asdict().items():
             if name != "attn":
                 whole_number(name, value, 0)

@@ -99,8 +99,8 @@ def decode_name(name, flags) -> str:
 
 
 class ZipIndex:
-    """Where the members of a zip file stand, at 40 bytes each: in `zipfile.ZipFile` 100,000 of them
-    are 90 MB and a second, in every process. `name in index`; `index.read(name)` -> bytes."""
+    """Where the members of a zip file stand, at 48 bytes each: in `zipfile.ZipFile` 100,000 of them
+    are 83 MB and 1.9 seconds, in every process. `name in index`; `index.read(name)` -> bytes."""
 
     def __init__(self, path):
         self.path = path

@@ -13,6 +13,7 @@ import evaluate
 import pretrain
 from plumbing import agreement, checkpoint
 from plumbing.errors import InputError
+from tools import condense
 
 STAGES = (pretrain, contrastive, evaluate)
 # What may differ between nodes: where things lie, and how many processes read them.
@@ -103,6 +104,16 @@ def test_the_script_is_compared_too(monkeypatch):
     monkeypatch.setattr(agreement, "gather_objects", lambda x: [x, gathered[0]])
     with pytest.raises(InputError, match="has the script other.py where rank 0 has pretrain.py"):
         agreement.join(cfg)
+
+
+def test_a_run_knows_whose_flags_it_has(monkeypatch):
+    """So that none goes on by another command's: it would train another loss. To Python the file
+    that was called is __main__, whatever it is."""
+    names = [agreement.command_of(x.Config()) for x in (pretrain, contrastive, condense)]
+    assert names == ["pretrain", "contrastive", "condense"]
+    monkeypatch.setattr(sys, "argv", ["/a/tools/condense.py", "--steps", "3"])
+    called = type("Config", (contrastive.Config,), {"__module__": "__main__"})
+    assert agreement.command_of(called()) == "condense"
 
 
 def test_a_long_value_is_shown_in_brief(monkeypatch):

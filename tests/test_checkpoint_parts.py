@@ -237,6 +237,15 @@ def test_a_signal_ends_the_run_with_its_own_status_once_the_state_is_saved(cfg, 
     expect("after step 6; --resume goes on" in said and "step 6 is left" in said, said, "", "said")
 
 
+def test_of_a_first_step_that_is_left_nothing_is_saved(cfg):
+    """Trap: optimisers that have taken no step would be saved without a state, or with one that
+    PyTorch invents for the occasion; the run begins again at step 1 all the same."""
+    ending.note_signals()
+    ending.on_signal(signal.SIGTERM, None)
+    equal(around(cfg, 0, leave_step), 128 + signal.SIGTERM, "as a shell has it")
+    equal(names_in(cfg.out), [], "checkpoints")
+
+
 def test_a_checkpoint_is_due_every_so_many_steps_but_after_the_last(cfg):
     """Which the model itself is; 0: none."""
     for every, want in ((3, [3, 6, 9]), (5, [5]), (0, [])):

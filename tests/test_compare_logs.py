@@ -104,6 +104,21 @@ def test_a_short_run_is_compared_as_far_as_it_goes(tmp_path, reference, capsys):
     expect("steps 1 to 20 of 100" in capsys.readouterr().out, "", "steps 1 to 20", "")
 
 
+def test_lines_that_a_full_disk_cost_move_no_other_step(tmp_path, reference, capsys):
+    """A run of the reference's own losses, without steps 10 to 24; and a seed without step 7."""
+    lines = Path(reference).read_text().splitlines()
+    mine = tmp_path / "m.jsonl"
+    mine.write_text("\n".join(lines[:10] + lines[25:]) + "\n")
+    seed = tmp_path / "ref-seed1.jsonl"
+    lines = seed.read_text().splitlines()
+    seed.write_text("\n".join(lines[:7] + lines[8:]) + "\n")
+    equal(compare(tmp_path, str(mine), reference), 0, "compare_logs.of_every_step")
+    expect("steps 1 to 60" in capsys.readouterr().out, "", "steps 1 to 60", "")
+    run = compare_logs.read_log(mine)
+    equal(run.steps.tolist(), list(range(1, STEPS + 1)), "every step")
+    equal(run.loss[[8, 9, 23, 24]].tolist(), [*curve(0)[[8, 8, 8, 24]]], "as the step before")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -112,6 +127,10 @@ def test_a_short_run_is_compared_as_far_as_it_goes(tmp_path, reference, capsys):
         ("[]\n", "not the log of a stage"),
         ('{"config": {"steps": 1, "batch": 2}}\n', "not the log of a stage"),
         ('{"config": {"steps": 1, "batch": 2}}\n{"step": 1}\n', "not the log of a stage"),
+        (
+            '{"config": {"steps": 1, "batch": 2}}\n{"step": 9, "loss": 1}\n',
+            "not the log of a stage",
+        ),
     ],
 )
 def test_what_is_no_log_is_one_line(tmp_path, reference, text, says):

@@ -14,7 +14,7 @@ from ranks import SOME, TEMPERATURE, gradient
 
 import contrastive
 from data import ANSWER, COMPRESS, CONTENT, IMAGE, Item, Pair, read_pairs
-from plumbing import start
+from plumbing import loader, start
 from plumbing.errors import InputError
 from plumbing.ranks import rank, world
 from plumbing.weights import first_model
@@ -126,7 +126,6 @@ def by_hand(embedder):
 def by_steps(embedder, rank=0, world=1):
     """condensing_step on one rank's share. -> (loss, gradient)."""
     cfg = config_of_16()
-    cfg.compress = True
     embedder.zero_grad(set_to_none=True)
     batch = batch_of(embedder, cfg, rank, world)
     step = condense.condensing_step(
@@ -178,6 +177,37 @@ def test_without_a_text_a_step_is_stage_2s_own():
     equal(got.tolist(), gradient(embedder).tolist(), "gradient")
 
 
+def test_texts_go_in_the_chunks_that_fitted_into_memory(monkeypatch):
+    """Where stage 2's step has halved them, not in those of the flag."""
+    embedder, seen = ranks.built("all"), []
+
+    def step(embedder, *_):
+        for p in embedder.parameters():
+            p.grad = torch.zeros_like(p)
+        return contrastive.Step(1.0, 0.0, 4, 64)
+
+    def accumulate(embedder, examples, cfg):
+        seen.append((len(examples) > 0, cfg.chunk_tokens, cfg.compress))
+        embedder(embedder.collate.pad_rows([examples[0].row])).sum().backward()
+        return 2.0, 0.0, 1
+
+    monkeypatch.setattr(contrastive, "gradcache_step", step)
+    monkeypatch.setattr(condense.pretrain, "accumulate", accumulate)
+    loss, _ = by_steps(embedder)
+    equal(seen, [(True, 64, True)], "stage 1's own step")
+    equal(loss, 1.0 + WEIGHT * 2.0, "both")
+
+
+def test_workers_share_the_rows_of_texts(monkeypatch):
+    """Each makes its own share of them, as of the other rows."""
+    collate, share = ranks.built("all").collate, loader.Share(0, 2, halve=False)
+    monkeypatch.setattr(loader, "making", [share])
+    batch = condense.local_batch(ranks.PAIRS, collate, config(), 0, 0, 1)
+    slots = [*batch.rows, *(x.row for x in batch.examples)]
+    equal({type(x) for x in slots}, {loader.Slot}, "rows that workers may make")
+    equal(len(share.made), len(slots) // 2, "of two workers, half")
+
+
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -203,6 +233,14 @@ def test_sharded_weights_are_refused():
     cfg = condense.Config(fsdp=True, muon_lr=0.0)
     with pytest.raises(InputError, match="--fsdp.*leave it out"):
         condense.main(cfg)
+
+
+def test_without_compression_tokens_there_is_nothing_that_tells(tmp_path, monkeypatch):
+    """And the way out is no flag of another stage."""
+    monkeypatch.chdir(tmp_path)
+    flags = dict(model="toy-random", steps=1, batch=4, block=2, workers=0, pooling="last")
+    with pytest.raises(InputError, match="K = 0.*condense trains K tokens"):
+        condense.main(condense.Config(out="x", compress_tokens=0, **flags))
 
 
 def test_help_is_answered_without_torch():

@@ -396,7 +396,7 @@ def test_a_step_that_takes_too_long_is_left(tmp_path, name, capsys):
     handlers = [signal.getsignal(s) for s in ending.SIGNALS]
     equal(ends.left(stage, [*flags, "--out", f"{tmp_path}/a"]), 130, "SIGINT")
     equal([signal.getsignal(s) for s in ending.SIGNALS], handlers, "ending.forget_signals")
-    assert "step 2 is left, the state before it saved" in capsys.readouterr().out
+    assert "step 2 is left, as if it had not begun" in capsys.readouterr().out
     assert (tmp_path / "a/checkpoints/step-00000001").exists()
     stage.main(stage.Config.parse([*flags, "--out", f"{tmp_path}/a", "--resume"]))
     stage.main(stage.Config.parse([*flags, "--out", f"{tmp_path}/b"]))
@@ -422,7 +422,7 @@ def test_all_ranks_leave_the_step_that_one_of_them_leaves(tmp_path):
     codes = json.loads((tmp_path / "codes.json").read_text())
     equal(codes, dict.fromkeys(ends.WAYS, 143), "rank 0, which got none: checkpoint.stop")
     out = (tmp_path / "said-0.txt").read_text()
-    equal(out.count("step 2 is left, the state before it saved"), 3, out)
+    equal(out.count("step 2 is left, as if it had not begun"), 3, out)
     for name in ends.WAYS:
         saved = tmp_path / name / "checkpoints/step-00000001/weights.safetensors"
         expect(load_file(saved), "nothing", "weights", name)

@@ -128,6 +128,15 @@ def test_the_tokens_are_those_of_the_whole_text(loaded):
         assert got == want, repr(begin + text + end)
 
 
+def test_a_row_is_as_long_as_max_length_says(loaded):
+    """With the token that begins it, too, where the tokenizer brings one."""
+    collate = copy.copy(loaded.collate)
+    whole = collate.row(ITEMS[0]).length
+    collate.max_length = whole - 3
+    got = collate.row(ITEMS[0])
+    assert (got.length, got.cut) == (whole - 3, 3)
+
+
 # ------------------------------------------------------------------------------- compression mask
 
 

@@ -26,7 +26,7 @@ from plumbing.errors import InputError
 from tools import merge
 from toy.world import Scene, Shapes
 
-# Qwen's and SmolVLM's load in that library only where torchvision is installed.
+# Qwen's, SmolVLM2's and InternVL's load in that library only where torchvision is installed.
 FOLDERS = {"mean": "gemma3", "last": "llava_next"}
 QUESTION = "what is it?"
 TORCHVISION = find_spec("torchvision") is not None

@@ -22,8 +22,9 @@ from test_safety import Bomb, exploded
 import contrastive
 import model
 import pretrain
-from plumbing import checkpoint, folders, optim, outfolder
+from plumbing import checkpoint, folders, hub, optim, outfolder
 from plumbing.errors import InputError
+from tools import condense
 
 LINES = [
     json.dumps({"query": {"text": f"{i} red circles"}, "target": {"text": f"{i} of them"}}) + "\n"
@@ -99,7 +100,7 @@ def shapes(runs):
 def known(stopped, runs):
     """The same flags, as main completes them."""
     state = json.loads((runs / "broken/checkpoints/step-00000002/state.json").read_text())
-    for name in ("model", "model_digest", "data_digest"):
+    for name in ("model", "model_digest", "data_digest", "command"):
         setattr(stopped, name, state["config"][name])
     return stopped
 
@@ -348,12 +349,20 @@ def test_another_value_of_any_flag_is_another_run(stage):
             continue
         with pytest.raises(InputError, match=f"not the same run: {name} was 'other', is "):
             checkpoint.refuse_another_run(changed, cfg)
-        if name not in ("model_digest", "data_digest"):
+        if name not in ("model_digest", "data_digest", "command"):
             was = re.escape(repr(default))
             with pytest.raises(InputError, match=f"not the same run: {name} was {was}, is 'other'"):
                 checkpoint.refuse_another_run(older, mine)
     with pytest.raises(InputError, match="not the same run: world was 2, is 1"):
         checkpoint.refuse_another_run(checkpoint.State(1, flags, 2, {}), cfg)
+
+
+def test_another_command_does_not_go_on(stopped, monkeypatch):
+    """It has the same flags, and another loss."""
+    monkeypatch.setattr(contrastive, "load_for", pytest.fail)
+    flags = {f.name: getattr(stopped, f.name) for f in dataclasses.fields(stopped) if f.init}
+    with pytest.raises(InputError, match="command was 'contrastive', is 'condense'"):
+        condense.main(condense.Config(**flags))
 
 
 def test_another_run_is_refused_before_the_model_is_loaded(stopped, monkeypatch):
@@ -367,7 +376,7 @@ def test_a_finished_run_with_other_data_is_another_run(config, runs):
     """They are read last."""
     cfg = config(out=str(runs / "whole"), resume=True)
     flags = json.loads((runs / "whole" / "finished.json").read_text())["config"]
-    for name in ("model", "model_digest", "data_digest"):
+    for name in ("model", "model_digest", "data_digest", "command"):
         setattr(cfg, name, flags[name])
     assert checkpoint.is_finished(cfg)
     cfg.data_digest += 1
@@ -555,3 +564,16 @@ def test_the_base_of_an_adapter_is_not_overwritten_either(tmp_path, monkeypatch)
         with pytest.raises(InputError, match="would overwrite"):
             outfolder.take(contrastive.Config(model="adapter", out=out))
     outfolder.take(contrastive.Config(model="adapter", out="another"))
+
+
+def test_rank_0_alone_never_asks_the_hub(tmp_path, monkeypatch):
+    """Where an adapter's base is a hub id. Trap: of the ranks of a node one downloads for all, and
+    waits for them; the others are not there while rank 0 takes OUT."""
+    monkeypatch.chdir(tmp_path)
+    Path("adapter").mkdir()
+    text = json.dumps({"base_model_name_or_path": "team/base"})
+    Path("adapter/adapter_config.json").write_text(text)
+    asked = []
+    monkeypatch.setattr(hub, "fetch_together", lambda *args: asked.append(args))
+    outfolder.take(contrastive.Config(model="adapter", out="another"))
+    assert asked == [], "the hub"

@@ -74,7 +74,7 @@ def test_options_are_whole_numbers_and_a_kernels_name():
         for value in (-1, "5", 2.5):
             with pytest.raises(InputError, match=f"{name} .*: a whole number of at least 0"):
                 Options(**{name: value}).checked()
-    with pytest.raises(InputError, match="attn 5: sdpa or eager"):
+    with pytest.raises(InputError, match="attn 5: sdpa, flash_attention_2"):
         Options(attn=5).checked()
 
 

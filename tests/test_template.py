@@ -114,7 +114,9 @@ def test_later_turns_go_before_text_and_the_first_one_stays(max_length, turns, t
     equal(cut, 26 - tokens_in(short), "how many tokens it cost")
     equal(max(part.turn for part in short), turns, "turns that are left")
     equal("".join(str(i) for i in short[1].content), text, "from the middle")
-    with pytest.raises(InputError, match="--max-length 7: 1 tokens too many without any text"):
+    with pytest.raises(
+        InputError, match="--max-length 7: 1 tokens too many, and no text is left to cut"
+    ):
         shorten(parts, 7)
 
 

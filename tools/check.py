@@ -175,7 +175,7 @@ class Outputs(NamedTuple):
 
 class Count(NamedTuple):
     """Examples read, how many of them (or of the files) are bad, the bad ones as --skip-bad takes
-    them, and whether the list is of no use, with neither a good example nor a listed bad one."""
+    them, and whether the list is of no use: it cannot be read, or has no good example."""
 
     total: int
     bad: int

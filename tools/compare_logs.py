@@ -7,8 +7,8 @@ whether it is within the spread of the seeds, or from which step on it is not.
 docs/logs/ holds the quick start's. Other seeds of a reference stand beside it: of pretrain.jsonl
 they are pretrain-seed1.jsonl, ... They may be shorter: the line says for which steps the spread is
 known. Losses are running means of 9 steps; the band reaches from the seeds' lowest to their
-highest, and as far again on either side; a run is outside of it after 10 steps in a row. Needs
-matplotlib; writes a picture. Exit status 1: outside, or not comparable.
+highest, and one and a half times as far again on either side; a run is outside of it after 10 steps
+in a row. Needs matplotlib; writes a picture. Exit status 1: outside, or not comparable.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
@@ -31,7 +31,7 @@ IN_A_ROW = 10  # steps outside of the band, before a run is called outside
 LEAST = 2  # runs of which a spread can be said
 # Flags that change no loss, or that are what is compared.
 OTHERWISE = {"seed", "out", "workers", "save_every", "keep", "resume", "fitting", "model"}
-OTHERWISE |= {"model_digest", "data_digest", "graph_memory"}
+OTHERWISE |= {"model_digest", "data_digest", "graph_memory", "command"}
 
 
 class Run(NamedTuple):
@@ -84,10 +84,19 @@ def read_log(path) -> Run:
         if not header["config"].keys() >= {"steps", "batch"}:
             raise KeyError
         numbers = np.array([[record["step"], record["loss"]] for record in steps], dtype=float)
-        return Run(path, header, numbers[:, 0].astype(int), numbers[:, 1])
+        return Run(path, header, *of_every_step(*numbers.T, header["config"]["steps"]))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         text = "not the log of a stage, whose first record holds the flags, or no step is in it"
         raise InputError(f"{brief(path)}: {text}") from None
+
+
+def of_every_step(steps, loss, last) -> tuple:
+    """A full disk costs a log some of its lines: there the loss is that of the step before. Raises
+    ValueError where the steps do not rise, or beyond `last`. -> (1 to n, their losses)."""
+    if np.diff(steps, prepend=0).min() < 1 or steps[-1] > last:
+        raise ValueError
+    every = np.arange(1, int(steps[-1]) + 1)
+    return every, loss[(steps.searchsorted(every, "right") - 1).clip(0)]
 
 
 def seeds_beside(reference) -> list:

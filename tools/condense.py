@@ -24,6 +24,7 @@ from data import Pair
 from plumbing import ranks
 from plumbing.config import flag
 from plumbing.errors import InputError
+from plumbing.loader import each
 
 
 @dataclass
@@ -45,6 +46,13 @@ class Batch(NamedTuple):
     examples: list  # of pretrain.Example; none after the first steps
 
 
+class Telling(NamedTuple):
+    """What pretrain.accumulate asks of its flags."""
+
+    chunk_tokens: int
+    compress: bool = True
+
+
 def told(pair: Pair):
     """-> (the side that is compressed, the text that its C must tell), or None: see above."""
     query, target = pair.query, pair.targets[0]
@@ -58,27 +66,32 @@ def told(pair: Pair):
 def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
     """contrastive.local_batch, and the rows of its pairs that have a text to tell."""
     batch = contrastive.local_batch(pairs, collate, cfg, step, rank, world)
-    examples = []
+    sides, ids = [], []
     if step < cfg.condense_share * cfg.steps:
         share = cfg.batch // world
         for name, i in contrastive.draw(pairs, cfg, step)[rank * share : (rank + 1) * share]:
             side = told(pairs[name][i])
             if side:
-                row = collate.row(side[0], [("", side[1])])
-                examples.append(pretrain.Example(row, id=f"{name}[{i}]"))
+                sides.append(side)
+                ids.append(f"{name}[{i}]")
+    rows = each(lambda side: collate.row(side[0], [("", side[1])]), sides)
+    examples = [pretrain.Example(row, id=name) for row, name in zip(rows, ids, strict=True)]
     return Batch(*batch, examples)
 
 
 def condensing_step(cfg, embedder, batch, temperature, budget, loss) -> contrastive.Step:
     """contrastive.gradcache_step, and cfg.condense times the gradient of the texts' loss, the mean
     over *all ranks'* tokens."""
+    if not embedder.K:
+        raise InputError("K = 0, as the model or its --prompt has it: condense trains K tokens")
     step = contrastive.gradcache_step(embedder, batch, temperature, budget, loss)
     if not ranks.all_sum(len(batch.examples)):
         return step
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     matching = [p.grad for p in parameters]
     embedder.zero_grad(set_to_none=True)
-    nats, _, _ = pretrain.accumulate(embedder, batch.examples, cfg)
+    told_as = Telling(step.chunk_tokens)  # which may be half of the flag's by now
+    nats, _, _ = pretrain.accumulate(embedder, batch.examples, told_as)
     ranks.sum_gradients(parameters)
     for p, matched in zip(parameters, matching, strict=True):
         p.grad.mul_(cfg.condense).add_(matched)
@@ -89,7 +102,6 @@ def main(cfg):
     """Stage 2, with another batch and another step."""
     if cfg.fsdp:
         raise InputError("--fsdp: tools.condense trains whole weights on each rank; leave it out")
-    cfg.compress = True  # of pretrain.Config: what accumulate asks for
     contrastive.main(cfg, local_batch, partial(condensing_step, cfg))
 
 

@@ -40,9 +40,10 @@ SKY = "#56B4E9"
 GREEN = "#009E73"
 BLUE = "#0072B2"
 RED = "#D55E00"
+PINK = "#CC79A7"
 GREY = "#666666"
-COLORS = (BLUE, GREY, RED, GREEN, ORANGE, SKY, BLACK)  # of lines
-MARKERS = ("o", "x", "s", "^", "D", "v", "P")  # of lines
+COLORS = (BLUE, GREY, RED, GREEN, ORANGE, SKY, BLACK, PINK)  # of lines
+MARKERS = ("o", "x", "s", "^", "D", "v", "P", "*")  # of lines
 WIDTH = 8  # inches; 880 pixels
 STYLE = {
     "figure.dpi": 110,

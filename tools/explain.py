@@ -26,12 +26,13 @@ from plumbing.combinations import given, spelled
 from plumbing.config import ModelFlags, TrainingFlags, flag
 from plumbing.errors import InputError, brief
 from plumbing.formats import digest_of
+from plumbing.graphs import graph_bytes
 from plumbing.memory import token_chunks
 from plumbing.ranks import run_command, say, setup
 from plumbing.weights import first_model, stage_1_model
 from plumbing.writing import refuse_other, refuse_unwritable, written
 from tools import explain_page
-from tools.measured import InBatch, Saved, gap, gradients, norm
+from tools.measured import InBatch, gap, gradients, kept, norm
 
 STAGE_OF = {  # flags that only one of the walks reads
     "compress": "pretrain",
@@ -101,12 +102,12 @@ def walk_dialogue(embedder, dialogue, compress):
     heading("4. Through the model: L tokens, D width, n answer tokens, V vocabulary")
     for name, x in inputs.items():
         shape(name, x)
-    with Saved() as saved:
+    with graph_bytes() as sizes:
         logits, labels = pretrain.answer_logits(embedder, inputs, compress)  # (n, V), (n,)
         loss = pretrain.answer_loss(logits, labels)
     L, V = inputs["roles"].shape[1], logits.shape[1]
     shape("logits", logits, f"not {(1, L, V)}: answers only")
-    print(f"  {saved}")
+    print(f"  {kept(sizes)}")
     heading("5. The loss: nats of each answer token, given the ones before it")
     print_loss(embedder.processor.tokenizer, logits, labels, loss)
     if compress:
@@ -191,11 +192,11 @@ def walk_batch(embedder, batch, temperature, chunk_tokens):
 
     heading("6. The check: the whole batch at once")
     embedder.zero_grad(set_to_none=True)
-    with Saved() as saved:
+    with graph_bytes() as sizes:
         loss, _ = aloud.info_nce(aloud.forward(range(len(lengths))))
     loss.backward()
     want = gradients(embedder)
-    print(f"  {saved}")
+    print(f"  {kept(sizes)}")
     print(f"  gradient {norm(want):.4f}; the two differ by {gap(ours, want):.1e} of it")
 
 
@@ -206,33 +207,35 @@ class Aloud(InBatch):
     def __init__(self, embedder, batch, temperature, chunks):
         super().__init__(embedder, batch, temperature)
         self.chunks = chunks
-        self.first_pass = Saved()
+        self.first_pass = {}  # what it kept
         self.pending = None  # pass 2's last chunk: what it kept, until its backward pass is over
 
     def embed(self, chunk):
         """Pass 1 comes without a graph, pass 2 with one."""
         if not torch.is_grad_enabled():
-            with self.first_pass:
-                return self.forward(chunk)
+            with graph_bytes() as sizes:
+                z = self.forward(chunk)
+            self.first_pass.update(sizes)
+            return z
         if self.pending is None:
             heading("5. Pass 2: the chunks again, with a graph, one at a time")
         self.say_gradient()  # of the chunk before, whose graph is gone by now
-        with Saved() as saved:
+        with graph_bytes() as sizes:
             z = self.forward(chunk)
-        self.pending = f"  chunk {self.chunks.index(chunk)}: {saved}"
+        self.pending = f"  chunk {self.chunks.index(chunk)}: {kept(sizes)}"
         return z
 
     def loss_of(self, z):
         """Between the passes: the loss, and what it says to each embedding."""
         shape("z", z, "unit length")
-        print(f"  {self.first_pass}")
+        print(f"  {kept(self.first_pass)}")
         heading("4. The loss, and its gradient with respect to the embeddings")
         self.print_cosines(z.detach())
-        with Saved() as saved:
+        with graph_bytes() as sizes:
             loss, hits = self.info_nce(z)
         M = len(self.batch.keys)
         chance = f"ln {M} = {math.log(M):.4f} by chance"
-        print(f"  loss {loss.item():.4f} nats ({chance}), hits {hits.item():.2f}; {saved}")
+        print(f"  loss {loss.item():.4f} nats ({chance}), hits {hits.item():.2f}; {kept(sizes)}")
         z.register_hook(self.print_cached)  # called with d loss / d z, when it is there
         return loss
 

@@ -16,11 +16,12 @@ from data import ANSWER, COMPRESS, CONTENT, HEAD, QUESTION, Item
 from plumbing.errors import InputError
 from plumbing.families import position_ids
 from plumbing.formats import IMAGE
+from plumbing.graphs import graph_bytes
 from plumbing.images import open_image
 from plumbing.loader import each
 from plumbing.memory import to_device, token_chunks
 from tools import mask_as_cache
-from tools.measured import InBatch, Saved, gap, gradients, norm
+from tools.measured import InBatch, eager, gap, gradients, norm
 
 SIDE = 64  # pixels of a picture in the page, at most
 PAIRS = 64  # of the matrix
@@ -169,11 +170,8 @@ def attention(embedder, inputs, mask) -> list:
     sequential = embedder.style == "vlm2vec"
     arguments["position_ids"] = position_ids(embedder.mllm, inputs, sequential)
     arguments["attention_mask"] = added
-    kernel = embedder.mllm.config._attn_implementation
-    embedder.mllm.set_attn_implementation("eager")
-    with embedder.autocast():
+    with eager(embedder.mllm), embedder.autocast():
         out = embedder.mllm.model(**arguments, output_attentions=True, use_cache=False)
-    embedder.mllm.set_attn_implementation(kernel)
     # Families with masks of their own (Gemma 3) would show what they do not do.
     h = embedder.hidden(inputs, mask).float()
     apart = (out.last_hidden_state - h).norm() / h.norm()
@@ -350,18 +348,18 @@ class Recorder(InBatch):
     def embed(self, chunk):
         """Pass 1 comes without a graph, pass 2 with one."""
         self.note_gradient()
-        with Saved() as saved:
+        with graph_bytes() as sizes:
             z = self.forward(chunk)
         name = "pass 2" if torch.is_grad_enabled() else "pass 1"
-        self.stages.append(Stage(name, list(chunk), saved.bytes(), 0.0))
+        self.stages.append(Stage(name, list(chunk), sum(sizes.values()), 0.0))
         return z
 
     def loss_of(self, z):
         """Between the passes."""
         self.note_gradient()
-        with Saved() as saved:
+        with graph_bytes() as sizes:
             loss, _ = self.info_nce(z)
-        self.stages.append(Stage("between", list(range(len(z))), saved.bytes(), 0.0))
+        self.stages.append(Stage("between", list(range(len(z))), sum(sizes.values()), 0.0))
         z.register_hook(lambda dz: self.embeddings.extend(dz.norm(dim=1).tolist()))
         return loss
 
@@ -381,11 +379,11 @@ def passes(embedder, chosen, temperature, chunk_tokens) -> Passes:
 
     embedder.zero_grad(set_to_none=True)
     everything = list(range(len(lengths)))
-    with Saved() as saved:
+    with graph_bytes() as sizes:
         whole, _ = recorder.info_nce(recorder.forward(everything))
     whole.backward()
     want = [grad.clone() for grad in gradients(embedder)]
-    full = Stage("at once", everything, saved.bytes(), norm(want))
+    full = Stage("at once", everything, sum(sizes.values()), norm(want))
 
     embedder.zero_grad(set_to_none=True)
     half = len(queries) // 2

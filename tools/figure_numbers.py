@@ -12,6 +12,7 @@ from evaluate import precision_at_1
 from plumbing.config import CHUNK_TOKENS, by_device
 from plumbing.formats import IMAGE
 from plumbing.memory import token_chunks
+from tools.measured import eager
 from toy.world import ASK, Shapes
 
 # -------------------------------------------------------------------------------------- embeddings
@@ -77,10 +78,8 @@ def look(embedder, pictures) -> Look:
     both kernels are the same."""
     rows = [embedder.collate.row(Item(IMAGE, (picture,))) for picture in pictures]
     inputs = embedder.collate.pad_rows(rows)
-    kernel = embedder.mllm.config._attn_implementation
-    embedder.mllm.set_attn_implementation("eager")
-    outputs = embedder.outputs(inputs, output_attentions=True)
-    embedder.mllm.set_attn_implementation(kernel)
+    with eager(embedder.mllm):
+        outputs = embedder.outputs(inputs, output_attentions=True)
     # Pictures of one size have rows of one layout: the first tells where things are.
     code = inputs["roles"][0] == COMPRESS  # (L,)
     image = inputs["input_ids"][0] == embedder.mllm.config.image_token_id  # (L,)

@@ -1,4 +1,4 @@
-"""Draws the figures of the README: what the models of the toy world see, keep, and get wrong.
+"""Draws the figures of docs/results.md and README: what the toy's models see, keep, and get wrong.
 
     python -m tools.figures docs/figures                     of out/pretrain, out/contrastive
     python -m tools.figures DIR --model RUN/contrastive      of it, and of RUN/pretrain beside it

@@ -29,7 +29,7 @@ class Config(pretrain.Config):
 
 
 def lesson(world, i, least=3) -> tuple:
-    """A harder Shapes.dialogue, five or six questions. -> (content, turns, id)."""
+    """A harder Shapes.dialogue, three to six questions. -> (content, turns, id)."""
     rng = world._rng("lesson", i)
     choice = SEEN
     if rng.random() < 0.5:

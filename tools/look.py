@@ -2,8 +2,8 @@
 
     python -m tools.look
 
-Six pictures with their dialogues, then of each task a query with its right candidate and two of
-the wrong ones. Writes out/shapes.png.
+Six pictures with their dialogues, then of each task a query with its right candidate and, where
+candidates are texts, two of the wrong ones. Writes out/shapes.png.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there

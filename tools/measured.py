@@ -1,35 +1,26 @@
 """What `tools.explain` measures, on the screen and for the page: what autograd keeps for the
-backward pass, gradients, a batch of pairs through the model."""
+backward pass, attention, gradients, a batch of pairs through the model."""
 
 import math
-
-import torch
+from contextlib import contextmanager
 
 import contrastive
 
 
-class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what autograd keeps for the backward pass while it is open, each storage once."""
+def kept(sizes) -> str:
+    """What graphs keep, in words. sizes: as plumbing.graphs.graph_bytes counts them."""
+    return f"{sum(sizes.values()) / 2**20:.1f} MiB kept for the backward pass"
 
-    def __init__(self):
-        super().__init__(self.note, lambda x: x)
-        self.sizes = {}  # where a storage begins -> its bytes
 
-    def __enter__(self):
-        super().__enter__()
-        return self
-
-    def note(self, x):
-        if not isinstance(x, torch.nn.Parameter):  # weights are there anyway
-            self.sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    def bytes(self) -> int:
-        """All of it."""
-        return sum(self.sizes.values())
-
-    def __str__(self):
-        return f"{self.bytes() / 2**20:.1f} MiB kept for the backward pass"
+@contextmanager
+def eager(mllm):
+    """Inside, attention by the only kernel that gives its weights out."""
+    kernel = mllm.config._attn_implementation
+    mllm.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        mllm.set_attn_implementation(kernel)
 
 
 def gradients(embedder) -> list:

@@ -4,10 +4,10 @@ takes for near. The nearest are often right and not named so: --first leaves the
     python -m tools.mine --data pairs.jsonl --out mined.jsonl --first 5 --last 8
     python contrastive.py --data mined.jsonl
 
-Every distinct target of the list is ranked by its cosine with the query; the query's own targets,
-and what equals one of them, are left out before ranks are counted. Ranks --first to --last become
-`negatives`, behind those that a line has; all else of it stays. Pictures keep their names: --out
-belongs beside the list, unless --image-root is given to both commands.
+Every distinct target of the list is ranked by its cosine with the query; the query's own targets
+and negatives, and what equals one of them, are left out before ranks are counted. Ranks --first to
+--last become `negatives`, behind those that a line has; all else of it stays. Pictures keep their
+names: --out belongs beside the list, unless --image-root is given to both commands.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there

@@ -76,8 +76,9 @@ def frame(ax, x, y, side, color, width):
     ax.add_patch(square)
 
 
-def code(ax, x, y, side=0.4):
+def code(ax, x, y):
     """The K compression tokens, an orange square each, from x on and around y."""
+    side = 0.4
     for k in range(K):
         corner = (x + k * side, y - side / 2)
         square = Rectangle(corner, side, side, facecolor=ORANGE, edgecolor=SHEET, lw=2, zorder=2)

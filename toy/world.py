@@ -32,7 +32,7 @@ TINTS = ("#f6e6e6", "#e6f6e6", "#e6e6f6", "#f6f6e0")  # of the places: a tiny mo
 NUMBERS = ("zero", "one", "two", "three", "four")
 WORDS = tuple(COLORS) + SHAPES + SIZES + PLACES + NUMBERS[1:]  # every one-word answer there is
 
-# Combinations of colour and shape that training never shows, one or two of each colour.
+# Combinations of colour and shape that training never shows, one of each colour.
 HELD_OUT = {
     ("red", "cross"),
     ("green", "diamond"),

@@ -18,6 +18,7 @@ where it was stopped.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 TASKS = ("classify", "vqa", "i2t", "t2i", "ground")
 QUERIES = 60  # of each set, at the end of a run
-CURVE = 4  # times in a run that the in-distribution sets are scored, on at most 25 queries each
+CURVE = 4  # times in a run that the in-distribution sets are scored, but the last on 25 queries
 STAGE1 = "--steps 400 --batch 64 --save-every 0 --workers 0"  # an arm's own flags come after these
 STAGE2 = "--steps 200 --batch 64 --save-every 0 --workers 0"
 
@@ -49,6 +50,7 @@ ARMS = {  # name: (flags of stage 1, or NONE; flags of stage 2; words of ours as
     "last": (NONE, LAST),
     "plain": (PLAIN, ""),
     "coma": (COMA, ""),
+    "both, no mask": (f"{PLAIN} {BOTH}", ""),
     "both": (BOTH, ""),
     "condense": (NONE, "condense"),
     "coma, condense": (COMA, "condense"),
@@ -94,11 +96,6 @@ STUDIES = {
         f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
     }),
     "pooling": (5, {"mean": (COMA, ""), "last": ("--pooling last", "")}),
-    "mask-200": (5, with_flags({
-        "none": (NONE, ""),
-        "both, no mask": (f"{PLAIN} {BOTH}", ""),
-        "both": (BOTH, ""),
-    }, second=caps(200))),
     "beyond": (3, BEYOND),
     "beyond-200": (3, with_flags({"none": (NONE, ""), **BEYOND}, second=caps(200))),
     "rate": (3, {
@@ -315,6 +312,7 @@ def compress(first, seed, top, model="toy"):
     """Stage 1, where it has not been run yet. -> (its folder, the CPU seconds that it took)."""
     out = top / "-".join([*(first or "coma").replace("--", "").split(), str(seed)])
     if not (out / "cpu_seconds").exists():
+        shutil.rmtree(out, ignore_errors=True)  # a run that was stopped begins again
         words = f"{STAGE1} {first} --model {model} --seed {seed} --out {out}".split()
         _, seconds = call(__file__, "--run-first", json.dumps(words))
         (out / "cpu_seconds").write_text(str(seconds))

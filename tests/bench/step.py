@@ -26,9 +26,10 @@ stay in the processor's cache: less 10 %.
 
 Frozen tower, in units of that table's plain batch (5.5 F): GradCache 1.12 predicted, 1.34 measured;
 sorted chunks with the tower's features remembered 0.70 predicted, 0.81; with 16 small graphs kept
-0.66, with 24 of them 0.65. The best of ours is 0.53 of the best peer with everything trained, 0.50
-with the tower frozen. What the predictions missed: a GradCache gains nothing from the cache, and a
-kept graph saves less than its share, for the last chunks hold the fewest, longest rows.
+0.66, with 24 of them 0.65. The best of ours is 0.53 to 0.55 of the best peer with everything
+trained, 0.50 with the tower frozen. What the predictions missed: a GradCache gains nothing from the
+cache, and a kept graph saves less than its share, for the last chunks hold the fewest, longest
+rows.
 """
 
 import argparse
