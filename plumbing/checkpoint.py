@@ -248,8 +248,8 @@ def refuse_taken(cfg):
 
 def start_or_resume(embedder, optimizers, cfg) -> int:
     """-> the step to begin with; with --resume that of the newest checkpoint, which is loaded. From
-    here on SIGTERM and SIGINT let the step finish, save, and end the run. A run that is finished
-    already ends here, with status 0."""
+    here on a signal lets the step finish, the state be saved, and the run end. A run that is
+    finished already ends here, with status 0."""
     note_signals()
     same_data(cfg)
     shapes = {name: p.shape for name, p in embedder.named_parameters() if p.requires_grad}

@@ -1,6 +1,7 @@
-"""How a process of ours ends: at a signal within five seconds, with one line and status 130 or 143,
-a training run once its step is over and saved; by whatever else at once. It never waits for other
-ranks or for loader processes. (plumbing/start.py puts this in force.)"""
+"""How a process of ours ends: at a signal (Ctrl-C, SIGTERM, a terminal that is closed) within five
+seconds, with one line and status 130, 143 or 129, a training run once its step is over and saved;
+by whatever else at once. It never waits for other ranks or for loader processes. (plumbing/start.py
+puts this in force.)"""
 
 import os
 import select
@@ -15,7 +16,8 @@ from typing import NamedTuple
 
 from plumbing.errors import InputError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # sent to all that run in it
+SIGNALS = (*OF_A_TERMINAL, signal.SIGTERM)
 UNWIND = 3.0  # seconds that a command has to put its files in order
 ONE_WISH = 2.0  # seconds in which a second signal says the first again, see `obey`
 LEAVE_STEP = 5.0  # seconds that a step may go on after a signal, see `overdue`
@@ -57,10 +59,16 @@ def on_signal(number, frame):
         raise Stopped(number)
 
 
+def heard() -> list:
+    """The signals that end this process: under nohup a closed terminal is none."""
+    is_off = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not is_off]
+
+
 def note_signals():
     """From here on signals are noted, and the training run ends itself by them."""
     if not handlers_before and threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
+        for number in heard():
             handlers_before[number] = signal.signal(number, on_signal)
 
 
@@ -104,7 +112,7 @@ def watch_signals():
     signal.set_wakeup_fd(outside.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=obey, args=(inside,), daemon=True).start()
     pipes.extend((inside, outside))
-    for number in SIGNALS:
+    for number in heard():
         signal.signal(number, on_signal)
     if not hasattr(os, "register_at_fork"):
         return
@@ -117,10 +125,11 @@ def watch_signals():
 
 
 def be_a_child(deaf=False):
-    """What a forked process does first: it leaves Ctrl-C to its parent, and ends with it. deaf: it
-    leaves SIGTERM to it too, for the parent still needs its work (a training step its batch)."""
+    """What a forked process does first: it leaves the terminal's signals to its parent, and ends
+    with it. deaf: SIGTERM, too, for the parent still needs its work (a training step its batch)."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in OF_A_TERMINAL:
+        signal.signal(number, signal.SIG_IGN)
     # Trap: not for all. A multiprocessing.Pool is ended by SIGTERM, and joined.
     signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

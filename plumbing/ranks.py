@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from plumbing.ending import leave, leave_by, unsaid
+from plumbing.ending import leave, leave_by, stop_asked, unsaid
 from plumbing.errors import InputError, brief
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that takes no more
@@ -29,14 +29,15 @@ def world():
 
 
 def say(text):
-    """Prints, on rank 0 only, above a progress bar. A full disk under the output costs lines, not
-    the run."""
+    """Prints, on rank 0 only, above a progress bar. A full disk under the output, or a terminal
+    that is gone, costs lines and not the run; nor does any output once a signal is noted, which
+    may have ended the program that reads it, as `tee`."""
     if rank() > 0:
         return
     try:
         tqdm.write(text)
     except OSError as e:
-        if e.errno not in FULL:
+        if e.errno not in (*FULL, errno.EIO) and not stop_asked:
             raise
         unsaid.append(e.strerror)
 

@@ -214,6 +214,14 @@ def around(cfg, step, inside=lambda: None, net=None):
     return None
 
 
+@pytest.fixture
+def terminal():
+    """SIGHUP as in a terminal, also where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def names_in(out) -> list:
     return [path.name for path in checkpoint.checkpoints_in(out)]
 
@@ -222,7 +230,7 @@ def leave_step():
     raise ending.StepLeft
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_its_own_status_once_the_state_is_saved(cfg, number, capsys):
     """After the step, or before it where the step is left; then signals are what they were."""
     handlers = [signal.getsignal(x) for x in ending.SIGNALS]
@@ -263,12 +271,12 @@ def test_an_error_in_a_step_is_an_error_and_saves_nothing(cfg):
     equal((names_in(cfg.out), ending.handlers_before), ([], {}), "kept")
 
 
-def test_signals_are_noted_from_where_the_run_begins_to_its_end(cfg):
+def test_signals_are_noted_from_where_the_run_begins_to_its_end(cfg, terminal):
     """start_or_resume and finish; in between they end nothing."""
     handlers = [signal.getsignal(x) for x in ending.SIGNALS]
     net = Small()
     checkpoint.start_or_resume(net, [stepped(net)], cfg)
-    equal([signal.getsignal(x) for x in ending.SIGNALS], [ending.on_signal] * 2, "noted")
+    equal([signal.getsignal(x) for x in ending.SIGNALS], [ending.on_signal] * 3, "noted")
     signal.raise_signal(signal.SIGINT)
     equal([wish.number for wish in ending.stop_asked], [signal.SIGINT], "and nothing else")
     Path(cfg.out).mkdir()
@@ -289,14 +297,24 @@ def test_a_child_leaves_the_terminals_signal_to_its_parent(deaf, monkeypatch):
     monkeypatch.setattr(ending.signal, "pthread_sigmask", lambda *args: masks.append(args))
     monkeypatch.setattr(ending, "outlive_nobody", lambda parent: None)
     ending.be_a_child(deaf)
-    want = {signal.SIGINT: signal.SIG_IGN, "fd": -1}
+    want = {signal.SIGINT: signal.SIG_IGN, signal.SIGHUP: signal.SIG_IGN, "fd": -1}
     want[signal.SIGTERM] = signal.SIG_IGN if deaf else signal.SIG_DFL
     equal(set_to, want, "be_a_child")
     equal(masks, [(signal.SIG_UNBLOCK, ending.SIGNALS)], "blocked around the fork, and no longer")
 
 
-def test_a_process_of_ours_is_watched_from_its_first_moment(monkeypatch):
-    """Both signals; a thread reads what C's handler writes; children are told what they are."""
+def test_under_nohup_a_closed_terminal_ends_nothing(terminal):
+    """Whoever started the run has switched that off; all else is as ever."""
+    equal(ending.heard(), list(ending.SIGNALS), "in a terminal")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ending.note_signals()
+    equal(signal.getsignal(signal.SIGHUP), signal.SIG_IGN, "ending.heard")
+    equal(set(ending.handlers_before), {signal.SIGINT, signal.SIGTERM}, "ending.note_signals")
+    ending.forget_signals()
+
+
+def test_a_process_of_ours_is_watched_from_its_first_moment(monkeypatch, terminal):
+    """All signals; a thread reads what C's handler writes; children are told what they are."""
     set_to, threads, forks, pipes = {}, [], {}, []
     monkeypatch.setattr(ending, "pipes", pipes)
     monkeypatch.setattr(ending.signal, "signal", lambda number, how: set_to.update({number: how}))
@@ -315,7 +333,7 @@ def test_a_process_of_ours_is_watched_from_its_first_moment(monkeypatch):
     inside, outside = pipes
     equal(threads, [(ending.obey, (inside,), True)], "the thread that obeys")
     equal(set_to.pop("fd"), outside.fileno(), "where C's handler writes")
-    equal(set_to, dict.fromkeys(ending.SIGNALS, ending.on_signal), "both signals")
+    equal(set_to, dict.fromkeys(ending.SIGNALS, ending.on_signal), "all signals")
     equal(forks["after_in_child"], ending.be_a_child, "children")
     masks = []
     monkeypatch.setattr(ending.signal, "pthread_sigmask", lambda *args: masks.append(args))

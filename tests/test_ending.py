@@ -1,6 +1,7 @@
 """How a process ends: whatever ends it ends it soon, with one line or the traceback, and nobody is
 left behind. The limits are far above what is needed: they are there for what would hang."""
 
+import errno
 import json
 import os
 import signal
@@ -379,6 +380,46 @@ def test_a_signal_while_a_model_is_evaluated_by_two_workers(tmp_path):
     fork.send(signal.SIGINT)
     status, _, err = ended(fork, tmp_path)
     check_ended(status, err, signal.SIGINT)
+
+
+def test_a_terminal_that_is_closed_lets_a_run_save(tmp_path):
+    """Its signal comes, and from then on whatever is printed fails."""
+    master, slave = os.openpty()
+
+    def main():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests run under nohup
+        for number in (1, 2):
+            os.dup2(slave, number)
+        os.close(slave), os.close(master)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+        as_script(pretrain, [*ends.SMALL, "--steps", "5000", "--out", tmp_path / "out"])
+
+    fork, log = Fork(main, tmp_path / "stdout"), tmp_path / "out/log.jsonl"
+    os.close(slave)
+    deadline = time.time() + LIMIT
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert time.time() < deadline and fork.poll() is None, os.read(master, 9999)
+        time.sleep(0.01)
+    os.close(master)
+    fork.send(signal.SIGHUP)
+    equal(fork.wait(), 128 + signal.SIGHUP, "as a shell has it")
+    saved = [path.name for path in checkpoint.checkpoints_in(tmp_path / "out")]
+    expect(saved, saved, "a checkpoint", "ranks.say: EIO")
+
+
+def test_what_ended_the_reader_of_the_output_ends_no_run(monkeypatch):
+    """Ctrl-C reaches `tee`, too. Before that a pipe that nobody reads ends the run, as any other
+    program's."""
+
+    def closed(text):
+        raise BrokenPipeError(errno.EPIPE, "nobody reads it")
+
+    monkeypatch.setattr(ranks.tqdm, "write", closed)
+    monkeypatch.setattr(ending, "unsaid", [])
+    with pytest.raises(BrokenPipeError):
+        ranks.say("step 1")
+    monkeypatch.setattr(ranks, "stop_asked", [ending.Wish(signal.SIGINT, 0.0)])
+    ranks.say("step 2")
 
 
 def test_a_pool_of_processes_can_still_be_ended(tmp_path):

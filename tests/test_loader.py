@@ -146,7 +146,7 @@ def test_the_workers_hold_no_more_with_each_batch():
     expect(ours[-1] <= ours[2], ours, "no more than at first", "Team.share_of: os.close")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_ends_no_worker(number):
     """A terminal and torchrun send it to all of a group: the rank alone decides what is done."""
     batches = loader.prefetch(lambda i: os.getpid(), range(9), 1)
