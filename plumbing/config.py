@@ -17,7 +17,9 @@ from plumbing.errors import InputError, brief
 
 # Padded tokens that go through the model at a time. A CPU likes what fits into its caches.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
-MOST_WHOLE = 1_000_000_000  # of a whole number whose flag says no `most`: beyond, it is a slip
+# Of a number whose flag says no `most`; and of how little it may be above another. Beyond, it is a
+# slip, or no number to PyTorch.
+MOST, SMALLEST = 1_000_000_000, 1e-12
 
 # Flags of earlier versions, and the command that does it now.
 MOVED = {
@@ -79,14 +81,10 @@ def range_of(field) -> str:
 
 
 def in_range(field, value) -> bool:
-    """Whether a number is finite and within the range of its field."""
+    """Whether a number (NaN never) is within the range of its field."""
     least, most, above = (field.metadata.get(name) for name in ("least", "most", "above"))
-    if kind_of(field) is int:
-        most = MOST_WHOLE if most is None else most
-    elif not math.isfinite(value):
-        return False
-    low = value >= least if above is None else value > above
-    return low and (most is None or value <= most)
+    least = least if above is None else above + SMALLEST
+    return least <= value <= (MOST if most is None else most)
 
 
 def refuse_value(field, value):
@@ -103,8 +101,9 @@ def refuse_value(field, value):
             raise InputError(f"{name} {brief(ascii(value))} is no text (UTF-8): rename or copy it")
     elif kind is not bool and not in_range(field, value):
         default = "" if field.default is None else f"; the default is {field.default}"
-        most = f" (at most {MOST_WHOLE:,})" if kind is int and value > MOST_WHOLE else ""
-        text = f"{name} {brief(value)} must be {range_of(field)}{most}{default}"
+        is_slip = value > MOST and not field.metadata["most"] or 0 < value < SMALLEST
+        slip = f" (in all {SMALLEST:g} to {MOST:,})" if is_slip else ""
+        text = f"{name} {brief(value)} must be {range_of(field)}{slip}{default}"
         raise InputError(f"{text} ({field.metadata['description']})")  # which may say why
     choices = field.metadata["choices"]
     if choices and value not in choices:

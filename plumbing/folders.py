@@ -134,6 +134,8 @@ def reading(folder, *files):
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
+    except ImportError as e:  # it is of no folder's making
+        raise InputError(f"--model {brief(folder)}: a package is missing: {brief(e)}") from e
     except BaseException as e:
         # Trap: the tokenizers' Rust code panics with what is no Exception, and cannot be imported.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":

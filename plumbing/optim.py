@@ -98,8 +98,9 @@ def end_step(embedder, optimizers, cfg, step, loss, ids) -> float:
     if not math.isfinite(loss + norm):
         at = f"step {step + 1}, lr {optimizers[0].param_groups[0]['lr']:.2e}"
         raise InputError(
-            f"{at}: loss {loss}, gradient norm {norm}; rank {rank()} had the examples {ids}. The "
-            "last checkpoint is good: look at these examples, or start again with a lower --lr"
+            f"{at}: loss {loss}, gradient norm {norm}; rank {rank()} had the examples {ids}. What "
+            "was saved before is good: look at these examples, or start again with a lower --lr; "
+            "at step 1 a flag of the loss is too large or too small"
         )
     for optimizer in optimizers:
         optimizer.step()

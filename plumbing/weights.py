@@ -30,6 +30,8 @@ from plumbing.template import STYLES
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 DEFAULT_K = 4  # where nothing says how many: toy pictures have 16 tokens. The paper: 32
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")  # kernels
+SETTINGS = ("compress_tokens", "pooling", "prompt")  # in nanocoma.json of an embedder
 MOST_K = 1_000  # as the flag has it; beyond, it is a slip
 PATCHES = {  # of a processor -> of a vision tower's config
     "patch_size": "patch_size",
@@ -52,9 +54,8 @@ class Options(NamedTuple):
 
     def checked(self) -> "Options":
         """As they are, or an InputError that names one."""
-        if not isinstance(self.attn, str):
-            known = "sdpa, flash_attention_2 or flex_attention"
-            raise InputError(f"attn {brief(repr(self.attn))}: {known}")
+        if self.attn not in ATTENTION:
+            raise InputError(f"attn {brief(repr(self.attn))}: choose from {', '.join(ATTENTION)}")
         for name, value in self._asdict().items():
             if name != "attn":
                 whole_number(name, value, 0)
@@ -92,6 +93,10 @@ def settings(name, path, asked) -> Settings:
     K = agreed("compress_tokens", asked.K, stored, name)
     pooling = agreed("pooling", asked.pooling, stored, name)
     style = agreed("prompt", asked.style, stored, name) or "chat"
+    lost = [key for key in SETTINGS if key not in stored]
+    if 0 < len(lost) < len(SETTINGS):
+        text = f"lacks {', '.join(lost)}: copy the one that was saved with the model"
+        raise InputError(f"{brief(path)}/nanocoma.json {text}")
     if K is None:
         K = 0 if style == "vlm2vec" else DEFAULT_K
     if pooling is None:
@@ -231,9 +236,11 @@ def refuse_lost_tokens(path, mllm, tokenizer, K):
     vocabulary = tokenizer.get_vocab()
     there = sum(re.fullmatch(r"<\|compress_\d+\|>", token) is not None for token in vocabulary)
     stored = "compress_tokens" in read_json(path, "nanocoma.json")
-    if K and there != K and (there or stored):
-        source = "its nanocoma.json" if stored else "--compress-tokens"
-        text = f"K = {K} by {source}, but its tokenizer has {there} compression tokens"
+    if K and there and not stored:
+        text = f"its tokenizer has {there} compression tokens, and no nanocoma.json says so"
+        raise InputError(f"--model {path}: {text}. Copy the file that was saved with it")
+    if stored and there != K:
+        text = f"K = {K} by its nanocoma.json, but its tokenizer has {there} compression tokens"
         raise InputError(f"--model {path}: {text}. Copy the tokenizer that was saved with it")
     rows = mllm.get_input_embeddings().weight.shape[0]
     known = set(range(rows))
@@ -265,8 +272,11 @@ def prove(embedder, folder):
             if len(collate.picture(picture).columns["input_ids"]) < PROBE:
                 row = collate.row(Content(IMAGE, (picture,)))
                 z.append(embedder(collate.pad_rows([row])))
-    if not torch.cat(z).isfinite().all():
-        text = "its vectors are not finite: NaN or infinity in its weights, or its processor's"
+    lengths = torch.cat(z).norm(dim=1)
+    if not (lengths > 0.5).all():  # of NaN, infinity, zeros; else they are 1
+        text = (
+            "its vectors are not of length 1: NaN, infinity or zeros in its weights, or processor"
+        )
         raise InputError(f"--model {brief(folder)}: {text}")
     return embedder
 

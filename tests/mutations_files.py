@@ -1405,8 +1405,8 @@ FILES = [
         "tests/test_folders.py",
     ),
     (
-        "plumbing/weights.py", "if K and there != K and (there or stored):",
-        "if K and there != K and there:",
+        "plumbing/weights.py", "if stored and there != K:",
+        "if False:",
         "tests/test_folders.py",
     ),
     (
@@ -1420,8 +1420,8 @@ FILES = [
         "tests/test_settings.py",
     ),
     (
-        "plumbing/weights.py", "if not torch.cat(z).isfinite().all():",
-        "if not torch.cat(z).isfinite().any():",
+        "plumbing/weights.py", "if not (lengths > 0.5).all():",
+        "if not (lengths > 0.5).any():",
         "tests/test_folders.py",
     ),
     (

@@ -119,12 +119,20 @@ def test_lines_that_a_full_disk_cost_move_no_other_step(tmp_path, reference, cap
     equal(run.loss[[8, 9, 23, 24]].tolist(), [*curve(0)[[8, 8, 8, 24]]], "as the step before")
 
 
+HEADER = '{"config": {"steps": 9, "batch": 2}}\n'
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("", "not the log of a stage"),
         ("{", "line 1: no JSON"),
         ("[]\n", "not the log of a stage"),
+        ("[" * 9999 + "]" * 9999, "line 1: no JSON"),
+        (HEADER + '{"step": 1, "loss": 1' + "0" * 400 + "}\n", "not the log of a stage"),
+        (HEADER + '{"step": 0, "loss": 1}\n', "not the log of a stage"),
+        (HEADER + '{"step": 1, "loss": 1}\n' * 2, "not the log of a stage"),
+        (HEADER + '{"step": 1, "loss": 1}\n{"step": 1e300, "loss": 1}\n', "not the log of a stage"),
         ('{"config": {"steps": 1, "batch": 2}}\n', "not the log of a stage"),
         ('{"config": {"steps": 1, "batch": 2}}\n{"step": 1}\n', "not the log of a stage"),
         (

@@ -89,8 +89,8 @@ def test_a_config_that_its_files_do_not_hold_is_refused(folder, field, value, wo
     ("image_processor__merge_size", 10**6, ["merge_size is 1,000,000; 0 to 16"]),
     ("image_processor__merge_size", -1, ["merge_size is -1; 0 to 16"]),
     ("image_processor__image_grid_pinpoints", [[336, 10**6]], ["pinpoints is 1,000,000"]),
-    ("image_processor__image_mean", [float("nan")] * 3, ["not finite", "processor"]),
-    ("image_processor__image_std", [0, 0, 0], ["not finite"]),
+    ("image_processor__image_mean", [float("nan")] * 3, ["not of length 1", "processor"]),
+    ("image_processor__image_std", [0, 0, 0], ["not of length 1"]),
     ("image_processor__image_std", "x", ["another model: config.json, processor_config.json, t"]),
     ("image_processor__patch_size", 14, ["patch_size 14, its config.json patch_size 8"]),
 ])  # fmt: skip
@@ -191,6 +191,9 @@ def test_what_the_libraries_raise_is_the_folders_fault():
         with pytest.raises(InputError, match=rf"its content \({type(error).__name__}: "):
             with folders.reading("m"):
                 raise error
+    with pytest.raises(InputError, match="--model m: a package is missing: FlashAttention2"):
+        with folders.reading("m"):
+            raise ImportError("FlashAttention2 cannot be used")
     for error in (torch.OutOfMemoryError("x"), KeyboardInterrupt(), InputError("mine")):
         with pytest.raises(type(error)) as same:
             with folders.reading("m"):
@@ -205,7 +208,16 @@ def test_weights_that_are_not_finite_are_refused(folder, name):
     key = next(key for key in weights if name in key)
     weights[key][:] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    refused(folder, "not finite: NaN or infinity")
+    refused(folder, "not of length 1: NaN, infinity or zeros")
+
+
+def test_weights_that_are_all_zero_are_refused(folder):
+    """As of a download that was preallocated: each vector would be 0, and each cosine."""
+    weights = {
+        key: torch.zeros_like(w) for key, w in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "not of length 1: NaN, infinity or zeros")
 
 
 @pytest.mark.parametrize("config", [
@@ -362,13 +374,16 @@ def test_a_folder_is_never_asked_for_on_the_hub(out, tmp_path, monkeypatch):
     shutil.copytree(out / "lora", tmp_path / "lora")
     refused(tmp_path / "lora", "its base is not there", "pretrain", "base_is_hub")
     change(tmp_path / "lora" / "adapter_config.json", base_model_name_or_path="out/pretrain")
-    (tmp_path / "lora" / "nanocoma.json").write_text('{"compress_tokens": 4}')  # an old one
+    old = {"compress_tokens": 4, "pooling": "mean", "prompt": "chat"}
+    (tmp_path / "lora" / "nanocoma.json").write_text(json.dumps(old))
     refused(tmp_path / "lora", "its base is not there")
     equal(asked, [], "what anyone could register")
     change(tmp_path / "lora" / "nanocoma.json", base_is_hub=True)
     model.load(tmp_path / "lora", device="cpu")
     (tmp_path / "lora" / "nanocoma.json").unlink()
-    model.load(tmp_path / "lora", device="cpu")
+    refused(
+        tmp_path / "lora", "its tokenizer has 4 compression tokens, and no nanocoma.json says so"
+    )
     equal(asked, ["out/pretrain"] * 2, "said so; another program's")
 
 

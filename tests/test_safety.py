@@ -194,7 +194,7 @@ LIMITS = {  # what comes from elsewhere -> the most of it that is read, made or 
     (rendering, "MEMORY"): 2**30,
     (hub, "LONGEST_WAIT"): 3600,
     (weights, "MOST_K"): 1_000,
-    (config, "MOST_WHOLE"): 1_000_000_000,
+    (config, "MOST"): 1_000_000_000,
 }
 
 

@@ -23,8 +23,7 @@ NOTHING = Settings(None, None, None)
         ((0, None, None), {}, (0, "last", "chat")),
         ((None, None, "vlm2vec"), {}, (0, "last", "vlm2vec")),
         ((8, "last", "coma"), {}, (8, "last", "coma")),
-        ((None, None, None), {"compress_tokens": 2}, (2, "mean", "chat")),
-        ((None, None, None), {"compress_tokens": 0, "prompt": "coma"}, (0, "last", "coma")),
+        ((None, None, None), {"base_is_hub": True}, (4, "mean", "chat")),
         ((2, "last", "coma"), {"compress_tokens": 2, "pooling": "last", "prompt": "coma"},
          (2, "last", "coma")),
     ],
@@ -42,6 +41,8 @@ def test_what_nobody_says_has_its_default(tmp_path, asked, stored, want):
         ((0, None, None), {"compress_tokens": 2}, "--compress-tokens 0, but m"),
         ((None, "last", None), {"pooling": "mean"}, "--pooling last, but m was trained with"),
         ((None, None, "chat"), {"prompt": "coma"}, "--prompt chat, but m was trained with"),
+        ((None, None, None), {"compress_tokens": 8, "prompt": "coma"}, "json lacks pooling: copy"),
+        ((None, None, None), {"pooling": "last"}, "json lacks compress_tokens, prompt"),
         ((0, "mean", None), {}, "pooling mean .K > 0. or last"),
         ((-1, "last", None), {}, "--compress-tokens -1"),
         ((10_001, None, None), {}, "--compress-tokens 10001"),
@@ -74,7 +75,7 @@ def test_options_are_whole_numbers_and_a_kernels_name():
         for value in (-1, "5", 2.5):
             with pytest.raises(InputError, match=f"{name} .*: a whole number of at least 0"):
                 Options(**{name: value}).checked()
-    with pytest.raises(InputError, match="attn 5: sdpa, flash_attention_2"):
+    with pytest.raises(InputError, match="attn 5: choose from eager, sdpa"):
         Options(attn=5).checked()
 
 

@@ -116,12 +116,13 @@ def test_a_truth_value_is_no_number(value):
                     config.refuse_value(field, value)
 
 
-def test_a_whole_number_without_a_limit_of_its_own_has_one():
-    """2^63 would be an error of torch, or no number at all to it."""
+def test_a_number_without_a_limit_of_its_own_has_one():
+    """2^63 and 1e39 would be errors of torch, or no numbers to it; 1e-300 is nought to it."""
     fields = {x.name: x for x in dataclasses.fields(pretrain.Config)}
-    equal(config.in_range(fields["steps"], config.MOST_WHOLE), True, "the largest")
-    equal(config.in_range(fields["steps"], config.MOST_WHOLE + 1), False, "one more")
-    expect(config.MOST_WHOLE < 2**63, config.MOST_WHOLE, "< 2^63", "torch's integers")
-    equal(config.in_range(fields["lr"], 1e300), True, "a number with a point has none")
+    equal(config.in_range(fields["steps"], config.MOST), True, "the largest")
+    equal(config.in_range(fields["steps"], config.MOST + 1), False, "one more")
+    expect(config.MOST < 2**63, config.MOST, "< 2^63", "torch's integers")
+    for name, value in (("lr", 1e39), ("muon_lr", 1e39), ("lr", 1e-300)):
+        equal(config.in_range(fields[name], value), False, f"{name} {value}")
     for value in (math.inf, -math.inf, math.nan):
         equal(config.in_range(fields["weight_decay"], value), False, value)

@@ -77,7 +77,7 @@ def read_log(path) -> Run:
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{brief(path)}, line {number}: no JSON") from None
     try:
         header, *steps = records
@@ -85,18 +85,18 @@ def read_log(path) -> Run:
             raise KeyError
         numbers = np.array([[record["step"], record["loss"]] for record in steps], dtype=float)
         return Run(path, header, *of_every_step(*numbers.T, header["config"]["steps"]))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        text = "not the log of a stage, whose first record holds the flags, or no step is in it"
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
+        text = "not the log of a stage: its first record holds the flags, then come steps from 1 on"
         raise InputError(f"{brief(path)}: {text}") from None
 
 
 def of_every_step(steps, loss, last) -> tuple:
     """A full disk costs a log some of its lines: there the loss is that of the step before. Raises
-    ValueError where the steps do not rise, or beyond `last`. -> (1 to n, their losses)."""
-    if np.diff(steps, prepend=0).min() < 1 or steps[-1] > last:
+    ValueError where they do not rise from 1 on, to `last` at most. -> (1 to n, their losses)."""
+    if steps[0] != 1 or np.diff(steps).min(initial=1) < 1 or steps[-1] > last:
         raise ValueError
     every = np.arange(1, int(steps[-1]) + 1)
-    return every, loss[(steps.searchsorted(every, "right") - 1).clip(0)]
+    return every, loss[steps.searchsorted(every, "right") - 1]
 
 
 def seeds_beside(reference) -> list:
