@@ -238,7 +238,9 @@ def refuse_lost_tokens(path, mllm, tokenizer, K):
     stored = "compress_tokens" in read_json(path, "nanocoma.json")
     if K and there and not stored:
         text = f"its tokenizer has {there} compression tokens, and no nanocoma.json says so"
-        raise InputError(f"--model {path}: {text}. Copy the file that was saved with it")
+        if there != K:
+            raise InputError(f"--model {path}: {text}. Copy the file that was saved with it")
+        say(f"{path}: {text}: pooling and prompt are those of the flags, or the defaults")
     if stored and there != K:
         text = f"K = {K} by its nanocoma.json, but its tokenizer has {there} compression tokens"
         raise InputError(f"--model {path}: {text}. Copy the tokenizer that was saved with it")

@@ -200,7 +200,7 @@ ROOMS = [
     ("plumbing/config.py", 'f"{least} or more" if most is None else f"{least} to {most}"', 'f"{least} or more"', FLAGS),
     ("plumbing/config.py", "least if above is None else above + SMALLEST", "least if above is None else above", FLAGS),
     ("plumbing/weights.py", "if 0 < len(lost) < len(SETTINGS):", "if False:", "tests/test_settings.py"),
-    ("plumbing/weights.py", "if K and there and not stored:", "if False:", "tests/test_folders.py -k on_the_hub"),
+    ("plumbing/weights.py", "if K and there and not stored:", "if False:", "tests/test_folders.py -k without_a_nanocoma"),
     ("plumbing/weights.py", "if not (lengths > 0.5).all():", "if not lengths.isfinite().all():", "tests/test_folders.py -k all_zero"),
     ("plumbing/folders.py", "    except ImportError as e:", "    except ZeroDivisionError as e:", "tests/test_folders.py"),
     ("plumbing/config.py", "value <= (MOST if most is None else most)", "value <= (most or value)", "tests/test_start.py"),

@@ -211,6 +211,17 @@ def test_weights_that_are_not_finite_are_refused(folder, name):
     refused(folder, "not of length 1: NaN, infinity or zeros")
 
 
+def test_of_an_embedder_without_a_nanocoma_json_no_more_is_known_than_its_tokens(folder, capsys):
+    """Another K is refused; with the right one a line says what may be wrong, pooling and prompt."""
+    (folder / "nanocoma.json").unlink()
+    model.load(folder, device="cpu")
+    assert "4 compression tokens, and no nanocoma.json says so: pooling" in capsys.readouterr().out
+    with pytest.raises(
+        InputError, match="4 compression tokens, and no nanocoma.json.*Copy the file"
+    ):
+        model.load(folder, compress_tokens=8, device="cpu")
+
+
 def test_weights_that_are_all_zero_are_refused(folder):
     """As of a download that was preallocated: each vector would be 0, and each cosine."""
     weights = {
@@ -381,9 +392,7 @@ def test_a_folder_is_never_asked_for_on_the_hub(out, tmp_path, monkeypatch):
     change(tmp_path / "lora" / "nanocoma.json", base_is_hub=True)
     model.load(tmp_path / "lora", device="cpu")
     (tmp_path / "lora" / "nanocoma.json").unlink()
-    refused(
-        tmp_path / "lora", "its tokenizer has 4 compression tokens, and no nanocoma.json says so"
-    )
+    model.load(tmp_path / "lora", device="cpu")
     equal(asked, ["out/pretrain"] * 2, "said so; another program's")
 
 
