@@ -212,7 +212,7 @@ def test_weights_that_are_not_finite_are_refused(folder, name):
 
 
 def test_of_an_embedder_without_a_nanocoma_json_no_more_is_known_than_its_tokens(folder, capsys):
-    """Another K is refused; with the right one a line says what may be wrong, pooling and prompt."""
+    """Another K is refused; with the right one a line says what may be wrong."""
     (folder / "nanocoma.json").unlink()
     model.load(folder, device="cpu")
     assert "4 compression tokens, and no nanocoma.json says so: pooling" in capsys.readouterr().out

@@ -19,6 +19,10 @@ NAMES = {  # of the arms
     "condense": "contrastive only, condense",
     "coma, condense": "CoMa, then condense",
     "both, no mask": "beyond the paper, no mask",
+    "plain, slow": "the same dialogues, no mask; slow stage 1",
+    "coma, slow": "CoMa; slow stage 1",
+    "both, no mask, slow": "beyond the paper, no mask; slow stage 1",
+    "both, slow": "CoMa, beyond the paper; slow stage 1",
 }
 FIELDS = {"first", "second", "seed", "pairs", "K", "steps", "curve", "ind", "ood", "overall"}
 

@@ -63,6 +63,17 @@ BEYOND = {
     "both": (BOTH, ""),
 }
 SLOW = "--lr 3e-4 --muon-lr 2e-3"  # a tenth of both rates
+RATES = {
+    "none": (NONE, ""),
+    "plain": (PLAIN, ""),
+    "plain, slow": (f"{PLAIN} {SLOW}", ""),
+    "coma": (COMA, ""),
+    "coma, slow": (SLOW, ""),
+    "both, no mask": (f"{PLAIN} {BOTH}", ""),
+    "both, no mask, slow": (f"{PLAIN} {BOTH} {SLOW}", ""),
+    "both": (BOTH, ""),
+    "both, slow": (f"{BOTH} {SLOW}", ""),
+}
 LARGE = "--min-pixels 16384 --max-pixels 16384"  # 128 x 128, twice the toy's: 64 image tokens
 LARGE_TOY = f"{PLAIN} --compress-tokens 0 {LARGE} --steps 1000"  # such arms start from this one
 
@@ -98,13 +109,8 @@ STUDIES = {
     "pooling": (5, {"mean": (COMA, ""), "last": ("--pooling last", "")}),
     "beyond": (3, BEYOND),
     "beyond-200": (3, with_flags({"none": (NONE, ""), **BEYOND}, second=caps(200))),
-    "rate": (3, {
-        "none": (NONE, ""),
-        "plain": (PLAIN, ""),
-        "plain, slow": (f"{PLAIN} {SLOW}", ""),
-        "coma": (COMA, ""),
-        "coma, slow": (SLOW, ""),
-    }),
+    "rate": (3, RATES),
+    "rate-200": (3, with_flags(RATES, second=caps(200))),
     "weight": (3, {
         "none": (NONE, ""),
         "condense": (NONE, "condense"),
