@@ -51,7 +51,6 @@ def is_export(folder) -> bool:
 
 def write_picture(picture, path):
     """A picture, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written(path, "the picture") as part:
         picture.render().save(part)
 
@@ -151,6 +150,10 @@ def export_tasks(out, n):
 
 def export(out, n=100):
     """All of it, n examples of each kind."""
+    if not str(out).strip():
+        raise InputError("DIR is empty; name a folder")
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise InputError(f"DIR {brief(out)}: is no folder; name one")
     refuse_unwritable(Path(out, MARK), "the lists")
     if os.listdir(out) and not is_export(out):
         raise InputError(f"{brief(out)}: holds files that are no export's; take a new folder")

@@ -1,6 +1,7 @@
 """The pictures of a folder, for the commands that read one (search, generate)."""
 
 import os
+import sys
 
 from PIL import Image
 
@@ -48,3 +49,7 @@ def why_not(folder, name) -> str:
     if not os.path.isfile(path):
         return "no ordinary file"
     return "" if is_unicode(path) else "its name is not UTF-8; rename it"
+
+
+if __name__ == "__main__":
+    sys.exit("tools/pictures.py has no commands: tools/search.py and tools/generate.py import it")
