@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 from plumbing.errors import InputError
-from tools import check, conversations, export
+from tools import check, conversations, export, figures
 from tools import generate as generator
 
 DIALOGUE = conversations.as_conversations("a.png", "a.png", [("what?", "a dog")])
@@ -137,9 +137,10 @@ def test_a_question_of_a_model_that_is_only_a_mark_is_none(question):
         talk.send(f"1. {question}\n2. b?\n3. c?")
 
 
-# -------------------------------------------------------------------------------- a place of export
+# ------------------------------------------------------------------------------- a folder of files
 
 
+@pytest.mark.parametrize("write", [lambda x: export.main([x]), figures.draw])
 @pytest.mark.parametrize(
     ("folder", "says"),
     [
@@ -150,12 +151,13 @@ def test_a_question_of_a_model_that_is_only_a_mark_is_none(question):
         ("q.txt/x", "not written"),
     ],
 )
-def test_export_into_what_is_no_folder_is_one_line(place, folder, says):
-    """The empty name was a traceback, a file "not written: File exists"."""
+def test_what_writes_into_no_folder_is_one_line(place, folder, says, write):
+    """Of an empty name export was a traceback, and figures were drawn into the working folder; of a
+    file both said "not written: File exists"."""
     Path("gone").symlink_to("nowhere")
     before = sorted(place.rglob("*"))
     with pytest.raises(InputError, match=says):
-        export.main([folder])
+        write(folder)
     equal(sorted(place.rglob("*")), before, "nothing is written")
 
 

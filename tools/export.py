@@ -28,7 +28,7 @@ from plumbing.errors import InputError, brief
 from plumbing.formats import IMAGE
 from plumbing.parquet import pyarrow
 from plumbing.ranks import run_command
-from plumbing.writing import refuse_unwritable, written
+from plumbing.writing import refuse_no_folder, refuse_unwritable, written
 from tools.conversations import as_conversations
 from toy.world import Shapes
 
@@ -150,10 +150,7 @@ def export_tasks(out, n):
 
 def export(out, n=100):
     """All of it, n examples of each kind."""
-    if not str(out).strip():
-        raise InputError("DIR is empty; name a folder")
-    if os.path.lexists(out) and not os.path.isdir(out):
-        raise InputError(f"DIR {brief(out)}: is no folder; name one")
+    refuse_no_folder(out, "DIR")
     refuse_unwritable(Path(out, MARK), "the lists")
     if os.listdir(out) and not is_export(out):
         raise InputError(f"{brief(out)}: holds files that are no export's; take a new folder")

@@ -105,8 +105,10 @@ def refuse_template(reply):
 
 def mark_in(text) -> str:
     """A picture's mark or a template's token in a text; empty: it has none."""
+    if IMAGE in text:
+        return IMAGE
     token = TEMPLATE_TOKEN.search(text)
-    return IMAGE if IMAGE in text else token[1] if token else ""
+    return token[1] if token else ""
 
 
 def plain(reply, kind) -> str:
