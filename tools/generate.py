@@ -480,10 +480,10 @@ def generate(args) -> int:
     # 1. What an earlier run has done.
     if args.server:
         refuse_no_url(args.server, args.api_key)
-    refuse_no_list(args.out, "--out")
     failed = Path(f"{args.out}.failed.jsonl")
     for path in (args.out, failed):
         refuse_unwritable(path, "--out", [args.questions])
+    refuse_no_list(args.out, "--out")
     refuse_other(failed, "--out", holds_failures, "list of what failed")
     done = read_done(Path(args.out))
 

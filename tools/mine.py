@@ -130,8 +130,8 @@ def main(argv):
         raise InputError(f"--data {brief(cfg.data)}: mining takes a .jsonl of pairs")
     if Path(cfg.data).resolve() == Path(cfg.out).resolve():
         raise InputError(f"--out {brief(cfg.out)}: the list itself; give it another name")
-    refuse_no_list(cfg.out, "--out")
     refuse_unwritable(cfg.out, "--out")
+    refuse_no_list(cfg.out, "--out")
     refuse_other(cfg.out, "--out", holds_lines, "list of pairs")
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
     embedder = model.load_for(cfg, setup())
