@@ -24,6 +24,22 @@ def refuse_unwritable(path, name, read=()):
         os.unlink(part)
 
 
+def refuse_no_folder(path, name):
+    """Raises InputError where files would go into a folder that can be none: of an empty name, in
+    the place of a file. name: what the message calls it, as "DIR"."""
+    if not str(path).strip():
+        raise InputError(f"{name} is empty; name a folder")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InputError(f"{name} {brief(path)}: is no folder; name one")
+
+
+def refuse_no_list(path, name):
+    """Raises InputError where lines of JSON would get a name that readers take for another format:
+    they tell a list by its ending. name: what the message calls it, as "--out"."""
+    if str(path) and os.path.splitext(path)[1].lower() != ".jsonl":
+        raise InputError(f"{name} {brief(path)}: a list, one example a line; end it with .jsonl")
+
+
 def refuse_other(path, name, is_ours, kind):
     """Raises InputError where a file of another kind is at `path` already: nobody wants a picture
     or a model's config replaced by scores. is_ours(path): whether it is what the command writes; an

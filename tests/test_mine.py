@@ -122,6 +122,8 @@ def test_a_list_gets_negatives_and_keeps_all_else(listed):
         ("--data shapes --out out.jsonl", "takes a .jsonl"),
         ("--out out.jsonl", "takes a .jsonl"),
         ("--data pairs.jsonl", "an empty name"),
+        ("--data pairs.jsonl --out out.csv", "--out out.csv: .*end it with .jsonl"),
+        ("--data pairs.jsonl --out out", "--out out: .*end it with .jsonl"),
         ("--data dialogues.jsonl --out out.jsonl --model toy-random", "this is a dialogue"),
     ],
 )
@@ -133,3 +135,58 @@ def test_what_cannot_be_mined_is_one_line(listed, monkeypatch, words, says):
         mine.main(words.split())
     equal(listed.read_bytes(), whole, "the list stays")
     expect(not (listed.parent / "out.jsonl").exists(), "out.jsonl", "no file", "")
+
+
+@pytest.fixture
+def four(tmp_path, monkeypatch):
+    """Four pairs of texts in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    lines = [{"query": {"text": f"q {i}"}, "target": {"text": f"t {i}"}} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def mine_with(embedder, monkeypatch, *words):
+    """The command, with an embedder that is there."""
+    monkeypatch.setattr(model, "load_for", lambda *_: embedder)
+    words = ["--model", "toy-random", "--out", "out.jsonl", "--workers", "0", *words]
+    mine.main(["--data", "pairs.jsonl", *words])
+
+
+def test_no_score_makes_a_right_target_wrong():
+    """NaN sorts behind infinity, and a query's own target was told apart by that alone."""
+    q, t = np.full((1, 2), np.nan, np.float32), np.eye(3, 2, dtype=np.float32)
+    equal(mine.nearest_wrong(q, t, [{0, 1}], 1, 3), [[2]], "only what is wrong")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("q 2", "line 3: its query"), ("t 1", "line 2: its target")]
+)
+def test_an_embedding_that_is_not_finite_is_said_with_its_line(
+    four, shared, monkeypatch, text, says
+):
+    """Its cosines are NaN, which have no order; and no list is left."""
+    encode = model.Embedder.encode
+
+    def spoiled(self, items, *args):
+        z = encode(self, items, *args)
+        z[[item.text == text for item in items]] = np.nan
+        return z
+
+    monkeypatch.setattr(model.Embedder, "encode", spoiled)
+    with pytest.raises(InputError, match=f"pairs.jsonl, {says} has an embedding that is not"):
+        mine_with(shared, monkeypatch, "--first", "1")
+    expect(not (four / "out.jsonl").exists(), "out.jsonl", "no file", "")
+
+
+def test_ranks_that_no_target_has_are_refused_before_anything_is_embedded(
+    four, shared, monkeypatch
+):
+    """Every line got "negatives": []; at the last rank there is one each."""
+    mine_with(shared, monkeypatch, "--first", "3", "--last", "3")
+    lines = [json.loads(line) for line in (four / "out.jsonl").read_text().splitlines()]
+    equal([len(line["negatives"]) for line in lines], [1] * 4, "three wrong ones of four")
+    monkeypatch.setattr(model.Embedder, "encode", pytest.fail)
+    says = "--first 4: no query of pairs.jsonl has more than 3 wrong targets, of 4 distinct"
+    with pytest.raises(InputError, match=says):
+        mine_with(shared, monkeypatch, "--first", "4")

@@ -164,8 +164,15 @@ def test_a_searched_folder_may_hold_anything(tmp_path, capsys):
     for name in ("pipe.png", "socket.png", "nowhere.png", "loop.png"):
         assert f"left out: {name}: no ordinary file" in said
     assert r"left out: \udcff.jpg: its name is not UTF-8" in said
-    with pytest.raises(InputError, match="no such folder, or no pictures"):
-        find_pictures(tmp_path / "folder.png")
+    for name, says in (
+        ("folder.png", "folder.png: no pictures in it"),
+        ("a.PNG", "--images .*a.PNG: is no folder; name one"),
+        ("pipe.png", "pipe.png: is no folder"),
+        ("gone", "gone: no such folder"),
+    ):
+        with pytest.raises(InputError, match=says):
+            find_pictures(tmp_path / name)
+    assert capsys.readouterr().out == "", "what is no folder is not left out of one"
 
 
 # -------------------------------------------------------------------------------- what is decoded

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -138,10 +139,130 @@ def test_a_cut_off_index_is_made_again(folder, shared, capsys):
     assert "12 of them new" in run(folder, shared, capsys, text="two")
 
 
+def other_width(path, files, z):
+    np.savez(path, files=files, z=z[:, :7])
+
+
+def other_numbers(path, files, z):
+    np.savez(path, files=files, z=z.astype(str))
+
+
+def of_three_axes(path, files, z):
+    np.savez(path, files=files, z=z[:, None])
+
+
+def not_finite(path, files, z):
+    np.savez(path, files=files, z=np.full_like(z, np.nan))
+
+
+def of_no_length(path, files, z):
+    np.savez(path, files=files, z=np.zeros_like(z))
+
+
+def fewer_rows(path, files, z):
+    np.savez(path, files=files, z=z[:-1])
+
+
+def files_in_a_table(path, files, z):
+    np.savez(path, files=files[:, None], z=z)
+
+
+def a_plain_array(path, files, z):
+    with open(path, "wb") as file:
+        np.save(file, z)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [other_width, other_numbers, of_three_axes, not_finite, of_no_length, fewer_rows,
+     files_in_a_table, a_plain_array],
+)  # fmt: skip
+def test_an_index_of_anything_else_is_made_again(folder, shared, capsys, damage):
+    """It was a traceback, or a ranking by NaN; now all pictures are embedded, and found."""
+    want = run(folder, shared, capsys, text="two")
+    (index,) = indices(folder)
+    with np.load(index) as old:
+        files, z = old["files"], old["z"]
+    damage(index, files, z)
+    assert search.read_index(index, shared.dim) == {}
+    said = run(folder, shared, capsys, text="two")
+    assert "12 of them new" in said and said.splitlines()[1:] == want.splitlines()[1:]
+
+
+def test_a_row_of_an_index_that_is_no_embedding_costs_that_picture_alone(folder, shared, capsys):
+    run(folder, shared, capsys, text="two")
+    (index,) = indices(folder)
+    with np.load(index) as old:
+        files, z = old["files"], old["z"]
+    z[5, 3] = np.nan
+    np.savez(index, files=files, z=z)
+    assert " 1 of them new" in run(folder, shared, capsys, text="two")
+
+
+def test_a_pipe_in_the_index_s_place_is_not_waited_for(folder, shared, capsys):
+    """Its opening would wait for a writer for ever; the search says so, and finds."""
+    pipe = folder.parent / f"pictures.index-{search.fingerprint(shared, IMAGE)}.npz"
+    os.mkfifo(pipe)
+    ending = threading.Timer(20, lambda: os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)))
+    ending.start()  # else a search that waits would wait for ever
+    try:
+        said = run(folder, shared, capsys, text="two")
+        assert ending.is_alive(), "it waited for the pipe"
+    finally:
+        ending.cancel()
+    assert "the index" in said and "no ordinary file" in said and "wrote " in said, said
+    assert pipe.is_fifo(), "it stays"
+
+
+def spoil(monkeypatch, is_bad):
+    """Makes the embeddings of some Items NaN, as damaged weights do."""
+    encode = model.Embedder.encode
+
+    def spoiled(self, items, *args):
+        z = encode(self, items, *args)
+        z[[bool(is_bad(item)) for item in items]] = np.nan
+        return z
+
+    monkeypatch.setattr(model.Embedder, "encode", spoiled)
+
+
+@pytest.mark.parametrize("query", [dict(text="two"), dict(query_image="3.PNG")])
+def test_a_query_whose_embedding_is_not_finite_finds_nothing(folder, shared, monkeypatch, query):
+    """Every cosine was NaN, and printed as a result."""
+    monkeypatch.chdir(folder)
+    spoil(monkeypatch, lambda item: True)
+    cfg = search.Config(images=".", model="m", out="../found.png", **query)
+    asked = next(iter(query.values()))
+    with pytest.raises(InputError, match=f"'{asked}': its embedding by --model m is not finite"):
+        search.search(shared, cfg)
+    assert not (folder.parent / "found.png").exists() and not indices(folder)
+
+
+def test_a_picture_whose_embedding_is_not_finite_is_named_and_left_out(
+    folder, shared, capsys, monkeypatch
+):
+    """Each time; one that cannot be read is named once, as ever."""
+    (folder / "broken.png").write_bytes(b"nothing")
+    spoil(monkeypatch, lambda item: item.images and item.images[0].endswith("3.PNG"))
+    for _ in range(2):
+        said = run(folder, shared, capsys, text="two", top=99)
+        assert f"left out: {folder / '3.PNG'}: its embedding is not finite\n" in said, said
+        assert said.count("left out:") == 2 and said.count("broken.png") == 1, said
+        assert "nan" not in said.replace("nanocoma", ""), said
+
+
+def test_no_index_is_left_of_pictures_that_cannot_be_embedded(folder, shared, monkeypatch):
+    """Each is named, and nothing is written."""
+    spoil(monkeypatch, lambda item: item.images)
+    with pytest.raises(InputError, match="none of its pictures could be embedded"):
+        search.search(shared, search.Config(images=str(folder), text="two"))
+    assert not indices(folder)
+
+
 def test_what_cannot_be_searched_is_said(tmp_path, shared):
     """No folder, no pictures, no query."""
-    for images in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(InputError, match="no such folder, or no pictures"):
+    for images, says in ((tmp_path, "no pictures in it"), (tmp_path / "nothing", "no such folder")):
+        with pytest.raises(InputError, match=says):
             search.search(shared, search.Config(images=str(images), text="x"))
     for flags in (dict(images=str(tmp_path)), dict(text="two")):
         with pytest.raises(InputError, match="a search needs --images"):
@@ -199,7 +320,10 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_loaded(folder, mo
         (dict(query_image="gone.png"), "--query-image gone.png: no such picture$"),
         (dict(out="x.xyz"), "no kind of picture; end it with .png"),
         (dict(out="x"), "no kind of picture; end it with .png"),
-        (dict(images="gone"), "no such folder, or no pictures"),
+        (dict(images="gone"), "--images gone: no such folder"),
+        (dict(image_text="a picture"), "--image-text 'a picture' has 0 <image>; one is wanted"),
+        (dict(image_text="<image> <image>"), "--image-text .* has 2 <image>; one is wanted"),
+        (dict(text="<image>"), "--text '<image>' has <image>: --query-image FILE puts"),
         (dict(text=""), "a search needs --images"),
     ):
         with pytest.raises(InputError, match=says):

@@ -161,9 +161,10 @@ def first_of_each(errors) -> list:
 
 
 def clean_path(source, file, clean) -> Path:
-    """Where the copy of a list goes; a .csv or .json was turned into lines of JSON."""
+    """Where the copy of a list goes: lines of JSON, which no .csv or .json may be called."""
     out = Path(clean, file.relative_to(source)) if Path(source).is_dir() else Path(clean)
-    return out.with_suffix(".jsonl") if file.suffix.lower() in (".csv", ".json") else out
+    endings = {file.suffix.lower(), out.suffix.lower()}
+    return out.with_suffix(".jsonl") if endings & {".csv", ".json"} else out
 
 
 class Outputs(NamedTuple):

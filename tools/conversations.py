@@ -1,5 +1,7 @@
 """A dialogue as a line of a .jsonl, for the commands that write one (generate, export)."""
 
+import sys
+
 from plumbing.formats import IMAGE
 
 
@@ -11,3 +13,7 @@ def as_conversations(name, image, turns) -> dict:
         talk.append({"from": "gpt", "value": answer})
     talk[0]["value"] = f"{IMAGE}\n" + talk[0]["value"]
     return {"id": name, "image": image, "conversations": talk}
+
+
+if __name__ == "__main__":
+    sys.exit("tools/conversations.py has no commands: tools/generate.py imports it")

@@ -3,7 +3,11 @@ returns a matplotlib Figure. In the order of FIGURES, at the end."""
 
 import itertools
 import math
+import sys
 import textwrap
+
+if __name__ == "__main__":  # in front of a library that may not be there
+    sys.exit("tools/drawings.py has no commands: tools/figures.py and tools/overview.py import it")
 
 import numpy as np
 from matplotlib.figure import Figure

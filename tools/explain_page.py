@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import keyword
+import sys
 import tokenize
 from pathlib import Path
 from typing import NamedTuple
@@ -121,3 +122,7 @@ def make_page(models, dialogue, pairs, cfg) -> str:
     model.choose_trained(trained, TrainingFlags())
     steps = passes(trained, chosen, cfg.temperature, cfg.chunk_tokens)
     return write_page(Content(models.names, versions(), told, square, steps))
+
+
+if __name__ == "__main__":
+    sys.exit("tools/explain_page.py has no commands: tools/explain.py imports it")

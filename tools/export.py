@@ -28,7 +28,7 @@ from plumbing.errors import InputError, brief
 from plumbing.formats import IMAGE
 from plumbing.parquet import pyarrow
 from plumbing.ranks import run_command
-from plumbing.writing import refuse_unwritable, written
+from plumbing.writing import refuse_no_folder, refuse_unwritable, written
 from tools.conversations import as_conversations
 from toy.world import Shapes
 
@@ -51,7 +51,6 @@ def is_export(folder) -> bool:
 
 def write_picture(picture, path):
     """A picture, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written(path, "the picture") as part:
         picture.render().save(part)
 
@@ -151,6 +150,7 @@ def export_tasks(out, n):
 
 def export(out, n=100):
     """All of it, n examples of each kind."""
+    refuse_no_folder(out, "DIR")
     refuse_unwritable(Path(out, MARK), "the lists")
     if os.listdir(out) and not is_export(out):
         raise InputError(f"{brief(out)}: holds files that are no export's; take a new folder")

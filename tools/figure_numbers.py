@@ -1,5 +1,6 @@
 """The numbers behind the figures: what a model sees, keeps, and gets wrong. Nothing is drawn."""
 
+import sys
 from collections import Counter
 from typing import NamedTuple
 
@@ -158,3 +159,7 @@ def ranked(embedder, task, n, seed=0) -> list:
         rows.append(Ranked(query, candidates, c @ q, hit))
         start = end
     return rows
+
+
+if __name__ == "__main__":
+    sys.exit("tools/figure_numbers.py has no commands: tools/drawings.py imports it")

@@ -24,7 +24,7 @@ import model
 from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError, needs
 from plumbing.ranks import run_command, setup
-from plumbing.writing import refuse_unwritable, written
+from plumbing.writing import refuse_no_folder, refuse_unwritable, written
 from tools.records import RECORDS, read_records
 from toy.world import Shapes
 
@@ -93,6 +93,7 @@ def draw(folder, contrastive="", seed=0, device=None, records_file=RECORDS) -> l
 
         from tools.drawings import FIGURES, STYLE
     sources = Sources(contrastive or "out/contrastive", seed, device, records_file)
+    refuse_no_folder(folder, "DIR")
     refuse_unwritable(Path(folder, "x.png"), "the figures")
     files = []
     for name, figure in FIGURES.items():

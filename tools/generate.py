@@ -38,12 +38,13 @@ from plumbing.config import CommandLine, flag
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file
 from plumbing.folders import place, reading
-from plumbing.formats import IMAGE
+from plumbing.formats import IMAGE, parse_turn
 from plumbing.images import open_image
+from plumbing.lines import parse_json
 from plumbing.ranks import run_command
 from plumbing.template import starts_itself, write_prompt
 from plumbing.weights import Options, load_mllm
-from plumbing.writing import append_whole, refuse_unwritable, written
+from plumbing.writing import append_whole, refuse_no_list, refuse_other, refuse_unwritable, written
 from tools.conversations import as_conversations
 from tools.pictures import find_pictures
 
@@ -102,6 +103,24 @@ def refuse_template(reply):
         raise InputError(f"the reply begins with a template's own token: {reply!r:.80}")
 
 
+def mark_in(text) -> str:
+    """A picture's mark or a template's token in a text; empty: it has none."""
+    if IMAGE in text:
+        return IMAGE
+    token = TEMPLATE_TOKEN.search(text)
+    return token[1] if token else ""
+
+
+def plain(reply, kind) -> str:
+    """A question or an answer of a model, which may not ask for a picture that is not there.
+    InputError where nothing is left of it."""
+    refuse_template(reply)
+    text = reply.replace(IMAGE, "").strip()
+    if not text:
+        raise InputError(f"no {kind}")
+    return text
+
+
 def interview(questions=()):
     """The conversation about one picture (CoMa: questions first, then answers turn by turn), as a
     coroutine: yields the chat so far, [(role, text)], is sent the reply, returns the (question,
@@ -116,14 +135,9 @@ def interview(questions=()):
             raise InputError(f"wanted 3 to 5 numbered questions, got {reply[:80]!r}")
     chat = []
     for question in questions:
-        # Neither may ask for a picture that is not there.
-        chat.append(("user", question.replace(IMAGE, "")))
+        chat.append(("user", plain(question, "question")))
         reply = yield chat
-        refuse_template(reply)
-        answer = reply.replace(IMAGE, "").strip()
-        if not answer:
-            raise InputError(f"no answer to {brief(question)!r}")
-        chat.append(("assistant", answer))
+        chat.append(("assistant", plain(reply, f"answer to {brief(question)!r}")))
     texts = [text for _, text in chat]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
@@ -323,7 +337,13 @@ def read_questions(path) -> list:
     except (OSError, UnicodeDecodeError) as e:
         reason = f"{brief(e)}; a text file (UTF-8) is wanted"
         raise InputError(f"--questions {brief(path)}: {reason}") from None
-    questions = [line.strip() for line in text.splitlines() if line.strip()]
+    questions = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if mark := mark_in(line):
+            reason = f"has {mark}, which is no text of a question; take it out"
+            raise InputError(f"--questions {brief(path)}, line {number}: {reason}")
+        if line.strip():
+            questions.append(line.strip())
     if len(questions) < 3:
         raise InputError(f"--questions {path}: a file of at least 3, one a line")
     return questions
@@ -394,23 +414,59 @@ def list_failures(errors, path):
         print(f"{len(errors)} failed three times, see {path}; the same command tries them again")
 
 
+def picture_of(line) -> str:
+    """The picture of a line that `append_dialogue` wrote; ValueError for any other line."""
+    raw = parse_json(line)
+    if not isinstance(raw, dict) or not isinstance(raw.get("image"), str) or not raw["image"]:
+        raise ValueError('it has no "image", the path of one')
+    talk = raw.get("conversations")
+    if not isinstance(talk, list) or not talk or len(talk) % 2:
+        raise ValueError('it has no "conversations", a list of questions and answers in turn')
+    for i, turn in enumerate(talk):
+        parse_turn(turn, i)
+    return raw["image"]
+
+
+def holds_failures(path) -> bool:
+    """Whether a file begins as OUT.failed.jsonl does."""
+    try:
+        with open_file(path) as file:
+            return set(parse_json(file.readline())) == {"image", "error"}
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
 def read_done(out) -> set:
     """The pictures that an earlier run has made dialogues of. Its last line is removed where it was
     cut off: that dialogue is made again. InputError for a file of anything else, which stays."""
-    old = out.read_bytes() if out.exists() else b""
-    whole, end, rest = old.rpartition(b"\n")
-    done = set()
-    try:
-        for line in whole.splitlines():
-            done.add(json.loads(line)["image"])
-        if rest and not rest.startswith(b"{"):
-            raise ValueError
-    except (LookupError, RecursionError, TypeError, ValueError):
-        text = f"line {len(done) + 1} is no dialogue of an earlier run; take another file"
-        raise InputError(f"--out {brief(out)}: {text}") from None
-    if rest:
-        os.truncate(out, len(whole + end))
+    done, size = set(), 0  # size: bytes of the lines that are whole
+    if not out.exists():
+        return done
+    with open_file(out, f"--out {brief(out)}", "list") as file:
+        lines = file.readlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            done.add(picture_of(line))
+        except (ValueError, RecursionError) as e:
+            if is_cut_off(line):
+                os.truncate(out, size)
+                return done
+            text = f"line {number} is no dialogue of an earlier run: {brief(e)}; take another file"
+            raise InputError(f"--out {brief(out)}: {text}") from None
+        size += len(line)
+    if lines and not lines[-1].endswith(b"\n"):  # whole but for its end
+        append_whole(out, b"\n", "--out")
     return done
+
+
+def is_cut_off(line) -> bool:
+    """Whether a line is the beginning of one that `append_dialogue` writes, and no more."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        start = b'{"id": "'
+        return not line.endswith(b"\n") and line[: len(start)] == start[: len(line)]
+    return False
 
 
 def generate(args) -> int:
@@ -424,8 +480,11 @@ def generate(args) -> int:
     # 1. What an earlier run has done.
     if args.server:
         refuse_no_url(args.server, args.api_key)
-    for path in (args.out, f"{args.out}.failed.jsonl"):
+    failed = Path(f"{args.out}.failed.jsonl")
+    for path in (args.out, failed):
         refuse_unwritable(path, "--out", [args.questions])
+    refuse_no_list(args.out, "--out")
+    refuse_other(failed, "--out", holds_failures, "list of what failed")
     done = read_done(Path(args.out))
 
     # 2. What is left to do, and who is asked.
@@ -439,7 +498,7 @@ def generate(args) -> int:
     start = len(done)
     with tqdm(total=total, initial=start, unit="img", desc="dialogues", disable=None) as bar:
         errors = ask_until_done(names, questions, replies, args, bar)
-    list_failures(errors, Path(f"{args.out}.failed.jsonl"))
+    list_failures(errors, failed)
     if names and len(errors) == len(names):
         return 1
     print(f"wrote {args.out}: python pretrain.py --data {args.out} --image-root {args.images}")

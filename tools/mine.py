@@ -24,7 +24,7 @@ from plumbing.errors import InputError, brief
 from plumbing.lines import open_lines, parse_json
 from plumbing.ranks import run_command, say, setup
 from plumbing.weights import first_model
-from plumbing.writing import holds_lines, refuse_other, refuse_unwritable, written
+from plumbing.writing import holds_lines, refuse_no_list, refuse_other, refuse_unwritable, written
 
 BLOCK = 1024  # queries whose cosines with all targets are in memory at a time
 
@@ -46,12 +46,12 @@ def nearest_wrong(q, t, own, first, last) -> list:
     """Of each query the rows of t at ranks first to last, counted from 1 and from the nearest,
     its own left out. q (n, D), t (m, D); own[i]: the rows of t that are right for query i.
     -> n lists, shorter where there are fewer wrong ones."""
-    chosen = []
+    chosen, everything = [], np.arange(len(t))
     for start in range(0, len(q), BLOCK):
         scores = q[start : start + BLOCK] @ t.T  # (BLOCK, m)
         for row, right in zip(scores, own[start : start + BLOCK], strict=True):
-            row[list(right)] = -np.inf
-            order = np.argsort(-row, kind="stable")[: len(row) - len(right)]
+            wrong = np.delete(everything, list(right))
+            order = wrong[np.argsort(-row[wrong], kind="stable")]
             chosen.append(order[first - 1 : last].tolist())
     return chosen
 
@@ -61,6 +61,7 @@ class Targets:
 
     def __init__(self, pairs, lines):
         self.items, self.raw = [], []  # as Items, and as the list has them
+        self.pair_of = []  # of each the first pair that names it
         self.own = []  # of each pair: the rows of its targets and of its own negatives
         self.row_of = {}  # an item's key -> its row
         for i in range(len(pairs)):
@@ -71,9 +72,30 @@ class Targets:
                     self.row_of[item.key] = len(self.items)
                     self.items.append(item)
                     self.raw.append(as_written)
+                    self.pair_of.append(i)
         for pair in pairs:
             keys = [item.key for item in (*pair.targets, *pair.negatives)]
             self.own.append({self.row_of[key] for key in keys if key in self.row_of})
+
+
+def refuse_few(targets, cfg):
+    """InputError, before anything is embedded, where no query has a wrong target at --first."""
+    most = max(len(targets.items) - len(own) for own in targets.own)
+    if most < cfg.first:
+        text = f"no query of {brief(cfg.data)} has more than {most:,} wrong targets, of "
+        text += f"{len(targets.items):,} distinct ones; take a smaller one"
+        raise InputError(f"--first {cfg.first:,}: {text}")
+
+
+def refuse_not_finite(z, places, name):
+    """InputError with the place of the first row of z (n, D) that no order can rank. places: what
+    each row is, as "pairs.jsonl, line 7: its query"; name: of the model."""
+    bad = np.flatnonzero(~np.isfinite(z).all(1))
+    if len(bad):
+        more = f" (and {len(bad) - 1:,} more are not)" if len(bad) > 1 else ""
+        text = f"{places[bad[0]]} has an embedding that is not finite{more}"
+        way_out = "take another model, or leave it out"
+        raise InputError(f"{text}, by --model {brief(name)}; {way_out}")
 
 
 def mine(embedder, cfg) -> list:
@@ -82,8 +104,12 @@ def mine(embedder, cfg) -> list:
     source = open_lines(cfg.data)
     lines = [parse_json(source.line(i)) for i in range(len(source))]
     targets = Targets(pairs, lines)
+    refuse_few(targets, cfg)
     queries = [pair.query for pair in pairs]
     z = embedder.encode(queries + targets.items, cfg.chunk_tokens, cfg.workers, "embedding")
+    places = [f"{source.where(i)}: its query" for i in range(len(pairs))]
+    places += [f"{source.where(i)}: its target" for i in targets.pair_of]
+    refuse_not_finite(z, places, cfg.model)
     q, t = z[: len(queries)], z[len(queries) :]
     chosen = nearest_wrong(q, t, targets.own, cfg.first, cfg.last)
     few = sum(len(rows) < cfg.last - cfg.first + 1 for rows in chosen)
@@ -105,6 +131,7 @@ def main(argv):
     if Path(cfg.data).resolve() == Path(cfg.out).resolve():
         raise InputError(f"--out {brief(cfg.out)}: the list itself; give it another name")
     refuse_unwritable(cfg.out, "--out")
+    refuse_no_list(cfg.out, "--out")
     refuse_other(cfg.out, "--out", holds_lines, "list of pairs")
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
     embedder = model.load_for(cfg, setup())

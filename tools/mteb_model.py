@@ -1,6 +1,11 @@
 """An Embedder for mteb, which has other tasks than MMEB's: `mteb.evaluate(Model(embedder), tasks)`;
 of a folder that `tools.merge --export sentence-transformers` wrote, `exported(folder)`."""
 
+import sys
+
+if __name__ == "__main__":  # in front of a library that may not be there
+    sys.exit("tools/mteb_model.py has no commands: tests/test_other_libraries.py imports it")
+
 from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta

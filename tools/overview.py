@@ -7,8 +7,12 @@ Units are inches; y grows upwards."""
 import io
 import math
 import random
+import sys
 import textwrap
 from pathlib import Path
+
+if __name__ == "__main__":  # in front of a library that may not be there
+    sys.exit("tools/overview.py has no commands: tools/figures.py imports it")
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
 """The pictures of a folder, for the commands that read one (search, generate)."""
 
 import os
+import sys
 
 from PIL import Image
 
@@ -16,6 +17,9 @@ def find_pictures(folder) -> list:
     """The pictures below a folder, by their names' endings: relative paths, sorted. Left out, and
     named: what is no ordinary file (a pipe would wait for ever), and what has a name that is not
     UTF-8, which no list of pictures can hold."""
+    if not os.path.isdir(folder):
+        reason = "is no folder" if os.path.lexists(folder) else "no such folder"
+        raise InputError(f"--images {brief(folder)}: {reason}; name one that holds pictures")
     decoded, pictures, left_out = decoded_formats(), [], []
     endings = tuple(x for x, kind in Image.registered_extensions().items() if kind in decoded)
 
@@ -35,7 +39,7 @@ def find_pictures(folder) -> list:
     if len(left_out) > SHOWN:
         say(f"left out: {len(left_out) - SHOWN:,} more")
     if not pictures:
-        raise InputError(f"--images {brief(folder)}: no such folder, or no pictures in it")
+        raise InputError(f"--images {brief(folder)}: no pictures in it")
     return sorted(pictures)
 
 
@@ -45,3 +49,7 @@ def why_not(folder, name) -> str:
     if not os.path.isfile(path):
         return "no ordinary file"
     return "" if is_unicode(path) else "its name is not UTF-8; rename it"
+
+
+if __name__ == "__main__":
+    sys.exit("tools/pictures.py has no commands: tools/search.py and tools/generate.py import it")

@@ -3,6 +3,7 @@ the figures."""
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,7 @@ def percent(scores, sign=False) -> str:
 def gains(rows, base) -> list:
     """By how much each run of an arm is ahead of the other arm's of the same seed, overall."""
     return [row["overall"] - other["overall"] for row, other in zip(rows, base, strict=True)]
+
+
+if __name__ == "__main__":
+    sys.exit("tools/records.py has no commands: tools/figures.py and tools/drawings.py import it")

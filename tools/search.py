@@ -12,7 +12,6 @@ import plumbing.start  # noqa: F401  # signals, and --help, before torch is ther
 import hashlib
 import os
 import time
-import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from evaluate import encode_sharded
 from plumbing import ranks
 from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
-from plumbing.files import refuse_special
+from plumbing.files import open_file, refuse_special
 from plumbing.formats import IMAGE
 from plumbing.images import open_image
 from plumbing.log import versions
@@ -94,12 +93,17 @@ def weight_sum(p) -> int:
     return total
 
 
-def read_index(store) -> dict:
-    """{file|size|time: embedding (D,)} of an index; {} where there is none, or a damaged one."""
+def read_index(store, D) -> dict:
+    """{file|size|time: embedding (D,)} of an index; {} where there is none, or a damaged one. Rows
+    that are no embedding, of unit length, are left out."""
     try:
-        with np.load(store, allow_pickle=False) as old:
-            return dict(zip(old["files"].tolist(), old["z"], strict=True))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with open_file(store) as file, np.load(file, allow_pickle=False) as old:
+            files, z = old["files"].tolist(), old["z"]  # (n, D)
+        if z.shape != (len(files), D) or z.dtype != np.float32:
+            return {}
+        is_unit = abs(np.linalg.norm(z, axis=1) - 1) < 1e-3  # no NaN is
+        return {f: v for f, v, good in zip(files, z, is_unit, strict=True) if good}
+    except Exception:  # whatever is damaged is no index, and is made again
         return {}
 
 
@@ -134,13 +138,24 @@ def index_path(folder, key) -> Path:
     return real.parent / f"{real.name}.index-{key}.npz"
 
 
+def embed_pictures(embedder, items, cfg, progress, errors) -> np.ndarray:
+    """Embeddings (n, D) of Items, of all ranks together. What could not be read, and what has no
+    finite embedding, is NaN, and goes to errors."""
+    z = encode_sharded(embedder, items, cfg, progress, errors)
+    for i in np.flatnonzero(~np.isfinite(z).all(1)):
+        with suppress(InputError):  # it could not be read, and is in errors
+            embedder.collate.row(items[i])
+            errors.append(f"{brief(items[i].images[0])}: its embedding is not finite")
+    return z
+
+
 def index_pictures(embedder, cfg) -> tuple:
     """-> (paths below --images, embeddings (n, D)). Only new and changed files are embedded; what
     is done is kept, every 1,024 pictures, but in no more than a twentieth of the time. A file that
     is no readable picture is named."""
     folder, key = Path(cfg.images), fingerprint(embedder, cfg.image_text)
     store, errors = index_path(folder, key), []
-    paths, old = list_files(folder, cfg.out, errors), read_index(store)
+    paths, old = list_files(folder, cfg.out, errors), read_index(store, embedder.dim)
     known = {f: old[f] for f in paths if f in old}
     new = [f for f in paths if f not in known]
     ranks.say(f"{len(paths):,} pictures in {folder}, {len(new):,} of them new or changed")
@@ -149,19 +164,19 @@ def index_pictures(embedder, cfg) -> tuple:
         part = new[i : i + WINDOW]
         items = [Item(cfg.image_text, (str(folder / paths[f]),)) for f in part]
         progress = f"embedding {i:,} of {len(new):,}"
-        z = encode_sharded(embedder, items, cfg, progress, errors)
+        z = embed_pictures(embedder, items, cfg, progress, errors)
         for f, v in zip(part, z, strict=True):
-            if np.isfinite(v).all():  # NaN stands for what could not be read
+            if np.isfinite(v).all():
                 known[f] = v
         due = time.time() - written > 20 * cost or i + WINDOW >= len(new)
-        if ranks.rank() == 0 and due:
+        if ranks.rank() == 0 and known and due:
             began = time.time()
             write_index(store, known)
             written, cost = time.time(), time.time() - began
     for error in errors:
         ranks.say(f"left out: {error}")
     if not known:
-        raise InputError(f"--images {folder}: no readable picture in it")
+        raise InputError(f"--images {folder}: none of its pictures could be embedded")
     return [paths[f] for f in known], np.array(list(known.values()))
 
 
@@ -176,6 +191,11 @@ def query_of(cfg) -> Item:
     if cfg.text:
         words.append(cfg.text)
     return Item(" ".join(words), (cfg.query_image,) if cfg.query_image else ())
+
+
+def title_of(query, cfg) -> str:
+    """A query in one line."""
+    return brief(query.text.replace(IMAGE, cfg.query_image))
 
 
 def draw_sheet(title, pictures, captions) -> Image.Image:
@@ -202,6 +222,9 @@ def search(embedder, cfg):
     """Ranks the pictures of a folder by their cosine with a text, a picture, or both."""
     query = query_of(cfg)
     q = embedder.encode([query], cfg.chunk_tokens)[0]  # (D,)
+    if not np.isfinite(q).all():
+        text = f"{title_of(query, cfg)!r}: its embedding by --model {brief(cfg.model)}"
+        raise InputError(f"{text} is not finite; take another model, or another query")
     paths, z = index_pictures(embedder, cfg)
     scores = z @ q
     best = np.argsort(-scores, kind="stable")[: cfg.top]
@@ -211,7 +234,7 @@ def search(embedder, cfg):
         return
     pictures = [open_image(Path(cfg.images, paths[i])) for i in best]
     captions = [f"{scores[i]:.3f} {brief(paths[i][-30:])}" for i in best]
-    title = brief(query.text.replace(IMAGE, cfg.query_image))
+    title = title_of(query, cfg)
     with written(cfg.out, "--out") as part:
         mark = Image.Exif()
         mark[ExifTags.Base.Software] = SHEET
@@ -234,6 +257,12 @@ def refuse_no_search(cfg):
     """InputError, before anything is loaded, where there is nothing to search for or in."""
     if not cfg.images or not (cfg.text.strip() or cfg.query_image):
         raise InputError("a search needs --images DIR, and --text TEXT or --query-image FILE")
+    if IMAGE in cfg.text:
+        way_out = "--query-image FILE puts a picture in front of the text, without a mark"
+        raise InputError(f"--text {brief(cfg.text)!r} has {IMAGE}: {way_out}")
+    if cfg.image_text.count(IMAGE) != 1:
+        text = f"has {cfg.image_text.count(IMAGE)} {IMAGE}; one is wanted, where each picture goes"
+        raise InputError(f"--image-text {brief(cfg.image_text)!r} {text}")
     if cfg.query_image:
         refuse_special(cfg.query_image, f"--query-image {brief(cfg.query_image)}", "picture")
     kind = Image.registered_extensions().get(Path(cfg.out).suffix.lower())

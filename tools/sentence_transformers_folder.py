@@ -3,6 +3,7 @@ vectors with: its stock modules weigh the K compression tokens with 1 and all ot
 the mean, and bring it to unit length."""
 
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,3 +126,7 @@ def write_json(value, folder, name):
     file = Path(folder, name)
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(value, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit("tools/sentence_transformers_folder.py has no commands: tools/merge.py imports it")
