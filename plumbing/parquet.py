@@ -110,12 +110,20 @@ class Table:
         """All rows, as pyarrow has them."""
         with readable(self.files[0]):
             tables = pyarrow().parquet.read_table
-            return tables(list(self.files), columns=self.columns, memory_map=True)
+            return tables(
+                list(self.files), columns=self.columns, memory_map=True, schema=self.schema()
+            )
+
+    def schema(self):
+        """Of all files together. Trap: a column without any value in the first one has no type
+        there, and would have none in the others."""
+        schemas = [pyarrow().parquet.read_schema(file) for file in self.files]
+        return pyarrow().unify_schemas(schemas, promote_options="permissive")
 
     def copy(self, chosen, file):
         """Writes some of the rows."""
         # An empty list of numbers needs its type said.
         indices = pyarrow().array(chosen, "int64")
         with readable(self.files[0]):
-            whole = pyarrow().parquet.read_table(list(self.files))
+            whole = pyarrow().parquet.read_table(list(self.files), schema=self.schema())
         pyarrow().parquet.write_table(whole.take(indices), file)

@@ -44,7 +44,8 @@ def ask_first(dialogue, cfg, step):
     """An idea beyond the paper: in a share of the dialogues (--question-first) the first question
     stands before the code, as an instruction does in stage 2, and its answer is the first thing
     asked of the code."""
-    if random.Random(f"{cfg.seed}/{step}/{dialogue.id}").random() >= cfg.question_first:
+    name = dialogue.id.rpartition("/")[2]  # a run that goes on may find its data in another folder
+    if random.Random(f"{cfg.seed}/{step}/{name}").random() >= cfg.question_first:
         return dialogue
     (question, answer), *others = dialogue.turns  # the question goes in front of the code
     item = replace(dialogue.item, text=f"{dialogue.item.text} {question}")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -342,10 +343,18 @@ def write_model(embedder, folder, weights=None):
         embedder.adapter.save_pretrained(folder, save_embedding_layers=False)
     else:
         embedder.mllm.save_pretrained(folder, state_dict=weights)
+        # Trap: that has written the type of the *first* weight. Beside a frozen tower in bfloat16
+        # the trained ones are float32, and would be rounded when they are loaded.
+        embedder.mllm.config.dtype = reduce(torch.promote_types, types_of(embedder.mllm))
     embedder.mllm.config.save_pretrained(folder)
     embedder.processor.save_pretrained(folder)
     # Trap: where torchvision is, AutoProcessor wants a video part, and finds it in this file.
     embedder.processor.image_processor.save_pretrained(folder)
+
+
+def types_of(mllm) -> set:
+    """The types of its weights."""
+    return {p.dtype for p in mllm.parameters()}
 
 
 def write_settings(embedder, folder, path, is_embedder=True):

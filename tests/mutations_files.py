@@ -849,12 +849,12 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/parquet.py", "tables(list(self.files), columns=self.columns, memory_map=True)",
-        "tables(list(self.files), memory_map=True)",
+        "plumbing/parquet.py", "list(self.files), columns=self.columns, memory_map=True, schema",
+        "list(self.files), memory_map=True, schema",
         "tests/test_lists.py",
     ),
     (
-        "plumbing/parquet.py", "read_table(list(self.files))",
+        "plumbing/parquet.py", "read_table(list(self.files), schema=self.schema())",
         "read_table(list(self.files), columns=self.columns)",
         "tests/test_lists.py",
     ),

@@ -20,7 +20,7 @@ FRESH = [
     # -------------------------------------------------------------------- seeds that are not apart
     ("contrastive.py", 'random.Random(f"{cfg.seed}/{step}")', "random.Random(cfg.seed + step)",
      "tests/test_sampling.py -k function_of_seed"),
-    ("plumbing/sampling.py", 'f"{cfg.seed}/{step}/{dialogue.id}"', 'f"{cfg.seed + step}/{dialogue.id}"',
+    ("plumbing/sampling.py", 'f"{cfg.seed}/{step}/{name}"', 'f"{cfg.seed + step}/{name}"',
      "tests/test_sampling.py -k drawn_anew"),
     # ------------------------------------------------------------------ what is told apart, or not
     ("data.py", "repr((self.text, pictures))", "repr((self.text.lower(), pictures))",

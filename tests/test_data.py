@@ -254,6 +254,20 @@ def test_a_set_of_several_parquet_files_is_read_whole(tmp_path):
     assert [p.query.text for p in pairs] == ["q0", "q1"]
 
 
+def test_a_column_without_a_value_in_the_first_file_has_those_of_the_others(tmp_path):
+    """Trap: of nothing but nulls it has no type there; the texts of the second file could not be
+    read as none."""
+    files = [tmp_path / f"s/original-0000{part}-of-00002.parquet" for part in range(2)]
+    for part, file in enumerate(files):
+        write_pairs(file, f"q{part}")
+    table = pq.read_table(files[0])
+    column = table.column_names.index("qry_image_path")
+    nulls = pyarrow.nulls(len(table))
+    pq.write_table(table.set_column(column, "qry_image_path", nulls), files[0])
+    pairs = data.read_pairs(str(tmp_path))["s"]
+    assert [p.query.text for p in pairs] == ["q0", "q1"]
+
+
 def same_item(a, b):
     """The same text, the same pixels."""
     assert a.text == b.text and len(a.images) == len(b.images), (a, b)

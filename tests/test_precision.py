@@ -8,6 +8,7 @@ from checks import close, equal, expect
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import contrastive
+import model
 import pretrain
 from data import Item
 from model import choose_trained, compression_pool, last_token_pool
@@ -200,3 +201,16 @@ def test_what_is_trained_is_float32_and_what_is_frozen_is_left(embedder):
     choose_trained(embedder.bfloat16(), TrainingFlags(freeze_vision=True))
     found = {(p.requires_grad, p.dtype) for p in embedder.parameters()}
     equal(found, {(True, torch.float32), (False, torch.bfloat16)}, "model.choose_trained")
+
+
+def test_what_is_trained_beside_a_frozen_part_is_saved_and_read_as_it_is(embedder, tmp_path):
+    """On a GPU a frozen tower stays in bfloat16. Trap: transformers writes the type of the first
+    weight into config.json, the tower's, and all would be read in it, rounded to 3 digits."""
+    choose_trained(embedder.bfloat16(), TrainingFlags(freeze_vision=True))
+    trained = {name: p for name, p in embedder.mllm.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        p.data += 1e-4 * torch.randn_like(p)
+    model.save(embedder, tmp_path)
+    read = dict(model.load(tmp_path, device="cpu").mllm.named_parameters())
+    for name, p in trained.items():
+        equal(torch.equal(read[name], p), True, name)

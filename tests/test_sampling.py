@@ -45,6 +45,8 @@ def test_who_is_asked_first_is_drawn_anew_by_seed_step_and_name():
     ):
         expect(other != first, other, "others", what)
     expect(moved(0.5, seed=1) != moved(0.5, step=1), "the same", "others", "seed and step apart")
+    elsewhere = [d._replace(id=f"a/folder/{d.id}") for d in DIALOGUES]
+    equal(moved(0.5, dialogues=elsewhere), first, "a folder may be moved between runs")
     alike = [d._replace(id="one name") for d in DIALOGUES]
     expect(len(moved(0.5, dialogues=alike)) in (0, 200), "some", "all or none", "by name alone")
 

@@ -7,13 +7,15 @@ import threading
 import numpy as np
 import pytest
 import torch
-from checks import shorten, toy
+from checks import equal, shorten, toy
+from forked import on_ranks, said_on
 from PIL import Image
 
 import model
 from data import Item
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
+from plumbing.ranks import rank
 from tools import search
 from toy.world import Shapes
 
@@ -79,6 +81,29 @@ def test_only_new_and_changed_files_are_embedded_again(folder, shared, capsys, m
     said = run(folder, shared, capsys, text="a red circle", top=20)
     assert embedded[3:] == [1, 2], embedded
     assert "12 pictures" in said and "2 of them new" in said and "1.PNG" not in said
+
+
+def test_all_ranks_embed_the_pictures_that_rank_0_has_seen(folder, shared, tmp_path, monkeypatch):
+    """Each would list the folder in its own time, and a picture may come in between: of lists that
+    are not the same a picture would get another one's vector, and the index keep it."""
+    listed = search.list_files
+
+    def list_files(*args):
+        paths = listed(*args)
+        return dict([*paths.items()][rank() :])  # rank 1 comes too late for one that was removed
+
+    monkeypatch.setattr(search, "list_files", list_files)
+    cfg = search.Config(images=str(folder), out=str(tmp_path / "found.png"), text="a")
+    _, want = search.index_pictures(shared, cfg)
+    for index in indices(folder):
+        index.unlink()
+
+    def main():
+        torch.distributed.init_process_group("gloo")
+        paths, z = search.index_pictures(shared, cfg)
+        assert len(paths) == len(want) and np.allclose(z, want, atol=1e-5)
+
+    equal(on_ranks(2, main, tmp_path), [0, 0], said_on(tmp_path))
 
 
 def test_an_index_of_another_model_is_never_used(folder, shared, capsys):

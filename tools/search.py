@@ -24,6 +24,8 @@ import model
 from data import Item
 from evaluate import encode_sharded
 from plumbing import ranks
+from plumbing.agreement import by_rank_0, join
+from plumbing.checkpoint import same_model
 from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file, refuse_special
@@ -68,9 +70,9 @@ def fingerprint(embedder, image_text=None) -> str:
         embedder.style,
         embedder.dim,
         collate.max_length,
-        template.picture,
-        (template.head_ids, template.before_text),
-        (template.after_text, template.answer_ids),
+        embedder.device.type,  # a GPU computes in bfloat16
+        embedder.mllm.config._attn_implementation,
+        template,
         image_processor.to_json_string(),
         type(image_processor).__name__,  # with torchvision it resizes otherwise
     ]
@@ -155,7 +157,9 @@ def index_pictures(embedder, cfg) -> tuple:
     is no readable picture is named."""
     folder, key = Path(cfg.images), fingerprint(embedder, cfg.image_text)
     store, errors = index_path(folder, key), []
-    paths, old = list_files(folder, cfg.out, errors), read_index(store, embedder.dim)
+    # Rank 0's, for all: a picture may come in between, and an index lie on its disk alone.
+    paths = by_rank_0(lambda: list_files(folder, cfg.out, errors))
+    old = by_rank_0(lambda: read_index(store, embedder.dim))
     known = {f: old[f] for f in paths if f in old}
     new = [f for f in paths if f not in known]
     ranks.say(f"{len(paths):,} pictures in {folder}, {len(new):,} of them new or changed")
@@ -276,9 +280,10 @@ def refuse_no_search(cfg):
 
 def main(cfg):
     """A search, from flags to the drawn results."""
-    device = ranks.setup()
+    device = join(cfg)
     refuse_no_search(cfg)
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
+    same_model(cfg.model)
     embedder = model.load_for(cfg, device)
     ranks.say(f"searching with {cfg.model}")
     search(embedder, cfg)
