@@ -441,6 +441,19 @@ def test_check_names_what_is_bad_and_clean_leaves_it_out(tmp_path, capsys):
     assert len(data.read_dialogues(str(clean), str(tmp_path))) == 3
 
 
+def test_check_reads_a_list_as_training_does_all_of_one_kind(tmp_path, capsys):
+    """By its first good line, whatever stands before that: a dialogue among pairs is bad, and a
+    pair among dialogues."""
+    export.export(str(tmp_path), n=1)
+    talk = (tmp_path / "dialogues.jsonl").read_text().strip()
+    pair = '{"query": {"text": "a"}, "target": {"text": "b"}}'
+    for name, lines in (("pairs", ["{}", pair, talk]), ("talks", ["{}", talk, pair])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        assert checked(tmp_path / f"{name}.jsonl") == 1
+        said = capsys.readouterr().out
+        assert "line 3" in said and "line 2" not in said and "3, 2 of them bad" in said, said
+
+
 def test_check_reads_folders_in_mmebs_layout(tmp_path, capsys):
     """Every subset's lists; one bad picture costs each row that shows it; a cut-off file is bad."""
     export.export(str(tmp_path), n=4)

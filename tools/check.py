@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ def lists_of(source, image_root):
     if captions:
         yield captions, partial(read_lines, str(captions), parse_captioned, image_root)
     elif not root.is_dir():
-        yield root, partial(read_lines, str(root), parse_dialogue_or_pair, image_root)
+        yield root, partial(read_list, str(root), image_root)
     else:
         images, files = Images(image_root or root), sorted(root.glob("*/*.parquet"))
         if not files:
@@ -64,12 +65,22 @@ def lists_of(source, image_root):
             yield path, partial(rows, [path], path.parent.name, images)
 
 
-def parse_dialogue_or_pair(raw, images) -> tuple:
-    """One line of a .jsonl, of either kind."""
-    if isinstance(raw, dict) and "conversations" in raw:
-        content, turns, _ = parse_dialogue(raw, images)
-        return content, turns
-    return parse_pair(raw, images)
+def read_list(path, image_root):
+    """A list of dialogues or of pairs, all read as its first good line: training takes a list of
+    one kind, and the lines of the other one are bad to it."""
+    plain = read_lines(path, lambda raw, images: (raw, images), image_root)
+    for i in range(min(len(plain), WINDOW)):
+        for parse in (parse_talk, parse_pair):
+            with suppress(ValueError, LookupError, TypeError):
+                parse(*plain[i])
+                return read_lines(path, parse, image_root)
+    return read_lines(path, parse_pair, image_root)
+
+
+def parse_talk(raw, images) -> tuple:
+    """One line of stage 1's list."""
+    content, turns, _ = parse_dialogue(raw, images)
+    return content, turns
 
 
 def parse_captioned(raw, images) -> Content:
