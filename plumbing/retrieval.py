@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing import formats, mmeb
+from plumbing.agreement import agree
 from plumbing.errors import InputError, brief
 from plumbing.folders import read_json
 from plumbing.formats import Lazy
@@ -43,14 +44,23 @@ def read_tasks(source, image_root, subsets, limit=0) -> list:
             text = f"--subsets {subsets}: chooses sets of MMEB or shapes; {source} is none"
             raise InputError(text)
         pair_sets = formats.read_pair_sets(source, image_root)
-        formats.digest_of(pair_sets.values())  # refuses pictures that are not there
+        same_on_all_ranks(source, {"data": formats.digest_of(pair_sets.values())})
         return [own_task(name, pairs) for name, pairs in pair_sets.items()]
     named = read_named(source)
-    tasks = []
-    for name, queries in mmeb.eval_sets(source, image_root, subsets, limit).items():
+    sets, tasks = mmeb.eval_sets(source, image_root, subsets, limit), []
+    rows = {name: (len(queries), queries.source.raw.digest) for name, queries in sets.items()}
+    same_on_all_ranks(source, rows)
+    for name, queries in sets.items():
         meta_task, ood = named.get(name) or mmeb.meta_task_of(name)
         tasks.append(PlainTask(name, meta_task, ood, queries))
     return tasks
+
+
+def same_on_all_ranks(source, digests):
+    """InputError on all ranks alike where one of them reads other data: each embeds its share of
+    what it has read itself. digests: {what: number}."""
+    named = {f"{name} (its digest)": digest for name, digest in digests.items()}
+    agree(named, f"--data {brief(source, 60)}")
 
 
 def read_named(folder) -> dict:

@@ -205,6 +205,8 @@ ROOMS = [
     ("plumbing/weights.py", "reduce(torch.promote_types, types_of(embedder.mllm))", "embedder.mllm.dtype", "tests/test_precision.py -k frozen_part"),
     ("plumbing/weights.py", "return {p.dtype for p in mllm.parameters()}", "return {mllm.dtype}", "tests/test_precision.py -k frozen_part"),
     ("plumbing/parquet.py", 'return pyarrow().unify_schemas(schemas, promote_options="permissive")', "return schemas[0]", "tests/test_data.py -k without_a_value"),
+    ("plumbing/retrieval.py", "    same_on_all_ranks(source, rows)\n", "", "tests/test_evaluate.py -k embed_nothing"),
+    ("plumbing/retrieval.py", "digest for name, digest in digests.items()}", "0 for name in digests}", "tests/test_evaluate.py -k embed_nothing"),
     ("plumbing/sampling.py", 'dialogue.id.rpartition("/")[2]', "dialogue.id", "tests/test_sampling.py"),
     ("plumbing/weights.py", "if 0 < len(lost) < len(SETTINGS):", "if False:", "tests/test_settings.py"),
     ("plumbing/weights.py", "if K and there and not stored:", "if False:", "tests/test_folders.py -k without_a_nanocoma"),

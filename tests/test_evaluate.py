@@ -15,6 +15,7 @@ import evaluate
 from data import Item, Task, read_tasks
 from plumbing import retrieval, table
 from plumbing.errors import InputError
+from tools.export import export
 
 
 def unit(x):
@@ -275,6 +276,32 @@ def test_ones_own_pairs_are_compared_with_all_targets_or_their_own_candidates(tm
     equal(evaluate.score(shared, few, evaluate.Config(workers=0))["queries"], 2, "limit=2")
     with pytest.raises(InputError, match="--subsets A: chooses sets of MMEB or shapes"):
         read_tasks(own_pairs(tmp_path), subsets="A")
+
+
+def test_ranks_that_read_other_data_embed_nothing(tmp_path, monkeypatch):
+    """Of a list, and of a folder like MMEB: each embeds its share of what it has read itself, and
+    another edition of as many examples would be scored, glued together."""
+    export(str(tmp_path), 2)
+    compared, file = [], tmp_path / "own.jsonl"
+    monkeypatch.setattr(retrieval, "agree", lambda mine, note: compared.append(mine))
+    for target in ("b", "b", "c"):
+        lines = [{"query": {"text": "a"}, "target": {"text": text}} for text in ("x", target)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        read_tasks(str(file))
+    first, again, other = compared
+    assert first == again != other and list(first) == ["data (its digest)"], compared
+    folder = tmp_path / "MMEB-eval"
+    read_tasks(str(folder))
+    changed = next(folder.glob("vqa/test-*.parquet"))
+    rows = pq.read_table(changed)
+    pq.write_table(pyarrow.concat_tables([rows, rows]).slice(0, len(rows) + 1), changed)
+    read_tasks(str(folder))
+    *_, sets, others = compared
+    assert (
+        len(sets) == 15
+        and sets != others
+        and sets["i2t (its digest)"] == others["i2t (its digest)"]
+    )
 
 
 def test_own_data_go_through_the_script_to_the_table_and_the_json(tmp_path, capsys):
