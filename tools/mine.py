@@ -131,8 +131,8 @@ def main(argv):
     if Path(cfg.data).resolve() == Path(cfg.out).resolve():
         raise InputError(f"--out {brief(cfg.out)}: the list itself; give it another name")
     refuse_unwritable(cfg.out, "--out")
-    refuse_no_list(cfg.out, "--out")
     refuse_other(cfg.out, "--out", holds_lines, "list of pairs")
+    refuse_no_list(cfg.out, "--out")
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
     embedder = model.load_for(cfg, setup())
     say(f"mining with {brief(cfg.model)}")
