@@ -138,8 +138,7 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
         for task, cap in formats.choose(subsets, META_TASK).items():
             plain[task] = Lazy(cap or 10**9, partial(Shapes(seed=seed).pair, task))
     elif formats.is_list(source):
-        if subsets:
-            raise InputError(f"--subsets {subsets}: chooses sets of MMEB or shapes, not {source}")
+        formats.refuse_subsets(source, subsets)
         plain = formats.read_pair_sets(source, image_root)
     else:
         plain = mmeb.train_sets(source, image_root, subsets, split)

@@ -194,7 +194,7 @@ def remove_checkpoints(out):
 def begin(cfg) -> torch.device:
     """Joins the ranks and refuses, before any work and on all ranks alike, what cannot end well:
     flags or a model that differ between ranks; an --out that cannot be written, is in use or holds
-    another run. Sets cfg.model, where it is empty, and cfg.model_digest. -> this rank's device."""
+    another run. Sets cfg.command, cfg.model_digest, an empty cfg.model. -> this rank's device."""
     device = join(cfg)
     cfg.command = command_of(cfg)
     cfg.model = cfg.model or stage_1_model()

@@ -124,12 +124,17 @@ def watch_signals():
     )
 
 
+def ignore_terminal():
+    """What a terminal sends is for the parent of this process, which ends it."""
+    for number in OF_A_TERMINAL:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def be_a_child(deaf=False):
     """What a forked process does first: it leaves the terminal's signals to its parent, and ends
     with it. deaf: SIGTERM, too, for the parent still needs its work (a training step its batch)."""
     signal.set_wakeup_fd(-1)
-    for number in OF_A_TERMINAL:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_terminal()
     # Trap: not for all. A multiprocessing.Pool is ended by SIGTERM, and joined.
     signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -260,6 +260,13 @@ def read_dialogues(source, image_root) -> Lazy:
     return skip(read_tried_lines(source, parse_dialogue, image_root))
 
 
+def refuse_subsets(source, subsets):
+    """InputError where --subsets would choose of a list, which has none."""
+    if subsets:
+        text = f"--subsets {subsets}: chooses sets of MMEB or shapes; {source} is none"
+        raise InputError(text)
+
+
 def read_pair_sets(source, image_root) -> dict:
     """{name: Lazy of (query, targets, negatives)} of a list, or of a folder with captions."""
     if captions_file(source):

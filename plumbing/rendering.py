@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from plumbing.ending import OF_A_TERMINAL
+from plumbing.ending import ignore_terminal
 from plumbing.errors import InputError, brief
 
 LONGEST = 1_000_000  # characters, of a template and of what it writes
@@ -55,8 +55,7 @@ def rendered(request) -> str:
 
 def render_here(request, sender):
     """What the child does: all chats, then its answer."""
-    for number in OF_A_TERMINAL:  # these are for its parent, which ends it
-        signal.signal(number, signal.SIG_IGN)
+    ignore_terminal()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_SECONDS, PROCESSOR_SECONDS))

@@ -39,28 +39,22 @@ def read_tasks(source, image_root, subsets, limit=0) -> list:
 
     A folder in MMEB's layout may hold sets.json, {name: {"meta_task": ..., "ood": true or false}},
     for sets that are none of MMEB's; without it they are "Other", and in distribution."""
+    note = f"--data {brief(source, 60)}"  # each rank embeds its share of what it has read itself
     if formats.is_list(source):
-        if subsets:
-            text = f"--subsets {subsets}: chooses sets of MMEB or shapes; {source} is none"
-            raise InputError(text)
+        formats.refuse_subsets(source, subsets)
         pair_sets = formats.read_pair_sets(source, image_root)
-        same_on_all_ranks(source, {"data": formats.digest_of(pair_sets.values())})
+        agree({"data (its digest)": formats.digest_of(pair_sets.values())}, note)
         return [own_task(name, pairs) for name, pairs in pair_sets.items()]
     named = read_named(source)
     sets, tasks = mmeb.eval_sets(source, image_root, subsets, limit), []
-    rows = {name: (len(queries), queries.source.raw.digest) for name, queries in sets.items()}
-    same_on_all_ranks(source, rows)
+    digests = {}
+    for name, queries in sets.items():
+        digests[f"{name} (its digest)"] = len(queries), queries.source.raw.digest
+    agree(digests, note)
     for name, queries in sets.items():
         meta_task, ood = named.get(name) or mmeb.meta_task_of(name)
         tasks.append(PlainTask(name, meta_task, ood, queries))
     return tasks
-
-
-def same_on_all_ranks(source, digests):
-    """InputError on all ranks alike where one of them reads other data: each embeds its share of
-    what it has read itself. digests: {what: number}."""
-    named = {f"{name} (its digest)": digest for name, digest in digests.items()}
-    agree(named, f"--data {brief(source, 60)}")
 
 
 def read_named(folder) -> dict:

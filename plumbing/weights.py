@@ -277,10 +277,8 @@ def prove(embedder, folder):
                 z.append(embedder(collate.pad_rows([row])))
     lengths = torch.cat(z).norm(dim=1)
     if not (lengths > 0.5).all():  # of NaN, infinity, zeros; else they are 1
-        text = (
-            "its vectors are not of length 1: NaN, infinity or zeros in its weights, or processor"
-        )
-        raise InputError(f"--model {brief(folder)}: {text}")
+        cause = "NaN, infinity or zeros in its weights, or processor"
+        raise InputError(f"--model {brief(folder)}: its vectors are not of length 1: {cause}")
     return embedder
 
 
@@ -345,16 +343,12 @@ def write_model(embedder, folder, weights=None):
         embedder.mllm.save_pretrained(folder, state_dict=weights)
         # Trap: that has written the type of the *first* weight. Beside a frozen tower in bfloat16
         # the trained ones are float32, and would be rounded when they are loaded.
-        embedder.mllm.config.dtype = reduce(torch.promote_types, types_of(embedder.mllm))
+        types = {p.dtype for p in embedder.mllm.parameters()}
+        embedder.mllm.config.dtype = reduce(torch.promote_types, types)
     embedder.mllm.config.save_pretrained(folder)
     embedder.processor.save_pretrained(folder)
     # Trap: where torchvision is, AutoProcessor wants a video part, and finds it in this file.
     embedder.processor.image_processor.save_pretrained(folder)
-
-
-def types_of(mllm) -> set:
-    """The types of its weights."""
-    return {p.dtype for p in mllm.parameters()}
 
 
 def write_settings(embedder, folder, path, is_embedder=True):

@@ -1003,8 +1003,8 @@ FILES = [
         "tests/test_rendering.py",
     ),
     (
-        "plumbing/retrieval.py", "            raise InputError(text)\n        pair_sets",
-        "            pass\n        pair_sets",
+        "plumbing/retrieval.py", "        formats.refuse_subsets(source, subsets)\n",
+        "",
         "tests/test_evaluate.py",
     ),
     (

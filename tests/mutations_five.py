@@ -36,7 +36,7 @@ FIVE = [
      "tests/test_every_flag.py -k contrastive-split"),
     ("data.py", "mmeb.train_sets(source, image_root, subsets, split)",
      'mmeb.train_sets(source, image_root, "", split)', "tests/test_reading.py"),
-    ("data.py", "        if subsets:\n            raise", "        if not source:\n            raise",
+    ("plumbing/formats.py", "    if subsets:\n        text", "    if not source:\n        text",
      "tests/test_reading.py"),
     ("data.py", "toy_sets = evaluation_sets(seed)", "toy_sets = evaluation_sets(0)",
      "tests/test_every_flag.py -k evaluate-seed"),

@@ -33,6 +33,7 @@ from plumbing.config import (
 )
 from plumbing.errors import InputError
 from plumbing.template import STYLES
+from plumbing.weights import ATTENTION
 from tools import compare_logs, explain, export, figures, generate, mine, search
 
 CONFIGS = {
@@ -560,6 +561,7 @@ def test_flags_are_declared_in_words_that_need_no_import():
     expect(calls > 70, calls, "> 70", "the form of a declaration")
     fields = {f.name: f.metadata for f in dataclasses.fields(contrastive.Config) if f.init}
     equal(fields["prompt"]["choices"], list(STYLES), "plumbing/template.py")
+    equal(["eager", *fields["attn"]["choices"]], list(ATTENTION), "plumbing/weights.py")
     said = [int(x) for x in re.findall(r"\d+", fields["chunk_tokens"]["description"])]
     equal(said, list(CHUNK_TOKENS.values()), "chunk_tokens")
 
