@@ -73,19 +73,18 @@ def paper_info_nce(q, t, temperature):
 
 
 def info_nce(q, t, temperature, labels=None, keys=None, reweigh=None):
-    """Eq. (1) for any columns: several positives a query, hard negatives, equal targets that are no
-    negatives of each other. At most ln M where all cosines are equal.
+    """Eq. (1) for any columns: several positives a query, hard negatives, targets that are right
+    for more than one query. At most ln M where all cosines are equal.
 
     q (B, D) local queries, t (M, D) *all* targets, labels (B,) or (B, P) columns of the positives
-    (default: i for query i), keys (M,): columns of equal key are no negatives of each other
-    (default: all differ), reweigh: gives negatives other weights (see plumbing/losses.py).
+    (default: i for query i), keys (M,) or (M, k): columns that share a key are no negatives of each
+    other (default: all differ), reweigh: gives negatives other weights (see plumbing/losses.py).
     -> (loss: nats, mean over queries; share of hits)."""
     if labels is None:
         labels = torch.arange(len(q), device=q.device)
     if keys is None:
         keys = torch.arange(len(t), device=t.device)
-    if labels.ndim == 1:
-        labels = labels[:, None]  # (B, 1)
+    labels, keys = labels.view(len(q), -1), keys.view(len(t), -1)  # (B, P), (M, k)
 
     def loss_of_rows(q_rows, t, rows):
         return info_nce_rows(q_rows, t, labels[rows], keys, temperature, reweigh)
@@ -98,13 +97,14 @@ def info_nce_rows(q, t, labels, keys, temperature, reweigh=None):
     """Eq. (1) for b queries: -log( e^(q.t+ / tau) / (e^(q.t+ / tau) + sum of e^(q.t- / tau)) ).
 
     q (b, D), t (M, D), labels (b, P) columns of the positives, -1 where a query has fewer than P,
-    keys (M,): a column with the key of one of my positives is not my negative.
+    keys (M, k): a column that shares a key with one of my positives is not my negative.
     -> (nats (b,), mean over positives; hit (b,), whether a positive beats all negatives)."""
     scores = products(q, t) / temperature  # (b, M); never bfloat16 or TF32: they have 3 digits
     valid = labels >= 0  # (b, P)
     is_no_negative = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
     for p in range(labels.shape[1]):
-        same = keys[None] == keys[labels[:, p]][:, None]  # (b, M); for -1 any: see `valid`
+        own = keys[labels[:, p]]  # (b, k); for -1 any: see `valid`
+        same = (own[:, None] == keys[None]).any(2)  # (b, M)
         is_no_negative |= same & valid[:, p, None]
     positive = scores.gather(1, labels.clamp(min=0))  # (b, P)
     # The lowest number, not -inf: a query without negatives has loss 0 and gradient 0.
@@ -156,7 +156,7 @@ class Batch(NamedTuple):
 
     rows: list  # B queries, then the columns: all their targets and hard negatives
     labels: torch.Tensor  # (B, P) the columns of each query's targets, -1 padded
-    keys: torch.Tensor  # (columns,) equal for equal content
+    keys: torch.Tensor  # (columns, 2) of its content; of the query that it is a target of
     ids: list = ()  # names of the pairs
 
 
@@ -177,7 +177,7 @@ def loss_over_ranks(z, batch, temperature, reweigh=None):
     N = ranks.all_sum(B)
     keys_of_ranks = ranks.gather_objects(batch.keys.tolist())
     counts = [len(keys) for keys in keys_of_ranks]  # columns of each rank
-    keys = torch.tensor(sum(keys_of_ranks, []), device=z.device)  # (M,)
+    keys = torch.tensor(sum(keys_of_ranks, []), device=z.device)  # (M, 2)
     # My columns come behind those of the ranks before me.
     labels = batch.labels + sum(counts[: ranks.rank()])
     labels = labels.where(batch.labels >= 0, -1).to(z.device)
@@ -241,8 +241,7 @@ def draw(pairs, cfg, step) -> list:
 def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
     """One rank's share of the global batch, as model inputs."""
     share = cfg.batch // world
-    first = rank * share
-    chosen = draw(pairs, cfg, step)[first : first + share]
+    chosen = draw(pairs, cfg, step)[rank * share : (rank + 1) * share]
     queries, columns, positives = [], [], []
     for name, i in chosen:
         pair = pairs[name][i]
@@ -251,12 +250,14 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
         columns += [*pair.targets, *pair.negatives]
     labels = pad_sequence(positives, True, -1)  # (B, P)
     # Where false negatives stay: keys that all differ, over all ranks.
-    keys = [rank * 2**40 + i for i in range(len(columns))]
+    keys = (torch.arange(len(columns)) + rank * 2**40)[:, None].repeat(1, 2)  # (columns, 2)
     if cfg.mask_false_negatives:
-        keys = [item.key for item in columns]
+        keys[:, 0] = torch.tensor([item.key for item in columns])
+        for query, own in zip(queries, positives, strict=True):
+            keys[own, 1] = query.key  # what is right for an equal query is right for this one
     rows = each(collate.row, queries + columns)
     ids = [f"{name}[{i}]" for name, i in chosen]
-    return Batch(rows, labels, torch.tensor(keys), ids)
+    return Batch(rows, labels, keys, ids)
 
 
 def main(cfg, make_batch=local_batch, take_step=gradcache_step):
@@ -274,8 +275,7 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     if embedder.adapter and cfg.merge:
-        cfg.model = f"{cfg.out}/merged"  # what a new adapter will be an adapter of
-        save(merge(embedder), cfg.model)
+        save(merge(embedder), f"{cfg.out}/merged")  # what a new adapter will be an adapter of
     choose_trained(embedder, cfg)
     loss = losses.asked_for(cfg, embedder, loss_over_ranks, info_nce)
     if cfg.fsdp:

@@ -190,6 +190,7 @@ def main(cfg):
     # Before LoRA is added: the teacher is the model as it comes.
     plain_collate, reference = teacher(embedder) if cfg.objective == "kl" else (None, None)
     choose_trained(embedder, cfg)
+    embedder.prefixes = ()  # stage 2 trains them
     optimizers = optim.make_optimizers(embedder, cfg)
 
     # 3. Train. Dialogues are made into model inputs in the loader's workers.

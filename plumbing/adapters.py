@@ -4,6 +4,7 @@ loading one, and a new one."""
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 from plumbing.errors import InputError, brief, needs
@@ -90,6 +91,17 @@ def right_base(path, stored, there) -> Origin:
     digests = f"digest {there[0].digest}, not {brief(want)}"
     hint = "was another model saved there? Restore it, or train the adapter anew"
     raise InputError(f"--model {path}: {text} ({digests}): {hint}")
+
+
+def refuse_in_place_of_base(part, path):
+    """InputError where a model, written into `part`, would take the place `path` of another one
+    that the folder above is an adapter of: stage 2's OUT/merged is such a base."""
+    above = Path(path).absolute().parent
+    stored = read_json(above, "nanocoma.json")
+    digest = stored.get("base_digest")
+    if stored.get("base_beside") == Path(path).name and digest != digest_of_weights(part):
+        text = f"{brief(above)} holds an adapter of the model in {brief(path)}"
+        raise InputError(f"{text}, which another one would replace: take another folder")
 
 
 def refuse_absurd_adapter(path):

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
 from plumbing.files import open_file
-from plumbing.folders import CARD, WEIGHTS, read_json
+from plumbing.folders import CARD, WEIGHTS, digest_of_weights, read_json
 from plumbing.ranks import say
 from plumbing.writing import written
 
 SCORES = "scores.json"
 # Flags of one machine, and what is no flag.
-UNSAID = ("out", "workers", "save_every", "keep", "fitting", "graph_memory")
+UNSAID = ("out", "workers", "save_every", "keep", "fitting", "graph_memory", "resume", "command")
 TAGS = ["multimodal-embedding", "image-text-retrieval", "sentence-similarity", "coma", "vlm2vec"]
 
 
@@ -49,21 +49,23 @@ def signature(text) -> str:
 
 
 def is_ours(text) -> bool:
-    """Whether a card is as `write` left it, or peft's form that nobody has filled in."""
+    """Whether a card is as `write` left it."""
     body, mark, end = text.rpartition("<!-- written by nanoCoMa, ")
-    return mark + end == signature(body) or "[More Information Needed]" in text
+    return mark + end == signature(body)
 
 
 def runs_of(folder) -> list:
-    """The flags of the runs that made a folder's model, the last one first."""
+    """The flags of the runs that made a folder's model, the last one first: as far back as each
+    started from the weights that are there today."""
     runs = []
     while len(runs) < 10:  # a chain that bites its own tail ends, too
         flags = read_json(folder, "finished.json").get("config")
         if not isinstance(flags, dict):
             break
         runs.append(flags)
-        folder = str(flags.get("model"))
-        if not os.path.isdir(folder):
+        folder, digest = str(flags.get("model")), str(flags.get("model_digest"))
+        # Of an adapter the base's follows, "... on ...".
+        if not os.path.isdir(folder) or digest_of_weights(folder) != digest.partition(" on ")[0]:
             break
     return runs
 
@@ -92,12 +94,14 @@ def text_of(folder, source) -> str:
         tags=TAGS,
         base_model=base if is_hub_id else None,
     )
+    kind, what_for, how_to = "a multimodal embedding model", EMBEDS, usage(folder)
+    if "compress_tokens" not in read_json(folder, "nanocoma.json"):
+        kind, what_for, how_to = "a multimodal language model", STARTS, ""
     parts = [
-        f"---\n{head.to_yaml()}\n---\n# {folder.absolute().name}: a multimodal embedding model",
-        "A text, a picture or both become one vector of unit length; two are compared by their "
-        "cosine. Trained with nanoCoMa.",
+        f"---\n{head.to_yaml()}\n---\n# {folder.absolute().name}: {kind}",
+        f"{what_for} Trained with nanoCoMa.",
         facts(folder, base, licence),
-        usage(folder),
+        how_to,
         *(training(flags) for flags in reversed(runs)),
         scores(source),
     ]
@@ -131,6 +135,9 @@ def facts(folder, base, licence) -> str:
     )
 
 
+EMBEDS = """A text, a picture or both become one vector of unit length; two are compared by their
+cosine."""
+STARTS = "No embedding model yet: one is made of it by `contrastive.py --model FOLDER`."
 OURS = """## How to embed
 
 In a clone of nanoCoMa, with FOLDER this one:
@@ -167,14 +174,16 @@ def usage(folder) -> str:
 
 
 def training(flags) -> str:
-    """The flags of one run that are not empty."""
+    """The flags of one run, but for those that are empty."""
     stage = "compression pre-training (CoMa, arXiv:2511.08480)"
     if "temperature" in flags:
         stage = "contrastive matching (VLM2Vec, arXiv:2410.05160)"
     rows = []
     for name, value in flags.items():
-        if value and name not in UNSAID and not name.endswith("digest"):
-            rows.append((f"`--{name.replace('_', '-')}`", value))
+        if value not in (None, "") and name not in UNSAID and not name.endswith("digest"):
+            word = name.replace("_", "-")
+            is_off = value is False
+            rows.append((f"`--{'no-' if is_off else ''}{word}`", "" if is_off else value))
     return f"## Training: {stage}\n\n{table(rows)}"
 
 
@@ -189,9 +198,12 @@ def scores(folder) -> str:
     means.update(known.get("meta_tasks") or {})
     rows = [(name, f"{100 * x:.1f}") for name, x in means.items() if isinstance(x, float)]
     sets = len(known.get("sets") or {})
-    title = f"## Scores: Precision@1 x 100, means over {sets} sets"
+    flags = known.get("config") or {}
+    title = (
+        f"## Scores: Precision@1 x 100, means over {sets} sets of {brief(flags.get('data', ''))}"
+    )
     if known.get("partial"):
         title += ", of a part of the queries"
-    if dim := (known.get("config") or {}).get("dim"):
+    if dim := flags.get("dim"):
         title += f", by the first {dim} numbers of an embedding"
     return f"{title}\n\n{table(rows)}" if rows else ""

@@ -35,10 +35,11 @@ from plumbing.ranks import all_sum, gather_objects, rank, say, world
 from plumbing.weights import stage_1_model
 from plumbing.writing import written
 
-# What may change in between: where and how often it is saved, who reads the data, which pictures
-# are skipped, what is kept and not made again. (`fitting` is no flag: the run goes on from what the
-# checkpoint says.)
-HARMLESS = ("out", "resume", "workers", "save_every", "keep", "skip_bad", "fitting", "graph_memory")
+# What may change in between: where the pictures are, where and how often it is saved, who reads the
+# data, which pictures are skipped, what is kept and not made again. (`fitting` is no flag: the run
+# goes on from what the checkpoint says.)
+HARMLESS = ("image_root", "out", "resume", "workers", "save_every", "keep", "skip_bad", "fitting")
+HARMLESS += ("graph_memory",)
 # These too, and they move the last bits: sums are taken in other pieces.
 ROUNDING = ("chunk_tokens", "checkpointing")
 # Names of what a digest tells better: a folder may be moved between runs.
@@ -241,9 +242,8 @@ def refuse_taken(cfg):
     states = [(cfg.out, MARK)] if finished else [(folder, "state.json") for folder in there]
     for folder, name in states if cfg.resume else ():
         with suppress(Damaged):  # told when it is read
-            # Stage 2 may come to call its model by another name; the data are not read yet.
-            unknown = ("model", "data", "data_digest")
-            refuse_another_run(read_state(folder, name), cfg, but=unknown)
+            # The data are not read yet.
+            refuse_another_run(read_state(folder, name), cfg, but=("data", "data_digest"))
 
 
 def start_or_resume(embedder, optimizers, cfg) -> int:

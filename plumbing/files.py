@@ -3,10 +3,12 @@
 import errno
 import os
 import stat
+import zlib
 from typing import BinaryIO
 
 from plumbing.errors import InputError, brief
 
+BLOCK = 2**20  # bytes that are read at a time
 # Trap: the opening of a pipe without a writer waits for ever, that of a device may do anything.
 SPECIAL = {
     stat.S_IFDIR: "is a folder",
@@ -46,6 +48,15 @@ def open_file(path, name=None, kind="file", hint="") -> BinaryIO:
 def refuse_special(path, name=None, kind="file"):
     """`open_file` for readers that open by themselves: an InputError, or nothing."""
     open_file(path, name, kind).close()
+
+
+def digest_of_content(path) -> int:
+    """A number that changes with a file's bytes."""
+    digest = 0
+    with open_file(path) as file:
+        while block := file.read(BLOCK):
+            digest = zlib.crc32(block, digest)
+    return digest
 
 
 def absence(path, kind) -> str:

@@ -31,7 +31,7 @@ STALE = [
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    *("compression_pooling.py", "[123]_*/config.json"),
+    *("compression_pooling.py", "[123]_*/config.json", "finished.json"),
 ]
 # One of these makes a folder a model's, or an adapter's: in a `config.json` of anything else is
 # none of these words.

@@ -73,6 +73,10 @@ class Lazy(Sequence):
             raise IndexError(i)
         return self.get(i)
 
+    def __iter__(self):
+        # Trap: by Sequence's own an IndexError of `get` would be taken for the end.
+        return map(self.get, range(self.length))
+
     def map(self, f):
         """The same sequence with f applied to each element, when it is asked for."""
         return Lazy(self.length, lambda i: f(self.get(i)), self.source)

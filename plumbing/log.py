@@ -17,6 +17,8 @@ from plumbing.agreement import together
 from plumbing.errors import InputError
 from plumbing.ranks import all_sum, rank, say, world
 
+FORMS = {"lr": ".1e", "cut": ",d", "skipped": ",d"}  # of numbers on the screen
+
 
 def versions() -> dict:
     """Of the libraries that numbers depend on: {name: version}."""
@@ -29,6 +31,7 @@ class Log:
     def __init__(self, cfg, start):
         self.cfg, self.start = cfg, start
         self.began, self.waited = time.time(), 0.0  # seconds
+        self.count = 0  # of what a step's speed is counted in, since `start`
         self.complaint = ""  # of the disk, said once
         self.every = max(1, min(20, cfg.steps // 10))  # steps between two lines on the screen
         self.file = together(lambda: open_log(cfg, start) if rank() == 0 else None)
@@ -52,10 +55,12 @@ class Log:
         numbers = {k: x for k, x in numbers.items() if x or k not in ("cut", "skipped")}
         if rank() > 0:
             return
+        count, unit = speed
+        self.count += count
         self.write({"step": step + 1, **numbers})
         self.bar.update()
         if (step + 1) % self.every == 0 or step + 1 == self.cfg.steps:
-            say(self.line(step, speed, numbers))
+            say(self.line(step, unit, numbers))
 
     def write(self, record):
         """A line of log.jsonl, whole or not at all. What the disk says to that ends no run."""
@@ -71,15 +76,14 @@ class Log:
                 say(f"{self.file.name} lacks lines from here on: {e}. The run goes on")
             self.complaint = str(e)
 
-    def line(self, step, speed, numbers) -> str:
-        """The line on the screen."""
+    def line(self, step, unit, numbers) -> str:
+        """The line on the screen; its speed is the mean since `start`."""
         passed = time.time() - self.began
         seconds = passed / (step + 1 - self.start)  # a step
         words = [f"step {step + 1:>5}/{self.cfg.steps}"]
         for name, x in numbers.items():
-            words.append(f"{name} {x:.1e}" if name == "lr" else f"{name} {x:.3f}")
-        count, unit = speed
-        words.append(f"{count / seconds:.0f} {unit}/s")
+            words.append(f"{name} {x:{FORMS.get(name, '.3f')}}")
+        words.append(f"{self.count / passed:.0f} {unit}/s")
         words.append(f"waits {self.waited / passed:.0%}")
         if torch.cuda.is_available():
             words.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

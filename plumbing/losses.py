@@ -58,20 +58,24 @@ def both_directions(loss, info_nce, z, batch, temperature):
 
 def targets_look_for_queries(info_nce, z, batch, temperature):
     """InfoNCE of this rank's targets against *all ranks'* queries. z (rows, D), see
-    contrastive.Batch. A target's positives are all queries that have it, or one of equal key, among
-    theirs; hard negatives look for nobody.
+    contrastive.Batch. A target's positives are all queries that have it among theirs, or one that
+    shares a key with it; hard negatives look for nobody.
 
     -> (this rank's share of the mean over all targets; that mean)."""
     own = [row[row >= 0] for row in batch.labels]  # of each query of this rank: its columns
-    keys_of_queries = ranks.gather_objects([batch.keys[columns].tolist() for columns in own])
+    keys = batch.keys.view(len(batch.keys), -1)  # (columns, k)
+    mine = [keys[columns].flatten().tolist() for columns in own]
+    keys_of_queries = ranks.gather_objects(mine)
     queries_of_key = defaultdict(list)  # over all ranks: N queries
     for query, keys_of_query in enumerate(sum(keys_of_queries, [])):
         for key in set(keys_of_query):
             queries_of_key[key].append(query)
 
     columns = torch.cat(own)  # this rank's targets
-    keys = batch.keys[columns].tolist()
-    positives = [torch.tensor(queries_of_key[key]) for key in keys]
+    positives = []
+    for keys_of_target in keys[columns].tolist():
+        queries = set().union(*(queries_of_key[key] for key in keys_of_target))
+        positives.append(torch.tensor(sorted(queries)))
     labels = pad_sequence(positives, True, -1).to(z.device)  # (targets, P)
     B = len(own)
     q = ranks.gather_rows(z[:B], [len(part) for part in keys_of_queries])  # (N, D), with a gradient

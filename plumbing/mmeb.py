@@ -3,6 +3,7 @@
 Top to bottom: the table - reading rows - whole data sets - finding the sets of a folder."""
 
 import os
+import re
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -88,6 +89,7 @@ def meta_task_of(name) -> tuple:
 
 TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 NEGATIVES = ("neg_text", "neg_image_path")  # may be missing: CIRR has none
+PART = re.compile(r"-(\d+)-of-(\d+)\.parquet$")  # of a set that is cut into several files
 EVAL, EVAL_LISTS = ("qry_text", "qry_img_path"), ("tgt_text", "tgt_img_path")
 
 
@@ -194,7 +196,7 @@ def bad_rows(place, root, tables) -> dict:
         for k, file in enumerate(table.files):
             path = Path(file).relative_to(root).as_posix()
             start = table.ends[k - 1] if k else 0
-            known[path] = Known(os.path.getsize(file), table.ends[k] - start)
+            known[path] = Known(table.digests[k], table.ends[k] - start)
             spans[path] = (name, start)
     others = {path.relative_to(root).as_posix() for path in root.glob("*/*.parquet")}
     bad = {name: set() for name in tables}
@@ -244,6 +246,8 @@ def find_subsets(source, subsets, pattern) -> tuple:
     """-> (folder, {name: (rows to use or None, parquet files)}) of a data set in MMEB's layout, a
     local folder or a hub id. subsets: "A:1000,B", "mmeb20", or "" for all there are."""
     root, words = Path(source), training_mix() if subsets == "mmeb20" else subsets
+    if os.path.isdir(source) and not subsets:
+        refuse_unreadable_sets(root)
     if not os.path.isdir(source):
         names = [word.partition(":")[0].strip() for word in words.split(",") if word] or ["*"]
         pictures = [f"images_zip/{name}.zip" for name in names] + ["images.zip"]
@@ -256,7 +260,34 @@ def find_subsets(source, subsets, pattern) -> tuple:
     if subsets == "mmeb20":
         refuse_part_of_mix(source, files_of)
     chosen = choose(words, files_of)
+    for name in chosen:
+        refuse_missing_parts(files_of[name])
     return root, {name: (rows, files_of[name]) for name, rows in chosen.items()}
+
+
+def refuse_unreadable_sets(root):
+    """InputError where a folder that may be a set cannot be looked into: it would be left out."""
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        reason = ""
+        if entry.is_symlink() and not os.path.exists(entry):
+            reason = f"a symbolic link to {brief(os.readlink(entry))}, which is not there"
+        elif entry.is_dir() and not os.access(entry, os.R_OK | os.X_OK):
+            reason = "a folder that may not be read by this user (permissions)"
+        if reason:
+            hint = "Mend that, or name the sets to read: --subsets A,B"
+            raise InputError(f"{brief(entry.path)}: is {reason}. {hint}")
+
+
+def refuse_missing_parts(files):
+    """InputError where of a set in several files, as test-00000-of-00003.parquet, some are not
+    there: its scores, or its share of the training, would be those of a part."""
+    numbers = [PART.search(file.name) for file in files]
+    parts = [(int(number[1]), int(number[2])) for number in numbers if number]
+    wanted = [(i, count) for _, count in parts[:1] for i in range(count)]
+    if parts != wanted:
+        names = ", ".join(file.name for file in files)
+        hint = "copy what is missing, and remove what is of another version"
+        raise InputError(f"{files[0].parent}: holds {brief(names)}, no whole set: {hint}")
 
 
 def what_else(root) -> str:

@@ -88,6 +88,19 @@ def begin_step(optimizers, step, cfg) -> float:
     return optimizers[0].param_groups[0]["lr"]
 
 
+def leave_untouched(parameters, optimizers):
+    """Takes away gradients that are zero all over: what no row of any rank went through, as a
+    vision tower in a step without pictures, stays where it is, whatever momentum and decay say."""
+    # Trap: a weight without a state could not be resumed, so in the first step all get one. A
+    # sharded weight is left out: each rank has a part of it, whose gradient may be zero alone.
+    known = [p for p in parameters if any(p in optimizer.state for optimizer in optimizers)]
+    whole = [p for p in known if p.grad is not None and not hasattr(p.grad, "full_tensor")]
+    if whole:
+        touched = torch.stack([p.grad.any() for p in whole]).tolist()
+        for p, is_touched in zip(whole, touched, strict=True):
+            p.grad = p.grad if is_touched else None
+
+
 def end_step(embedder, optimizers, cfg, step, loss, ids) -> float:
     """Clips the gradient and takes the step. -> the gradient's norm before clipping. Raises
     InputError on all ranks alike where the loss or the gradient is not finite."""
@@ -102,6 +115,7 @@ def end_step(embedder, optimizers, cfg, step, loss, ids) -> float:
             "was saved before is good: look at these examples, or start again with a lower --lr; "
             "at step 1 a flag of the loss is too large or too small"
         )
+    leave_untouched(parameters, optimizers)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # frees the memory until the next backward pass

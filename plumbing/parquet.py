@@ -2,13 +2,12 @@
 
 Top to bottom: reading at all - columns - the files of one set as one table."""
 
-import os
 from bisect import bisect_right
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from plumbing.errors import InputError, brief, needs
-from plumbing.files import refuse_special
+from plumbing.files import digest_of_content, refuse_special
 
 
 def pyarrow():
@@ -25,7 +24,7 @@ def readable(file):
     refuse_special(file, kind="list")
     try:
         yield
-    except (OSError, ValueError, NotImplementedError) as e:
+    except (OSError, TypeError, ValueError, NotImplementedError) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(f"{file}: not a readable parquet file: {brief(e)}") from None
@@ -83,11 +82,11 @@ class Table:
     and that the files agree; `load` reads them."""
 
     def __init__(self, files, layout):
-        self.files, self.ends, self.digest = tuple(map(str, files)), [], 0
+        self.files, self.ends, self.digests = tuple(map(str, files)), [], []
         kinds = None
         for file in self.files:
-            self.digest += os.path.getsize(file) if os.path.isfile(file) else 0
             with readable(file):
+                self.digests.append(digest_of_content(file))
                 parquet = pyarrow().parquet.ParquetFile(file)
                 schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
             found = layout.check(file, schema)
@@ -96,7 +95,12 @@ class Table:
                 raise InputError(f"{file}: has other columns than {self.files[0]}: {differ}")
             kinds = found
             self.ends.append(rows + (self.ends[-1] if self.ends else 0))
-        self.columns = list(kinds)
+        self.kinds = kinds
+
+    @property
+    def digest(self) -> int:
+        """A number that changes with any of the files."""
+        return sum(self.digests)
 
     def __len__(self):
         return self.ends[-1]
@@ -108,22 +112,27 @@ class Table:
 
     def load(self):
         """All rows, as pyarrow has them."""
-        with readable(self.files[0]):
-            tables = pyarrow().parquet.read_table
-            return tables(
-                list(self.files), columns=self.columns, memory_map=True, schema=self.schema()
-            )
-
-    def schema(self):
-        """Of all files together. Trap: a column without any value in the first one has no type
-        there, and would have none in the others."""
-        schemas = [pyarrow().parquet.read_schema(file) for file in self.files]
-        return pyarrow().unify_schemas(schemas, promote_options="permissive")
+        pa, parts = pyarrow(), []
+        types = {"text": pa.large_string(), "list": pa.large_list(pa.large_string())}
+        schema = pa.schema([(name, types[kind]) for name, kind in self.kinds.items()])
+        for file in self.files:
+            with readable(file):
+                part = pa.parquet.read_table(file, columns=schema.names, memory_map=True)
+                # Trap: of one set's files each may hold its texts in another way, and a column
+                # without any value has no type at all.
+                parts.append(part.select(schema.names).cast(schema))
+        rows = pa.concat_tables(parts)
+        if len(rows) != len(self):
+            text = f"{len(rows):,} rows, and {len(self):,} when the command began"
+            raise InputError(f"{self.files[0]}, and those beside it: {text}")
+        return rows
 
     def copy(self, chosen, file):
         """Writes some of the rows."""
         # An empty list of numbers needs its type said.
-        indices = pyarrow().array(chosen, "int64")
+        pa = pyarrow()
+        indices = pa.array(chosen, "int64")
         with readable(self.files[0]):
-            whole = pyarrow().parquet.read_table(list(self.files), schema=self.schema())
-        pyarrow().parquet.write_table(whole.take(indices), file)
+            tables = [pa.parquet.read_table(path) for path in self.files]
+            whole = pa.concat_tables(tables, promote_options="permissive")
+        pa.parquet.write_table(whole.take(indices), file)

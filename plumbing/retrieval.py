@@ -3,6 +3,7 @@ with all targets of the set, or with their own candidates where the file gives t
 
 Top to bottom: what is read - where the right one stands among the others."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from plumbing.folders import read_json
 from plumbing.formats import Lazy
 from plumbing.lines import no_twins
 
+SETS = "sets.json"  # of a folder in MMEB's layout: what kinds of sets are in it
 DEPTHS = (5, 10)  # of Recall@k, for one's own data
 BLOCK = 256  # queries whose scores against all targets are computed at a time
 KINDS = ("Classification", "VQA", "Retrieval", "Grounding", "Other")
@@ -59,26 +61,33 @@ def read_tasks(source, image_root, subsets, limit=0) -> list:
 
 def read_named(folder) -> dict:
     """{set: (meta-task, out of distribution?)} of a folder's sets.json; {} where there is none."""
-    file, named = Path(folder, "sets.json"), {}
+    file, named = Path(folder, SETS), {}
     for name, x in read_json(folder, file.name, no_twins).items():
         known = isinstance(x, dict) and x.get("meta_task") in KINDS
         if not known or set(x) - {"meta_task", "ood"} or not isinstance(x.get("ood", False), bool):
             wanted = f'{{"meta_task": one of {", ".join(KINDS)}, "ood": true or false}}'
             raise InputError(f"{file}: {brief(name)} must be {wanted}")
+        if not Path(folder, name).is_dir():
+            raise InputError(f"{file}: names {brief(name)}, and there is no folder {brief(name)}")
         named[name] = (x["meta_task"], x.get("ood", False))
     return named
 
 
 def own_task(name, pairs) -> PlainTask:
     """Pairs as an evaluation set. Their hard negatives, where a line has some, are its candidates;
-    all other queries are compared with the distinct targets of the whole file."""
-    rights = [len(set(targets)) for _, targets, _ in pairs]
-    pool = dict.fromkeys(target for _, targets, _ in pairs for target in targets)  # in their order
+    all other queries are compared with the distinct targets of the whole file. Of a query that
+    stands on several lines all of their targets are right."""
+    rights_of, pool = defaultdict(dict), {}  # their keys are in the lines' order
+    for content, targets, _ in pairs:
+        rights_of[content].update(dict.fromkeys(targets))
+        pool.update(dict.fromkeys(targets))
 
     def query(i):
-        content, targets, negatives = pairs[i]
-        return content, [*dict.fromkeys(targets), *negatives]
+        content, _, negatives = pairs[i]
+        rights = rights_of[content]
+        return content, [*rights, *(wrong for wrong in negatives if wrong not in rights)]
 
+    rights = [len(rights_of[content]) for content, _, _ in pairs]
     return PlainTask(name, "Retrieval", False, Lazy(len(pairs), query), rights, list(pool))
 
 

@@ -18,10 +18,10 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from plumbing import folders
-from plumbing.adapters import Origin, find_base, origin_of
+from plumbing.adapters import Origin, find_base, origin_of, refuse_in_place_of_base
 from plumbing.errors import InputError, brief
 from plumbing.families import load_processor, refuse_cross_attention
-from plumbing.folders import WEIGHTS, read_json, reading, written_beside
+from plumbing.folders import CARD, WEIGHTS, read_json, reading, written_beside
 from plumbing.formats import IMAGE, Content
 from plumbing.inputs import evaluating, whole_number
 from plumbing.log import versions
@@ -330,6 +330,8 @@ def write_folder(embedder, path, weights, is_embedder):
     with written_beside(path) as part:
         write_model(embedder, part, weights)
         write_settings(embedder, part, path, is_embedder)
+        if not embedder.adapter:
+            refuse_in_place_of_base(part, path)
     if not embedder.adapter:  # what a new adapter will be an adapter of
         embedder.mllm.origin = Origin.of(os.path.abspath(path), path)
 
@@ -339,6 +341,7 @@ def write_model(embedder, folder, weights=None):
     if embedder.adapter:  # the K embedding rows are in it
         embedder.adapter.active_peft_config.base_model_name_or_path = origin_of(embedder.mllm).name
         embedder.adapter.save_pretrained(folder, save_embedding_layers=False)
+        Path(folder, CARD).unlink(missing_ok=True)  # peft's form; a person's card may be there
     else:
         embedder.mllm.save_pretrained(folder, state_dict=weights)
         # Trap: that has written the type of the *first* weight. Beside a frozen tower in bfloat16

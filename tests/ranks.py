@@ -128,7 +128,7 @@ def plain_loss(z, batch):
     nats, hits = [], 0
     for i in range(B):
         mine = labels[i][labels[i] >= 0]
-        negative = scores[i][~torch.isin(keys, keys[mine])]
+        negative = scores[i][~torch.isin(keys, keys[mine]).any(1)]
         each = []
         for p in mine:
             all_of_it = torch.cat([scores[i, p : p + 1], negative])

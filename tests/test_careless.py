@@ -156,10 +156,18 @@ def test_captions_one_folder_below_are_found_for_the_message(place):
 def test_a_set_that_stands_twice_in_sets_json_is_refused(tmp_path):
     """Python keeps the second, and says nothing."""
     one = '"A": {"meta_task": "VQA"}'
+    (tmp_path / "A").mkdir()
     (tmp_path / "sets.json").write_text(f"{{{one}}}")
     equal(read_named(tmp_path), {"A": ("VQA", False)}, "read_named")
     (tmp_path / "sets.json").write_text(f"{{{one}, {one}}}")
     refused(lambda: read_named(tmp_path), "sets.json", '"A" stands twice')
+
+
+def test_a_set_that_sets_json_names_and_that_is_not_there_is_refused(tmp_path):
+    """A slip in a name would leave the set as "Other", in distribution."""
+    (tmp_path / "classify").mkdir()
+    (tmp_path / "sets.json").write_text('{"clasify": {"meta_task": "Classification"}}')
+    refused(lambda: read_named(tmp_path), "sets.json", "names clasify", "no folder clasify")
 
 
 def test_check_says_by_its_status_that_a_list_is_of_no_use(place, capsys):

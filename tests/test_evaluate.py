@@ -278,6 +278,22 @@ def test_ones_own_pairs_are_compared_with_all_targets_or_their_own_candidates(tm
         read_tasks(own_pairs(tmp_path), subsets="A")
 
 
+def test_all_targets_of_a_query_on_several_lines_are_right(tmp_path):
+    """A caption of two pictures finds both of them; a line's negative that is right by another line
+    is no rival. Without that the best of models would score 0."""
+    rows = [
+        {"query": {"text": "a"}, "target": {"text": "1"}},
+        {"query": {"text": "b"}, "target": {"text": "2"}},
+        {"query": {"text": "a"}, "target": {"text": "3"}, "negatives": [{"text": "1"}]},
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = read_tasks(str(file))
+    equal(list(task.rights), [2, 1, 2], "of each line")
+    equal([[x.text for x in items] for _, items in task.queries],
+          [["1", "3"], ["2"], ["1", "3"]], "right ones")  # fmt: skip
+
+
 def test_ranks_that_read_other_data_embed_nothing(tmp_path, monkeypatch):
     """Of a list, and of a folder like MMEB: each embeds its share of what it has read itself, and
     another edition of as many examples would be scored, glued together."""

@@ -7,6 +7,7 @@ import gc
 import json
 import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import contrastive
+from data import Item, Pair
 from plumbing.errors import InputError
 from plumbing.families import vision_tower
 from plumbing.memory import Budget, token_chunks, until_it_fits
@@ -157,7 +159,8 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(shared):
         for part in parts:
             ids += part.ids
         equal(ids, alone.ids, "the same pairs")
-        equal(torch.cat([part.keys for part in parts]), alone.keys, "the same columns")
+        keys = torch.cat([part.keys for part in parts])
+        equal(keys[:, 0], alone.keys[:, 0], "the same columns")
 
 
 def check_batch(local_batch, embedder):
@@ -170,7 +173,10 @@ def check_batch(local_batch, embedder):
         for row, item in zip(batch.rows, [p.query for p in pairs] + columns, strict=True):
             want = embedder.collate.row(item).tokens["input_ids"]
             equal(row.tokens["input_ids"], want, "queries, then each pair's targets, negatives")
-        equal(batch.keys.tolist(), [x.key for x in columns], "one key a column, its content's")
+        equal(batch.keys[:, 0].tolist(), [x.key for x in columns], "the key of its content")
+        owners = [p.query.key for p in pairs for _ in p.targets]
+        right = batch.labels[batch.labels >= 0]
+        equal(batch.keys[right, 1].tolist(), owners, "and of the query that it is a target of")
         for pair, mine in zip(pairs, batch.labels.tolist(), strict=True):
             named = [columns[p] for p in mine if p >= 0]
             equal(named, list(pair.targets), "the labels point at the pair's own targets")
@@ -193,14 +199,33 @@ def test_the_batch_check_fails_for_labels_that_forget_hard_negatives(shared):
         check_batch(forgets, shared)
 
 
+def test_what_is_right_for_an_equal_query_is_no_negative(shared):
+    """A caption of two pictures, on two lines: a model that knows both has loss 0, and hits."""
+    pictures = [Item("<image>", (f"{i}.png",)) for i in range(3)]
+    red, blue = Item("a red circle"), Item("a blue one")
+    pairs = [Pair(red, (pictures[0],)), Pair(red, (pictures[1],)), Pair(blue, (pictures[2],))]
+    collate = SimpleNamespace(row=lambda item: item)
+    cfg = contrastive.Config(batch=3, block=3)
+    batch = contrastive.local_batch({"a": pairs}, collate, cfg, 0, 0, 1)
+    z = torch.tensor(
+        [[1.0, 0] if item in (red, *pictures[:2]) else [0, 1.0] for item in batch.rows]
+    )
+    _, (loss, top1, _) = contrastive.loss_over_ranks(z, batch, 0.03)
+    expect(loss < 1e-6 and top1 == 1, (loss, top1), (0, 1), "queries of one key")
+
+
 def test_keys_are_unique_where_false_negatives_stay(shared):
-    """--no-mask-false-negatives: no two columns share a key, on all ranks together."""
-    cfg = dataclasses.replace(ranks.batch_config(), mask_false_negatives=False)
-    keys = []
-    for rank in (0, 1):
-        batch = contrastive.local_batch(ranks.PAIRS, shared.collate, cfg, 0, rank, 2)
-        keys += batch.keys.tolist()
-    equal(len(set(keys)), len(keys), "each column is a negative of every other query")
+    """--no-mask-false-negatives: no two columns share a key, on all ranks together; nor do, where
+    they are masked, a hard negative and any other column of another content."""
+    for masked in (False, True):
+        cfg = dataclasses.replace(ranks.batch_config(), mask_false_negatives=masked)
+        keys = []
+        for rank in (0, 1):
+            batch = contrastive.local_batch(ranks.PAIRS, shared.collate, cfg, 0, rank, 2)
+            rights = batch.labels[batch.labels >= 0].tolist()
+            wrong = [i for i in range(len(batch.keys)) if i not in rights]
+            keys += batch.keys[wrong if masked else slice(None), 1].tolist()
+        equal(len(set(keys)), len(keys), f"masked: {masked}")
 
 
 # ------------------------------------------------------------------------------------- one process
@@ -245,7 +270,7 @@ def test_the_batch_of_these_tests_holds_the_hard_cases(built):
     expect(set(positives.tolist()) == {1, 2}, positives, "1 and 2 positives", "ranks.picture_pair")
     columns = len(batch.keys)
     expect(columns > positives.sum(), columns, f"> {positives.sum()}", "hard negatives are columns")
-    expect(len(set(batch.keys.tolist())) < columns, columns, "repeated targets", "their keys")
+    expect(len(batch.keys[:, 0].unique()) < columns, columns, "repeated targets", "their keys")
     size = want.grad.norm()
     expect(size > 1e-2, size, "> 0.01", "a gradient of nothing is met by anything")
     expect(0 < want.top1 < 1, want.top1, "some hits, not all", "too easy a batch")

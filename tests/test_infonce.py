@@ -17,13 +17,14 @@ def oracle(q, t, temperature, labels=None, keys=None):
     """Eq. (1), one score at a time, in float64. -> (mean nats, share of hits)."""
     labels = [[i] for i in range(len(q))] if labels is None else labels.tolist()
     labels = [x if isinstance(x, list) else [x] for x in labels]
-    keys = list(range(len(t))) if keys is None else keys.tolist()
+    keys = [{j} for j in range(len(t))] if keys is None else keys.view(len(t), -1).tolist()
+    keys = [set(x) for x in keys]
     scores = (q.double() @ t.double().T / temperature).tolist()
     nats, hits = 0.0, 0
     for i, mine in enumerate(labels):
         mine = [p for p in mine if p >= 0]
-        own = {keys[p] for p in mine}
-        others = [scores[i][j] for j in range(len(t)) if keys[j] not in own]
+        own = set().union(*(keys[p] for p in mine))
+        others = [scores[i][j] for j in range(len(t)) if not keys[j] & own]
         each = []
         for p in mine:
             top = max([scores[i][p], *others])
@@ -50,6 +51,8 @@ def cases():
     yield "several positives", q, t, labels, None
     keys = torch.tensor([7, 8, 9, 7, 5, 4, 3, 8, 9, 2, 2**60, 2**60 + 1, 2**60])
     yield "several positives, duplicates, hard negatives", q, t, labels, keys
+    owners = torch.tensor([20, 20, 21, 20, 20, 20, 30, 31, 21, 21, 32, 33, 22])
+    yield "equal queries, too", q, t, labels, torch.stack([keys, owners], 1)
 
 
 def check_loop(loss_of):

@@ -27,13 +27,13 @@ def test_a_line_says_speed_waiting_and_what_is_left_of_the_run(tmp_path, clock, 
     """Resumed at step 10 of 40; 20 steps took 60 s, 15 of them were waited for batches."""
     logged = log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 10)
     clock[0] += 60
-    logged.waited = 15.0
-    line = logged.line(29, (6, "pairs"), {"loss": 1.5, "lr": 0.002})
-    want = "step    30/40 | loss 1.500 | lr 2.0e-03 | 2 pairs/s | waits 25% | eta 0.5m"
+    logged.waited, logged.count = 15.0, 120
+    line = logged.line(29, "pairs", {"loss": 1.5, "lr": 0.002, "cut": 7})
+    want = "step    30/40 | loss 1.500 | lr 2.0e-03 | cut 7 | 2 pairs/s | waits 25% | eta 0.5m"
     equal(line, want, "3 s a step, of which ten are left")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
-    line = logged.line(29, (6, "pairs"), {"loss": 1.5, "lr": 0.002})
+    line = logged.line(29, "pairs", {"loss": 1.5, "lr": 0.002, "cut": 7})
     equal(line, want.replace(" | eta", " | 3.0 GiB | eta"), "the most that a GPU has held")
 
 
@@ -97,6 +97,16 @@ def test_a_log_whose_first_line_is_lost_has_one_again(tmp_path, torn):
     (tmp_path / "log.jsonl").write_text(torn)
     header, *lines = run(tmp_path, 3, start=2)
     equal((header["config"]["steps"], [x["step"] for x in lines]), (3, [3]), "earlier_lines")
+
+
+def test_the_speed_is_that_of_all_steps_so_far(tmp_path, clock, capsys):
+    """Stage 1's steps differ in their answer tokens: 100, 100 and 1,000 in three seconds."""
+    logged = log.Log(TrainingFlags(steps=3, out=str(tmp_path)), 0)
+    for step, tokens in enumerate((100, 100, 1000)):
+        clock[0] += 1
+        logged(step, (tokens, "answer tokens"), {"loss": 1.0, "cut": 0})
+    speeds = [line.split(" | ")[2] for line in capsys.readouterr().out.splitlines()]
+    equal(speeds, [f"{n} answer tokens/s" for n in (100, 100, 400)], "a mean")
 
 
 class Nearly:

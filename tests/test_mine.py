@@ -153,6 +153,17 @@ def mine_with(embedder, monkeypatch, *words):
     mine.main(["--data", "pairs.jsonl", *words])
 
 
+def test_another_lines_target_of_the_same_query_is_never_mined(tmp_path):
+    """Both are right for it."""
+    rows = [{"query": {"text": q}, "target": {"text": t}} for q, t in ("ax", "ay", "bz")]
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "mined.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", "toy-random", "--first", "1", "--last", "1", "--workers", "0"]
+    mine.main(["--data", str(file), "--out", str(out), *words])
+    mined = [json.loads(line)["negatives"] for line in out.read_text().splitlines()]
+    equal(mined[:2], [[{"text": "z"}]] * 2, "of the query a")
+
+
 def test_no_score_makes_a_right_target_wrong():
     """NaN sorts behind infinity, and a query's own target was told apart by that alone."""
     q, t = np.full((1, 2), np.nan, np.float32), np.eye(3, 2, dtype=np.float32)

@@ -326,7 +326,7 @@ def test_a_finished_run_is_not_trained_again(config, runs, tmp_path, capsys):
 
 
 # Flags that may be others in the run that goes on.
-FREE = {"out", "resume", "workers", "save_every", "keep", "skip_bad", "graph_memory"}
+FREE = {"out", "resume", "workers", "save_every", "keep", "skip_bad", "graph_memory", "image_root"}
 FREE |= {"chunk_tokens", "checkpointing"}  # they round
 
 

@@ -105,6 +105,24 @@ def test_muon_trains_the_matrices_inside_and_adamw_all_else():
           if p.requires_grad}}, "--muon-lr 0")  # fmt: skip
 
 
+def test_what_no_row_went_through_stays_where_it_is():
+    """A vision tower in steps without pictures: neither momentum nor decay moves it. In the first
+    step every weight gets a state, without which it could not be resumed."""
+    net, cfg = Net(), TrainingFlags(lr=0.1, muon_lr=0.1, weight_decay=0.1, warmup=0, clip=0.0)
+    optimizers = optim.make_optimizers(net, cfg)
+    parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    for step, touched in enumerate([("proj", "norm"), ("lm_head",), ("proj", "norm")]):
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        optim.begin_step(optimizers, step, cfg)
+        for name, p in parameters.items():
+            p.grad = torch.ones_like(p) if name in touched else torch.zeros_like(p)
+        optim.end_step(net, optimizers, cfg, step, 1.0, [])
+        moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
+        equal(moved, set(touched if step else parameters), f"step {step}")
+    states = [p for optimizer in optimizers for p in optimizer.state]
+    equal(len(states), len(parameters), "one each")
+
+
 def test_each_optimiser_has_a_rate_of_its_own():
     """Of its own peak, along one schedule; begin_step says AdamW's."""
     cfg = TrainingFlags(lr=0.1, muon_lr=0.2, steps=10, warmup=0.2)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError, brief
 from plumbing.first_pass import Listed, read_listed
+from plumbing.folders import read_json
 from plumbing.formats import (
     IMAGE,
     Content,
@@ -41,6 +42,7 @@ from plumbing.formats import (
 from plumbing.images import Images, open_image
 from plumbing.mmeb import eval_rows, train_rows
 from plumbing.ranks import run_command
+from plumbing.retrieval import SETS
 from plumbing.writing import holds_lines, refuse_other, refuse_unwritable, written
 
 WINDOW = 4096  # examples that wait for a thread at a time
@@ -241,6 +243,8 @@ def check(source, image_root=None, outputs=Outputs()) -> Count:  # noqa: B008
     refuse_outputs(source, lists, outputs)
     counts = [check_list(*x, source, outputs.clean) for x in lists]
     total, bad = sum(c.total for c in counts), sum(c.bad for c in counts)
+    if outputs.clean:
+        copy_sets(source, outputs.clean)
     if outputs.list_bad:
         listed = [x for count in counts for x in count.listed]
         with written(outputs.list_bad, "--list-bad") as part:
@@ -251,6 +255,17 @@ def check(source, image_root=None, outputs=Outputs()) -> Count:  # noqa: B008
     hint = f"; --image-root {pictures}" if outputs.clean else ""
     print(f"{total:,} examples, {bad:,} bad{hint}")
     return Count(total, bad, useless=any(c.useless for c in counts))
+
+
+def copy_sets(source, clean):
+    """sets.json of a folder in MMEB's layout, for those of its sets that have a copy."""
+    sets = {}
+    for name, kind in read_json(source, SETS).items():
+        if Path(clean, name).is_dir():
+            sets[name] = kind
+    if sets:
+        with written(Path(clean, SETS), "--clean") as part:
+            part.write_text(json.dumps(sets, indent=1) + "\n")
 
 
 @dataclass

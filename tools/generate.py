@@ -14,6 +14,7 @@ could be made.
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import base64
+import fcntl
 import http.client
 import io
 import json
@@ -24,6 +25,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -44,7 +46,14 @@ from plumbing.lines import parse_json
 from plumbing.ranks import run_command
 from plumbing.template import starts_itself, write_prompt
 from plumbing.weights import Options, load_mllm
-from plumbing.writing import append_whole, refuse_no_list, refuse_other, refuse_unwritable, written
+from plumbing.writing import (
+    append_whole,
+    refuse_no_list,
+    refuse_other,
+    refuse_unwritable,
+    told,
+    written,
+)
 from tools.conversations import as_conversations
 from tools.pictures import find_pictures
 
@@ -469,6 +478,25 @@ def is_cut_off(line) -> bool:
     return False
 
 
+@contextmanager
+def alone(out):
+    """No other process writes OUT meanwhile: both would ask about the same pictures."""
+    with told(out, "--out"):
+        file = open(out, "ab")
+    with file:
+        try:
+            # Trap: not lockf. It would give up the lock as soon as any file of OUT is closed.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = "another tools.generate writes it; wait for that one, or take another file"
+            raise InputError(f"--out {brief(out)}: {text}") from None
+        try:
+            yield
+        finally:
+            if not os.fstat(file.fileno()).st_size:  # nothing came of it
+                Path(out).unlink(missing_ok=True)
+
+
 def generate(args) -> int:
     """Dialogues about the pictures of a folder, each written when it is there. -> the exit status:
     1 where there was something to ask about, and nothing came of it."""
@@ -485,6 +513,12 @@ def generate(args) -> int:
         refuse_unwritable(path, "--out", [args.questions])
     refuse_no_list(args.out, "--out")
     refuse_other(failed, "--out", holds_failures, "list of what failed")
+    with alone(args.out):
+        return generate_missing(args, failed)
+
+
+def generate_missing(args, failed) -> int:
+    """Dialogues about the pictures that OUT has none of. -> as `generate`."""
     done = read_done(Path(args.out))
 
     # 2. What is left to do, and who is asked.

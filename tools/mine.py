@@ -12,6 +12,7 @@ names: --out belongs beside the list, unless --image-root is given to both comma
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Targets:
     def __init__(self, pairs, lines):
         self.items, self.raw = [], []  # as Items, and as the list has them
         self.pair_of = []  # of each the first pair that names it
-        self.own = []  # of each pair: the rows of its targets and of its own negatives
+        self.own = []  # of each pair: the rows of its query's targets and of its own negatives
         self.row_of = {}  # an item's key -> its row
         for i in range(len(pairs)):
             raw = lines[i]["target"]
@@ -73,9 +74,13 @@ class Targets:
                     self.items.append(item)
                     self.raw.append(as_written)
                     self.pair_of.append(i)
+        rights = defaultdict(set)  # of a query, which may stand on several lines
         for pair in pairs:
-            keys = [item.key for item in (*pair.targets, *pair.negatives)]
-            self.own.append({self.row_of[key] for key in keys if key in self.row_of})
+            rights[pair.query.key].update(self.row_of[item.key] for item in pair.targets)
+        for pair in pairs:
+            keys = [item.key for item in pair.negatives]
+            wrong = {self.row_of[key] for key in keys if key in self.row_of}
+            self.own.append(rights[pair.query.key] | wrong)
 
 
 def refuse_few(targets, cfg):
