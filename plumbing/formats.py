@@ -34,8 +34,8 @@ ELSEWHERE = {
 
 def digest_of(sets) -> int:
     """Refuses data that name pictures which are not there, or that leave a loss nothing to tell
-    apart, before any training. -> a number that changes with the data (of parquet files, with
-    their sizes), so that a run is not resumed with others."""
+    apart, before any training. -> a number that changes with the data, so that a run is not
+    resumed with others."""
     sets = list(sets)
     for examples in sets:
         if (lost := examples.source.lost).count:

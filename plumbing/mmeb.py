@@ -269,9 +269,9 @@ def refuse_unreadable_sets(root):
     """InputError where a folder that may be a set cannot be looked into: it would be left out."""
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         reason = ""
-        if entry.is_symlink() and not os.path.exists(entry):
-            reason = f"a symbolic link to {brief(os.readlink(entry))}, which is not there"
-        elif entry.is_dir() and not os.access(entry, os.R_OK | os.X_OK):
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            reason = f"a symbolic link to {brief(os.readlink(entry.path))}, which is not there"
+        elif entry.is_dir() and not os.access(entry.path, os.R_OK | os.X_OK):
             reason = "a folder that may not be read by this user (permissions)"
         if reason:
             hint = "Mend that, or name the sets to read: --subsets A,B"

@@ -267,6 +267,31 @@ def test_a_list_of_failures_that_cannot_be_written_is_said_before_the_work(place
     refused(lambda: generate.main(words), "t.jsonl.failed.jsonl", "a folder")
 
 
+def test_two_generators_do_not_write_one_list(place):
+    """Each would ask about all pictures, and every dialogue would be there twice; where nothing
+    came of it no empty list is left."""
+    Image.new("RGB", (64, 64)).save("x.png")
+    Path("q.txt").write_text("what is it?\n")
+    words = ["--images", ".", "--model", "toy", "--questions", "q.txt", "--out", "t.jsonl"]
+    with generate.alone("t.jsonl"):
+        refused(lambda: generate.main(words), "t.jsonl", "another tools.generate writes it")
+    assert not Path("t.jsonl").exists()
+    with generate.alone("t.jsonl"):
+        generate.append_dialogue("t.jsonl", "x.png", [("a", "b")])
+        refused(lambda: generate.main(words), "another tools.generate writes it")
+    equal(generate.read_done(Path("t.jsonl")), {"x.png"}, "stays")
+
+
+def test_a_clean_copy_of_sets_keeps_what_they_are(place):
+    """Else all would be "Other", and in distribution."""
+    export.export("e", 2)
+    check.main(["e/MMEB-eval", "--clean", "copy"])
+    equal(read_named("copy"), read_named("e/MMEB-eval"), "sets.json")
+    shutil.rmtree("e/MMEB-eval/vqa")
+    check.copy_sets("e/MMEB-eval", "other")
+    assert not Path("other").exists(), "of sets that are there"
+
+
 def test_an_unfinished_run_s_folder_is_called_so(place, folder):
     """As a model, and as the place of another one."""
     Path("out/checkpoints/step-00000002").mkdir(parents=True)

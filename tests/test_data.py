@@ -18,6 +18,7 @@ from plumbing import mmeb
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE, digest_of
 from plumbing.images import Images, open_image
+from plumbing.lines import Lazy
 from tools.export import export
 from toy.world import Shapes
 
@@ -252,6 +253,76 @@ def test_a_set_of_several_parquet_files_is_read_whole(tmp_path):
         write_pairs(tmp_path / "s" / f"original-0000{part}-of-00002.parquet", f"q{part}")
     pairs = data.read_pairs(str(tmp_path))["s"]
     assert [p.query.text for p in pairs] == ["q0", "q1"]
+
+
+@pytest.mark.parametrize(
+    "names", [("0-of-3", "1-of-3"), ("0-of-1", "0-of-2", "1-of-2"), ("1-of-1",)]
+)
+def test_a_set_of_which_a_part_is_missing_is_refused(tmp_path, names):
+    """Or of which an older version is left: what it says would be said of a part."""
+    for name in names:
+        number, count = name.split("-of-")
+        write_pairs(tmp_path / "s" / f"original-{number:0>5}-of-{count:0>5}.parquet")
+    with pytest.raises(InputError, match="/s: holds original-0000.*, no whole set"):
+        data.read_pairs(str(tmp_path))
+    write_pairs(tmp_path / "t" / "original-mine.parquet")
+    data.read_pairs(str(tmp_path), subsets="t")
+
+
+def test_a_set_that_cannot_be_looked_into_is_refused(tmp_path, monkeypatch):
+    """A link to a disk that is not there, a folder of another user: not a set less, but for those
+    who say which sets they mean."""
+    write_pairs(tmp_path / "a" / "original-0.parquet")
+    (tmp_path / "b").symlink_to("nowhere")
+    with pytest.raises(InputError, match="/b: is a symbolic link to nowhere, .*--subsets"):
+        data.read_pairs(str(tmp_path))
+    data.read_pairs(str(tmp_path), subsets="a")
+    (tmp_path / "b").unlink()
+    data.read_pairs(str(tmp_path))
+    (tmp_path / "b").mkdir()
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, how: may(path, how) and "/b" not in str(path))
+    with pytest.raises(InputError, match="/b: is a folder that may not be read"):
+        data.read_pairs(str(tmp_path))
+
+
+def test_files_of_a_set_may_hold_their_texts_in_any_of_arrows_ways(tmp_path):
+    """And have columns beside them that differ in kind."""
+    kinds = [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary("int32", "string")]
+    names = [f"s/original-{part:05}-of-00003.parquet" for part in range(3)]
+    for part, kind in enumerate(kinds):
+        write_pairs(tmp_path / names[part], f"q{part}")
+        table = pq.read_table(tmp_path / names[part])
+        column = table.column_names.index("qry")
+        table = table.set_column(column, "qry", table["qry"].cast(kind))
+        ids = pyarrow.array([part] if part else ["a"])
+        pq.write_table(table.append_column("id", ids), tmp_path / names[part])
+    pairs = data.read_pairs(str(tmp_path))["s"]
+    assert [p.query.text for p in pairs] == ["q0", "q1", "q2"]
+
+
+def test_a_list_whose_rows_are_not_those_it_had_ends_no_iteration(tmp_path):
+    """Trap: an IndexError would be taken for the sequence's end, and a part be scored."""
+    file = tmp_path / "s" / "original-0.parquet"
+    write_pairs(file)
+    table = mmeb.Table([file], mmeb.Layout(COLUMNS))
+    rows = pq.read_table(file)
+    pq.write_table(pyarrow.concat_tables([rows, rows]), file)
+    with pytest.raises(InputError, match="original-0.parquet, .*: 2 rows, and 1 when the command"):
+        table.load()
+    short = Lazy(3, [1, 2].__getitem__)
+    with pytest.raises(IndexError):
+        list(short)
+
+
+def test_other_rows_of_the_same_size_are_other_data(tmp_path):
+    """A run is not resumed with them, and a list of bad rows is none of theirs."""
+    digests = []
+    for query in "xyx":
+        file = tmp_path / "s" / "original-0.parquet"
+        write_pairs(file, query)
+        digests.append(mmeb.train_rows([file], "s", Images(tmp_path)).source.digest)
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_a_column_without_a_value_in_the_first_file_has_those_of_the_others(tmp_path):

@@ -363,10 +363,15 @@ def test_a_copied_adapter_finds_its_base_where_it_was(tree, tmp_path, monkeypatc
 
 
 def test_another_base_under_an_adapter_is_refused(out):
-    """Another run used the folder: both digests are said, and no vector is made."""
+    """Another run would use the folder, which costs it nothing; where another program did, both
+    digests are said, and no vector is made."""
     embedder = model.load(out / "pretrain", device="cpu")
+    model.save(model.load(out / "stage2" / "merged", device="cpu"), out / "stage2" / "merged")
     with torch.no_grad():
         next(embedder.parameters()).add_(0.01)
+    with pytest.raises(InputError, match="stage2 holds an adapter of the model in"):
+        model.save(embedder, out / "stage2" / "merged")
+    model.load(out / "stage2", device="cpu")
     embedder.mllm.save_pretrained(out / "stage2" / "merged")
     refused(out / "stage2", "base .*merged has other weights", "digest [0-9a-f]{16}, not [0-9a-f]")
 

@@ -16,6 +16,7 @@ from threads import on_ranks
 import contrastive
 import model
 import plumbing.card
+import pretrain
 from contrastive import Batch, info_nce, loss_over_ranks
 from plumbing import losses
 from plumbing.errors import InputError
@@ -207,6 +208,18 @@ def test_false_negatives_that_stay_are_negatives_in_both_directions():
     close(chosen(symmetric=True)(z, batch, TAU)[0], want, "all differ", rel=1e-12)
 
 
+def test_in_the_mirror_equal_queries_are_right_for_each_others_targets():
+    """They share the second key: neither is a negative of the other's target."""
+    z = embeddings(6)
+    z[0] = z[1] = z[3] = z[4]  # two equal queries, and their two targets
+    keys = torch.tensor([[1, 7], [2, 7], [3, 8]])
+    batch = Batch(list(range(6)), torch.arange(3)[:, None], keys)
+    share, mean = losses.targets_look_for_queries(info_nce, z, batch, TAU)
+    third = -F.log_softmax(z[5] @ z[:3].T / TAU, 0)[2]
+    first = -(F.logsigmoid((z[3] @ z[0] - z[3] @ z[2]) / TAU))
+    close(share, (2 * first + third) / 3, "loops", rel=1e-6)
+
+
 # -------------------------------------------------------------------------- ranks, chunks, dropout
 
 EVERYTHING = dict(symmetric=True, matryoshka="3", **LOUD)
@@ -276,6 +289,13 @@ def trained(tmp_path_factory):
     flags = dict(model="toy-random", steps=1, batch=4, block=2, muon_lr=0.0, workers=0)
     contrastive.main(contrastive.Config(out=str(out), matryoshka="32,64", **flags))
     return out
+
+
+def test_stage_1_trains_no_prefixes(trained, tmp_path):
+    """What it makes of a model that had some has none: --dim is warned of again."""
+    flags = dict(steps=1, batch=2, turns=1, muon_lr=0.0, workers=0, out=str(tmp_path))
+    pretrain.main(pretrain.Config(model=str(trained), **flags))
+    equal(model.load(tmp_path, device="cpu").prefixes, (), "nanocoma.json")
 
 
 def test_a_folder_knows_its_prefixes_and_dim_takes_one(trained):

@@ -1,5 +1,6 @@
 """What other libraries make of our folders: sentence-transformers alone, mteb."""
 
+import copy
 import json
 import os
 import re
@@ -309,6 +310,8 @@ def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
     ):
         assert words in card.text, words
     assert "## Scores" not in card.text and "--out" not in card.text
+    said = ("| `--muon-lr` | 0.0 |", "| `--no-caption` |  |", "| `--merge` | True |")
+    assert all(words in card.text for words in said) and "`--command`" not in card.text
     order = [card.text.index(words) for words in ("## Training: comp", "## Training: contr")]
     assert order == sorted(order), "stage 1 comes first"
     scores = "out/contrastive/scores.json"
@@ -317,6 +320,7 @@ def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
     overall = json.loads(Path(scores).read_text())["overall"]
     card = Path("out/contrastive/README.md")
     assert f"| overall | {100 * overall:.1f} |" in card.read_text()
+    assert "means over 2 sets of shapes, of a part" in card.read_text()
     merge.main(["out/contrastive", "out/merged", "--export", "sentence-transformers"])
     merged = Path("out/merged/README.md").read_text()
     assert "SentenceTransformer(" in merged and "| `--batch` | 4 |" in merged
@@ -330,6 +334,43 @@ def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
     assert not plumbing.card.scores("out/contrastive"), "of the weights before"
     evaluate.main(evaluate.Config(model="out/contrastive", **few))
     assert card.read_text() == kept
+    merge.main(["out/merged", "out/pretrain"])
+    assert not Path("out/pretrain/finished.json").exists(), "of the model before"
+    merge.main(["out/contrastive", "out/merged"])
+    assert "| base model | out/pretrain |" in Path("out/merged/README.md").read_text(), "another"
+
+
+def test_the_card_of_two_adapters_in_turn_tells_of_both(tmp_path, monkeypatch):
+    """The papers' recipe: LoRA in both stages. The base is the model at the beginning, and a card
+    that a person has written stays when a run is run again."""
+    monkeypatch.chdir(tmp_path)
+    flags = {"steps": 1, "workers": 0, "muon_lr": 0.0, "lora_rank": 2}
+    first = pretrain.Config(model="toy-random", batch=2, turns=1, out="out/pretrain", **flags)
+    pretrain.main(copy.copy(first))
+    second = contrastive.Config(model="out/pretrain", batch=4, block=4, out="out/second", **flags)
+    contrastive.main(second)
+    card = Path("out/second/README.md").read_text()
+    for words in (
+        "| base model | toy-random |",
+        "## Training: comp",
+        "| `--model` | out/pretrain |",
+    ):
+        assert words in card, words
+    mine = "# My own\n[More Information Needed]\n"
+    Path("out/pretrain/README.md").write_text(mine)
+    pretrain.main(first)
+    assert Path("out/pretrain/README.md").read_text() == mine
+
+
+def test_the_card_of_a_model_that_is_no_embedder_says_so(tmp_path, good):
+    """Stage 1 with K = 0, the control, leaves an MLLM."""
+    folder = shutil.copytree(good, tmp_path / "m")
+    settings = json.loads((folder / "nanocoma.json").read_text())
+    del settings["compress_tokens"]
+    (folder / "nanocoma.json").write_text(json.dumps(settings))
+    plumbing.card.write(folder)
+    text = (folder / "README.md").read_text()
+    assert "No embedding model yet" in text and "## How to embed" not in text
 
 
 def test_the_card_names_the_base_models_licence(tmp_path):
