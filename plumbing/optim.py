@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from plumbing.combinations import given, spelled
 from plumbing.errors import InputError
 from plumbing.ranks import rank
 
@@ -21,6 +22,9 @@ def make_optimizers(embedder, cfg) -> list:
             muon.append(p)
         else:
             adam.append(p)
+    if muon and not adam and "lr" in given(cfg):
+        text = "Muon trains all that is trained of this model, at the rate --muon-lr; leave it out"
+        raise InputError(f"{spelled(cfg, 'lr')}: {text}")
     optimizers = []
     if adam:
         decay = cfg.weight_decay

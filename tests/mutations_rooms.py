@@ -79,6 +79,7 @@ ROOMS = [
     ("plumbing/mmeb.py", "entry.is_symlink() and not os.path.exists(entry.path)", "False", "tests/test_data.py -k looked_into"),
     ("plumbing/mmeb.py", "not os.access(entry.path, os.R_OK | os.X_OK)", "False", "tests/test_data.py -k looked_into"),
     ("plumbing/mmeb.py", "if parts != wanted:", "if len(parts) < len(wanted):", "tests/test_data.py -k part_is_missing"),
+    ("plumbing/optim.py", 'if muon and not adam and "lr" in given(cfg):', "if False:", "tests/test_flags.py -k only_the_model"),
     ("plumbing/optim.py", "p.grad = p.grad if is_touched else None", "pass", "tests/test_step.py -k went_through"),
     ("plumbing/optim.py", "if any(p in optimizer.state for optimizer in optimizers)]", "]", "tests/test_step.py -k went_through"),
     ("plumbing/parquet.py", "return sum(self.digests)", "return self.digests[-1]", "tests/test_lists.py"),

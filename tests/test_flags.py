@@ -22,7 +22,7 @@ import contrastive
 import evaluate
 import model
 import pretrain
-from plumbing import combinations, config
+from plumbing import combinations, config, optim
 from plumbing.config import (
     CHUNK_TOKENS,
     in_range,
@@ -335,7 +335,8 @@ def test_every_rule_has_its_row():
 
 
 def test_what_only_the_model_decides_is_refused_when_it_is_loaded(embedder):
-    """An adapter of its own and LoRA flags; none, and --no-merge; K = 0, and the mask."""
+    """An adapter of its own and LoRA flags; none, and --no-merge; K = 0, and the mask; AdamW's rate
+    where Muon trains all."""
     plain = model.load("toy-random", 0, device="cpu")  # K = 0
     for loaded, cfg, says in (
         (embedder, contrastive.Config(merge=False), "--no-merge: the model is no LoRA adapter"),
@@ -344,6 +345,9 @@ def test_what_only_the_model_decides_is_refused_when_it_is_loaded(embedder):
         (plain, pretrain.Config(compress=False, pooling="last"), "stage 1 makes no embedder"),
     ):
         refused(lambda x=loaded, c=cfg: model.choose_trained(x, c), says)
+    matrices = torch.nn.Linear(3, 3, bias=False)
+    refused(lambda: optim.make_optimizers(matrices, pretrain.Config(lr=1e-5)), "Muon trains all")
+    optim.make_optimizers(matrices, pretrain.Config())
     model.choose_trained(plain, pretrain.Config(compress=False))
     model.choose_trained(embedder, pretrain.Config(lora_rank=2))
     for cfg in (
