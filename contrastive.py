@@ -102,10 +102,10 @@ def info_nce_rows(q, t, labels, keys, temperature, reweigh=None):
     scores = products(q, t) / temperature  # (b, M); never bfloat16 or TF32: they have 3 digits
     valid = labels >= 0  # (b, P)
     is_no_negative = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
-    for p in range(labels.shape[1]):
-        own = keys[labels[:, p]]  # (b, k); for -1 any: see `valid`
-        same = (own[:, None] == keys[None]).any(2)  # (b, M)
-        is_no_negative |= same & valid[:, p, None]
+    for key in keys.T:  # (M,)
+        for p in range(labels.shape[1]):
+            same = key[None] == key[labels[:, p]][:, None]  # (b, M); for -1 any: see `valid`
+            is_no_negative |= same & valid[:, p, None]
     positive = scores.gather(1, labels.clamp(min=0))  # (b, P)
     # The lowest number, not -inf: a query without negatives has loss 0 and gradient 0.
     negatives = scores.masked_fill(is_no_negative, torch.finfo(scores.dtype).min)

@@ -321,7 +321,7 @@ FIVE = [
     ("contrastive.py", "(torch.arange(len(columns)) + rank * 2**40)",
      "(torch.arange(len(columns)))", "tests/test_gradcache.py -k keys"),
     ("contrastive.py", "keys[own, 1] = query.key", "pass", "tests/test_gradcache.py -k equal_query"),
-    ("contrastive.py", "(own[:, None] == keys[None]).any(2)", "(own[:, None] == keys[None]).all(2)",
+    ("contrastive.py", "for key in keys.T:", "for key in keys.T[:1]:",
      "tests/test_infonce.py -k loop"),
     ("pretrain.py", "embedder.prefixes = ()", "pass", "tests/test_losses.py -k stage_1"),
     ("contrastive.py", "if cfg.mask_false_negatives:", "if True:",
