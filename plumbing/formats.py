@@ -313,13 +313,13 @@ def lexists(folder, name) -> bool:
 
 def caption_dialogues(file, image_root) -> Lazy:
     """Pictures with captions as dialogues of one turn: describe the picture."""
-    captions = skip(read_tried_lines(str(file), parse_caption, image_root))
+    captions = read_tried_lines(str(file), parse_caption, image_root)
 
     def dialogue(i):
         path, text = captions[i]
-        return Content(IMAGE, (path,)), ((DESCRIBE, text),), f"{file}:{i + 1}"
+        return Content(IMAGE, (path,)), ((DESCRIBE, text),), captions.source.where(i)
 
-    return Lazy(len(captions), dialogue, captions.source)
+    return skip(Lazy(len(captions), dialogue, captions.source))
 
 
 def caption_pairs(file, image_root) -> dict:

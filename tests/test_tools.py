@@ -676,6 +676,8 @@ def test_export_writes_every_format_and_they_read_back(tmp_path, capsys):
     for folder in ("captions", "captions-csv"):
         captions = data.read_dialogues(f"{top}/{folder}")
         assert [d.turns[0][1] for d in captions] == [scene(i).describe() for i in range(3)]
+        first = 2 if folder == "captions-csv" else 1  # a csv's first line names its columns
+        assert captions[0].id.endswith(f", line {first}"), "as errors name it"
         assert len(data.read_pairs(f"{top}/{folder}")) == 2
     assert {len(x) for x in data.read_pairs(f"{top}/MMEB-train").values()} == {3}
     kinds = {(t.name, t.meta_task, t.ood) for t in data.read_tasks(f"{top}/MMEB-eval")}
