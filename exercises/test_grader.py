@@ -7,7 +7,10 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from checks import equal, expect
 
 from exercises import (
@@ -120,6 +123,21 @@ def test_the_stub_fails_every_test(exercise, shared):
     equal(len(failed), total, f"{exercise}: a stub passes; failed: {[*failed]}")
 
 
+@pytest.mark.parametrize(
+    ("exercise", "functions"),
+    [
+        ("ex2", ["compression_mask"]),
+        ("ex3", ["answer_labels", "answer_loss"]),
+        ("ex11", ["layout"]),
+    ],
+)
+def test_a_body_of_pass_fails_every_test(exercise, functions, shared):
+    """What returns nothing spoils nothing, which some tests ask for; that alone is no point."""
+    nothing = mistakes.Wrong(**dict.fromkeys(functions, lambda *_: None))
+    failed, total = failures(exercise, nothing, shared)
+    equal(len(failed), total, f"{exercise}: None passes; failed: {[*failed]}")
+
+
 @pytest.mark.parametrize("exercise", ladder.EXERCISES)
 def test_the_reference_passes(exercise, shared):
     """All points for our own code, also while a student's file is being graded."""
@@ -155,6 +173,9 @@ def test_the_stub_names_its_exercise_and_holds_no_solution():
         "import contrastive",
         "from model import compression_pool",
         "from exercises.ladder import Reference",
+        "from test_mask import oracle",
+        "import checks",
+        "from tests.checks import equal",
     ],
 )
 def test_a_file_that_imports_a_solution_is_refused(tmp_path, line):
@@ -162,6 +183,69 @@ def test_a_file_that_imports_a_solution_is_refused(tmp_path, line):
     (tmp_path / "a.py").write_text(f"import torch\n{line}\n")
     with pytest.raises(ImportError, match="a.py, line 2 imports"):
         ladder.load(tmp_path / "a.py")
+
+
+def test_a_file_may_hold_dataclasses_whose_annotations_are_text(tmp_path):
+    """`dataclass` looks their words up in the module, by its name."""
+    lines = "from __future__ import annotations", "from dataclasses import dataclass"
+    (tmp_path / "a.py").write_text("\n".join([*lines, "@dataclass", "class A:", "    x: int"]))
+    equal(ladder.load(tmp_path / "a.py").A(3).x, 3, "sys.modules")
+
+
+def in_float32(q, c, candidates, tie=1e-6):
+    return np.float32(mistakes.precision_at_1(q, c, candidates, tie))
+
+
+def printed_ablation():
+    """Worked out from numbers of two decimals. The scores leave 2.33 +- 1.17: "cannot tell"."""
+    a = {"command": "a", "scores": {0: 59.0, 1: 60.3, 2: 59.0}, "mean": 59.43, "se": 0.43}
+    b = {"command": "b", "scores": {0: 63.8, 1: 60.1, 2: 61.4}, "mean": 61.77, "se": 1.08}
+    said = {"difference": 2.34, "difference_se": 1.16, "conclusion": "higher"}
+    return {"question": "?", "arms": {"a": a, "b": b}, **said}
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer"),
+    [("ex7", {"precision_at_1": in_float32}), ("ex10", {"ABLATION": printed_ablation()})],
+)
+def test_a_right_solution_written_otherwise_passes(exercise, answer, shared):
+    """A mean in float32; an ablation by hand."""
+    equal(failures(exercise, mistakes.Wrong(**answer), shared)[0], {}, exercise)
+
+
+def normalises_the_whole_too(loss, q, t, lengths):
+    return mistakes.matryoshka_loss(loss, F.normalize(q, dim=1), F.normalize(t, dim=1), lengths)
+
+
+def detaches_a_graph(embed, chunks, loss_of):
+    """Right numbers; the first pass builds graphs, and throws them away."""
+
+    def embed_with_graphs(chunk):
+        with torch.enable_grad():
+            z = embed(chunk)
+        return z if torch.is_grad_enabled() else z.detach()
+
+    return mistakes.two_passes(embed_with_graphs, chunks, loss_of)
+
+
+def empties_the_chunks(embed, chunks, loss_of):
+    loss = mistakes.two_passes(embed, [*chunks], loss_of)
+    chunks.clear()
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("exercise", "answer", "hint"),
+    [
+        ("ex15", {"matryoshka_loss": normalises_the_whole_too}, "normalising it again changes"),
+        ("ex5", {"two_passes": detaches_a_graph}, "16 rows with a graph"),
+        ("ex5", {"two_passes": empties_the_chunks}, "not yours to empty"),
+    ],
+)
+def test_the_hint_names_the_cause(exercise, answer, hint, shared):
+    """The whole normalised once more; detach in the place of no_grad; the grader's own lists."""
+    failed, _ = failures(exercise, mistakes.Wrong(**answer), shared)
+    expect(failed and all(hint in str(e) for e in failed.values()), failed, hint, exercise)
 
 
 def run(*words, cwd=ladder.ROOT, **variables):
@@ -207,6 +291,12 @@ def test_a_submission_that_cannot_be_interrupted_is_killed(tmp_path):
     (tmp_path / "a.py").write_text(loop + "    except BaseException:\n        pass\n")
     points, remark = grade.grade(tmp_path / "a.py", seconds=1, only="ex10")
     equal((points, remark), ({"ex10": 0}, "stopped after 1 s"), "the process' time limit")
+
+
+def test_a_bug_is_planted_in_one_process_alone():
+    """Workers of pytest-xdist would run without it, and pass."""
+    done = run("-m", "exercises.bugs", "b3", "tests/test_answers.py", "-q", "-n", "1")
+    expect("without -n" in done.stderr and done.returncode, done.stderr, "refused", "bugs.main")
 
 
 def test_a_test_may_be_named_as_pytest_prints_it_and_a_file_that_is_not_there_is_one_line():
