@@ -4,8 +4,11 @@ import csv
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,6 +267,7 @@ def test_a_class_is_graded_and_no_submission_harms_another(tmp_path):
     garbage += "    return 'no table' if not seen.append(name) and len(seen) < 2 else os._exit(0)\n"
     (tmp_path / "b_exit.py").write_text(garbage)
     (tmp_path / "scores.csv").write_text("a whole grading's")
+    (tmp_path / "._b_exit.py").write_text("what a Mac keeps beside a file")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "good.py").write_text(f"ABLATION = {mistakes.OURS.ABLATION!r}\n")
     done = run("-m", "exercises.grade", tmp_path, "--only", "ex10", EXERCISES_SECONDS="1")
@@ -275,7 +279,7 @@ def test_a_class_is_graded_and_no_submission_harms_another(tmp_path):
           {"a_loop.py": 0.0, "b_exit.py": 0.0, "c/good.py": 9.0}, done.stdout)  # fmt: skip
     loop, gone, good = (
         (tmp_path / "reports-ex10" / f"{n}.txt").read_text()
-        for n in ("a_loop.py", "b_exit.py", "c-good.py")
+        for n in ("a_loop.py", "b_exit.py", "c/good.py")
     )
     expect("no end after 1 seconds" in loop, loop[-2000:], "the test's time limit", "conftest.py")
     equal(loop.count("\nnot run: the exercise timed out before"), 2, "one wait an exercise")
@@ -291,6 +295,57 @@ def test_a_submission_that_cannot_be_interrupted_is_killed(tmp_path):
     (tmp_path / "a.py").write_text(loop + "    except BaseException:\n        pass\n")
     points, remark = grade.grade(tmp_path / "a.py", seconds=1, only="ex10")
     equal((points, remark), ({"ex10": 0}, "stopped after 1 s"), "the process' time limit")
+
+
+def is_alive(process_id) -> bool:
+    """Whether there is such a process, and not only its exit status."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_a_grading_that_is_ended_leaves_no_submission_behind(tmp_path):
+    """SIGTERM, while one runs that cannot be interrupted."""
+    note = tmp_path / "id"
+    loop = f"import os\nopen({str(note)!r}, 'w').write(str(os.getpid()) + ' ')\nwhile True:\n"
+    loop += "    try:\n        while True:\n            pass\n"
+    (tmp_path / "a.py").write_text(loop + "    except BaseException:\n        pass\n")
+    command = [sys.executable, "-m", "exercises.grade", str(tmp_path / "a.py"), "--only", "ex10"]
+    grading = subprocess.Popen(command, cwd=ladder.ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not (note.exists() and note.read_text().endswith(" ")) and time.monotonic() < end:
+        time.sleep(0.1)
+    grading.send_signal(signal.SIGTERM)
+    equal(grading.wait(60), 128 + signal.SIGTERM, "as a shell says it")
+    submission = int(note.read_text())
+    while is_alive(submission) and time.monotonic() < end:
+        time.sleep(0.1)
+    alive = is_alive(submission)
+    if alive:
+        os.kill(submission, signal.SIGKILL)
+    expect(not alive, "it still runs", "killed with its group", "grade.heed_signals")
+
+
+def test_a_submission_that_python_cannot_read_is_remarked(tmp_path):
+    """Nested too deep; gone. The class behind it is graded all the same."""
+    (tmp_path / "a.py").write_text("x = " + 200_000 * "-" + "1")
+    remark = grade.refused(tmp_path / "a.py")
+    expect(remark.startswith(("MemoryError", "RecursionError")), remark, "a remark", "refused")
+    remark = grade.refused(tmp_path / "gone.py")
+    expect(remark.startswith("FileNotFoundError"), remark, "a remark", "refused")
+
+
+def test_a_closed_pipe_ends_in_silence(tmp_path):
+    """`python -m exercises.grade my.py | head -1`"""
+    (tmp_path / "a.py").write_text("ABLATION = None\n")
+    command = [sys.executable, "-m", "exercises.grade", str(tmp_path / "a.py"), "--only", "ex10"]
+    read, write = os.pipe()
+    os.close(read)  # whoever read is gone
+    done = subprocess.run(command, cwd=ladder.ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    equal(done.stderr, "", "no traceback")
 
 
 def test_a_bug_is_planted_in_one_process_alone():
@@ -320,3 +375,9 @@ def test_a_students_copy_is_graded_where_it_is(tmp_path):
         hand_out.hand_out(copy)
     with pytest.raises(FileExistsError, match="inside"):
         hand_out.hand_out(ladder.ROOT / "copy")
+    with pytest.raises(FileExistsError, match="is a file"):
+        hand_out.hand_out(copy / ladder.OWN.name)
+    below = tmp_path / "copy" / ladder.OWN.name / "deeper"
+    done = run("-m", "exercises.hand_out", below)
+    expect("Not a directory" in done.stderr and done.stderr.count("\n") == 1, done.stderr,
+           "one line", "hand_out.main")  # fmt: skip
