@@ -306,6 +306,8 @@ def main():
         for name, b in BUGS.items():
             print(f"{name}  {b.story}")
         sys.exit(f"{bug}: no such bug" if bug and bug not in BUGS else 0)
+    if any(word.startswith(("-n", "--numprocesses", "--dist")) for word in arguments):
+        sys.exit("without -n, --numprocesses and --dist: the bug is planted in this process alone")
     print(f"planted: {bug}, {BUGS[bug].story}")
     with plant(bug):
         # The test files were imported before pytest could rewrite their assertions.

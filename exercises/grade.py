@@ -116,10 +116,11 @@ def explain_end(code, seconds, records, output):
 
 
 def refused(path):
-    """Why no test could run: the file is no Python, or imports a solution; else ""."""
+    """Why no test could run: the file is no Python, or nested too deep for it, imports a solution,
+    or is not there any more; else ""."""
     try:
         ladder.refuse(path)
-    except (SyntaxError, ValueError, ImportError) as e:
+    except (SyntaxError, ValueError, ImportError, OSError, MemoryError, RecursionError) as e:
         return f"{type(e).__name__}: {e}"
     return ""
 
@@ -134,9 +135,15 @@ def grade_file(cfg):
     print(f"total {sum(points.values()):26.1f} of {most}  {remark}".rstrip())
 
 
+def is_hidden(path) -> bool:
+    """No submission: a Mac's archive has a ._a.py beside each a.py, a notebook its checkpoints."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def grade_class(cfg):
     """A line for each submission, scores.csv, and each one's messages in reports/."""
-    submissions = sorted([*cfg.path.glob("*.py"), *cfg.path.glob("*/*.py")])
+    found = [*cfg.path.glob("*.py"), *cfg.path.glob("*/*.py")]
+    submissions = sorted(path for path in found if not is_hidden(path.relative_to(cfg.path)))
     if not submissions:
         sys.exit(f"{cfg.path}: no *.py in it or in its folders")
     names = [cfg.only] if cfg.only else list(ladder.EXERCISES)
@@ -150,7 +157,8 @@ def grade_class(cfg):
         table.writerow(["submission", *names, "total", "seconds", "remark"])
         for path in submissions:
             name, start = str(path.relative_to(cfg.path)), time.time()
-            report = reports / (name.replace(os.sep, "-") + ".txt")
+            report = reports / f"{name}.txt"  # in a folder as the submission is: none has its name
+            report.parent.mkdir(exist_ok=True)
             points, remark = grade(path, cfg.seconds, cfg.only, report)
             total, seconds = sum(points.values()), round(time.time() - start, 1)
             row = [round(p, 1) for p in points.values()]
@@ -158,6 +166,17 @@ def grade_class(cfg):
             file.flush()
             columns = " ".join(f"{p:5.1f}" for p in row)
             print(f"{name:<{width}} {columns} {total:5.1f} {remark}", flush=True)
+
+
+def heed_signals():
+    """What ends this process from outside ends the submission that runs, too: `run_tests` kills it
+    on the way out. A closed pipe (`| head`) ends it without a word."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has not all of them
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def duration(word) -> float:
@@ -181,6 +200,7 @@ def main():
     )
     parser.add_argument("--only", choices=ladder.EXERCISES, default="", help="one exercise")
     cfg = parser.parse_args()
+    heed_signals()
     if not cfg.path.exists():
         sys.exit(f"{cfg.path}: no such file or folder")
     if cfg.path.is_file():

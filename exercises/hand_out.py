@@ -20,6 +20,8 @@ def hand_out(folder):
     folder = Path(folder).resolve()
     if folder.is_relative_to(ladder.ROOT):
         raise FileExistsError(f"{folder} lies inside of {ladder.ROOT}; choose a place beside it")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; a student's work may be in it")
     # Nothing else is taken out: a class reads the code, and the tests are how it reads.
@@ -34,7 +36,7 @@ def main():
     parser.add_argument("folder", metavar="DIR", help="new or empty, outside of this repository")
     try:
         folder = hand_out(parser.parse_args().folder)
-    except FileExistsError as e:
+    except OSError as e:  # a disk that is full, a folder below a file
         sys.exit(str(e))
     print(f"{folder}: solve {folder / ladder.OWN.name}, read exercises/README.md, then")
     print(f"cd {folder} && python -m pytest -q -x --tb=short -m ex1 exercises")

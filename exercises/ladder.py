@@ -5,11 +5,12 @@ The reference is this repository's own functions: no second copy of a solution e
 import ast
 import functools
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from exercises.planting import ROOT
+from exercises.planting import ROOT, TESTS
 
 HERE = Path(__file__).resolve().parent
 STUB = HERE / "stub.py"
@@ -22,6 +23,8 @@ CLOSED = {  # where the solutions stand: what a student's file may not import
     "plumbing": "plumbing/",
     "tools": "tools/",
     "exercises": "exercises/",
+    "tests": "tests/",
+    **{path.stem: "tests/" for path in TESTS.glob("*.py")},  # they import it, and have loops of it
 }
 
 
@@ -85,6 +88,7 @@ def load(path):
     refuse(path)
     module = ModuleType("student_file")
     module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses and pickle look their module up there
     exec(compile(Path(path).read_bytes(), str(path), "exec"), vars(module))
     return module
 

@@ -1,5 +1,5 @@
-"""Planted mistakes, two to six for each exercise: test_grader.py shows that the grader finds each.
-Many are those that the main tests' own negative controls use."""
+"""Planted mistakes, two to eight for each exercise: test_grader.py shows that the grader finds
+each. Many are those that the main tests' own negative controls use."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import contrastive
 import evaluate
 import pretrain
-from data import ANSWER, COMPRESS, CONTENT
+from data import ANSWER, COMPRESS, CONTENT, QUESTION
 from exercises import ladder
 from exercises.two_ranks import WRONG
 from tools import mask_as_cache
@@ -28,6 +28,7 @@ OURS = ladder.subject(None)
 
 # The originals, under a mistake too: `planted` does not reach into this file.
 info_nce = contrastive.info_nce
+compression_mask = pretrain.compression_mask
 our_labels = pretrain.answer_labels
 two_passes = contrastive.two_passes
 precision_at_1 = evaluate.precision_at_1
@@ -88,6 +89,11 @@ def forgets_keys(q, t, temperature, labels=None, keys=None):
     return info_nce(q, t, temperature, labels)
 
 
+def hits_without_keys(q, t, temperature, labels=None, keys=None):
+    loss, _ = info_nce(q, t, temperature, labels, keys)
+    return loss, info_nce(q, t, temperature, labels)[1]
+
+
 def sums(q, t, temperature, labels=None, keys=None):
     loss, hits = info_nce(q, t, temperature, labels, keys)
     return loss * len(q), hits
@@ -113,6 +119,16 @@ def keys_in_the_queries_order(q, t, temperature, labels=None, keys=None):
     scores = scores.masked_fill((keys[None] == keys[: len(q), None]) & ~own, -math.inf)
     hits = scores[own] > scores.masked_fill(own, -math.inf).amax(1)
     return F.cross_entropy(scores, labels), hits.double().mean()
+
+
+# --------------------------------------------------------------------------------------- exercise 2
+
+
+def roles_in_place(roles):
+    """A right mask, and answers are questions from now on."""
+    mask = compression_mask(roles)
+    roles[roles == ANSWER] = QUESTION
+    return mask
 
 
 # --------------------------------------------------------------------------------------- exercise 3
@@ -187,6 +203,24 @@ def loss_with_a_graph(embed, chunks, loss_of):
 def zero_for_nan(q, c, candidates, tie=1e-6):
     """No hit beside a rival; without one a hit."""
     return precision_at_1(np.nan_to_num(q), c, candidates, tie)
+
+
+def max_of_nan(q, c, candidates, tie=1e-6):
+    """`max` keeps what it has where it meets NaN: a hit beside a rival that is none."""
+    hits = []
+    for x, rows in zip(q, candidates, strict=True):
+        scores = c[rows] @ x
+        others = [s for s, row in zip(scores, rows, strict=True) if row != rows[0]]
+        hits.append(scores[0] > max(others, default=-math.inf) + tie)
+    return float(np.mean(hits))
+
+
+def no_hit_without_a_rival(q, c, candidates, tie=1e-6):
+    hits = []
+    for i, rows in enumerate(candidates):
+        rivals = set(rows) - {rows[0]}
+        hits.append(bool(rivals) and precision_at_1(q[i : i + 1], c, [rows], tie))
+    return float(np.mean(hits))
 
 
 # --------------------------------------------------------------------------------------- exercise 8
@@ -280,6 +314,20 @@ def code_after_the_question(template, content, code, turns):
 
 def one_list_of_ids(template, content, code, turns):
     return [token for _, ids in layout(template, content, code, turns) for token in ids]
+
+
+def opens_each_turn_like_the_first(template, content, code, turns):
+    """Some templates write more between two turns than before the first one."""
+    again = dataclasses.replace(template, turn_ids=template.end_ids + template.head_ids)
+    return layout(again, content, code, turns)
+
+
+def changes_the_content(template, content, code, turns):
+    """Right rows, and without a code the first question is in the content from now on."""
+    parts = layout(template, content, code, turns)
+    if turns and not code:
+        content += turns[0][0]
+    return parts
 
 
 def changes_the_template(template, content, code, turns):
@@ -446,6 +494,7 @@ ALL = {
         "info_nce",
         overflows,
         forgets_keys,
+        hits_without_keys,
         sums,
         a_tie_is_a_hit,
         keys_in_the_queries_order,
@@ -457,6 +506,7 @@ ALL = {
         test_mask.sees_the_next_token,
         test_mask.questions_only,
         test_mask.padding_sees_nothing,
+        roles_in_place,
     ),
     "ex3": lambda: {
         **replacing("answer_labels", test_answers.unshifted, test_answers.with_questions),
@@ -472,6 +522,7 @@ ALL = {
     "ex6": lambda: {name: in_a_rank(name) for name in WRONG},
     "ex7": lambda: {
         **replacing("precision_at_1", test_evaluate.argmax, test_evaluate.all_rows, zero_for_nan),
+        **replacing("precision_at_1", max_of_nan, no_hit_without_a_rival),
         "no_margin": Wrong(precision_at_1=functools.partial(precision_at_1, tie=0)),
     },
     "ex8": wrong_predictions,
@@ -493,7 +544,9 @@ ALL = {
         own_turn_without_a_code,
         never_learns_to_stop,
         code_after_the_question,
+        opens_each_turn_like_the_first,
         changes_the_template,
+        changes_the_content,
         one_list_of_ids,
     ),
     "ex12": lambda: replacing(

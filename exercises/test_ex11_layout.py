@@ -12,27 +12,28 @@ from toy.world import Shapes
 
 pytestmark = pytest.mark.ex11
 
-# Words in place of token ids, so that a failure can be read.
+# Words in place of token ids, so that a failure can be read. As in Qwen's and Gemma's templates a
+# turn ends in two tokens, and a later one begins otherwise than the first.
 WORDS = Template(
-    head_ids=["<user>"],
+    head_ids=["<begin>", "<user>"],
     before_text="",
     after_text="",
     answer_ids=["<end>", "<assistant>"],
-    end_ids=["<end>"],
-    turn_ids=["<end>", "<user>"],
+    end_ids=["<end>", "<line>"],
+    turn_ids=["<end>", "<line>", "<line>", "<user>"],
     before_question="",
     picture="",
 )
 PICTURE = ["pixels", "pixels"]
 TURNS = [(["how", "many", "?"], ["two"]), (["color", "?"], ["dark", "red"])]
 WITH_A_CODE = (
-    "h <user> | x pixels pixels <end> <assistant> | C C1 C2 |"
-    " Q <end> <user> how many ? <end> <assistant> | A two <end> |"
-    " Q <user> color ? <end> <assistant> | A dark red <end>"
+    "h <begin> <user> | x pixels pixels <end> <assistant> | C C1 C2 |"
+    " Q <end> <line> <line> <user> how many ? <end> <assistant> | A two <end> <line> |"
+    " Q <line> <user> color ? <end> <assistant> | A dark red <end> <line>"
 )
 WITHOUT = (
-    "h <user> | x pixels pixels | Q how many ? <end> <assistant> | A two <end> |"
-    " Q <user> color ? <end> <assistant> | A dark red <end>"
+    "h <begin> <user> | x pixels pixels | Q how many ? <end> <assistant> | A two <end> <line> |"
+    " Q <line> <user> color ? <end> <assistant> | A dark red <end> <line>"
 )
 
 
@@ -104,6 +105,8 @@ def test_the_toy_models_rows(student, shared, K):
 
 def test_the_pieces_stay_as_they_are(student):
     """`ids = template.turn_ids; ids += question` would change the template for every later row."""
-    pieces = copy.deepcopy([WORDS, PICTURE, ["C1"], TURNS])
-    student.layout(*pieces)
-    equal(pieces, [WORDS, PICTURE, ["C1"], TURNS], "the lists are not yours: a + b makes a new one")
+    for code in (["C1"], []):
+        pieces = copy.deepcopy([WORDS, PICTURE, code, TURNS])
+        tokens_of(student.layout(*pieces))
+        hint = "the lists are not yours: a + b makes a new one"
+        equal(pieces, [WORDS, PICTURE, code, TURNS], hint)

@@ -3,7 +3,7 @@
 import pytest
 import test_infonce
 import torch
-from checks import close, expect
+from checks import close, equal, expect
 
 import contrastive
 from exercises.planting import planted
@@ -57,6 +57,11 @@ def test_equal_targets_are_no_negatives(student):
     q, t = test_infonce.embeddings(4, 4)
     loss, _ = function_of(student)(q, t, 0.01, None, keys=0 * torch.arange(4))
     close(loss, 0.0, "no negatives at all: nothing to tell apart", 1e-12)
+    cosines = torch.tensor([0.5, 0.9, 0.4])  # with the target, its duplicate, another one
+    t = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
+    q, labels, keys = torch.eye(2)[[0, 0]], torch.tensor([0, 0]), torch.tensor([5, 5, 7])
+    _, hits = function_of(student)(q, t, 0.1, labels, keys)
+    equal(float(hits), 1.0, "a nearer column with my target's key is no rival")
 
 
 def test_known_values(student):

@@ -3,7 +3,7 @@
 import pytest
 import test_answers
 import torch
-from checks import equal
+from checks import equal, expect
 
 import pretrain
 from data import ANSWER, PAD
@@ -21,7 +21,8 @@ def test_the_labels_are_made_anew(student, shared):
     """The model still needs the ids: they stay as they were."""
     inputs = test_answers.worked(shared)
     ids = inputs["input_ids"].clone()
-    student.answer_labels(inputs["input_ids"], inputs["roles"])
+    labels = student.answer_labels(inputs["input_ids"], inputs["roles"])
+    expect(isinstance(labels, torch.Tensor), labels, "labels", "return")
     equal(inputs["input_ids"], ids, "input_ids must not change")
 
 

@@ -90,7 +90,7 @@ def test_one_rank_is_the_same_code_without_a_process_group(student):
 
 
 def test_every_rank_sees_all_rows(student):
-    """3 rows on rank 0, 5 on rank 1: 8 on both."""
+    """3 rows on rank 0, 5 on rank 1: 8 on both; then 5 and 3."""
     check(student, "gather")
 
 

@@ -29,7 +29,7 @@ def test_rounding_decides_nothing(student):
 
 
 def test_nan_is_never_a_hit(student):
-    """In the query, in the right candidate, in another one; in a query without a rival."""
+    """In the query, in the right candidate, in any other one; in a query without a rival."""
     with in_place(student):
         test_evaluate.test_nan_is_never_a_hit()
 

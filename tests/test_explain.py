@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
-from checks import close, toy
+from checks import close, equal, toy
 
 import contrastive
-from data import read_pairs
+from data import read_dialogues, read_pairs
 from plumbing.errors import InputError
 from tools import explain
+from tools.measured import gap
 
 
 @pytest.fixture
@@ -51,6 +52,27 @@ def test_stage_1_without_a_code_is_shown_as_it_is_trained(capsys, place):
     drawn = re.findall(r"^  [hxCQA] ([#.]+)$", said, re.MULTILINE)
     assert drawn == ["#" * (i + 1) + "." * (len(drawn) - 1 - i) for i in range(len(drawn))]
     assert "with the mask off" not in said
+
+
+def test_only_the_picture_s_equal_tokens_share_a_line(capsys):
+    """A word that is said again has a line of its own."""
+    embedder = toy()
+    collate, image = embedder.collate, embedder.mllm.config.image_token_id
+    item = read_dialogues()[0].item
+    inputs = collate.pad_rows([collate.row(item, [("!!!!", "????")])])
+    explain.print_tokens(embedder, inputs)
+    ids = inputs["input_ids"][0]
+    repeated = (ids[1:] == ids[:-1]) & (ids[1:] != image)
+    assert repeated.any(), "the tokenizer has a token for four"
+    shown = [int(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    places = (ids == image).nonzero()[1:, 0].tolist()  # the first stands for them
+    equal(shown, [i for i in range(len(ids)) if i not in places], "positions")
+
+
+def test_without_any_gradient_the_gap_is_a_number():
+    """One pair, or equal ones: no negatives, so both gradients are zero."""
+    zero, one = [torch.zeros(2)], [torch.ones(1), torch.zeros(1)]
+    equal((gap(zero, zero), gap(one, [torch.zeros(1)] * 2)), (0.0, 1.0), "not by zero")
 
 
 def test_stage_2_is_walked_through(capsys, place):

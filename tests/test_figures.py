@@ -112,6 +112,28 @@ def test_one_compression_token_has_no_cosines(runs, tmp_path):
         sources.coded("contrastive")
 
 
+def test_a_log_without_steps_costs_its_figure(runs, tmp_path):
+    """`--steps 0` saves a model, and a log that holds its flags alone."""
+    shutil.copytree(runs / "contrastive", tmp_path / "contrastive")
+    (tmp_path / "contrastive" / "log.jsonl").write_text('{"config": {}}\n')
+    sources = figures.Sources(tmp_path / "contrastive", 0, "cpu")
+    with pytest.raises(InputError, match="log.jsonl has no steps"):
+        sources.log("contrastive")
+
+
+def test_tokens_of_tiles_have_no_place_in_the_picture():
+    """LLaVA-NeXT's: dots would stand anywhere."""
+    with pytest.raises(InputError, match="12 image tokens are no square"):
+        drawings.draw_dots(None, np.ones(12))
+
+
+def test_a_folder_in_the_place_of_a_drawing_is_named(tmp_path):
+    """As with all other files that are written."""
+    (tmp_path / "overview.png").mkdir()
+    with pytest.raises(InputError, match="the figure .*overview.png"):
+        overview.draw(tmp_path)
+
+
 def test_without_matplotlib_the_command_says_what_to_install(monkeypatch, tmp_path):
     """One clear line, before anything is loaded or written."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

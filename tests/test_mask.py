@@ -53,7 +53,9 @@ def layouts():
 
 def check_rule(compression_mask):
     for name, roles in layouts():
-        got, want = compression_mask(roles), oracle(roles)
+        before = roles.clone()
+        got, want = compression_mask(roles), oracle(before)
+        equal(roles, before, "the roles are read later, too: they stay as they were")
         expect(got.dtype == torch.bool, got.dtype, torch.bool, "True = may attend")
         equal(tuple(got.shape), tuple(want.shape), "one mask a row, for all heads: (B, 1, L, L)")
         wrong = (got != want).nonzero().tolist()

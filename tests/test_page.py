@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import browser
 import families
@@ -107,6 +108,15 @@ def test_the_loss_is_the_functions(content, embedder):
     places = [answer["place"] for answer in story["answers"]]
     want = (inputs["roles"][0] == ANSWER).nonzero()[:, 0].tolist()
     equal(places, want, "answers alone")
+
+
+def test_a_token_that_only_looks_like_the_right_one_is_not_right():
+    """ "red" and " red" are two tokens, and shown alike."""
+    tokenizer = SimpleNamespace(decode=lambda ids: ["red", " red", "a", "b", "c"][ids[0]])
+    logits = torch.tensor([[1.0, 2, 0, 0, 0], [1, 2, 0, 0, 0]])
+    guesses = explain_numbers.guesses_of(tokenizer, logits, torch.tensor([0, 1]))
+    equal([guess.best[0][0] for guess in guesses], ["red", "red"], "without its space")
+    equal([guess.right for guess in guesses], [False, True], "by their ids")
 
 
 def test_the_cache_is_the_mask(content, embedder):
@@ -484,6 +494,11 @@ def test_each_answer_token_is_in_the_table(page, content):
     for answer in content["story"]["answers"]:
         want += [answer["masked"]["nats"], answer["unmasked"]["nats"]]
     equal(nats, want, "token by token")
+    marks = page.run("[...document.querySelectorAll('#answers td em')].map(e => e.className)")
+    want = []
+    for answer in content["story"]["answers"]:
+        want += [["wrong", "right"][answer[name]["right"]] for name in ("masked", "unmasked")]
+    equal(marks, want, "by ids, not by words")
     said = data(page, "#loss-says")
     close(float(said["masked"]), content["story"]["loss"]["masked"], "the mean", 1e-9)
 

@@ -3,6 +3,7 @@ toy/make.py makes; and the lessons that finished it."""
 
 import json
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -15,6 +16,7 @@ from data import Dialogue
 from plumbing.errors import InputError
 from plumbing.folders import TOY
 from tools import lessons
+from toy import make
 from toy.make import build_toy
 from toy.world import ASK, HELD_OUT, IMAGE, Shapes
 
@@ -71,6 +73,15 @@ def test_the_toy_mllm_is_what_its_script_makes(tmp_path):
             for config in (got, want):
                 config.pop("transformers_version", None)
         assert got == want, path.name
+
+
+def test_weights_that_are_there_are_not_replaced_by_random_ones(tmp_path):
+    """`python -m toy.make toy/mllm` once more would cost the finished model."""
+    shutil.copy(TOY / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"hours of lessons")
+    with pytest.raises(InputError, match="has weights, which random ones would replace"):
+        make.main([str(tmp_path)])
+    equal(len([*tmp_path.iterdir()]), 2, "nothing is written")
 
 
 # ------------------------------------------------------------------------------------- its lessons

@@ -319,6 +319,8 @@ def looks(sources):
 def draw_dots(ax, weights):
     """A dot in the middle of each patch, as large as its share: weights (P,), in reading order."""
     side = math.isqrt(len(weights))
+    if side * side != len(weights):  # of tiles, as LLaVA-NeXT's
+        raise InputError(f"{len(weights)} image tokens are no square: each one's place is unknown")
     row, column = np.indices((side, side)).reshape(2, -1)  # (P,), (P,)
     x = (column + 0.5) * 64 / side - 0.5  # a pixel's middle has whole coordinates
     y = (row + 0.5) * 64 / side - 0.5

@@ -96,7 +96,7 @@ def walk_dialogue(embedder, dialogue, compress):
     row = embedder.collate.row(dialogue.item, dialogue.turns)
     inputs = embedder.collate.pad_rows([row])
     heading("2. Tokens: position, role (head, conteXt, Code, Question, Answer), what they predict")
-    print_tokens(embedder.processor.tokenizer, inputs)
+    print_tokens(embedder, inputs)
     heading("3. The mask: row attends to column where there is a #")
     print_mask(inputs["roles"], compress)
     heading("4. Through the model: L tokens, D width, n answer tokens, V vocabulary")
@@ -116,18 +116,18 @@ def walk_dialogue(embedder, dialogue, compress):
         print(f"  with the mask off, the picture in view: {other:.4f}")
 
 
-def print_tokens(tokenizer, inputs):
+def print_tokens(embedder, inputs):
     """One line a token; of a picture's tokens, which are all alike, the first stands for them."""
     ids, roles = inputs["input_ids"], inputs["roles"]  # (1, L)
     labels = pretrain.answer_labels(ids, roles)  # (1, L)
+    decode, image = embedder.processor.tokenizer.decode, embedder.mllm.config.image_token_id
     last = None
     columns = torch.stack([ids[0], roles[0], labels[0]], dim=1)  # (L, 3)
     for i, (token_id, role, label) in enumerate(columns.tolist()):
-        token = repr(tokenizer.decode([token_id]))
-        target = f"-> {tokenizer.decode([label])!r}" if label >= 0 else ""
-        if (token, role) != last:
-            print(f"  {i:>3} {LETTER[role]} {token:<24}{target}")
-        last = (token, role)
+        target = f"-> {decode([label])!r}" if label >= 0 else ""
+        if not token_id == last == image:
+            print(f"  {i:>3} {LETTER[role]} {decode([token_id])!r:<24}{target}")
+        last = token_id
 
 
 def print_mask(roles, compress):

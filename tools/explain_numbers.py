@@ -57,6 +57,7 @@ class Guess(NamedTuple):
 
     nats: float  # of the right token
     best: list  # [(text, probability)], from the likeliest
+    right: bool  # whether that is the right token: two may look alike
 
 
 class Answer(NamedTuple):
@@ -205,10 +206,12 @@ def guesses_of(tokenizer, logits, labels) -> list:
     nats = -log_p.gather(1, labels[:, None])[:, 0]  # (n,)
     best = log_p.topk(GUESSES)
     guesses = []
-    for x, values, ids in zip(nats.tolist(), best.values, best.indices, strict=True):
+    right = (best.indices[:, 0] == labels).tolist()
+    rows = zip(nats.tolist(), best.values, best.indices, right, strict=True)
+    for x, values, ids, is_right in rows:
         words = [tokenizer.decode([i]).strip() or "␣" for i in ids.tolist()]
         shares = [round(p, 4) for p in values.exp().tolist()]
-        guesses.append(Guess(round(x, 5), list(zip(words, shares, strict=True))))
+        guesses.append(Guess(round(x, 5), list(zip(words, shares, strict=True)), is_right))
     return guesses
 
 

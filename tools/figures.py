@@ -72,7 +72,10 @@ class Sources:
         path = self.folder(name) / "log.jsonl"
         if not path.exists():
             raise InputError(f"{path} is missing: training writes it")
-        return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        steps = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        if not steps:
+            raise InputError(f"{path} has no steps: the model was not trained")
+        return steps
 
     def scenes(self, n) -> list:
         """n test scenes."""

@@ -35,8 +35,10 @@ def norm(tensors) -> float:
 
 
 def gap(ours, want) -> float:
-    """How far two gradients (lists of tensors) are apart, as a share of the second."""
-    return norm([a - b for a, b in zip(ours, want, strict=True)]) / norm(want)
+    """How far two gradients (lists of tensors) are apart, as a share of the second; of none at all
+    (a batch without negatives) by itself."""
+    apart, size = norm([a - b for a, b in zip(ours, want, strict=True)]), norm(want)
+    return apart / size if size else apart
 
 
 class InBatch:

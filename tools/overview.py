@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Arc, FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 
+from plumbing.writing import written
 from tools.drawings import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE, WIDTH
 from toy.world import IMAGE, INSTRUCT, Shapes
 
@@ -212,7 +213,9 @@ def draw(folder) -> list:
         path, raw = Path(folder, f"{name}.png"), io.BytesIO()
         with rc_context(STYLE):
             figure().savefig(raw, format="png", dpi=PIXELS_PER_INCH)
-        Image.open(raw).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path)
+        drawing = Image.open(raw).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        with written(path, "the figure") as part:
+            drawing.save(part)
         files.append(path)
         print(f"wrote {path}")
     return files

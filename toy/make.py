@@ -13,18 +13,21 @@ r"""Makes the toy MLLM: a real Qwen2-VL of 1.3 M parameters, with a tokenizer of
         --out out/finished
     cp out/finished/model.safetensors toy/mllm/
 
-The first writes config, tokenizer, image processor and random weights; the others are how the
+The first writes config, tokenizer, image processor and random weights, where there are no weights
+yet; the others are how the
 weights in toy/mllm were made: by stage 1 with the mask off, that is, plain instruction tuning, at
 last with harder dialogues (docs/logs/README.md: what each brought, and its minutes).
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from plumbing.config import CommandLine, word
+from plumbing.errors import InputError, brief
 from plumbing.families import images_only
 from plumbing.folders import refuse_unwritable
 from plumbing.ranks import run_command
@@ -131,6 +134,9 @@ def main(argv):
     """The command line."""
     cfg = Config.parse(argv)
     refuse_unwritable(cfg.folder)
+    if Path(cfg.folder, "model.safetensors").exists():
+        text = "has weights, which random ones would replace; name a new folder"
+        raise InputError(f"{brief(cfg.folder)} {text}")
     for part in build_toy():
         part.save_pretrained(cfg.folder)
 
