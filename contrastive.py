@@ -84,7 +84,8 @@ def info_nce(q, t, temperature, labels=None, keys=None, reweigh=None):
         labels = torch.arange(len(q), device=q.device)
     if keys is None:
         keys = torch.arange(len(t), device=t.device)
-    labels, keys = labels.view(len(q), -1), keys.view(len(t), -1)  # (B, P), (M, k)
+    labels = labels.view(len(q), -1)  # (B, P)
+    keys = keys.view(len(t), -1)  # (M, k)
 
     def loss_of_rows(q_rows, t, rows):
         return info_nce_rows(q_rows, t, labels[rows], keys, temperature, reweigh)
@@ -241,7 +242,8 @@ def draw(pairs, cfg, step) -> list:
 def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
     """One rank's share of the global batch, as model inputs."""
     share = cfg.batch // world
-    chosen = draw(pairs, cfg, step)[rank * share : (rank + 1) * share]
+    first = rank * share
+    chosen = draw(pairs, cfg, step)[first : first + share]
     queries, columns, positives = [], [], []
     for name, i in chosen:
         pair = pairs[name][i]
@@ -249,12 +251,9 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
         positives.append(torch.arange(len(pair.targets)) + len(columns))
         columns += [*pair.targets, *pair.negatives]
     labels = pad_sequence(positives, True, -1)  # (B, P)
-    # Where false negatives stay: keys that all differ, over all ranks.
-    keys = (torch.arange(len(columns)) + rank * 2**40)[:, None].repeat(1, 2)  # (columns, 2)
+    keys = sampling.keys_that_differ(len(columns), rank)  # where false negatives stay
     if cfg.mask_false_negatives:
-        keys[:, 0] = torch.tensor([item.key for item in columns])
-        for query, own in zip(queries, positives, strict=True):
-            keys[own, 1] = query.key  # what is right for an equal query is right for this one
+        sampling.note_equals(keys, columns, queries, positives)
     rows = each(collate.row, queries + columns)
     ids = [f"{name}[{i}]" for name, i in chosen]
     return Batch(rows, labels, keys, ids)

@@ -97,11 +97,12 @@ def leave_untouched(parameters, optimizers):
     vision tower in a step without pictures, stays where it is, whatever momentum and decay say."""
     # Trap: a weight without a state could not be resumed, so in the first step all get one. A
     # sharded weight is left out: each rank has a part of it, whose gradient may be zero alone.
-    known = [p for p in parameters if any(p in optimizer.state for optimizer in optimizers)]
-    whole = [p for p in known if p.grad is not None and not hasattr(p.grad, "full_tensor")]
-    if whole:
-        touched = torch.stack([p.grad.any() for p in whole]).tolist()
-        for p, is_touched in zip(whole, touched, strict=True):
+    known = set().union(*(optimizer.state for optimizer in optimizers))
+    whole = [p for p in parameters if p in known and not hasattr(p.grad, "full_tensor")]
+    with_gradient = [p for p in whole if p.grad is not None]
+    if with_gradient:
+        touched = torch.stack([p.grad.any() for p in with_gradient]).tolist()
+        for p, is_touched in zip(with_gradient, touched, strict=True):
             p.grad = p.grad if is_touched else None
 
 

@@ -81,7 +81,7 @@ ROOMS = [
     ("plumbing/mmeb.py", "if parts != wanted:", "if len(parts) < len(wanted):", "tests/test_data.py -k part_is_missing"),
     ("plumbing/optim.py", 'if muon and not adam and "lr" in given(cfg):', "if False:", "tests/test_flags.py -k only_the_model"),
     ("plumbing/optim.py", "p.grad = p.grad if is_touched else None", "pass", "tests/test_step.py -k went_through"),
-    ("plumbing/optim.py", "if any(p in optimizer.state for optimizer in optimizers)]", "]", "tests/test_step.py -k went_through"),
+    ("plumbing/optim.py", "if p in known and not", "if not", "tests/test_step.py -k went_through"),
     ("plumbing/parquet.py", "return sum(self.digests)", "return self.digests[-1]", "tests/test_lists.py"),
     ("plumbing/parquet.py", "if len(rows) != len(self):", "if False:", "tests/test_data.py -k iteration"),
     ("plumbing/parquet.py", 'promote_options="permissive"', 'promote_options="none"', "tests/test_lists.py"),

@@ -24,6 +24,12 @@ NAMES = {  # of the arms
     "coma, slow": "CoMa; slow stage 1",
     "both, no mask, slow": "beyond the paper, no mask; slow stage 1",
     "both, slow": "CoMa, beyond the paper; slow stage 1",
+    "condense 1": "contrastive only, condense at weight 1",
+    "condense 0.2": "contrastive only, condense at weight 0.2",
+    "ce": "CoMa, cross-entropy",
+    "kl": "CoMa, KL to the uncompressed model",
+    "mean of C": "CoMa, mean of the K tokens",
+    "last of C": "CoMa, last of the K tokens",
 }
 FIELDS = {"first", "second", "seed", "pairs", "K", "steps", "curve", "ind", "ood", "overall"}
 

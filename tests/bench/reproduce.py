@@ -106,7 +106,7 @@ STUDIES = {
     "K": (5, {
         f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
     }),
-    "pooling": (5, {"mean": (COMA, ""), "last": ("--pooling last", "")}),
+    "pooling": (5, {"mean of C": (COMA, ""), "last of C": ("--pooling last", "")}),
     "beyond": (3, BEYOND),
     "beyond-200": (3, with_flags({"none": (NONE, ""), **BEYOND}, second=caps(200))),
     "rate": (3, RATES),
