@@ -11,11 +11,12 @@ import pytest
 import torch
 from checks import equal, expect
 from safetensors.torch import load_file
+from threads import on_ranks
 from torch import nn
 
 import contrastive
 import pretrain
-from plumbing import checkpoint, ending, outfolder
+from plumbing import checkpoint, ending, outfolder, ranks
 from plumbing.errors import InputError
 from plumbing.formats import digest_of
 
@@ -397,6 +398,23 @@ def test_a_run_begins_with_a_model_that_has_a_name_and_a_digest(cfg, monkeypatch
     layout = (4, "mean", "chat", 2)
     want = {"K, pooling, prompt, trained weights": layout}, "--model toy-random"
     equal(agreed[-1], want, "the layout")
+
+
+def test_a_model_that_one_rank_cannot_read_is_an_error_of_all(monkeypatch):
+    """Else the others would wait for that rank, which has ended."""
+
+    def digest(name):
+        if ranks.rank() == 1:
+            raise InputError("no such folder")
+        return "digest"
+
+    monkeypatch.setattr(checkpoint, "digest_of_model", digest)
+
+    def work(rank):
+        with pytest.raises(InputError, match="^rank 1 .*no such folder"):
+            checkpoint.same_model("m")
+
+    on_ranks(monkeypatch, 2, work)
 
 
 def test_whether_a_run_is_finished_is_what_rank_0_finds_on_its_disk(cfg, monkeypatch):

@@ -91,6 +91,12 @@ def test_each_step_is_a_line_of_the_file_under_the_flags_and_the_versions(tmp_pa
     equal(header["config"]["steps"], 2, "begun anew, with its own flags")
 
 
+def test_the_file_says_how_many_ranks_there_were(tmp_path, monkeypatch):
+    """Who compares two curves needs it: sums over other ranks have other last bits."""
+    monkeypatch.setattr(log, "world", lambda: 8)
+    equal(run(tmp_path, 1)[0]["world"], 8, "log.open_log")
+
+
 @pytest.mark.parametrize("torn", ["", "{", '{"config": {"st'])
 def test_a_log_whose_first_line_is_lost_has_one_again(tmp_path, torn):
     """A kill, or a full disk, may have cost it."""

@@ -69,6 +69,14 @@ def test_an_order_is_of_its_seed_and_its_epoch():
     expect(tuple(shuffled(1000, 0, 0)) != tuple(range(1000)), "in order", "shuffled", "a file's")
 
 
+def test_a_list_of_a_million_is_shuffled_as_a_short_one():
+    """LLaVA's lists have more than half of one; each example still comes once."""
+    order = shuffled(10**6, 0, 0)
+    equal(sorted(order.tolist()), list(range(10**6)), "each once")
+    first = epoch_batch(10**6, pretrain.Config(batch=8), 0, 0, 1)
+    expect(first != sorted(first), first, "in no order", "shuffled")
+
+
 def test_two_orders_are_in_memory_and_no_more():
     """A batch may lie across two epochs; of ten million examples each order has 80 MB."""
     orders = [shuffled(100, 9, epoch) for epoch in (0, 1)]

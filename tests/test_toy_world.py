@@ -23,6 +23,7 @@ from toy.world import (
     SHAPES,
     SIZES,
     Shapes,
+    evaluation_sets,
 )
 
 TASKS = tuple(META_TASK)
@@ -347,6 +348,18 @@ def test_held_out_wordings_never_appear_in_training():
             equal(matches(held[task], text), [], f"{task}: {text!r} is held out")
             (text, _), _ = WORLDS["words"].query(task, i)
             expect(matches(held[task], text), text, held[task], f"{task}: a held-out instruction")
+
+
+def test_one_thing_is_new_in_each_evaluation_set_and_its_name_says_what():
+    """The scenes alone, combinations ("-new"), or wordings ("-words"): else a score of wordings
+    would fall for the combinations. The seed draws them all."""
+    for seed in (0, 7):
+        for name, (task, ood, world) in evaluation_sets(seed).items():
+            kind = name.removeprefix(task)
+            words = Shapes("test", seed, new_words=True)
+            want = {"": Shapes("test", seed), "-new": Shapes("new", seed), "-words": words}[kind]
+            equal(world.query(task, 3), want.query(task, 3), f"{name}, seed {seed}")
+            equal(ood, kind != "", f"{name}: out of distribution")
 
 
 # -------------------------------------------------------------------------------------------- other
