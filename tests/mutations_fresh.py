@@ -130,4 +130,13 @@ FRESH = [
     ("plumbing/weights.py", "isinstance(taken, int) and cut != taken", "isinstance(taken, int) and cut > taken",
      "tests/test_careless.py -k other_patches"),
     ("plumbing/weights.py", '(70, 50), "white")', "(70, 50))", "tests/test_careless.py -k other_patches"),
+    # ----------------------------------------------------------------- a third list of this kind
+    ("plumbing/sampling.py", "if n >= 10**8:", "if n >= 10**5:", "tests/test_sampling.py -k million"),
+    ("plumbing/sampling.py", "permutation(n)", "permutation(n).astype(np.int16)", "tests/test_sampling.py -k million"),
+    ("plumbing/log.py", '"world": world(), **versions()}', '"world": 1, **versions()}', "tests/test_log.py -k how_many_ranks"),
+    ("plumbing/checkpoint.py", "digest = together(lambda: digest_of_model(name))", "digest = digest_of_model(name)",
+     "tests/test_checkpoint_parts.py -k one_rank_cannot"),
+    ("plumbing/ranks.py", "bucket=25_000_000", "bucket=25", "tests/test_ranks.py -k not_said"),
+    ("plumbing/ranks.py", '"TOKENIZERS_PARALLELISM", "false"', '"TOKENIZERS_PARALLELISM", "true"', "tests/test_ranks.py -k fork_would"),
+    ("pretrain.py", '(tokens, "answer tokens")', '(cfg.batch, "answer tokens")', "tests/test_stage_parts.py -k stage_1_says"),
 ]  # fmt: skip
