@@ -139,4 +139,14 @@ FRESH = [
     ("plumbing/ranks.py", "bucket=25_000_000", "bucket=25", "tests/test_ranks.py -k not_said"),
     ("plumbing/ranks.py", '"TOKENIZERS_PARALLELISM", "false"', '"TOKENIZERS_PARALLELISM", "true"', "tests/test_ranks.py -k fork_would"),
     ("pretrain.py", '(tokens, "answer tokens")', '(cfg.batch, "answer tokens")', "tests/test_stage_parts.py -k stage_1_says"),
+    # ------------------------------------------------------------------------ ranges of the flags
+    ("contrastive.py", '"tau; cosines are divided by it", above=0)', '"tau; cosines are divided by it", least=0)',
+     "tests/test_start.py -k nonsense"),
+    ("contrastive.py", '1 compares nothing", least=2,', '1 compares nothing", least=1,', "tests/test_start.py -k nonsense"),
+    ("plumbing/config.py", 'learning rate takes to rise", least=0, most=1', 'learning rate takes to rise", least=0, most=100',
+     "tests/test_start.py -k nonsense"),
+    ("plumbing/config.py", '"decoupled weight decay", least=0)', '"decoupled weight decay", least=-1)', "tests/test_start.py -k nonsense"),
+    ("plumbing/config.py", "most=0.9)", "most=1)", "tests/test_start.py -k nonsense"),
+    ("pretrain.py", 'dialogues with Q_1 before C", least=0, most=1', 'dialogues with Q_1 before C", least=0, most=100',
+     "tests/test_start.py -k nonsense"),
 ]  # fmt: skip
