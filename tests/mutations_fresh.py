@@ -149,4 +149,20 @@ FRESH = [
     ("plumbing/config.py", "most=0.9)", "most=1)", "tests/test_start.py -k nonsense"),
     ("pretrain.py", 'dialogues with Q_1 before C", least=0, most=1', 'dialogues with Q_1 before C", least=0, most=100',
      "tests/test_start.py -k nonsense"),
+    # --------------------------------------------------------------------- one of several, a border
+    ("plumbing/weights.py", '    "temporal_patch_size": "temporal_patch_size",\n', "", "tests/test_settings.py -k measure"),
+    ("plumbing/weights.py", '    "merge_size": "spatial_merge_size",\n', "", "tests/test_settings.py -k measure"),
+    ("plumbing/families.py", "positions.max() >= most:", "positions.max() > most:", "tests/test_careless.py -k was_made_for"),
+    ("model.py", "known.std(0) * noise", "known.std() * noise", "tests/test_model_parts.py -k number_by_number"),
+    ("plumbing/table.py", "    if cfg.limit:\n        cuts", "    if cfg.limit > 1:\n        cuts", "tests/test_stage_parts.py -k left_out"),
+    ("plumbing/first_pass.py", "if i < len(rows))", "if i <= len(rows))", "tests/test_first_pass.py"),
+    # ------------------------------------------------------------------- --image-root of a folder
+    ("data.py", "mmeb.train_sets(source, image_root, subsets, split)", "mmeb.train_sets(source, None, subsets, split)",
+     "tests/test_reading.py -k lie_elsewhere"),
+    ("data.py", "retrieval.read_tasks(source, image_root, subsets, limit)", "retrieval.read_tasks(source, None, subsets, limit)",
+     "tests/test_reading.py -k lie_elsewhere"),
+    ("plumbing/mmeb.py", "images, sets = Images(Place.of(image_root).image_root or root), {}", "images, sets = Images(root), {}",
+     "tests/test_reading.py -k lie_elsewhere"),
+    ("plumbing/mmeb.py", "images, sets = Images(place.image_root or root), {}", "images, sets = Images(root), {}",
+     "tests/test_reading.py -k lie_elsewhere"),
 ]  # fmt: skip

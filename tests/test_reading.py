@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 from checks import equal, expect
+from PIL import Image
 
 import data
 from data import Dialogue, Item, Pair, read_dialogues, read_pairs, read_tasks
@@ -116,6 +117,24 @@ def test_of_mmebs_sets_the_chosen_ones_are_read_in_the_chosen_wording(mmeb):
     pairs = read_pairs(mmeb, subsets="B:2", split="diverse_instruction")
     texts = {name: [x.query.text for x in pairs] for name, pairs in pairs.items()}
     equal(texts, {"B": ["B diverse_instruction 0", "B diverse_instruction 1"]}, "chosen")
+
+
+def test_the_pictures_of_mmebs_folders_may_lie_elsewhere(tmp_path):
+    """--image-root, for training and for evaluation: the tables and the pictures are two downloads
+    of the hub."""
+    (tmp_path / "tables" / "A").mkdir(parents=True)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / "a.png")
+    train = dict(qry="<|image_1|>", qry_image_path="a.png", pos_text="x", pos_image_path="")
+    test = dict(qry_text="<|image_1|>", qry_img_path="a.png", tgt_text=["x"], tgt_img_path=[""])
+    for name, row in (("original", train), ("test", test)):
+        table = pyarrow.table({key: [x] for key, x in row.items()})
+        pq.write_table(table, tmp_path / "tables" / "A" / f"{name}-0.parquet")
+    tables, pictures = str(tmp_path / "tables"), str(tmp_path / "pictures")
+    want = (f"{pictures}/a.png",)
+    equal(read_pairs(tables, pictures)["A"][0].query.images, want, "training")
+    (task,) = read_tasks(tables, pictures)
+    equal(task.queries[0][0].images, want, "evaluation")
 
 
 def test_sets_are_chosen_of_what_has_several(tmp_path):
