@@ -165,4 +165,5 @@ FRESH = [
      "tests/test_reading.py -k lie_elsewhere"),
     ("plumbing/mmeb.py", "images, sets = Images(place.image_root or root), {}", "images, sets = Images(root), {}",
      "tests/test_reading.py -k lie_elsewhere"),
+    ("plumbing/config.py", '"cuda": 8192}', '"cuda": 1024}', "tests/test_start.py -k help_says"),
 ]  # fmt: skip

@@ -60,6 +60,13 @@ def test_the_numbers_of_the_readme_are_of_these_defaults(script, defaults):
     equal({name: found[name] for name in defaults}, defaults, "flag(...)")
 
 
+def test_chunks_are_as_large_as_the_help_says():
+    """Padded tokens at a time, on a CPU and on a GPU."""
+    (field,) = [x for x in dataclasses.fields(evaluate.Config) if x.name == "chunk_tokens"]
+    want = "default: {cpu} on a CPU, {cuda} on a GPU".format_map(config.CHUNK_TOKENS)
+    expect(want in field.metadata["description"], field.metadata["description"], want, "flag(...)")
+
+
 SHARE, AT_LEAST_0, ABOVE_0 = (0, 1, None), (0, None, None), (None, None, 0)
 RANGES = {  # (least, most, above)
     **dict.fromkeys(("warmup", "question_first", "texts"), SHARE),
