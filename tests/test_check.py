@@ -29,14 +29,14 @@ TARGET = {"text": "one two three four"}
 
 
 def test_the_report_counts_words_and_sorts_pictures_by_their_pixels(tmp_path, capsys):
-    """A picture's mark is no word; 40 x 10 is more than 10 x 30."""
-    for name, size in (("a", (10, 30)), ("b", (40, 10)), ("c", (4, 50))):
+    """A picture's mark is no word; 50 x 4 is less than 10 x 30."""
+    for name, size in (("a", (10, 30)), ("b", (20, 20)), ("c", (50, 4))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
     pairs = [("<image> x", "a.png"), ("<image>", "b.png"), ("<image> x y z a b", "c.png")]
     equal(check.main([listed(tmp_path / "p.jsonl", *pairs)]), 0, "all are good")
     said = capsys.readouterr().out
     expect("  texts     6: 0 to 5 words, median 4\n" in said, said, "0, 1, 5 and three times 4", "")
-    expect("  pictures  3: 4 x 50 to 40 x 10 pixels\n" in said, said, "200 to 400 pixels", "report")
+    expect("  pictures  3: 50 x 4 to 20 x 20 pixels\n" in said, said, "200 to 400 pixels", "report")
 
 
 def test_twenty_errors_are_shown_and_the_others_counted(tmp_path, capsys):
