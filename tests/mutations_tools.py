@@ -104,4 +104,10 @@ TOOLS = [
     ("tools/generate.py", "if names and len(errors) == len(names):", "if names and errors:", f"{GENERATE} -k status"),
     # --------------------------------------------------------------------------------- tools/merge.py
     ("tools/merge.py", "    embedder.mllm.to(embedder.mllm.config.dtype)  #", "    pass  #", "tests/test_tools.py -k number_type"),
+    # ----------------------------------------------------------------------------------- the others
+    ("tools/figure_numbers.py", 'Shapes("test", seed), {kind', 'Shapes("train", seed), {kind', "tests/test_figures.py -k never_shows"),
+    ("tools/figure_numbers.py", 'Shapes("test", seed), {kind', 'Shapes("test"), {kind', "tests/test_figures.py -k never_shows"),
+    ("tools/figure_numbers.py", "limit=n, seed=seed)", "limit=n)", "tests/test_figures.py -k never_shows"),
+    ("tools/pictures.py", "{len(left_out) - SHOWN:,} more", "{len(left_out):,} more", "tests/test_pictures.py -k searched"),
+    ("tools/lessons.py", "lesson(world, i, cfg.least)", "lesson(world, i)", "tests/test_toy_mllm.py -k lesson"),
 ]  # fmt: skip
