@@ -172,4 +172,14 @@ FRESH = [
     ("plumbing/loader.py", "FIRST_GUESS = 8 * 2**20", "FIRST_GUESS = 8", "tests/test_loader.py -k first_window"),
     ("plumbing/loader.py", "        torch.set_num_threads(1)  #", "        pass  #", "tests/test_loader.py -k one_thread"),
     ("plumbing/families.py", '    r"^language_model\\.model\\.": "model.language_model.",\n', "", "tests/test_origins.py -k new_names"),
+    ("data.py", "digest_size=8", "digest_size=4", "tests/test_toy_world.py -k keys"),
+    ("data.py", 'int.from_bytes(digest, "big") >> 1', 'int.from_bytes(digest, "big") >> 40', "tests/test_toy_world.py -k keys"),
+    # ------------------------------------------------------------- what one rank alone would raise
+    ("plumbing/checkpoint.py", "    by_rank_0(lambda: take(cfg))\n", "    take(cfg)\n", "tests/test_checkpoint_parts.py -k all_are_told"),
+    ("plumbing/checkpoint.py", "    by_rank_0(lambda: refuse_taken(cfg))\n", "    refuse_taken(cfg)\n",
+     "tests/test_checkpoint_parts.py -k all_are_told"),
+    ("plumbing/checkpoint.py", "together(lambda: newest_whole(shapes, cfg) if rank() == 0 else None)",
+     "newest_whole(shapes, cfg) if rank() == 0 else None", "tests/test_checkpoint_parts.py -k ends_all"),
+    ("plumbing/log.py", "together(lambda: open_log(cfg, start) if rank() == 0 else None)",
+     "open_log(cfg, start) if rank() == 0 else None", "tests/test_log.py -k ends_all"),
 ]  # fmt: skip

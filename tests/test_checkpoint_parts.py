@@ -417,6 +417,43 @@ def test_a_model_that_one_rank_cannot_read_is_an_error_of_all(monkeypatch):
     on_ranks(monkeypatch, 2, work)
 
 
+@pytest.mark.parametrize("name", ["take", "refuse_taken"])
+def test_what_rank_0_finds_wrong_with_out_all_are_told(cfg, monkeypatch, name):
+    """The others have no OUT that they could look at, and would wait for it."""
+
+    def wrong(cfg):
+        if ranks.rank() == 0:
+            raise InputError("OUT is taken")
+
+    monkeypatch.setattr(checkpoint, "join", lambda cfg: torch.device("cpu"))
+    for other in ("take", "refuse_taken"):
+        monkeypatch.setattr(checkpoint, other, wrong if other == name else lambda cfg: None)
+
+    def work(rank):
+        with pytest.raises(InputError, match="OUT is taken"):
+            checkpoint.begin(dataclasses.replace(cfg))
+
+    on_ranks(monkeypatch, 2, work)
+
+
+def test_a_checkpoint_that_rank_0_cannot_go_on_with_ends_all(cfg, monkeypatch):
+    """It alone reads it; the others would wait for its weights."""
+
+    def refused(shapes, cfg):
+        equal(ranks.rank(), 0, "who reads")
+        raise InputError("not the same run")
+
+    monkeypatch.setattr(checkpoint, "newest_whole", refused)
+    monkeypatch.setattr(checkpoint, "note_signals", lambda: None)  # of threads there are none
+    nets = [Small(), Small()]
+
+    def work(rank):
+        with pytest.raises(InputError, match="not the same run"):
+            checkpoint.start_or_resume(nets[rank], [], dataclasses.replace(cfg, resume=True))
+
+    on_ranks(monkeypatch, 2, work)
+
+
 def test_whether_a_run_is_finished_is_what_rank_0_finds_on_its_disk(cfg, monkeypatch):
     """A rank on another node has no mark; it ends with the others, and does not wait for them."""
     monkeypatch.setattr(checkpoint, "by_rank_0", lambda work: True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from checks import equal, expect
+from threads import on_ranks
 
-from plumbing import log
+from plumbing import log, ranks
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 
@@ -133,6 +134,22 @@ def test_a_line_that_is_half_written_is_taken_back(tmp_path, capsys):
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     equal([json.loads(line).get("step") for line in lines], [None, 2], "whole lines")
     equal(capsys.readouterr().out.count("lacks lines from here on"), 1, "said once")
+
+
+def test_a_log_that_rank_0_cannot_open_ends_all_ranks(tmp_path, monkeypatch):
+    """They would wait for it in the first step."""
+
+    def refused(cfg, start):
+        equal(ranks.rank(), 0, "who writes")
+        raise InputError("log.jsonl cannot be written")
+
+    monkeypatch.setattr(log, "open_log", refused)
+
+    def work(rank):
+        with pytest.raises(InputError, match="log.jsonl cannot be written"):
+            log.Log(TrainingFlags(steps=4, out=str(tmp_path)), 0)
+
+    on_ranks(monkeypatch, 2, work)
 
 
 def test_the_bar_goes_from_where_the_run_goes_on(tmp_path, monkeypatch):

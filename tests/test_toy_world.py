@@ -396,6 +396,9 @@ def test_equal_items_have_equal_keys_and_others_do_not():
     items += [Item("A"), Item("a "), Item(IMAGE, ("a.png",)), Item(IMAGE, ("A.png",))]
     items += [Item(IMAGE, (other,)), Item(IMAGE, (scene.render(),)), Item(IMAGE, (other.render(),))]
     equal(len({x.key for x in items}), len(items), "different content")
+    many = [Item(f"text {i}").key for i in range(100)]
+    expect(max(many) > 2**62 and min(many) < 2**60, max(many), "63 bits", "a million items differ")
+    equal({key % 2 for key in many}, {0, 1}, "the last bit")
 
 
 def test_no_object_leaves_its_quadrant():
