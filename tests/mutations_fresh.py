@@ -182,4 +182,6 @@ FRESH = [
      "newest_whole(shapes, cfg) if rank() == 0 else None", "tests/test_checkpoint_parts.py -k ends_all"),
     ("plumbing/log.py", "together(lambda: open_log(cfg, start) if rank() == 0 else None)",
      "open_log(cfg, start) if rank() == 0 else None", "tests/test_log.py -k ends_all"),
+    ("plumbing/formats.py", '"height", "license")', '"height")', "tests/test_reading.py -k published"),
+    ("plumbing/formats.py", 'f"{file}:{i + 1}"', 'f"{file}:{i}"', "tests/test_reading.py -k request_to_describe"),
 ]  # fmt: skip

@@ -42,6 +42,26 @@ def test_a_dialogue_keeps_the_name_that_its_file_gives_it(talks):
     equal(read_dialogues()[3].id, "shapes-train-3", "of the toy world its number")
 
 
+BESIDE = "model source data_source dataset split url width height license"
+
+
+@pytest.mark.parametrize("key", BESIDE.split())
+def test_what_published_lists_say_beside_an_example_is_taken(talks, key, tmp_path):
+    """And changes nothing: of dialogues, pairs and captions."""
+    before = list(read_dialogues(talks))
+    lines = [json.loads(line) for line in Path(talks).read_text().splitlines()]
+    Path(talks).write_text("".join(json.dumps({**line, key: 7}) + "\n" for line in lines))
+    equal(list(read_dialogues(talks)), before, "a dialogue")
+    pair = {"query": {"text": "q"}, "target": {"text": "t"}, key: 7}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    (pairs,) = read_pairs(str(tmp_path / "pairs.jsonl")).values()
+    equal(pairs[0], Pair(Item("q"), (Item("t"),)), "a pair")
+    (tmp_path / "birds").mkdir()
+    caption = {"file_name": "a.png", "text": "one", key: 7}
+    (tmp_path / "birds" / "metadata.jsonl").write_text(json.dumps(caption) + "\n")
+    equal(len(read_dialogues(str(tmp_path / "birds"))), 1, "a caption")
+
+
 def test_what_only_the_toy_world_can_do_is_refused_of_a_file(talks):
     """Descriptions as answers, or in the picture's place; each alone."""
     for flags in ({"caption": True}, {"texts": 0.5}):
@@ -162,6 +182,7 @@ def test_a_caption_is_the_answer_to_a_request_to_describe(birds):
     names = [Path(x.item.images[0]).name for x in dialogues]
     equal(names, ["a.png", "b.png", "a.png"], "pictures")
     equal({x.item.text for x in dialogues}, {IMAGE}, "the picture alone")
+    equal([x.id for x in dialogues], [f"{birds}/metadata.jsonl:{n}" for n in (1, 2, 3)], "names")
     questions, answers = zip(*[turn for x in dialogues for turn in x.turns], strict=True)
     equal(answers, ("one", "two", "three"), "the captions")
     equal(len(set(questions)), 1, "one request for all")
