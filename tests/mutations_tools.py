@@ -110,4 +110,10 @@ TOOLS = [
     ("tools/figure_numbers.py", "limit=n, seed=seed)", "limit=n)", "tests/test_figures.py -k never_shows"),
     ("tools/pictures.py", "{len(left_out) - SHOWN:,} more", "{len(left_out):,} more", "tests/test_pictures.py -k searched"),
     ("tools/lessons.py", "lesson(world, i, cfg.least)", "lesson(world, i)", "tests/test_toy_mllm.py -k lesson"),
+    ("tools/check.py", "        if isinstance(self.sizes[picture], InputError):\n            raise self.sizes[picture]",
+     "            if isinstance(self.sizes[picture], InputError):\n                raise self.sizes[picture]", f"{CHECK} -k broken_picture"),
+    ("tools/explain_numbers.py", "(mean / 2).backward()", "mean.backward()", "tests/test_page.py -k half_batches"),
+    ("tools/explain_numbers.py", "out.attentions[number - 1][0]", "out.attentions[number - 2][0]", "tests/test_page.py -k own_number"),
+    ("tools/explain_numbers.py", "return rows // merge, columns // merge", "return columns // merge, rows // merge",
+     "tests/test_page.py -k rows_and_columns"),
 ]  # fmt: skip

@@ -53,6 +53,17 @@ def test_twenty_errors_are_shown_and_the_others_counted(tmp_path, capsys):
     expect("28 examples, 27 bad" in said, said, "all of them", "check")
 
 
+def test_a_broken_picture_is_an_error_of_each_example_that_shows_it(tmp_path):
+    """It is opened once; a copy that kept the second of them would end a training."""
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    path = listed(tmp_path / "p.jsonl", ("<image>", "a.png"), ("<image> x", "a.png"), ("y",))
+    survey = check.Survey(path, check.read_list(path, None))
+    equal((sorted(survey.errors), survey.good), ([0, 1], [2]), "both")
+    for _ in range(2):
+        with pytest.raises(InputError, match="not a readable picture"):
+            survey.measure(str(tmp_path / "a.png"))
+
+
 def test_a_long_list_is_read_to_its_last_line(tmp_path, monkeypatch):
     """In windows; here of two lines, of which the last one is not full."""
     monkeypatch.setattr(check, "WINDOW", 2)

@@ -16,7 +16,7 @@ from torch import nn
 
 import contrastive
 import pretrain
-from plumbing import checkpoint, ending, outfolder, ranks
+from plumbing import checkpoint, ending, folders, outfolder, ranks
 from plumbing.errors import InputError
 from plumbing.formats import digest_of
 
@@ -415,6 +415,30 @@ def test_a_model_that_one_rank_cannot_read_is_an_error_of_all(monkeypatch):
             checkpoint.same_model("m")
 
     on_ranks(monkeypatch, 2, work)
+
+
+def test_a_lock_that_its_run_has_just_removed_is_none(tmp_path, monkeypatch):
+    """Between our opening it and our holding it that run may end: another one would lock a new
+    file, and both would write."""
+    path = tmp_path / "out" / "checkpoints" / "lock"
+    path.parent.mkdir(parents=True)
+    hold = outfolder.fcntl.lockf
+
+    def removed_meanwhile(file, how):
+        path.unlink()
+        hold(file, how)
+
+    monkeypatch.setattr(outfolder.fcntl, "lockf", removed_meanwhile)
+    with pytest.raises(InputError, match="is in use by another run"):
+        outfolder.lock(path)
+
+
+@pytest.mark.parametrize("start", ["toy", "toy-random", "elsewhere"])
+def test_the_toys_own_folder_is_never_an_out(cfg, start):
+    """Whatever a run starts from: every other one starts from the toy."""
+    cfg = dataclasses.replace(cfg, model=start, out=str(folders.TOY))
+    with pytest.raises(InputError, match="would overwrite .*toy/mllm"):
+        outfolder.refuse_own_start(cfg)
 
 
 @pytest.mark.parametrize("name", ["take", "refuse_taken"])
