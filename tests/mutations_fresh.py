@@ -189,4 +189,7 @@ FRESH = [
     ("plumbing/outfolder.py", "if not os.fstat(file.fileno()).st_nlink:", "if os.fstat(file.fileno()).st_nlink > 9:",
      "tests/test_checkpoint_parts.py -k just_removed"),
     ("plumbing/writing.py", 'f".{os.getpid()}.part{real.suffix}"', 'f".part{real.suffix}"', "tests/test_writing.py -k two_commands"),
+    ("plumbing/card.py", 'title += ", of a part of the queries"', "pass", "tests/test_other_libraries.py -k left_out_and"),
+    ("plumbing/card.py", 'UNSAID = ("out", "workers", ', 'UNSAID = ("out", ', "tests/test_other_libraries.py -k left_out_and"),
+    ("plumbing/card.py", "(CoMa, arXiv:2511.08480)", "(CoMa)", "tests/test_other_libraries.py -k left_out_and"),
 ]  # fmt: skip
