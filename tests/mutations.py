@@ -7,6 +7,7 @@ from mutations_files import FILES
 from mutations_five import FIVE
 from mutations_fresh import FRESH
 from mutations_rooms import ROOMS
+from mutations_tools import TOOLS
 
 
 class Mutation(NamedTuple):
@@ -16,4 +17,4 @@ class Mutation(NamedTuple):
     tests: str
 
 
-MUTATIONS = [Mutation(*m) for m in FIVE + ROOMS + FILES + FRESH]
+MUTATIONS = [Mutation(*m) for m in FIVE + ROOMS + FILES + FRESH + TOOLS]

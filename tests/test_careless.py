@@ -439,6 +439,9 @@ def test_a_row_beyond_what_the_model_was_made_for_is_refused(shared):
     most = shared.mllm.config.get_text_config().max_position_embeddings
     refused(lambda: shared.encode(["a red thing " * most]), "--max-length 4096", f"{most:,}")
     refuse_longer(shared.mllm, torch.arange(most)[None])
+    refused(
+        lambda: refuse_longer(shared.mllm, torch.arange(most + 1)[None]), f"{most + 1:,} tokens"
+    )
     refuse_longer(shared.mllm, torch.zeros(3, 1, 2 * most, dtype=torch.long))
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from checks import equal, expect
 from safetensors.torch import load_file
+from threads import on_ranks
 from torch import nn
 
 import contrastive
 import pretrain
-from plumbing import checkpoint, ending, outfolder
+from plumbing import checkpoint, ending, folders, outfolder, ranks
 from plumbing.errors import InputError
 from plumbing.formats import digest_of
 
@@ -397,6 +398,84 @@ def test_a_run_begins_with_a_model_that_has_a_name_and_a_digest(cfg, monkeypatch
     layout = (4, "mean", "chat", 2)
     want = {"K, pooling, prompt, trained weights": layout}, "--model toy-random"
     equal(agreed[-1], want, "the layout")
+
+
+def test_a_model_that_one_rank_cannot_read_is_an_error_of_all(monkeypatch):
+    """Else the others would wait for that rank, which has ended."""
+
+    def digest(name):
+        if ranks.rank() == 1:
+            raise InputError("no such folder")
+        return "digest"
+
+    monkeypatch.setattr(checkpoint, "digest_of_model", digest)
+
+    def work(rank):
+        with pytest.raises(InputError, match="^rank 1 .*no such folder"):
+            checkpoint.same_model("m")
+
+    on_ranks(monkeypatch, 2, work)
+
+
+def test_a_lock_that_its_run_has_just_removed_is_none(tmp_path, monkeypatch):
+    """Between our opening it and our holding it that run may end: another one would lock a new
+    file, and both would write."""
+    path = tmp_path / "out" / "checkpoints" / "lock"
+    path.parent.mkdir(parents=True)
+    hold = outfolder.fcntl.lockf
+
+    def removed_meanwhile(file, how):
+        path.unlink()
+        hold(file, how)
+
+    monkeypatch.setattr(outfolder.fcntl, "lockf", removed_meanwhile)
+    with pytest.raises(InputError, match="is in use by another run"):
+        outfolder.lock(path)
+
+
+@pytest.mark.parametrize("start", ["toy", "toy-random", "elsewhere"])
+def test_the_toys_own_folder_is_never_an_out(cfg, start):
+    """Whatever a run starts from: every other one starts from the toy."""
+    cfg = dataclasses.replace(cfg, model=start, out=str(folders.TOY))
+    with pytest.raises(InputError, match="would overwrite .*toy/mllm"):
+        outfolder.refuse_own_start(cfg)
+
+
+@pytest.mark.parametrize("name", ["take", "refuse_taken"])
+def test_what_rank_0_finds_wrong_with_out_all_are_told(cfg, monkeypatch, name):
+    """The others have no OUT that they could look at, and would wait for it."""
+
+    def wrong(cfg):
+        if ranks.rank() == 0:
+            raise InputError("OUT is taken")
+
+    monkeypatch.setattr(checkpoint, "join", lambda cfg: torch.device("cpu"))
+    for other in ("take", "refuse_taken"):
+        monkeypatch.setattr(checkpoint, other, wrong if other == name else lambda cfg: None)
+
+    def work(rank):
+        with pytest.raises(InputError, match="OUT is taken"):
+            checkpoint.begin(dataclasses.replace(cfg))
+
+    on_ranks(monkeypatch, 2, work)
+
+
+def test_a_checkpoint_that_rank_0_cannot_go_on_with_ends_all(cfg, monkeypatch):
+    """It alone reads it; the others would wait for its weights."""
+
+    def refused(shapes, cfg):
+        equal(ranks.rank(), 0, "who reads")
+        raise InputError("not the same run")
+
+    monkeypatch.setattr(checkpoint, "newest_whole", refused)
+    monkeypatch.setattr(checkpoint, "note_signals", lambda: None)  # of threads there are none
+    nets = [Small(), Small()]
+
+    def work(rank):
+        with pytest.raises(InputError, match="not the same run"):
+            checkpoint.start_or_resume(nets[rank], [], dataclasses.replace(cfg, resume=True))
+
+    on_ranks(monkeypatch, 2, work)
 
 
 def test_whether_a_run_is_finished_is_what_rank_0_finds_on_its_disk(cfg, monkeypatch):

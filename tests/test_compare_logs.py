@@ -75,6 +75,47 @@ def test_a_curve_that_leaves_is_named_with_its_step(tmp_path, reference, capsys,
     expect("normal is" in said, said, "what would be normal", "")
 
 
+def test_the_step_and_the_losses_that_would_be_normal_are_those_where_it_leaves():
+    """From step 13 of 40 on, or a NaN in the last one; the band is another one in each step."""
+    low = np.arange(40) / 100
+    band = compare_logs.Band(low, low + 1, 5)
+    loss = low + 0.5
+    equal(compare_logs.first_outside(loss, band), None, "within")
+    for step, new in ((13, loss + (np.arange(40) >= 12)), (40, np.r_[loss[:-1], np.nan])):
+        equal(compare_logs.first_outside(new, band), step, "from this step on")
+    steps = np.arange(1, 41)
+    reference = compare_logs.Run(None, {"config": {"steps": 40}}, steps, loss)
+    mine = reference._replace(loss=loss + 4.0 * (steps >= 13))
+    _, line = compare_logs.verdict(mine, reference, band)
+    step = int(line.split("from step ")[1].split(" ")[0])
+    want = f"normal is {low[step - 1]:.3f} to {low[step - 1] + 1:.3f}"
+    expect(line.endswith(want), line, want, f"at step {step}")
+
+
+def test_the_band_is_one_and_a_half_times_as_wide_on_either_side():
+    """Also where the seeds meet by chance, for its width is a mean over steps, too."""
+    steps = np.arange(1, 41)
+
+    def run(loss):
+        return compare_logs.Run(None, {}, steps, loss)
+
+    band = compare_logs.band_of([run(np.full(40, 1.0)), run(np.full(40, 3.0))])
+    equal((band.low[20], band.high[20]), (-2.0, 6.0), "1 to 3, and 3 more on either side")
+    rising, falling = run(steps / 40), run(1 - steps / 40)
+    band = compare_logs.band_of([rising, falling])
+    (meet,) = np.flatnonzero(rising.until(40) == falling.until(40))
+    expect(band.high[meet] - band.low[meet] > 0.1, band, "some width", f"they meet at {meet + 1}")
+
+
+def test_flags_that_change_no_loss_are_no_difference(reference):
+    """How often it was saved, by whom it was read, where it was begun."""
+    run = compare_logs.read_log(reference)
+    same = dict(workers=7, save_every=3, keep=5, resume=True, graph_memory="1GiB", model="m")
+    same.update(seed=9, out="b", fitting=5, model_digest="x", data_digest=3, command="pretrain")
+    mine = run._replace(header={**run.header, "config": {**run.config, **same}})
+    equal(compare_logs.differences(mine, run), "", "not said")
+
+
 def test_a_run_that_is_outside_for_some_steps_only_is_normal(tmp_path, reference):
     """One batch with a high loss moves nine running means, and no more."""
     loss = curve(0)

@@ -1,11 +1,14 @@
 """Stage 2 with a text that C must tell: which side of a pair tells the other's, when, and that the
 gradient is that of the whole batch's two losses, on one rank and on two."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import ranks
+import threads
 import torch
 import torch.nn.functional as F
 from checks import close, distance, equal
@@ -54,6 +57,9 @@ def test_rows_end_in_the_text_in_the_first_steps_alone():
         plain = contrastive.local_batch(ranks.PAIRS, collate, cfg, step, 0, 1)
         equal((len(batch.rows), batch.ids), (len(plain.rows), plain.ids), "the same pairs")
         equal([x.id for x in batch.examples], plain.ids if step < 3 else [], f"step {step}")
+    half = dataclasses.replace(cfg, condense_share=0.5)
+    batches = [condense.local_batch(ranks.PAIRS, collate, half, step, 0, 1) for step in range(4)]
+    equal([bool(x.examples) for x in batches], [True, True, False, False], "half of four steps")
     batch = condense.local_batch(ranks.PAIRS, collate, cfg, 0, 0, 1)
     for example, name in zip(batch.examples, batch.ids, strict=True):
         pair = pair_of(name)
@@ -177,6 +183,34 @@ def test_without_a_text_a_step_is_stage_2s_own():
     equal(got.tolist(), gradient(embedder).tolist(), "gradient")
 
 
+def test_a_rank_without_a_text_takes_its_part_in_the_others_step(monkeypatch):
+    """Or they would wait for it: each rank's sums are over all ranks."""
+    cfg, embedder, took_part = config_of_16(), ranks.built("all"), []
+    texts = batch_of(embedder, cfg).examples
+
+    def step(embedder, *_):
+        for p in embedder.parameters():
+            p.grad = torch.zeros_like(p)
+        return contrastive.Step(1.0, 0.0, 4, 64)
+
+    def accumulate(embedder, examples, cfg):
+        took_part.append(len(examples))
+        for p in embedder.parameters():
+            p.grad = torch.zeros_like(p)
+        return 2.0, 0.0, 1
+
+    monkeypatch.setattr(contrastive, "gradcache_step", step)
+    monkeypatch.setattr(condense.pretrain, "accumulate", accumulate)
+    monkeypatch.setattr(condense.ranks, "sum_gradients", lambda parameters: None)
+
+    def work(number):
+        batch = condense.Batch([], None, None, [], [] if number else texts)
+        return condense.condensing_step(cfg, copy.deepcopy(embedder), batch, 0.1, SOME, None).loss
+
+    equal(threads.on_ranks(monkeypatch, 2, work), [1.0 + WEIGHT * 2.0] * 2, "both ranks")
+    equal(sorted(took_part), [0, len(texts)], "accumulate")
+
+
 def test_texts_go_in_the_chunks_that_fitted_into_memory(monkeypatch):
     """Where stage 2's step has halved them, not in those of the flag."""
     embedder, seen = ranks.built("all"), []
@@ -248,4 +282,4 @@ def test_help_is_answered_without_torch():
     read = start.read_config(Path(condense.__file__))
     names = [field for field in read.__dataclass_fields__]
     equal(set(condense.Config.__dataclass_fields__), set(names), "fields")
-    equal(read().condense, 5.0, "a default")
+    equal((read().condense, read().condense_share), (5.0, 0.4), "the defaults")

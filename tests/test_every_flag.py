@@ -102,7 +102,8 @@ def watch(stage, patch, calls, noted):
 
     def load_for(cfg, device):
         flags = {name: getattr(cfg, name) for name in names}
-        embedder = copy.deepcopy(loaded(stage, tuple(flags.items())))
+        with torch.random.fork_rng(devices=[]):  # else LoRA's start would tell a first load
+            embedder = copy.deepcopy(loaded(stage, tuple(flags.items())))
         embedder.mllm.get_decoder().layers[0].self_attn.register_forward_pre_hook(count("passes"))
         tower = vision_tower(embedder.mllm)
         tower.patch_embed.register_forward_pre_hook(count("looks"))

@@ -1,5 +1,6 @@
 """tools.figures: each is drawn, light and not blank; the numbers behind them have oracles."""
 
+import hashlib
 import json
 import math
 import random
@@ -248,6 +249,18 @@ def test_questions_are_of_their_type_and_the_constant_answer_is_the_mode():
     expect({a for *_, a in asked["size"]} == {"small", "large"}, asked["size"], "sizes", "kinds")
     counts = [sum(a == b for *_, b in asked["size"]) for a in ("small", "large")]
     equal(numbers.most_frequent(asked["size"]), max(counts) / 20, "the mode's share")
+
+
+def test_figures_are_of_scenes_that_training_never_shows_and_of_the_seed():
+    """Questions and gallery: a picture that was learned by heart would be answered."""
+    for seed in (0, 3):
+        for scene, *_ in numbers.questions(5, seed)["count"]:
+            digest = hashlib.blake2b(scene.describe().encode(), digest_size=1).digest()[0]
+            equal(digest % 8, 0, f"held out of training, {scene.describe()}")
+    expect(numbers.questions(5) != numbers.questions(5, 3), "the same", "others", "--seed")
+    (task,) = read_tasks(subsets="classify", limit=2, seed=3)
+    shown = [row.query for row in numbers.ranked(toy(), "classify", 2, seed=3)]
+    equal(shown, [query for query, _ in task.queries], "--seed")
 
 
 def test_the_gallery_s_hits_are_the_table_s():

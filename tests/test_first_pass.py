@@ -46,6 +46,7 @@ def test_lost_pictures_are_counted_and_the_first_is_named():
         ((3,), [0, 1, 2, 0]),
         ((2, 3, 0), [1, 1, 1, 1]),
         ((1, 9), [0, 2, 2, 3]),  # of a longer list that it is a part of
+        ((1, 4), [0, 2, 2, 3]),  # the first one beyond it
     ],
 )
 def test_the_next_good_example_stands_in_the_place_of_a_bad_one(bad, want):

@@ -406,6 +406,16 @@ def test_the_batch_that_is_proposed_is_a_good_one(batch, block, world):
         equal((batch % block, batch % world), (0, 0), "what blocks and ranks divide")
 
 
+@pytest.mark.parametrize(
+    ("batch", "block", "world", "says"),
+    [(10, 4, 1, "--block 4"), (10, 4, 2, "--block 4"), (12, 4, 5, "the number of ranks, 5")],
+)
+def test_a_batch_that_does_not_fit_names_what_it_does_not_fit(batch, block, world, says):
+    """The blocks, where they do not divide it; else the ranks."""
+    cfg = contrastive.Config(batch=batch, block=block)
+    refused(lambda: refuse_impossible(cfg, world), f"--batch {batch} is not a multiple of {says};")
+
+
 def test_a_rank_without_an_example_is_refused():
     """In stage 1, too; with the batch that does."""
     refuse_idle_ranks(pretrain.Config(batch=3), 3)

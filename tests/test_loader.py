@@ -235,6 +235,21 @@ def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
     equal(list(map(len, loader.Windows([30, 30, 1]))), [1, 1, 1], "each is too much by itself")
 
 
+def test_the_first_window_holds_no_more_large_pictures_than_a_machine_bears():
+    """Of none was the size seen: 32 of them, 256 MiB if each were of 8 MiB, and not 256."""
+    equal(next(iter(loader.Windows([1] * 300))), range(32), "loader.FIRST_GUESS")
+
+
+def test_a_worker_computes_in_one_thread():
+    """The rank's other ones are not there after a fork, and would be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        equal(list(loader.prefetch(lambda i: torch.get_num_threads(), [0], 1)), [1], "loader.work")
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", families.BUILDERS)
 def test_bfloat16_pictures_give_the_same_bits_under_autocast(family, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from checks import equal, expect
+from threads import on_ranks
 
-from plumbing import log
+from plumbing import log, ranks
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 
@@ -91,6 +92,12 @@ def test_each_step_is_a_line_of_the_file_under_the_flags_and_the_versions(tmp_pa
     equal(header["config"]["steps"], 2, "begun anew, with its own flags")
 
 
+def test_the_file_says_how_many_ranks_there_were(tmp_path, monkeypatch):
+    """Who compares two curves needs it: sums over other ranks have other last bits."""
+    monkeypatch.setattr(log, "world", lambda: 8)
+    equal(run(tmp_path, 1)[0]["world"], 8, "log.open_log")
+
+
 @pytest.mark.parametrize("torn", ["", "{", '{"config": {"st'])
 def test_a_log_whose_first_line_is_lost_has_one_again(tmp_path, torn):
     """A kill, or a full disk, may have cost it."""
@@ -137,6 +144,22 @@ def test_a_line_that_is_half_written_is_taken_back(tmp_path, capsys):
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     equal([json.loads(line).get("step") for line in lines], [None, 2], "whole lines")
     equal(capsys.readouterr().out.count("lacks lines from here on"), 1, "said once")
+
+
+def test_a_log_that_rank_0_cannot_open_ends_all_ranks(tmp_path, monkeypatch):
+    """They would wait for it in the first step."""
+
+    def refused(cfg, start):
+        equal(ranks.rank(), 0, "who writes")
+        raise InputError("log.jsonl cannot be written")
+
+    monkeypatch.setattr(log, "open_log", refused)
+
+    def work(rank):
+        with pytest.raises(InputError, match="log.jsonl cannot be written"):
+            log.Log(TrainingFlags(steps=4, out=str(tmp_path)), 0)
+
+    on_ranks(monkeypatch, 2, work)
 
 
 def test_the_bar_goes_from_where_the_run_goes_on(tmp_path, monkeypatch):

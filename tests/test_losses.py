@@ -4,6 +4,7 @@ over ranks, and through GradCache."""
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import ranks as examples
@@ -280,6 +281,18 @@ def test_lengths_are_rising_and_below_the_embeddings_own():
     for text in ("128", "64,32", "32,32", "0,4", "32;64", "x", "32,", "3.5", "-1", "1_6"):
         with pytest.raises(InputError, match="--matryoshka .*rising lengths below 128"):
             losses.lengths_of(text, 128)
+
+
+def test_prefixes_are_compared_with_the_embedding_of_the_model_that_is_trained():
+    """One that is as long would be the whole embedding twice."""
+    embedder = SimpleNamespace(dim=64, prefixes=())
+    for lengths, good in (("32,63", True), ("32,64", False), ("128", False)):
+        cfg = contrastive.Config(matryoshka=lengths)
+        if good:
+            losses.asked_for(cfg, embedder, loss_over_ranks, info_nce)
+            continue
+        with pytest.raises(InputError, match="rising lengths below 64"):
+            losses.asked_for(cfg, embedder, loss_over_ranks, info_nce)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 from checks import equal, expect
+from PIL import Image
 
 import data
 import model
@@ -201,3 +202,65 @@ def test_ranks_that_no_target_has_are_refused_before_anything_is_embedded(
     says = "--first 4: no query of pairs.jsonl has more than 3 wrong targets, of 4 distinct"
     with pytest.raises(InputError, match=says):
         mine_with(shared, monkeypatch, "--first", "4")
+
+
+@pytest.mark.parametrize(("last", "few"), [("3", 0), ("4", 4)])
+def test_how_many_lines_get_fewer_is_said(four, shared, monkeypatch, capsys, last, few):
+    """Of three wrong targets there are ranks 1 to 3, and no fourth."""
+    mine_with(shared, monkeypatch, "--first", "1", "--last", last)
+    said = capsys.readouterr().out
+    expect(f"4 distinct targets; {few} lines get fewer" in said, said, few, "mine.mine")
+
+
+def test_what_a_line_calls_wrong_already_is_not_mined_again(four, shared, monkeypatch):
+    """It stays the first of its negatives, and takes no rank: two others are left of three."""
+    lines = [json.loads(line) for line in (four / "pairs.jsonl").read_text().splitlines()]
+    lines[0]["negatives"] = [{"text": "t 1"}]
+    (four / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mine_with(shared, monkeypatch, "--first", "1", "--last", "3")
+    (first, *_) = (four / "out.jsonl").read_text().splitlines()
+    texts = [x["text"] for x in json.loads(first)["negatives"]]
+    equal((texts[0], sorted(texts)), ("t 1", ["t 1", "t 2", "t 3"]), "Targets.own")
+
+
+def test_the_flags_reach_the_pictures_and_the_model(four, shared, monkeypatch):
+    """--image-root, --chunk-tokens, --workers; without --model it is that of the last stage."""
+    seen, models, encode = [], [], model.Embedder.encode
+
+    def noted(self, items, *args):
+        seen.append(args)
+        return encode(self, items)
+
+    monkeypatch.setattr(model.Embedder, "encode", noted)
+    monkeypatch.setattr(model, "load_for", lambda cfg, device: models.append(cfg.model) or shared)
+    lines = [json.loads(line) for line in (four / "pairs.jsonl").read_text().splitlines()]
+    lines[0]["query"] = {"image": "a.png"}
+    (four / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (four / "elsewhere").mkdir()
+    Image.new("RGB", (32, 32)).save(four / "elsewhere" / "a.png")
+    words = "--data pairs.jsonl --out out.jsonl --first 1 --image-root elsewhere --chunk-tokens 77"
+    for stage in ("toy", "out/pretrain", "out/contrastive"):
+        if stage != "toy":
+            (four / stage).mkdir(parents=True)
+            (four / stage / "config.json").write_text("{}")
+        mine.main([*words.split(), "--workers", "0"])
+        equal(models[-1], stage, "weights.first_model")
+    equal(seen, [(77, 0, "embedding")] * 3, "Embedder.encode")
+
+
+def test_a_target_is_said_with_the_first_line_that_names_it(four, shared, monkeypatch):
+    """Though an earlier one stands twice in the list; how many more are not finite, too."""
+    lines = [json.loads(line) for line in (four / "pairs.jsonl").read_text().splitlines()]
+    lines[1]["target"] = lines[0]["target"]
+    (four / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    encode = model.Embedder.encode
+
+    def spoiled(self, items, *args):
+        z = encode(self, items, *args)
+        z[[item.text in ("t 2", "t 3") for item in items]] = np.nan
+        return z
+
+    monkeypatch.setattr(model.Embedder, "encode", spoiled)
+    says = r"line 3: its target has an embedding that is not finite \(and 1 more are not\)"
+    with pytest.raises(InputError, match=says):
+        mine_with(shared, monkeypatch, "--first", "1")

@@ -75,6 +75,17 @@ def test_rows_to_spare_stay_and_are_used_before_new_ones_are_made(plain, spare, 
     equal(mllm.table.weight.data, kept, "a second time nothing is new")
 
 
+def test_new_rows_are_as_far_from_the_mean_as_known_ones_number_by_number(plain):
+    """A model's embedding has numbers that hardly differ, and some that differ by a hundred."""
+    tokenizer = copy.deepcopy(plain.collate.tokenizer)
+    known, widths = len(tokenizer), torch.logspace(-2, 2, 8)
+    mllm = Table(known)
+    mllm.table.weight.data = 3 + torch.randn(known, 8) * widths
+    model.add_compression_tokens(mllm, tokenizer, 400)
+    spread = mllm.table.weight.data[known:].std(0) / widths
+    expect((0.8 < spread).all() and (spread < 1.25).all(), spread, "about 1 each", "known.std(0)")
+
+
 def test_compression_tokens_are_special_tokens():
     """Or a text that spells one would be taken for it, and the tokenizer could break one apart."""
     tokenizer = toy().collate.tokenizer

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from plumbing import adapters, folders
 from plumbing.adapters import Origin, find_base, origin_of
 from plumbing.errors import InputError
+from plumbing.families import RENAMED
 
 
 def weights_in(folder, value=0.0):
@@ -22,6 +23,22 @@ def weights_in(folder, value=0.0):
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"a": torch.full((2,), value)}, folder / "model.safetensors")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("model.layers.3.self_attn", "model.language_model.layers.3.self_attn"),
+        ("model.embed_tokens.x", "model.language_model.embed_tokens.x"),
+        ("language_model.model.layers.3.self_attn", "model.language_model.layers.3.self_attn"),
+        ("model.language_model.layers.3.self_attn", "model.language_model.layers.3.self_attn"),
+    ],
+)
+def test_layers_of_older_adapters_have_their_new_names(old, new):
+    """Of the Qwens, and of LLaVA and its like, from before transformers 4.52."""
+    for pattern, name in RENAMED.items():
+        old = re.sub(pattern, name, old)
+    equal(old, new, "families.RENAMED")
 
 
 # --------------------------------------------------------------------------------- where from

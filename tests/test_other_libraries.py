@@ -402,3 +402,18 @@ def test_a_card_that_is_no_file_costs_the_card_alone(tmp_path, good, capsys):
         assert "README.md: is a " in capsys.readouterr().out
         model.load(folder, device="cpu")
         os.unlink(folder / "README.md") if make is os.mkfifo else os.rmdir(folder / "README.md")
+
+
+def test_the_card_says_of_scores_what_was_left_out_and_of_flags_what_makes_the_model(tmp_path):
+    """A mean over a part of the queries is no mean over all; who read the data changes nothing."""
+    scores = {"overall": 0.5, "sets": {"a": {}, "b": {}}, "partial": True, "config": {"dim": 32}}
+    (tmp_path / plumbing.card.SCORES).write_text(json.dumps(scores))
+    said = plumbing.card.scores(tmp_path)
+    title = "means over 2 sets, of a part of the queries, by the first 32 numbers of an embedding"
+    assert title in said and "| overall | 50.0 |" in said, said
+    flags = dict(lr=0.1, seed=7, workers=3, out="x", save_every=5, model_digest="d")
+    said = plumbing.card.training(flags)
+    assert "| `--lr` | 0.1 |" in said and "| `--seed` | 7 |" in said, said
+    assert not any(word in said for word in ("workers", "out", "save", "digest")), said
+    for flags, paper in (({}, "2511.08480"), ({"temperature": 0.03}, "2410.05160")):
+        assert f"arXiv:{paper}" in plumbing.card.training(flags).splitlines()[0]

@@ -13,7 +13,7 @@ import browser
 import families
 import pytest
 import torch
-from checks import close, equal, expect
+from checks import close, equal, expect, shorten, toy
 
 import contrastive
 import model
@@ -166,6 +166,55 @@ def test_gradcache_is_measured(content):
     expect(passes["halves"] > 0.05, passes["halves"], "> 0.05", "half the negatives are missing")
     last = passes["stages"][-1]["gradient"]
     close(last, passes["full"]["gradient"], "the norm when all is over", 1e-5)
+
+
+@torch.no_grad()
+def test_each_layer_is_shown_under_its_own_number():
+    """Counted from 1; here without the mask, as the model itself says it."""
+    embedder = shorten(toy())
+    inputs = row_of(embedder)
+    L = inputs["roles"].shape[1]
+    mask = torch.ones(1, 1, L, L, dtype=torch.bool).tril()
+    with explain_numbers.eager(embedder.mllm):
+        layers = embedder.outputs(inputs, output_attentions=True).attentions
+    equal(explain_numbers.shown_layers(embedder), [1, 2], "both")
+    for got, want in zip(explain_numbers.attention(embedder, inputs, mask), layers, strict=True):
+        rows = (1000 * want[0].mean(0)).round().int().tolist()
+        rows = [row[: i + 1] for i, row in enumerate(rows)]
+        away = [
+            abs(x - y) for a, b in zip(got, rows, strict=True) for x, y in zip(a, b, strict=True)
+        ]
+        expect(max(away) <= 1, max(away), "the same thousandths", "explain_numbers.attention")
+
+
+def test_a_picture_s_tokens_have_their_rows_and_columns():
+    """Of a wide one more columns, where the family says so; else a square, or none."""
+    wide = {"image_grid_thw": torch.tensor([[1, 8, 12]])}  # patches, four of them a token
+    equal(explain_numbers.grid_of(wide, 24), (4, 6), "rows, columns")
+    equal([explain_numbers.grid_of({}, n) for n in (16, 15)], [(4, 4), (0, 0)], "other families")
+
+
+def test_two_half_batches_are_as_far_away_as_their_mean_loss(monkeypatch):
+    """Each half's queries see its own targets alone; here of four pairs, by hand."""
+    embedder, gap = shorten(toy()), explain_numbers.gap
+    monkeypatch.setattr(explain_numbers, "BLOCK", 4)
+    pairs = read_pairs()["i2t"]
+    chosen = [("i2t", pairs[i]) for i in range(4)]
+    z = embedder(embedder.collate([p.query for _, p in chosen] + [p.targets[0] for _, p in chosen]))
+    parameters = [p for p in embedder.parameters() if p.requires_grad]
+
+    def gradient(loss):
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return [x for x in found if x is not None]
+
+    def loss(rows):
+        return contrastive.paper_info_nce(z[:4][rows], z[4:][rows], 0.1)
+
+    halves = (loss(slice(0, 2)) + loss(slice(2, 4))) / 2
+    want = gap(gradient(halves), gradient(loss(slice(0, 4))))
+    got = explain_numbers.passes(embedder, chosen, 0.1, 200)
+    close(got.halves, want, "the gap of two half batches", 1e-3)
+    expect(got.apart < 1e-3, got.apart, "none", "GradCache")
 
 
 def test_the_page_runs_the_functions_that_train(embedder, monkeypatch):

@@ -173,6 +173,12 @@ def test_a_searched_folder_may_hold_anything(tmp_path, capsys):
         with pytest.raises(InputError, match=says):
             find_pictures(tmp_path / name)
     assert capsys.readouterr().out == "", "what is no folder is not left out of one"
+    for i in range(8):
+        (tmp_path / "sub" / f"{i}.png").mkdir()
+        (tmp_path / "sub" / f"link-{i}.png").symlink_to("nowhere")
+    find_pictures(tmp_path / "sub")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 6 and said[-1] == "left out: 3 more", said
 
 
 # -------------------------------------------------------------------------------- what is decoded

@@ -1,6 +1,7 @@
 """Ranks, as far as one process shows them: gradients in several buckets, torchrun's environment,
 how a script ends. (With processes: test_gradcache.py, test_torchrun.py, test_ending.py.)"""
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -45,6 +46,15 @@ def test_small_gradients_are_sent_together(monkeypatch):
     monkeypatch.setattr(ranks, "all_sum", lambda x: sent.append(len(x)) or x)
     ranks.sum_gradients(parameters(4, 1, 1, 1, 1, 2), 4)
     equal(sent, [4, 4, 2], "numbers in each message")
+
+
+def test_what_is_not_said_is_a_large_message(monkeypatch):
+    """Of a hundred small gradients one."""
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    sent = []
+    monkeypatch.setattr(ranks, "all_sum", lambda x: sent.append(len(x)) or x)
+    ranks.sum_gradients(parameters(*[1000] * 100))
+    equal(sent, [100_000], "numbers in each message")
 
 
 def test_of_one_rank_all_is_its_own():
@@ -99,6 +109,16 @@ def test_ranks_that_cannot_be_joined_are_one_line(error, monkeypatch):
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(InputError, match="RANK=2 is not below"):
         ranks.setup()
+
+
+def test_tokenizers_have_no_threads_that_a_fork_would_lose(monkeypatch):
+    """Loader processes are forked, and would wait for them; who says otherwise is obeyed."""
+    for said, want in ((None, "false"), ("true", "true")):
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+        if said:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", said)
+        ranks.setup()
+        equal(os.environ["TOKENIZERS_PARALLELISM"], want, "ranks.setup")
 
 
 @pytest.mark.parametrize(("cuda", "backend"), [(True, "nccl"), (False, "gloo")])

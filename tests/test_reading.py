@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 from checks import equal, expect
+from PIL import Image
 
 import data
 from data import Dialogue, Item, Pair, read_dialogues, read_pairs, read_tasks
@@ -39,6 +40,26 @@ def test_a_dialogue_keeps_the_name_that_its_file_gives_it(talks):
     plain = (IMAGE, ("a.png",)), (("What?", "a dog"),), "x"
     equal(Dialogue.of(plain), Dialogue(Item(*plain[0]), plain[1], "x"), "field by field")
     equal(read_dialogues()[3].id, "shapes-train-3", "of the toy world its number")
+
+
+BESIDE = "model source data_source dataset split url width height license"
+
+
+@pytest.mark.parametrize("key", BESIDE.split())
+def test_what_published_lists_say_beside_an_example_is_taken(talks, key, tmp_path):
+    """And changes nothing: of dialogues, pairs and captions."""
+    before = list(read_dialogues(talks))
+    lines = [json.loads(line) for line in Path(talks).read_text().splitlines()]
+    Path(talks).write_text("".join(json.dumps({**line, key: 7}) + "\n" for line in lines))
+    equal(list(read_dialogues(talks)), before, "a dialogue")
+    pair = {"query": {"text": "q"}, "target": {"text": "t"}, key: 7}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    (pairs,) = read_pairs(str(tmp_path / "pairs.jsonl")).values()
+    equal(pairs[0], Pair(Item("q"), (Item("t"),)), "a pair")
+    (tmp_path / "birds").mkdir()
+    caption = {"file_name": "a.png", "text": "one", key: 7}
+    (tmp_path / "birds" / "metadata.jsonl").write_text(json.dumps(caption) + "\n")
+    equal(len(read_dialogues(str(tmp_path / "birds"))), 1, "a caption")
 
 
 def test_what_only_the_toy_world_can_do_is_refused_of_a_file(talks):
@@ -118,6 +139,24 @@ def test_of_mmebs_sets_the_chosen_ones_are_read_in_the_chosen_wording(mmeb):
     equal(texts, {"B": ["B diverse_instruction 0", "B diverse_instruction 1"]}, "chosen")
 
 
+def test_the_pictures_of_mmebs_folders_may_lie_elsewhere(tmp_path):
+    """--image-root, for training and for evaluation: the tables and the pictures are two downloads
+    of the hub."""
+    (tmp_path / "tables" / "A").mkdir(parents=True)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / "a.png")
+    train = dict(qry="<|image_1|>", qry_image_path="a.png", pos_text="x", pos_image_path="")
+    test = dict(qry_text="<|image_1|>", qry_img_path="a.png", tgt_text=["x"], tgt_img_path=[""])
+    for name, row in (("original", train), ("test", test)):
+        table = pyarrow.table({key: [x] for key, x in row.items()})
+        pq.write_table(table, tmp_path / "tables" / "A" / f"{name}-0.parquet")
+    tables, pictures = str(tmp_path / "tables"), str(tmp_path / "pictures")
+    want = (f"{pictures}/a.png",)
+    equal(read_pairs(tables, pictures)["A"][0].query.images, want, "training")
+    (task,) = read_tasks(tables, pictures)
+    equal(task.queries[0][0].images, want, "evaluation")
+
+
 def test_sets_are_chosen_of_what_has_several(tmp_path):
     """A list of pairs is one set, with or without a choice."""
     file = tmp_path / "pairs.jsonl"
@@ -143,6 +182,7 @@ def test_a_caption_is_the_answer_to_a_request_to_describe(birds):
     names = [Path(x.item.images[0]).name for x in dialogues]
     equal(names, ["a.png", "b.png", "a.png"], "pictures")
     equal({x.item.text for x in dialogues}, {IMAGE}, "the picture alone")
+    equal([x.id for x in dialogues], [f"{birds}/metadata.jsonl:{n}" for n in (1, 2, 3)], "names")
     questions, answers = zip(*[turn for x in dialogues for turn in x.turns], strict=True)
     equal(answers, ("one", "two", "three"), "the captions")
     equal(len(set(questions)), 1, "one request for all")

@@ -4,6 +4,7 @@ functions of (seed, step). (That each dialogue comes once an epoch: test_answers
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from checks import equal, expect
 
@@ -67,6 +68,14 @@ def test_an_order_is_of_its_seed_and_its_epoch():
         equal(sorted(order), list(range(50)), "each once")
     equal(shuffled(10**8, 0, 3), range(10**8), "the toy world's")
     expect(tuple(shuffled(1000, 0, 0)) != tuple(range(1000)), "in order", "shuffled", "a file's")
+
+
+def test_a_list_of_a_million_is_shuffled_as_a_short_one():
+    """LLaVA's lists have more than half of one; each example still comes once."""
+    n = 10**6
+    expect(np.array_equal(np.sort(shuffled(n, 0, 0)), np.arange(n)), "others", "each once", "")
+    first = epoch_batch(n, pretrain.Config(batch=8), 0, 0, 1)
+    expect(first != sorted(first), first, "in no order", "shuffled")
 
 
 def test_two_orders_are_in_memory_and_no_more():

@@ -1,11 +1,13 @@
 """Searching a folder: the best pictures first, an index that is never of another model."""
 
 import copy
+import dataclasses
 import os
 import threading
 
 import numpy as np
 import pytest
+import threads
 import torch
 from checks import equal, shorten, toy
 from forked import on_ranks, said_on
@@ -116,7 +118,7 @@ def test_an_index_of_another_model_is_never_used(folder, shared, capsys):
     swapped = shorten(toy())
     rows = swapped.mllm.get_input_embeddings().weight.data
     rows[[5, 6]] = rows[[6, 5]]
-    settings = [dict(pooling="last"), dict(prompt="coma"), dict(compress_tokens=2)]
+    settings = [{}, dict(pooling="last"), dict(prompt="coma"), dict(compress_tokens=2)]
     settings += [dict(max_pixels=2048), dict(min_pixels=2048), dict(max_length=50)]
     # As the other kind of image processor does where torchvision is installed.
     resized = shorten(toy())
@@ -375,3 +377,126 @@ def test_a_text_of_blanks_is_nothing_to_search_for():
     """It was embedded, and eight pictures were found for it."""
     with pytest.raises(InputError, match="needs --images DIR, and --text"):
         search.refuse_no_search(search.Config(images=".", text=" \n"))
+
+
+def test_an_index_of_another_device_kernel_template_or_library_is_never_used(shared, monkeypatch):
+    """A GPU computes in bfloat16; and what stands around a picture is a part of its vector."""
+    other = dataclasses.replace(shared.collate.template, after_text="\n")
+    keys = [search.fingerprint(shared)]
+    for place, name, value in (
+        (model.Embedder, "device", torch.device("cuda")),
+        (shared.mllm.config, "_attn_implementation", "eager"),
+        (shared.collate, "template", other),
+        (shared.collate, "max_length", 50),
+        (search, "versions", lambda: {"torch": "0"}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            keys.append(search.fingerprint(shared))
+    equal(len(set(keys)), 6, f"keys that differ: {keys}")
+    equal(search.fingerprint(shared), keys[0], "put back")
+
+
+def test_a_file_is_the_same_while_its_size_and_its_time_are(tmp_path):
+    """Either alone makes it another one."""
+    file, seen = tmp_path / "a.png", []
+    for size, time in ((3, 1), (3, 2), (4, 2), (4, 2)):
+        file.write_bytes(b"x" * size)
+        os.utime(file, ns=(time, time))
+        seen += search.list_files(tmp_path, "x.png", [])
+    equal((len(set(seen)), seen[2]), (3, seen[3]), f"files of these names: {seen}")
+
+
+def test_a_picture_keeps_its_own_vector_when_others_change_and_come(folder, shared, capsys):
+    """A changed and a new one stand first in the folder, and last in the index."""
+    run(folder, shared, capsys, text="two")
+    for name in ("0.PNG", "00.png"):
+        Image.new("RGB", (64, 64), "red").save(folder / name)
+    said = run(folder, shared, capsys, query_image=str(folder / "5.PNG"), top=1)
+    assert "2 of them new" in said and f" 1.0000  {folder / '5.PNG'}\n" in said, said
+
+
+@pytest.mark.parametrize(("cost", "kept"), [(100.0, [4, 12]), (0.1, [4, 8, 12])])
+def test_an_index_is_kept_on_the_way_and_whole_in_the_end(folder, shared, monkeypatch, cost, kept):
+    """Three windows of four pictures, of 10 s each; where writing is slow, not after each."""
+    now, written = [1000.0], []
+
+    def embed(embedder, items, cfg, progress, errors):
+        now[0] += 10
+        return np.eye(len(items), shared.dim, dtype=np.float32)
+
+    def write(store, known):
+        written.append(len(known))
+        now[0] += cost
+
+    monkeypatch.setattr(search, "WINDOW", 4)
+    monkeypatch.setattr(search, "embed_pictures", embed)
+    monkeypatch.setattr(search, "write_index", write)
+    monkeypatch.setattr(search.time, "time", lambda: now[0])
+    search.index_pictures(shared, search.Config(images=str(folder), text="two"))
+    equal(written, kept, "pictures in the index, each time")
+
+
+def test_pictures_are_embedded_with_the_instruction_that_is_asked_for(folder, shared, monkeypatch):
+    """--image-text."""
+    texts, encode = set(), model.Embedder.encode
+
+    def noted(self, items, *args):
+        texts.update(item.text for item in items)
+        return encode(self, items, *args)
+
+    monkeypatch.setattr(model.Embedder, "encode", noted)
+    cfg = search.Config(images=str(folder), text="two", image_text=f"{IMAGE} what is it?")
+    search.index_pictures(shared, cfg)
+    equal(texts, {f"{IMAGE} what is it?"}, "Item(cfg.image_text, ...)")
+
+
+def test_a_sheet_is_read_as_a_text_is():
+    """Four in a row, the best first, then the next row."""
+    colours = ["red", "lime", "blue", "yellow", "black", "cyan"]
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in colours]
+    sheet = search.draw_sheet("title", pictures, [""] * len(colours))
+    for n, picture in enumerate(pictures):
+        row, column = divmod(n, 4)
+        middle = (
+            column * search.SIDE + search.SIDE // 2,
+            search.HEAD + row * (search.SIDE + search.CAPTION) + search.SIDE // 2,
+        )
+        equal(sheet.getpixel(middle), picture.getpixel((0, 0)), colours[n])
+
+
+def test_the_last_stage_that_is_there_searches_alike_on_all_ranks(folder, tmp_path, monkeypatch):
+    """Stage 2's model, else stage 1's, else the toy; its weights are compared before it is read."""
+    monkeypatch.chdir(tmp_path)
+    compared = []
+    monkeypatch.setattr(search, "same_model", compared.append)
+    monkeypatch.setattr(search, "search", lambda *_: None)
+    monkeypatch.setattr(model, "load_for", lambda cfg, _: equal(cfg.model, compared[-1], "first"))
+    for stage in ("toy", "out/pretrain", "out/contrastive"):
+        if stage != "toy":
+            (tmp_path / stage).mkdir(parents=True)
+            (tmp_path / stage / "config.json").write_text("{}")
+        search.main(search.Config(images=str(folder), text="two"))
+        equal(compared[-1], stage, "weights.first_model")
+
+
+def test_the_index_is_rank_0s_and_so_is_the_sheet(folder, shared, monkeypatch, capsys):
+    """On another node there is none to read; and two that write would write into one file."""
+    cfg = search.Config(images=str(folder), text="two", out=str(folder.parent / "x.png"))
+    want, z = search.index_pictures(shared, cfg)
+    read, written, drawn = search.read_index, [], []
+    monkeypatch.setattr(search, "read_index", lambda *x: {} if rank() else read(*x))
+    monkeypatch.setattr(search, "embed_pictures", lambda *_: pytest.fail("embedded again"))
+    got = threads.on_ranks(monkeypatch, 2, lambda _: search.index_pictures(shared, cfg))
+    equal([paths for paths, _ in got], [want] * 2, "read on rank 0")
+    monkeypatch.setattr(search, "read_index", lambda *_: {})
+    monkeypatch.setattr(search, "embed_pictures", lambda *_: z)
+    monkeypatch.setattr(search, "write_index", lambda *_: written.append(rank()))
+    threads.on_ranks(monkeypatch, 2, lambda _: search.index_pictures(shared, cfg))
+    equal(written, [0], "write_index")
+    monkeypatch.setattr(search, "index_pictures", lambda *_: (want, z))
+    draw = search.draw_sheet
+    monkeypatch.setattr(search, "draw_sheet", lambda *x: drawn.append(rank()) or draw(*x))
+    monkeypatch.setattr(shared, "encode", lambda *_: z[:1])
+    threads.on_ranks(monkeypatch, 2, lambda _: search.search(shared, cfg))
+    equal(drawn, [0], "draw_sheet")

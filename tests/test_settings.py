@@ -88,6 +88,20 @@ def test_a_device_is_one_of_this_machine():
             device_of(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [("patch_size", "patch_size"), ("merge_size", "spatial_merge_size"),
+     ("temporal_patch_size", "temporal_patch_size")],
+)  # fmt: skip
+def test_each_measure_of_a_patch_is_that_of_the_tower(name, there):
+    """Else a picture is cut into other pieces than the tower takes."""
+    embedder = toy()
+    weights.refuse_other_patches(embedder, "m")
+    setattr(embedder.processor.image_processor, name, 7)
+    with pytest.raises(InputError, match=f"--model m: .*{name} 7, its config.json {there} [1-8]"):
+        weights.refuse_other_patches(embedder, "m")
+
+
 def test_a_model_is_tried_whatever_length_its_rows_may_have():
     """Rows of two tokens would be refused; the model is none the worse."""
     embedder = model.load("toy-random", 4, device="cpu", max_length=2)

@@ -295,6 +295,27 @@ def test_the_speed_that_stage_2_says_is_that_of_all_ranks(monkeypatch, tmp_path,
     equal(speeds, [(4, "pairs")] * 2, "Log(...)")
 
 
+def test_the_speed_that_stage_1_says_is_in_answer_tokens_of_all_ranks(
+    monkeypatch, tmp_path, as_rank
+):
+    """What its loss is a mean over; dialogues are of unequal lengths."""
+    as_rank(0, 2)
+
+    def alike(everyone, mine):
+        everyone[:] = [mine] * len(everyone)
+
+    speeds = []
+    monkeypatch.setattr(plumbing.ranks.dist, "all_gather_object", alike)
+    monkeypatch.setattr(pretrain, "accumulate", lambda *_: (1.5, 0.25, 77))
+    monkeypatch.setattr(plumbing.ranks.dist, "all_reduce", lambda x: None)
+    monkeypatch.setattr(pretrain.optim, "end_step", lambda *_: 0.5)
+    monkeypatch.setattr(
+        plumbing.log.Log, "line", lambda log, step, speed, numbers: speeds.append(speed) or ""
+    )
+    trained(monkeypatch, pretrain, tmp_path / "out")
+    equal(speeds, [(77, "answer tokens")] * 2, "Log(...)")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_tokens_that_are_cut_are_those_of_all_rows_of_a_step(monkeypatch, tmp_path, stage):
     """Dialogues; queries, targets and negatives. Here row i costs i tokens."""
@@ -385,7 +406,7 @@ def test_sets_in_distribution_come_first_each_under_its_heading(evaluated):
 
 def test_what_was_left_out_is_said_beside_each_mean(evaluated):
     """Who copies the last line alone into a paper has it there."""
-    for flags, note in (({}, ""), ({"limit": 3}, " (partial: --limit 3)")):
+    for flags, note in (({}, ""), *(({"limit": n}, f" (partial: --limit {n})") for n in (1, 3))):
         lines = evaluated(model="x", **flags).said.splitlines()
         for name in ("Precision@1 x 100", "IND", "OOD", "Overall"):
             lines_of = [line for line in lines if line.startswith(f"{name}{note} ")]

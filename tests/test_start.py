@@ -60,6 +60,39 @@ def test_the_numbers_of_the_readme_are_of_these_defaults(script, defaults):
     equal({name: found[name] for name in defaults}, defaults, "flag(...)")
 
 
+def test_chunks_are_as_large_as_the_help_says():
+    """Padded tokens at a time, on a CPU and on a GPU."""
+    (field,) = [x for x in dataclasses.fields(evaluate.Config) if x.name == "chunk_tokens"]
+    want = "default: {cpu} on a CPU, {cuda} on a GPU".format_map(config.CHUNK_TOKENS)
+    expect(want in field.metadata["description"], field.metadata["description"], want, "flag(...)")
+
+
+SHARE, AT_LEAST_0, ABOVE_0 = (0, 1, None), (0, None, None), (None, None, 0)
+RANGES = {  # (least, most, above)
+    **dict.fromkeys(("warmup", "question_first", "texts"), SHARE),
+    **dict.fromkeys(("muon_lr", "weight_decay", "clip", "hardness", "steps", "turns"), AT_LEAST_0),
+    **dict.fromkeys(("max_length", "min_pixels", "max_pixels", "dim", "limit"), AT_LEAST_0),
+    **dict.fromkeys(("lr", "temperature"), ABOVE_0),
+    **dict.fromkeys(("block", "keep", "lora_alpha", "chunk_tokens"), (1, None, None)),
+    "lora_dropout": (0, 0.9, None),
+    "margin": (0, 2, None),
+    "compress_tokens": (0, 1000, None),
+}
+
+
+@pytest.mark.parametrize("script", [pretrain, contrastive, evaluate], ids=lambda x: x.__name__)
+def test_numbers_that_would_train_or_score_nonsense_are_out_of_range(script):
+    """A batch of one pair has no negatives; a temperature of 0 divides by it; a warm-up is a share.
+    (That each number keeps to its range: test_flags.py.)"""
+    batch = {"batch": (2 if script is contrastive else 1, 1_000_000, None)}
+    seen = {}
+    for field in dataclasses.fields(script.Config):
+        if field.name in {**RANGES, **batch}:
+            seen[field.name] = tuple(field.metadata[x] for x in ("least", "most", "above"))
+    equal(seen, {name: {**RANGES, **batch}[name] for name in seen}, "flag(...)")
+    expect(len(seen) >= 6, seen, "most of them", "a flag of another name?")
+
+
 def test_a_script_without_a_config_is_none(tmp_path):
     """A class of another name is not taken for it."""
     (tmp_path / "x.py").write_text("class Other:\n    a: int = 1\n")

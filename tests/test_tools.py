@@ -18,6 +18,7 @@ import pytest
 import torch
 from checks import change, close
 from PIL import Image
+from safetensors.torch import load_file
 
 import data
 import model
@@ -610,6 +611,19 @@ def test_merge_leaves_a_plain_folder_of_the_same_embeddings(tmp_path, capsys, mo
     assert abs(merged - plain).max() > 1e-3, "negative control: the adapter does something"
     with pytest.raises(InputError, match="^--model .*no such folder"):
         merge.main([str(tmp_path / "nothing"), "x"])
+
+
+def test_merge_keeps_the_number_type_of_the_model_under_the_adapter(tmp_path):
+    """A CPU works in float32; written so, a folder would be twice as large as its base."""
+    base = model.load("toy-random", 4, device="cpu")
+    base.mllm.to(torch.bfloat16)
+    model.save(base, tmp_path / "base")
+    embedder = model.load(tmp_path / "base", device="cpu")
+    model.choose_trained(embedder, TrainingFlags(model=str(tmp_path / "base"), lora_rank=2))
+    model.save(embedder, tmp_path / "adapter")
+    merge.main([str(tmp_path / "adapter"), str(tmp_path / "out")])
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {x.dtype for x in weights.values()} == {torch.bfloat16}, "tools.merge"
 
 
 # --------------------------------------------------------------------------- the commands as such

@@ -121,3 +121,7 @@ def test_lessons_take_the_place_of_dialogues(monkeypatch):
     equal(drawn, [], "before anything is read")
     lessons.main(lessons.Config())
     equal(drawn, ["lesson-5"], "what stage 1 reads")
+    for least in (1, 4):
+        lessons.main(lessons.Config(least=least))
+        got = [Shapes().dialogue(i) for i in range(20)]
+        equal(got, [lessons.lesson(Shapes(), i, least) for i in range(20)], f"--least {least}")

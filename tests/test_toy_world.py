@@ -23,6 +23,7 @@ from toy.world import (
     SHAPES,
     SIZES,
     Shapes,
+    evaluation_sets,
 )
 
 TASKS = tuple(META_TASK)
@@ -349,6 +350,18 @@ def test_held_out_wordings_never_appear_in_training():
             expect(matches(held[task], text), text, held[task], f"{task}: a held-out instruction")
 
 
+def test_one_thing_is_new_in_each_evaluation_set_and_its_name_says_what():
+    """The scenes alone, combinations ("-new"), or wordings ("-words"): else a score of wordings
+    would fall for the combinations. The seed draws them all."""
+    for seed in (0, 7):
+        for name, (task, ood, world) in evaluation_sets(seed).items():
+            kind = name.removeprefix(task)
+            words = Shapes("test", seed, new_words=True)
+            want = {"": Shapes("test", seed), "-new": Shapes("new", seed), "-words": words}[kind]
+            equal(world.query(task, 3), want.query(task, 3), f"{name}, seed {seed}")
+            equal(ood, kind != "", f"{name}: out of distribution")
+
+
 # -------------------------------------------------------------------------------------------- other
 
 
@@ -383,6 +396,9 @@ def test_equal_items_have_equal_keys_and_others_do_not():
     items += [Item("A"), Item("a "), Item(IMAGE, ("a.png",)), Item(IMAGE, ("A.png",))]
     items += [Item(IMAGE, (other,)), Item(IMAGE, (scene.render(),)), Item(IMAGE, (other.render(),))]
     equal(len({x.key for x in items}), len(items), "different content")
+    many = [Item(f"text {i}").key for i in range(100)]
+    expect(max(many) > 2**62 and min(many) < 2**60, max(many), "63 bits", "a million items differ")
+    equal({key % 2 for key in many}, {0, 1}, "the last bit")
 
 
 def test_no_object_leaves_its_quadrant():

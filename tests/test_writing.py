@@ -5,8 +5,9 @@ import os
 import resource
 
 import pytest
-from checks import equal
+from checks import equal, expect
 
+from plumbing import writing
 from plumbing.errors import InputError
 from plumbing.writing import append_whole, refuse_unwritable, written
 
@@ -78,3 +79,13 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
         equal(path.read_bytes(), b"first\n", f"room for {room} bytes")
     append_whole(path, b"third\n", "the log")
     equal(path.read_bytes(), b"first\nthird\n", "append_whole")
+
+
+def test_two_commands_that_write_one_file_have_each_a_part_of_their_own(tmp_path, monkeypatch):
+    """Into one they would write both at once, and what is renamed would be of either."""
+    parts = []
+    for process in (1, 2):
+        monkeypatch.setattr(writing.os, "getpid", lambda process=process: process)
+        parts.append(writing.part_of(tmp_path / "scores.json"))
+    expect(parts[0] != parts[1], parts, "two names", "writing.part_of")
+    equal({part.parent for part in parts}, {tmp_path}, "beside the file: renamed, not copied")

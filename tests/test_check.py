@@ -1,0 +1,145 @@
+"""`python -m tools.check`: what its report counts, which status ends it, where it finds pictures.
+(What is bad in real lists, and their clean copies: test_tools.py; --list-bad: test_skip_bad.py.)"""
+
+import json
+
+import pyarrow
+import pyarrow.parquet as pq
+import pytest
+from checks import equal, expect
+from PIL import Image
+
+from plumbing.errors import InputError
+from tools import check
+
+
+def listed(path, *pairs) -> str:
+    """A list of pairs: of each the query's text and its picture, if it has one."""
+    lines = []
+    for text, *pictures in pairs:
+        lines.append(json.dumps({"query": {"text": text, "image": pictures}, "target": TARGET}))
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+TARGET = {"text": "one two three four"}
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_counts_words_and_sorts_pictures_by_their_pixels(tmp_path, capsys):
+    """A picture's mark is no word; 50 x 4 is less than 10 x 30."""
+    for name, size in (("a", (10, 30)), ("b", (20, 20)), ("c", (50, 4))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    pairs = [("<image> x", "a.png"), ("<image>", "b.png"), ("<image> x y z a b", "c.png")]
+    equal(check.main([listed(tmp_path / "p.jsonl", *pairs)]), 0, "all are good")
+    said = capsys.readouterr().out
+    expect("  texts     6: 0 to 5 words, median 4\n" in said, said, "0, 1, 5 and three times 4", "")
+    expect("  pictures  3: 50 x 4 to 20 x 20 pixels\n" in said, said, "200 to 400 pixels", "report")
+
+
+def test_twenty_errors_are_shown_and_the_others_counted(tmp_path, capsys):
+    """Of pictures that are nowhere one, in front: it may be the cause of all of them."""
+    path = tmp_path / "p.jsonl"
+    good = listed(path, *[("<image>", f"{i}.png") for i in range(5)], ("x",))
+    path.write_text("{\n" * 22 + path.read_text())
+    equal(check.main([good]), 1, "27 are bad")
+    said = capsys.readouterr().out.splitlines()
+    bad = [line for line in said if line.startswith("  bad: ")]
+    equal(len(bad), 20, "shown")
+    expect(bad[0].endswith("(so it is with 4 more)"), bad[0], "the lost pictures", "first_of_each")
+    expect("  and 3 more" in said, said, "22 and 1, of which 20 are shown", "report")
+    expect("28 examples, 27 bad" in said, said, "all of them", "check")
+
+
+def test_a_broken_picture_is_an_error_of_each_example_that_shows_it(tmp_path):
+    """It is opened once; a copy that kept the second of them would end a training."""
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    path = listed(tmp_path / "p.jsonl", ("<image>", "a.png"), ("<image> x", "a.png"), ("y",))
+    survey = check.Survey(path, check.read_list(path, None))
+    equal((sorted(survey.errors), survey.good), ([0, 1], [2]), "both")
+    for _ in range(2):
+        with pytest.raises(InputError, match="not a readable picture"):
+            survey.measure(str(tmp_path / "a.png"))
+
+
+def test_a_long_list_is_read_to_its_last_line(tmp_path, monkeypatch):
+    """In windows; here of two lines, of which the last one is not full."""
+    monkeypatch.setattr(check, "WINDOW", 2)
+    for n in (4, 5):
+        path = tmp_path / f"{n}.jsonl"
+        listed(path, *[("x",)] * n)
+        path.write_text(path.read_text().rsplit("\n", 2)[0] + "\n{\n")
+        count = check.check(str(path))
+        equal((count.total, count.bad), (n, 1), f"the last of {n} lines")
+
+
+# --------------------------------------------------------------------------------------- the status
+
+
+GOOD, BAD, USELESS = check.Count(3, 0), check.Count(3, 1), check.Count(0, 1, useless=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "flags", "status"),
+    [
+        (GOOD, [], 0),
+        (BAD, [], 1),
+        (BAD, ["--clean", "c"], 0),
+        (BAD, ["--list-bad", "l"], 0),
+        (USELESS, ["--clean", "c"], 1),
+        (USELESS, ["--list-bad", "l"], 1),
+    ],
+)
+def test_the_status_is_1_where_something_is_bad_and_nothing_is_done_about_it(
+    monkeypatch, count, flags, status
+):
+    """Or where a list is of no use, whatever is asked for."""
+    monkeypatch.setattr(check, "check", lambda *_: count)
+    equal(check.main(["data", *flags]), status, "main")
+
+
+def test_of_several_lists_all_count_and_one_of_no_use_is_enough(tmp_path, monkeypatch, capsys):
+    """As where a folder holds a file that is cut off."""
+
+    def cut_off():
+        raise InputError("cut off")
+
+    lists = [("cut", cut_off), *[(name, None) for name in "ab"]]
+    of_list = check.check_list
+    counts = {"a": check.Count(3, 2), "b": check.Count(5, 0)}
+    monkeypatch.setattr(check, "lists_of", lambda *_: lists)
+    monkeypatch.setattr(check, "refuse_outputs", lambda *_: None)
+    monkeypatch.setattr(check, "check_list", lambda file, *x: counts.get(file) or of_list(file, *x))
+    equal(check.check(str(tmp_path)), check.Count(8, 3, useless=True), "of all together")
+    expect("8 examples, 3 bad\n" in capsys.readouterr().out, "", "the last line", "check")
+
+
+# --------------------------------------------------------------------------------- where it looks
+
+
+def captions(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
+
+
+def mmeb(folder):
+    (folder / "birds").mkdir()
+    row = dict(qry="", qry_image_path="a.png", pos_text="x", pos_image_path="")
+    table = pyarrow.table({name: [text] for name, text in row.items()})
+    pq.write_table(table, folder / "birds" / "original-0.parquet")
+
+
+@pytest.mark.parametrize("make", [captions, mmeb])
+def test_pictures_may_lie_elsewhere(tmp_path, make, capsys):
+    """--image-root, of a folder too; and the copy is read with the same one."""
+    data, pictures = tmp_path / "data", tmp_path / "pictures"
+    data.mkdir(), pictures.mkdir()
+    make(data)
+    Image.new("RGB", (32, 32)).save(pictures / "a.png")
+    equal(check.main([str(data)]), 1, "it is not in the folder")
+    words = [str(data), "--image-root", str(pictures)]
+    equal(check.main(words), 0, "it is there")
+    equal(check.main([*words, "--clean", str(tmp_path / "c")]), 0, "it is there")
+    said = capsys.readouterr().out
+    expect(f"0 bad; --image-root {pictures}\n" in said, said, pictures, "what reads the copy")

@@ -1,0 +1,237 @@
+"""`python -m tools.generate`: its flags reach whoever is asked, failures are asked again, and what
+a command said it says again. (Servers that misbehave, the toy MLLM's own answers: test_tools.py;
+what is refused: test_tools_refuse.py.)"""
+
+import io
+import json
+import urllib.error
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checks import equal, expect, toy
+from PIL import Image
+
+import model
+from plumbing.config import TrainingFlags
+from plumbing.errors import InputError
+from tools import generate as generator
+
+PICTURE = Image.new("RGB", (64, 64), "red")
+QUESTIONS = [f"question {i}?" for i in range(20)]
+
+
+def config(**flags):
+    """What a user says, and "x" where it does not matter here."""
+    return generator.Config(**{"images": "x", "out": "x", "model": "m", **flags})
+
+
+# ----------------------------------------------------------------------------------- the questions
+
+
+def questions_of(name, seed=0) -> list:
+    """The questions that a picture draws."""
+    (talk,) = generator.interviews_about([name], QUESTIONS, config(seed=seed)).values()
+    chat, asked = next(talk), []
+    try:
+        while True:
+            asked.append(chat[-1][1])
+            chat = talk.send("yes")
+    except StopIteration:
+        return asked
+
+
+def test_a_picture_draws_its_questions_by_its_name_and_the_seed():
+    """Three to five; the same ones when a run goes on, others for another picture, or --seed."""
+    drawn = {name: questions_of(name) for name in "abcdefghij"}
+    equal({name: questions_of(name) for name in drawn}, drawn, "again")
+    equal({len(asked) for asked in drawn.values()}, {3, 4, 5}, "how many")
+    equal(len({str(asked) for asked in drawn.values()}), 10, "each picture its own")
+    other = {name: questions_of(name, seed=1) for name in drawn}
+    equal([name for name in drawn if other[name] == drawn[name]], [], "--seed")
+
+
+def test_of_a_long_list_the_first_five_that_differ_are_asked():
+    """A model that repeats itself, or does not stop."""
+    talk = generator.interview()
+    next(talk)
+    chat = talk.send("".join(f"{i}. {x}?\n" for i, x in enumerate("aabcdefg", 1)))
+    asked = []
+    with pytest.raises(StopIteration):
+        while True:
+            asked.append(chat[-1][1])
+            chat = talk.send("yes")
+    equal(asked, ["a?", "b?", "c?", "d?", "e?"], "interview")
+
+
+def test_a_list_of_questions_may_begin_with_a_mark_of_its_encoding(tmp_path):
+    """As editors on Windows write it: it is no part of the first question."""
+    (tmp_path / "q.txt").write_text("what?\nwhere?\nwhy?\n", encoding="utf-8-sig")
+    equal(generator.read_questions(tmp_path / "q.txt"), ["what?", "where?", "why?"], "read")
+
+
+# -------------------------------------------------------------------------- a model in this process
+
+
+class Spy:
+    """The toy's processor, and a model that says nothing but the end: both note what they get."""
+
+    device, generation_config = torch.device("cpu"), SimpleNamespace(eos_token_id=None)
+
+    def __init__(self):
+        self.processor, self.calls = toy().processor, []
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
+    def __call__(self, **words):
+        self.calls.append(words)
+        return self.processor(**words)
+
+    def generate(self, **words):
+        self.calls.append(words)
+        end = torch.full((len(words["input_ids"]), 1), self.tokenizer.eos_token_id)
+        return torch.cat([words["input_ids"], end], 1)
+
+
+CHATS = [[("user", "a?")], [("user", "a longer one?"), ("assistant", "b"), ("user", "c?")]]
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_model_is_asked_as_the_flags_say(monkeypatch, starts):
+    """Greedily at temperature 0; rows end side by side, where replies begin; a tokenizer's own
+    start is not put in front of a template's. A reply whose end is the tokenizer's is whole."""
+    monkeypatch.setattr(generator, "starts_itself", lambda *_: starts)
+    for temperature, want in ((0.0, (False, None)), (0.3, (True, 0.3))):
+        spy = Spy()
+        replies = generator.replies_of(spy, spy, config(temperature=temperature, max_tokens=7))
+        equal(replies([(PICTURE, chat) for chat in CHATS]), ["", ""], "whole")
+        read, asked = spy.calls
+        equal(read["add_special_tokens"], not starts, "two starts are one too many")
+        equal((asked["do_sample"], asked.get("temperature")), want, "--temperature")
+        equal(asked["max_new_tokens"], 7, "--max-tokens")
+        equal(asked["attention_mask"][:, -1].tolist(), [1, 1], "padding is on the left")
+        expect(not asked["attention_mask"].all(), "no padding", "some", "too easy")
+
+
+def test_a_model_draws_by_the_seed(monkeypatch):
+    """Set when it is there, whatever was drawn before."""
+    spy = Spy()
+    monkeypatch.setattr(generator, "load_asked", lambda args: (spy, spy))
+    monkeypatch.setattr(generator, "origin_of", lambda mllm: SimpleNamespace(folder="x"))
+    for seed in (5, 6):
+        generator.ask_model(config(seed=seed))
+        equal(torch.initial_seed(), seed, "torch.manual_seed")
+
+
+def test_a_model_is_loaded_with_its_adapter_and_the_size_of_pictures(tmp_path, monkeypatch):
+    """What a stage has trained answers, and not what is under it; and without dropout."""
+    embedder = model.load("toy-random", 4, device="cpu")
+    model.choose_trained(embedder, TrainingFlags(model="toy-random", lora_rank=2))
+    for name, p in embedder.named_parameters():
+        if "lora_B" in name:  # it starts as zero
+            torch.nn.init.constant_(p, 0.5)
+    model.save(embedder, tmp_path / "adapter")
+    options, load = [], generator.load_mllm
+    monkeypatch.setattr(generator, "load_mllm", lambda *x: options.append(x[2]) or load(*x))
+    args = config(model=str(tmp_path / "adapter"), max_pixels=4096)
+    mllm, _ = generator.load_asked(args)
+    found = [p for name, p in mllm.named_parameters() if "lora_B" in name]
+    expect(
+        found and all((p == 0.5).all() for p in found), len(found), "the adapter's", "load_asked"
+    )
+    equal([name for name, part in mllm.named_modules() if part.training], [], "evaluation mode")
+    equal(options[0].max_pixels, 4096, "--max-pixels")
+
+
+# ------------------------------------------------------------------------------- a server elsewhere
+
+
+def test_a_server_is_asked_as_the_flags_say(monkeypatch):
+    """Model, key, length and temperature; and it is waited for as long as --timeout says."""
+    seen = []
+    answer = {"choices": [{"message": {"content": "red"}, "finish_reason": "stop"}]}
+
+    def urlopen(request, timeout):
+        seen.append((request, timeout))
+        return io.BytesIO(json.dumps(answer).encode())
+
+    monkeypatch.setattr(generator.urllib.request, "urlopen", urlopen)
+    flags = dict(server="http://h/v1/", api_key="secret", timeout=3.5)
+    args = config(**flags, max_tokens=7, temperature=0.3)
+    equal(generator.ask_server(args)([(PICTURE, CHATS[1])]), ["red"], "the reply")
+    ((request, timeout),) = seen
+    equal((request.full_url, timeout), ("http://h/v1/chat/completions", 3.5), "--server")
+    equal(request.get_header("Authorization"), "Bearer secret", "--api-key")
+    body = json.loads(request.data)
+    asked = {key: body[key] for key in ("model", "max_tokens", "temperature")}
+    equal(asked, {"model": "m", "max_tokens": 7, "temperature": 0.3}, "in the body")
+    equal([x["role"] for x in body["messages"]], ["user", "assistant", "user"], "all of the chat")
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 429, 500])
+def test_a_key_or_a_name_that_is_wrong_ends_the_run_and_other_trouble_does_not(monkeypatch, code):
+    """Of the first three no picture will be answered; the others may be over in a moment."""
+
+    def refused(*_, **__):
+        raise urllib.error.HTTPError("u", code, "why", {}, io.BytesIO(b"because"))
+
+    monkeypatch.setattr(generator.urllib.request, "urlopen", refused)
+    with pytest.raises(InputError, match="because") as error:
+        generator.fetch(None, config(server="http://h/v1"))
+    equal(isinstance(error.value, generator.NotTheServer), code in (401, 403, 404), f"{code}")
+
+
+# ------------------------------------------------------------------------------- all the pictures
+
+
+def failing(monkeypatch, bad, asked):
+    """Whoever is asked about pictures fails at those of `bad`; asked: a list of what was asked."""
+
+    def ask_once(names, *_):
+        asked.append(names)
+        for name in names:
+            yield name, InputError("trouble") if name in bad else [("what?", "a dog")]
+
+    monkeypatch.setattr(generator, "ask_once", ask_once)
+    return SimpleNamespace(n=0, update=lambda: None)
+
+
+def test_what_failed_alone_is_asked_again_twice_after_longer_and_longer_waits(
+    tmp_path, monkeypatch
+):
+    """And each dialogue is written once."""
+    asked, slept = [], []
+    bar = failing(monkeypatch, {"b.png"}, asked)
+    monkeypatch.setattr(generator.time, "sleep", slept.append)
+    args = config(out=str(tmp_path / "d.jsonl"), wait=5.0)
+    errors = generator.ask_until_done(["a.png", "b.png"], [], None, args, bar)
+    equal(errors, {"b.png": "InputError: trouble"}, "what failed three times")
+    equal(asked, [["a.png", "b.png"], ["b.png"], ["b.png"]], "three attempts")
+    equal([x for x in slept if x], [5.0, 10.0], "--wait")
+    equal(len((tmp_path / "d.jsonl").read_text().splitlines()), 1, "lines")
+
+
+def test_fifty_failures_without_a_success_end_the_run(tmp_path, monkeypatch):
+    """It is not the pictures; after a success it may be."""
+    names = [f"{i:02}.png" for i in range(60)]
+    monkeypatch.setattr(generator.time, "sleep", lambda _: None)
+    args = config(out=str(tmp_path / "d.jsonl"))
+    with pytest.raises(InputError, match="50 pictures failed and none did not"):
+        bar = failing(monkeypatch, set(names), [])
+        generator.ask_until_done(names, [], None, args, bar)
+    bar = failing(monkeypatch, set(names[1:]), [])
+    bar.update = lambda: setattr(bar, "n", bar.n + 1)
+    equal(len(generator.ask_until_done(names, [], None, args, bar)), 59, "all are tried")
+
+
+@pytest.mark.parametrize(("bad", "status"), [(set(), 0), ({"0.png"}, 0), ({"0.png", "1.png"}, 1)])
+def test_the_status_says_whether_anything_came_of_it(tmp_path, monkeypatch, bad, status):
+    """Some that failed are listed; only where all did the command has failed."""
+    failing(monkeypatch, bad, [])
+    monkeypatch.setattr(generator, "ask_model", lambda args: None)
+    for i in range(2):
+        PICTURE.save(tmp_path / f"{i}.png")
+    words = ["--images", str(tmp_path), "--model", "toy", "--out", str(tmp_path / "d.jsonl")]
+    equal(generator.main([*words, "--wait", "0"]), status, "the exit status")
+    equal((tmp_path / "d.jsonl.failed.jsonl").exists(), bool(bad), "the list of failures")
