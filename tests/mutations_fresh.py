@@ -183,7 +183,7 @@ FRESH = [
     ("plumbing/log.py", "together(lambda: open_log(cfg, start) if rank() == 0 else None)",
      "open_log(cfg, start) if rank() == 0 else None", "tests/test_log.py -k ends_all"),
     ("plumbing/formats.py", '"height", "license")', '"height")', "tests/test_reading.py -k published"),
-    ("plumbing/formats.py", 'f"{file}:{i + 1}"', 'f"{file}:{i}"', "tests/test_reading.py -k request_to_describe"),
+    ("plumbing/formats.py", "((DESCRIBE, text),), captions.source.where(i)", "((DESCRIBE, text),), captions.source.where(0)", "tests/test_reading.py -k request_to_describe"),
     ("plumbing/outfolder.py", "starts, written = [TOY, Path(cfg.model)]", "starts, written = [Path(cfg.model)]",
      "tests/test_checkpoint_parts.py -k own_folder"),
     ("plumbing/outfolder.py", "if not os.fstat(file.fileno()).st_nlink:", "if os.fstat(file.fileno()).st_nlink > 9:",

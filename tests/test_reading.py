@@ -182,7 +182,9 @@ def test_a_caption_is_the_answer_to_a_request_to_describe(birds):
     names = [Path(x.item.images[0]).name for x in dialogues]
     equal(names, ["a.png", "b.png", "a.png"], "pictures")
     equal({x.item.text for x in dialogues}, {IMAGE}, "the picture alone")
-    equal([x.id for x in dialogues], [f"{birds}/metadata.jsonl:{n}" for n in (1, 2, 3)], "names")
+    equal(
+        [x.id for x in dialogues], [f"{birds}/metadata.jsonl, line {n}" for n in (1, 2, 3)], "names"
+    )
     questions, answers = zip(*[turn for x in dialogues for turn in x.turns], strict=True)
     equal(answers, ("one", "two", "three"), "the captions")
     equal(len(set(questions)), 1, "one request for all")
