@@ -134,5 +134,5 @@ class Table:
         indices = pa.array(chosen, "int64")
         with readable(self.files[0]):
             tables = [pa.parquet.read_table(path) for path in self.files]
-            whole = pa.concat_tables(tables, promote_options="permissive")
+            whole = pa.concat_tables(tables)
         pa.parquet.write_table(whole.take(indices), file)

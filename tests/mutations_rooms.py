@@ -84,7 +84,6 @@ ROOMS = [
     ("plumbing/optim.py", "if p in known and not", "if not", "tests/test_step.py -k went_through"),
     ("plumbing/parquet.py", "return sum(self.digests)", "return self.digests[-1]", "tests/test_lists.py"),
     ("plumbing/parquet.py", "if len(rows) != len(self):", "if False:", "tests/test_data.py -k iteration"),
-    ("plumbing/parquet.py", 'promote_options="permissive"', 'promote_options="none"', "tests/test_lists.py"),
     ("plumbing/retrieval.py", "rights_of[content].update(dict.fromkeys(targets))", "rights_of[content] = dict.fromkeys(targets)", "tests/test_evaluate.py -k several_lines"),
     ("plumbing/retrieval.py", "if not Path(folder, name).is_dir():", "if False:", "tests/test_careless.py -k sets_json"),
     ("plumbing/log.py", "self.count += count", "self.count = count", "tests/test_log.py -k speed"),
