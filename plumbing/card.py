@@ -200,7 +200,9 @@ def scores(folder) -> str:
     sets = len(known.get("sets") or {})
     flags = known.get("config") or {}
     title = (
-        f"## Scores: Precision@1 x 100, means over {sets} sets of {brief(flags.get('data', ''))}"
+        f"## Scores: Precision@1 x 100, means over {sets} sets"
+    if data := flags.get("data"):
+        title += f" of {brief(data)}"
     )
     if known.get("partial"):
         title += ", of a part of the queries"

@@ -67,7 +67,7 @@ ROOMS = [
     ("plumbing/card.py", "mark + end == signature(body)", "True", CARD),
     ("plumbing/card.py", 'or digest_of_weights(folder) != digest.partition(" on ")[0]', "", CARD),
     ("plumbing/card.py", "value not in (None, \"\")", "value", CARD),
-    ("plumbing/card.py", 'of {brief(flags.get(\'data\', \'\'))}"', '"', CARD),
+    ("plumbing/card.py", 'title += f" of {brief(data)}"', "pass", CARD),
     ("plumbing/card.py", 'if "compress_tokens" not in read_json', 'if "torch" not in read_json', CARD),
     ("plumbing/weights.py", "Path(folder, CARD).unlink(missing_ok=True)", "pass", CARD),
     ("plumbing/weights.py", "refuse_in_place_of_base(part, path)", "pass", "tests/test_folders.py -k another_base"),
