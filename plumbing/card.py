@@ -199,11 +199,9 @@ def scores(folder) -> str:
     rows = [(name, f"{100 * x:.1f}") for name, x in means.items() if isinstance(x, float)]
     sets = len(known.get("sets") or {})
     flags = known.get("config") or {}
-    title = (
-        f"## Scores: Precision@1 x 100, means over {sets} sets"
+    title = f"## Scores: Precision@1 x 100, means over {sets} sets"
     if data := flags.get("data"):
         title += f" of {brief(data)}"
-    )
     if known.get("partial"):
         title += ", of a part of the queries"
     if dim := flags.get("dim"):
