@@ -13,10 +13,10 @@ r"""Makes the toy MLLM: a real Qwen2-VL of 1.3 M parameters, with a tokenizer of
         --out out/finished
     cp out/finished/model.safetensors toy/mllm/
 
-The first writes config, tokenizer, image processor and random weights, where there are no weights
-yet; the others are how the
-weights in toy/mllm were made: by stage 1 with the mask off, that is, plain instruction tuning, at
-last with harder dialogues (docs/logs/README.md: what each brought, and its minutes).
+The first writes config, tokenizer, image processor and random weights, into a folder that has no
+weights yet; the others are how those in toy/mllm were made: by stage 1 with the mask off, that is,
+plain instruction tuning, at last with harder dialogues (docs/logs/README.md: what each brought, and
+its minutes).
 """
 
 from dataclasses import dataclass
