@@ -501,9 +501,11 @@ def test_what_is_in_the_folder_decides_whether_a_run_may_begin_there(cfg):
     other = dataclasses.replace(resumed, lr=0.5)
     with pytest.raises(InputError, match="not the same run: lr was 0.003, is 0.5"):
         checkpoint.refuse_taken(other)
-    other = dataclasses.replace(resumed, model="toy")
+    with pytest.raises(InputError, match="not the same run: model was 'toy-random', is 'toy'"):
+        checkpoint.refuse_taken(dataclasses.replace(resumed, model="toy"))
+    other = dataclasses.replace(resumed, data="a.jsonl")
     other.data_digest = 9
-    checkpoint.refuse_taken(other)  # neither is known yet
+    checkpoint.refuse_taken(other)  # they are not read yet
     checkpoint.finish(lambda *_: None, net, cfg)
     checkpoint.refuse_taken(cfg)
     checkpoint.refuse_taken(resumed)

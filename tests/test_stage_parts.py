@@ -289,10 +289,12 @@ def test_the_speed_that_stage_2_says_is_that_of_all_ranks(monkeypatch, tmp_path,
     one = contrastive.Step(1.5, 0.25, 77, 123)
     monkeypatch.setattr(contrastive.optim, "end_step", lambda *_: 0.5)
     monkeypatch.setattr(
-        plumbing.log.Log, "line", lambda log, step, speed, numbers: speeds.append(speed) or ""
+        plumbing.log.Log,
+        "line",
+        lambda log, step, unit, numbers: speeds.append((log.count, unit)) or "",
     )
     trained(monkeypatch, contrastive, tmp_path / "out", lambda *_: one)
-    equal(speeds, [(4, "pairs")] * 2, "Log(...)")
+    equal(speeds, [(4, "pairs"), (8, "pairs")], "Log(...)")
 
 
 def test_the_speed_that_stage_1_says_is_in_answer_tokens_of_all_ranks(
@@ -310,10 +312,12 @@ def test_the_speed_that_stage_1_says_is_in_answer_tokens_of_all_ranks(
     monkeypatch.setattr(plumbing.ranks.dist, "all_reduce", lambda x: None)
     monkeypatch.setattr(pretrain.optim, "end_step", lambda *_: 0.5)
     monkeypatch.setattr(
-        plumbing.log.Log, "line", lambda log, step, speed, numbers: speeds.append(speed) or ""
+        plumbing.log.Log,
+        "line",
+        lambda log, step, unit, numbers: speeds.append((log.count, unit)) or "",
     )
     trained(monkeypatch, pretrain, tmp_path / "out")
-    equal(speeds, [(77, "answer tokens")] * 2, "Log(...)")
+    equal(speeds, [(77, "answer tokens"), (154, "answer tokens")], "Log(...)")
 
 
 @pytest.mark.parametrize("stage", STAGES)
