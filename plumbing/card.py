@@ -182,8 +182,9 @@ def training(flags) -> str:
     for name, value in flags.items():
         if value not in (None, "") and name not in UNSAID and not name.endswith("digest"):
             word = name.replace("_", "-")
-            is_off = value is False
-            rows.append((f"`--{'no-' if is_off else ''}{word}`", "" if is_off else value))
+            if value is False:
+                word, value = f"no-{word}", ""
+            rows.append((f"`--{word}`", value))
     return f"## Training: {stage}\n\n{table(rows)}"
 
 

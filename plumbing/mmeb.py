@@ -246,12 +246,12 @@ def find_subsets(source, subsets, pattern) -> tuple:
     """-> (folder, {name: (rows to use or None, parquet files)}) of a data set in MMEB's layout, a
     local folder or a hub id. subsets: "A:1000,B", "mmeb20", or "" for all there are."""
     root, words = Path(source), training_mix() if subsets == "mmeb20" else subsets
-    if os.path.isdir(source) and not subsets:
-        refuse_unreadable_sets(root)
     if not os.path.isdir(source):
         names = [word.partition(":")[0].strip() for word in words.split(",") if word] or ["*"]
         pictures = [f"images_zip/{name}.zip" for name in names] + ["images.zip"]
         root = Path(fetch(source, "dataset", pictures, [f"{name}/{pattern}" for name in names]))
+    elif not subsets:
+        refuse_unreadable_sets(root)
     files_of = {}
     for path in sorted(root.glob(f"*/{pattern}")):  # a large set may be cut into several files
         files_of.setdefault(path.parent.name, []).append(path)

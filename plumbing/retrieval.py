@@ -73,21 +73,29 @@ def read_named(folder) -> dict:
     return named
 
 
+def all_rights(lines) -> dict:
+    """{query: its right targets, in their order} of a list's (query, targets): a query may stand on
+    several lines, and what is right by one of them is right."""
+    rights = defaultdict(dict)
+    for query, targets in lines:
+        rights[query].update(dict.fromkeys(targets))
+    return rights
+
+
 def own_task(name, pairs) -> PlainTask:
     """Pairs as an evaluation set. Their hard negatives, where a line has some, are its candidates;
     all other queries are compared with the distinct targets of the whole file. Of a query that
     stands on several lines all of their targets are right."""
-    rights_of, pool = defaultdict(dict), {}  # their keys are in the lines' order
-    for content, targets, _ in pairs:
-        rights_of[content].update(dict.fromkeys(targets))
-        pool.update(dict.fromkeys(targets))
+    lines = [(content, targets) for content, targets, _ in pairs]  # each is read once
+    rights_of = all_rights(lines)
+    pool = dict.fromkeys(target for _, targets in lines for target in targets)  # in their order
 
     def query(i):
         content, _, negatives = pairs[i]
         rights = rights_of[content]
         return content, [*rights, *(wrong for wrong in negatives if wrong not in rights)]
 
-    rights = [len(rights_of[content]) for content, _, _ in pairs]
+    rights = [len(rights_of[content]) for content, _ in lines]
     return PlainTask(name, "Retrieval", False, Lazy(len(pairs), query), rights, list(pool))
 
 

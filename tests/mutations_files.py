@@ -1031,8 +1031,8 @@ FILES = [
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/retrieval.py", "[len(rights_of[content]) for content, _, _ in pairs]",
-        "[len(targets) for _, targets, _ in pairs]",
+        "plumbing/retrieval.py", "[len(rights_of[content]) for content, _ in lines]",
+        "[len(targets) for _, targets in lines]",
         "tests/test_evaluate.py",
     ),
     (

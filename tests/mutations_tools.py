@@ -21,7 +21,7 @@ TOOLS = [
     # ---------------------------------------------------------------------------------- tools/mine.py
     ("tools/mine.py", "len(rows) < cfg.last - cfg.first + 1 for", "len(rows) < cfg.last - cfg.first for", f"{MINE} -k get_fewer"),
     ("tools/mine.py", "{few:,} lines get fewer", "{len(lines) - few:,} lines get fewer", f"{MINE} -k get_fewer"),
-    ("tools/mine.py", "rights[pair.query.key] | wrong", "rights[pair.query.key]", f"{MINE} -k calls_wrong"),
+    ("tools/mine.py", "(*rights_of[pair.query], *pair.negatives)", "rights_of[pair.query]", f"{MINE} -k calls_wrong"),
     ("tools/mine.py", 'first_model("out/contrastive", "out/pretrain")', 'first_model("out/pretrain", "out/contrastive")', f"{MINE} -k flags_reach"),
     ("tools/mine.py", "read_pairs(cfg.data, cfg.image_root or None)", "read_pairs(cfg.data)", f"{MINE} -k flags_reach"),
     ("tools/mine.py", 'cfg.chunk_tokens, cfg.workers, "embedding"', 'None, cfg.workers, "embedding"', f"{MINE} -k flags_reach"),

@@ -28,6 +28,7 @@ from plumbing.errors import InputError, brief
 from plumbing.formats import IMAGE
 from plumbing.parquet import pyarrow
 from plumbing.ranks import run_command
+from plumbing.retrieval import SETS
 from plumbing.writing import refuse_no_folder, refuse_unwritable, written
 from tools.conversations import as_conversations
 from toy.world import Shapes
@@ -145,7 +146,7 @@ def export_tasks(out, n):
             rows.append((*write_item(query, out), texts, pictures))
         write_table(rows, columns, Path(out, task.name, "test-00000-of-00001.parquet"))
         kinds[task.name] = {"meta_task": task.meta_task, "ood": task.ood}
-    write_text(json.dumps(kinds, indent=1) + "\n", Path(out, "sets.json"))
+    write_text(json.dumps(kinds, indent=1) + "\n", Path(out, SETS))
 
 
 def export(out, n=100):

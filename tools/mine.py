@@ -12,7 +12,6 @@ names: --out belongs beside the list, unless --image-root is given to both comma
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import json
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
 from plumbing.lines import open_lines, parse_json
 from plumbing.ranks import run_command, say, setup
+from plumbing.retrieval import all_rights
 from plumbing.weights import first_model
 from plumbing.writing import holds_lines, refuse_no_list, refuse_other, refuse_unwritable, written
 
@@ -74,13 +74,10 @@ class Targets:
                     self.items.append(item)
                     self.raw.append(as_written)
                     self.pair_of.append(i)
-        rights = defaultdict(set)  # of a query, which may stand on several lines
+        rights_of = all_rights((pair.query, pair.targets) for pair in pairs)
         for pair in pairs:
-            rights[pair.query.key].update(self.row_of[item.key] for item in pair.targets)
-        for pair in pairs:
-            keys = [item.key for item in pair.negatives]
-            wrong = {self.row_of[key] for key in keys if key in self.row_of}
-            self.own.append(rights[pair.query.key] | wrong)
+            keys = [item.key for item in (*rights_of[pair.query], *pair.negatives)]
+            self.own.append({self.row_of[key] for key in keys if key in self.row_of})
 
 
 def refuse_few(targets, cfg):
