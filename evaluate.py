@@ -134,7 +134,7 @@ def main(cfg):
     device = agreement.join(cfg)
     table.refuse_json(cfg)
     cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
-    checkpoint.same_model(cfg.model)
+    digest = checkpoint.same_model(cfg.model)
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
     embedder = load_for(cfg, device)
     say(f"evaluating {cfg.model}")
@@ -158,7 +158,7 @@ def main(cfg):
     for name in ("IND", "OOD", "Overall"):
         say(table.line(name + note, means[name.lower()]))
     if cfg.json and ranks.rank() == 0:
-        table.write_json(cfg, embedder, sets, means)
+        table.write_json(cfg, embedder, digest, sets, means)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file
-from plumbing.folders import CARD, WEIGHTS, digest_of_weights, read_json
+from plumbing.folders import CARD, digest_of_weights, read_json
 from plumbing.ranks import say
 from plumbing.writing import written
 
@@ -32,8 +32,8 @@ def write(folder, source=None):
         text = text_of(Path(folder), source or folder)
         with written(file, "the model card") as part:
             part.write_text(text + signature(text), encoding="utf-8")
-    except InputError as e:
-        say(str(e))
+    except (InputError, OSError) as e:  # OSError: what it is of may be gone by now
+        say(f"{file} is not written: {e}")
 
 
 def text_in(file) -> str:
@@ -63,11 +63,16 @@ def runs_of(folder) -> list:
         if not isinstance(flags, dict):
             break
         runs.append(flags)
-        folder, digest = str(flags.get("model")), str(flags.get("model_digest"))
-        # Of an adapter the base's follows, "... on ...".
-        if not os.path.isdir(folder) or digest_of_weights(folder) != digest.partition(" on ")[0]:
+        folder = str(flags.get("model"))
+        if not os.path.isdir(folder) or not is_of(folder, flags):
             break
     return runs
+
+
+def is_of(folder, noted) -> bool:
+    """Whether the model_digest that was noted is that of the weights that are in a folder today."""
+    digest = str(noted.get("model_digest")).partition(" on ")[0]  # of an adapter its base's follows
+    return digest == digest_of_weights(folder)
 
 
 def licence_of(base) -> str | None:
@@ -189,11 +194,10 @@ def training(flags) -> str:
 
 
 def scores(folder) -> str:
-    """Precision@1, where `evaluate.py --json FOLDER/scores.json` has written it; "" where weights
-    have come into the folder since: the scores are of others."""
+    """Precision@1, where `evaluate.py --json FOLDER/scores.json` has written it; "" where the
+    scores are of other weights than the folder's."""
     known = read_json(folder, SCORES)
-    times = [file.stat().st_mtime for file in Path(folder).glob(WEIGHTS)]
-    if known and max(times, default=0) > Path(folder, SCORES).stat().st_mtime:
+    if not is_of(folder, known):
         return ""
     means = {"overall": known.get("overall"), "IND": known.get("ind"), "OOD": known.get("ood")}
     means.update(known.get("meta_tasks") or {})

@@ -26,9 +26,9 @@ from plumbing.adapters import find_base
 from plumbing.agreement import agree, by_rank_0, command_of, join, together
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
-from plumbing.files import refuse_special
+from plumbing.files import on_the_disk, refuse_special
 from plumbing.first_pass import digest_of_listed
-from plumbing.folders import digest_of_weights, place, read_json
+from plumbing.folders import CHECKPOINTS, digest_of_weights, place, read_json
 from plumbing.log import versions
 from plumbing.outfolder import MARK, take
 from plumbing.ranks import all_sum, gather_objects, rank, say, world
@@ -46,7 +46,8 @@ ROUNDING = ("chunk_tokens", "checkpointing")
 DIGEST_OF = {"model": "model_digest", "data": "data_digest"}
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 # What a run leaves in OUT/checkpoints.
-OURS = ("step-*", "damaged-step-*", "removed-step-*", "part", "lock")
+STEP = Path(CHECKPOINTS).name
+OURS = (STEP, f"damaged-{STEP}", f"removed-{STEP}", "part", "lock")
 
 
 def save_checkpoint(embedder, optimizers, cfg, step):
@@ -66,9 +67,7 @@ def save_checkpoint(embedder, optimizers, cfg, step):
         save_file(weights, part / "weights.safetensors")
         torch.save(optimizer, part / "optimizer.pt")
         (part / "state.json").write_text(json.dumps(written_state(cfg, step), indent=1) + "\n")
-        for path in part.iterdir():  # on the disk before the name says so
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        on_the_disk(part)
         os.replace(part, whole)
     except (OSError, RuntimeError, SafetensorError) as e:
         say(f"no checkpoint at step {step}: {e}. Older ones stay and the run goes on; disk full?")
@@ -81,7 +80,7 @@ def save_checkpoint(embedder, optimizers, cfg, step):
 
 def checkpoints_in(out) -> list:
     """The folders of OUT's checkpoints, oldest first."""
-    return sorted(Path(out, "checkpoints").glob("step-*"))
+    return sorted(Path(out).glob(CHECKPOINTS))
 
 
 def remove(folder):
@@ -252,6 +251,9 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
     finished already ends here, with status 0."""
     note_signals()
     same_data(cfg)
+    if same_model(cfg.model) != cfg.model_digest:  # reading the data took its time
+        text = "its weights were replaced since this command began; begin it again"
+        raise InputError(f"--model {brief(cfg.model, 60)}: {text}")
     shapes = {name: p.shape for name, p in embedder.named_parameters() if p.requires_grad}
     layout = (embedder.K, embedder.pooling, embedder.style, len(shapes))
     agree({"K, pooling, prompt, trained weights": layout}, f"--model {brief(cfg.model, 60)}")

@@ -50,6 +50,14 @@ def refuse_special(path, name=None, kind="file"):
     open_file(path, name, kind).close()
 
 
+def on_the_disk(folder):
+    """All files of a folder, before a name says so: a power cut keeps names, and may lose bytes."""
+    for top, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(top, name), "rb") as file:
+                os.fsync(file.fileno())
+
+
 def digest_of_content(path) -> int:
     """A number that changes with a file's bytes."""
     digest = 0

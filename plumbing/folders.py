@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from plumbing.errors import InputError, brief
-from plumbing.files import open_file
+from plumbing.files import on_the_disk, open_file
 from plumbing.hub import fetch
 from plumbing.images import MOST_PIXELS
+from plumbing.locks import OF_A_MODEL, OF_A_RUN, locked, refuse_locked
 
 TOY = Path(__file__).parent.parent / "toy" / "mllm"
 SAMPLE = 4096  # bytes, see digest_of_weights
@@ -33,6 +34,9 @@ STALE = [
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *("compression_pooling.py", "[123]_*/config.json", "finished.json"),
 ]
+# Without one of these no library takes a folder for a model, or an adapter.
+LAST = ("config.json", "adapter_config.json", "modules.json")
+CHECKPOINTS = "checkpoints/step-" + "[0-9]" * 8  # others' copies have other names
 # One of these makes a folder a model's, or an adapter's: in a `config.json` of anything else is
 # none of these words.
 MODELS_OWN = {
@@ -158,7 +162,7 @@ def refuse_hostile(folder):
                                  "the folder")  # fmt: skip
     if not any(Path(folder).glob(WEIGHTS)):
         text = "no *.safetensors in it, and pickles are not opened"
-        if any(Path(folder).glob("checkpoints/step-*")):
+        if any(Path(folder).glob(CHECKPOINTS)):
             text = "its run is not finished: the command that began it, with --resume, finishes it"
         raise InputError(f"--model {folder}: {text}")
 
@@ -229,25 +233,37 @@ def written_beside(path):
     an older run in `path` the files go away that `load` would believe. Where writing fails, what
     stood there stays, and an InputError says why."""
     refuse_foreign(path)
-    # Inside of it: `path` may be a disk of its own, and a rename must be all that is left to do.
-    path, part = Path(path), Path(path, ".part")
+    path = Path(path)
     is_new = not path.exists()
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        ordinary_permissions(part)
-        put_in_place(part, path)
+        path.mkdir(parents=True, exist_ok=True)
+        # Of two commands at once each would take away the other's files.
+        with locked(path / OF_A_MODEL, path), part_in(path) as part:
+            yield part
+            ordinary_permissions(part)
+            put_in_place(part, path)
     except Exception as e:
         # The tokenizers' Rust code raises a plain Exception where the disk is full.
         if isinstance(e, OSError | SafetensorError) or type(e) is Exception:
             raise InputError(f"{path}: not written: {brief(e)}. {way_out(path)}") from e
         raise
     finally:
-        shutil.rmtree(part, ignore_errors=True)
         if is_new:
             with suppress(OSError):  # not where there is something in it
                 path.rmdir()
+
+
+@contextmanager
+def part_in(path):
+    """A new folder inside of `path`, which may be a disk of its own: a rename must be all that is
+    left to do. It goes again."""
+    part = path / ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def refuse_foreign(path):
@@ -266,12 +282,19 @@ def refuse_foreign(path):
 
 
 def put_in_place(part, path):
-    """The files of `part` to `path`, in the place of an older run's."""
-    new = [file.relative_to(part) for file in sorted(part.rglob("*")) if file.is_file()]
-    for pattern in STALE:
-        for old in path.glob(pattern):
-            if old.relative_to(path) not in new:
-                old.unlink()
+    """The files of `part` to `path`, in the place of an older run's. A kill in the midst leaves
+    what nobody loads: what makes a folder a model goes first, and comes last."""
+    on_the_disk(part)
+    new = [file.relative_to(part) for file in part.rglob("*") if file.is_file()]
+    new.sort(key=lambda file: str(file) in LAST)
+    stale = [old for pattern in STALE for old in path.glob(pattern)]
+    for place in [*stale, *(path / file for file in new)]:
+        if place.is_dir():
+            raise IsADirectoryError(f"{place} is a folder")
+    for old in stale:
+        name = old.relative_to(path)
+        if str(name) in LAST or name not in new:
+            old.unlink()
     for file in new:
         (path / file).parent.mkdir(exist_ok=True)
         os.replace(part / file, path / file)
@@ -300,5 +323,6 @@ def refuse_unwritable(path):
         raise InputError(f"{brief(path)!r} cannot be written: {above} is no folder that you may "
                          "write into. Take another one")  # fmt: skip
     refuse_foreign(path)
-    if any(path.glob("checkpoints/step-*")):
+    refuse_locked(path / OF_A_RUN, path)
+    if any(path.glob(CHECKPOINTS)):
         raise InputError(f"{brief(path)} is the --out of an unfinished run; take another folder")

@@ -94,7 +94,7 @@ class Log:
 def open_log(cfg, start):
     """OUT/log.jsonl, opened to append. Its first record holds the flags and the versions; of an
     earlier run the steps up to `start` stay."""
-    path = Path(cfg.out, "log.jsonl")
+    path = Path(os.path.realpath(Path(cfg.out, "log.jsonl")))  # a link stays one
     header = {"config": dataclasses.asdict(cfg), "world": world(), **versions()}
     lines = [json.dumps(header) + "\n"]
     try:

@@ -1,18 +1,15 @@
 """OUT, the folder that a run writes: found fit before any work, of one run at a time, and marked
 when the run is over."""
 
-import fcntl
 import os
-import socket
 from pathlib import Path
 
 from plumbing.adapters import bases_beside
 from plumbing.errors import InputError, brief
 from plumbing.folders import TOY, read_json, refuse_foreign
+from plumbing.locks import OF_A_RUN, lock
 
-LOCK = "checkpoints/lock"  # goes with them when the run is over
 MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
-held = {}  # path of a lock -> the file that holds it, open as long as this process lives
 
 
 def take(cfg):
@@ -27,7 +24,7 @@ def take(cfg):
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         if (out / "log.jsonl").is_dir():
             raise IsADirectoryError(f"{out / 'log.jsonl'} is a folder")
-        lock(out / LOCK)
+        lock(out / OF_A_RUN, out.resolve())
     except InputError:  # which is a ValueError
         raise
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have
@@ -49,27 +46,3 @@ def refuse_own_start(cfg):
         if os.path.isdir(start) and os.path.realpath(start) in written:
             text = f"--out {cfg.out} would overwrite {start}, which --model {cfg.model} starts from"
             raise InputError(f"{text}: take another --out")
-
-
-def lock(path):
-    """Holds the lock file `path` until this process ends, however it does. BlockingIOError where
-    another process holds it."""
-    path = path.resolve()
-    # Trap: to close a file gives up the lock that a later one holds; so the earlier one first.
-    if path in held:
-        held.pop(path).close()
-    file = open(path, "a+")
-    try:
-        # Trap: not flock. The loader's workers would inherit it, and hold it after a killed rank.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.fstat(file.fileno()).st_nlink:
-            raise BlockingIOError  # its run ended this very moment, and removed it
-    except (BlockingIOError, PermissionError):  # which of them, POSIX leaves open
-        file.seek(0)
-        raise InputError(
-            f"{path.parent.parent} is in use by another run ({brief(file.read())})"
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    held[path] = file

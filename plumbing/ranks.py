@@ -201,5 +201,5 @@ def known_reason(error) -> str:
     if lost and re.search("gloo|nccl|connection", text, re.IGNORECASE):
         cause = re.sub(r"^\[.*?\] ", "", text.splitlines()[0])
         lost = f"rank {rank()} lost the others ({cause:.80}): one of them ended first"
-        return f"{lost}. --resume goes on from the last checkpoint"
+        return f"{lost}. A training run goes on with --resume, from its last checkpoint"
     return ""

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from plumbing import card
+from plumbing.agreement import by_rank_0
 from plumbing.folders import read_json
 from plumbing.log import versions
-from plumbing.ranks import rank
 from plumbing.writing import refuse_other, refuse_unwritable, written
 
 
@@ -46,10 +46,14 @@ def partial_note(cfg) -> str:
 
 
 def refuse_json(cfg):
-    """Where --json cannot be written, that is said now; rank 0 writes it."""
-    if cfg.json and rank() == 0:
-        refuse_unwritable(cfg.json, "--json", [cfg.data])
-        refuse_other(cfg.json, "--json", is_scores, "file of scores")
+    """Where --json cannot be written, that is said now, on all ranks; rank 0 writes it."""
+
+    def refuse():
+        if cfg.json:
+            refuse_unwritable(cfg.json, "--json", [cfg.data])
+            refuse_other(cfg.json, "--json", is_scores, "file of scores")
+
+    by_rank_0(refuse)
 
 
 def is_scores(path) -> bool:
@@ -57,8 +61,8 @@ def is_scores(path) -> bool:
     return "overall" in read_json(Path(path).parent, Path(path).name)
 
 
-def write_json(cfg, embedder, sets, means):
-    """All scores, with the model and the flags that they belong to, into the file --json."""
+def write_json(cfg, embedder, digest, sets, means):
+    """All scores, with the model, its digest and the flags that they belong to, into --json."""
     scores = {"sets": sets, "meta_tasks": {}}
     for name, row in means["meta_tasks"].items():
         scores["meta_tasks"][name] = row["p_at_1"]
@@ -66,6 +70,7 @@ def write_json(cfg, embedder, sets, means):
         scores[key] = means[key]["p_at_1"] if means[key] else None
     scores.update(
         model=cfg.model,
+        model_digest=digest,
         prompt=embedder.style,
         pooling=embedder.pooling,
         K=embedder.K,

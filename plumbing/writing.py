@@ -4,7 +4,8 @@ there. (Models: weights.py; checkpoints: checkpoint.py.)"""
 import errno
 import json
 import os
-import stat
+import re
+import secrets
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def refuse_unwritable(path, name, read=()):
     if os.path.realpath(path) in map(os.path.realpath, read):
         raise InputError(f"{name} {brief(path)}: would be written over what is read; take another")
     with told(path, name):
-        part = part_of(path)
+        part = part_of(path, name)
         open(part, "ab").close()
         os.unlink(part)
 
@@ -66,7 +67,7 @@ def written(path, name):
     """Gives the path of a new file to write. When all is well it is renamed to `path`; where it is
     not (a full disk), what was there before stays whole, and InputError says so."""
     with told(path, name):
-        part = part_of(path)
+        part = part_of(path, name)
         try:
             yield part
             os.replace(part, os.path.realpath(path))
@@ -75,15 +76,26 @@ def written(path, name):
                 os.unlink(part)
 
 
-def part_of(path) -> Path:
+def part_of(path, name) -> Path:
     """Where a file is written before it has its name: on the same disk, with the same ending."""
     real = Path(os.path.realpath(path))  # of a link the file is written, and the link stays
+    reason = ""
     if not str(path):
-        raise InputError("an empty name")
-    if real.exists() and not stat.S_ISREG(real.stat().st_mode):
-        raise InputError("a folder" if real.is_dir() else "no ordinary file (a device or a pipe)")
+        reason = "an empty name"
+    elif real.is_dir():
+        reason = "a folder"
+    elif real.exists() and not real.is_file():
+        reason = "no ordinary file (a device or a pipe)"
+    if reason:
+        raise InputError(f"{name} {brief(path)}: {reason}; give the path of a file")
     real.parent.mkdir(parents=True, exist_ok=True)
-    return real.with_name(f".{os.getpid()}.part{real.suffix}")
+    # Trap: not the process' number. Two containers that share a disk have the same ones.
+    return real.with_name(f".{secrets.token_hex(8)}.part{real.suffix}")
+
+
+def is_part(name) -> bool:
+    """Whether a file's name is one of `part_of`: its command was killed."""
+    return re.match(r"\.[0-9a-f]{16}\.part", name) is not None
 
 
 @contextmanager
@@ -95,8 +107,6 @@ def told(path, name):
         reason = e.strerror or str(e)
         text = f"{name} {brief(path)}: not written: {brief(reason)}. What was there stays as it was"
         raise InputError(text) from None
-    except InputError as e:
-        raise InputError(f"{name} {brief(path)}: {e}; give the path of a file") from None
 
 
 def append_whole(path, line, name):

@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from plumbing.folders import STALE, read_json, refuse_foreign
 from plumbing.lines import MOST, open_lines, parse_json
 from plumbing.retrieval import read_named
 from tools import check, compare_logs, explain, export, generate, merge, mine
+from tools.pictures import find_pictures
 
 LOG = Path(__file__).parent.parent / "docs" / "logs" / "pretrain.jsonl"
 PAIRS = [{"query": {"text": f"{x}?"}, "target": {"text": x}} for x in ("red", "blue", "green")]
@@ -280,6 +282,43 @@ def test_two_generators_do_not_write_one_list(place):
         generate.append_dialogue("t.jsonl", "x.png", [("a", "b")])
         refused(lambda: generate.main(words), "another tools.generate writes it")
     equal(generate.read_done(Path("t.jsonl")), {"x.png"}, "stays")
+
+
+def test_a_list_that_was_removed_or_moved_meanwhile_is_not_another_one(place):
+    """Between opening it and holding it the other generator may end, and remove its empty list;
+    and what nothing came of is removed only where it still is one's own."""
+    hold = generate.fcntl.flock
+
+    def removed_meanwhile(file, how):
+        Path("t.jsonl").unlink()
+        hold(file, how)
+
+    with mock.patch.object(generate.fcntl, "flock", removed_meanwhile):
+        refused(lambda: generate.alone("t.jsonl").__enter__(), "another tools.generate writes it")
+    with generate.alone("t.jsonl"):
+        Path("t.jsonl").unlink()
+        Path("t.jsonl").write_text("of another\n")
+    equal(Path("t.jsonl").read_text(), "of another\n", "generate.is_at")
+
+
+def test_failures_of_before_stay_where_the_disk_is_full(place):
+    """The message says that they do."""
+    Path("f.jsonl").write_text("old")
+    full = OSError(28, "No space left on device")
+    with mock.patch("pathlib.Path.write_text", side_effect=full):
+        refused(lambda: generate.list_failures({"a.png": "x"}, Path("f.jsonl")), "stays as it was")
+    equal(Path("f.jsonl").read_text(), "old", "list_failures")
+    generate.list_failures({}, Path("f.jsonl"))
+    assert not Path("f.jsonl").exists(), "nothing failed"
+
+
+def test_half_a_picture_of_a_killed_command_is_none(place, capsys):
+    """A search of pictures would find the sheet that an earlier one has half drawn."""
+    Image.new("RGB", (8, 8)).save("x.png")
+    Path(".0123456789abcdef.part.png").write_bytes(Path("x.png").read_bytes())
+    assert "x.png" in find_pictures(".")
+    assert not any("part" in name for name in find_pictures("."))
+    assert "half of a file, whose command was killed" in capsys.readouterr().out
 
 
 def test_a_clean_copy_of_sets_keeps_what_they_are(place):

@@ -16,7 +16,7 @@ from torch import nn
 
 import contrastive
 import pretrain
-from plumbing import checkpoint, ending, folders, outfolder, ranks
+from plumbing import checkpoint, ending, folders, locks, outfolder, ranks
 from plumbing.errors import InputError
 from plumbing.formats import digest_of
 
@@ -47,7 +47,14 @@ def stepped(net, steps=2):
 
 @pytest.fixture
 def cfg(tmp_path):
-    return pretrain.Config(model="toy-random", out=str(tmp_path / "out"), steps=10)
+    return begun(pretrain.Config(model="toy-random", out=str(tmp_path / "out"), steps=10))
+
+
+def begun(cfg, **flags):
+    """The same run with other flags, as `begin` leaves it."""
+    cfg = dataclasses.replace(cfg, **flags)
+    cfg.model_digest = checkpoint.digest_of_model(cfg.model)
+    return cfg
 
 
 def saved(cfg, step=3, seed=0):
@@ -78,7 +85,7 @@ def test_what_is_resumed_is_weights_and_optimiser_as_they_were(cfg):
     net, optimizer = saved(cfg)
     again = Small(seed=1)
     other = stepped(again, steps=1)
-    resumed = dataclasses.replace(cfg, resume=True)
+    resumed = begun(cfg, resume=True)
     equal(checkpoint.start_or_resume(again, [other], resumed), 3, "the step to begin with")
     checkpoint.forget_signals()
     equal(resumed.fitting, 77, "chunk tokens that fitted")
@@ -95,7 +102,7 @@ def test_what_fitted_counts_only_for_the_same_chunks(cfg):
     """--chunk-tokens is said anew: then it is tried anew."""
     cfg.fitting = 77
     saved(cfg)
-    resumed = dataclasses.replace(cfg, resume=True, chunk_tokens=500)
+    resumed = begun(cfg, resume=True, chunk_tokens=500)
     net = Small()
     checkpoint.start_or_resume(net, [stepped(net)], resumed)
     checkpoint.forget_signals()
@@ -107,7 +114,7 @@ def test_what_is_known_only_when_the_data_are_read_is_compared_then(cfg):
     saved(cfg)
     net = Small()
     for change, says in (({"data_digest": 5}, "data_digest was 0, is 5"), ({"lr": 0.5}, "lr was")):
-        resumed = dataclasses.replace(cfg, resume=True)
+        resumed = begun(cfg, resume=True)
         for name, value in change.items():
             setattr(resumed, name, value)
         with pytest.raises(InputError, match=f"not the same run: .*{says}"):
@@ -120,7 +127,7 @@ def test_a_run_from_the_start_begins_with_step_0(cfg, capsys):
     net = Small()
     equal(checkpoint.start_or_resume(net, [stepped(net)], cfg), 0, "step")
     equal("holds no checkpoint" in capsys.readouterr().out, False, "nobody asked")
-    checkpoint.start_or_resume(net, [stepped(net)], dataclasses.replace(cfg, resume=True))
+    checkpoint.start_or_resume(net, [stepped(net)], begun(cfg, resume=True))
     equal("the run begins at step 1" in capsys.readouterr().out, True, "--resume")
     checkpoint.forget_signals()
 
@@ -394,7 +401,8 @@ def test_a_run_begins_with_a_model_that_has_a_name_and_a_digest(cfg, monkeypatch
     checkpoint.start_or_resume(net, [stepped(net)], cfg)
     checkpoint.forget_signals()
     data = {"data (their digest)": 12345, "--skip-bad": ""}
-    equal(agreed[-2], (data, "--data shapes"), "the data")
+    equal(agreed[-3], (data, "--data shapes"), "the data")
+    equal(agreed[-2], ({"the weights": "toy-random"}, "--model toy-random"), "still the same")
     layout = (4, "mean", "chat", 2)
     want = {"K, pooling, prompt, trained weights": layout}, "--model toy-random"
     equal(agreed[-1], want, "the layout")
@@ -422,15 +430,15 @@ def test_a_lock_that_its_run_has_just_removed_is_none(tmp_path, monkeypatch):
     file, and both would write."""
     path = tmp_path / "out" / "checkpoints" / "lock"
     path.parent.mkdir(parents=True)
-    hold = outfolder.fcntl.lockf
+    hold = locks.fcntl.lockf
 
     def removed_meanwhile(file, how):
         path.unlink()
         hold(file, how)
 
-    monkeypatch.setattr(outfolder.fcntl, "lockf", removed_meanwhile)
-    with pytest.raises(InputError, match="is in use by another run"):
-        outfolder.lock(path)
+    monkeypatch.setattr(locks.fcntl, "lockf", removed_meanwhile)
+    with pytest.raises(InputError, match="is in use by another command"):
+        locks.lock(path, tmp_path)
 
 
 @pytest.mark.parametrize("start", ["toy", "toy-random", "elsewhere"])
@@ -473,7 +481,7 @@ def test_a_checkpoint_that_rank_0_cannot_go_on_with_ends_all(cfg, monkeypatch):
 
     def work(rank):
         with pytest.raises(InputError, match="not the same run"):
-            checkpoint.start_or_resume(nets[rank], [], dataclasses.replace(cfg, resume=True))
+            checkpoint.start_or_resume(nets[rank], [], begun(cfg, resume=True))
 
     on_ranks(monkeypatch, 2, work)
 
@@ -483,7 +491,7 @@ def test_whether_a_run_is_finished_is_what_rank_0_finds_on_its_disk(cfg, monkeyp
     monkeypatch.setattr(checkpoint, "by_rank_0", lambda work: True)
     net = Small()
     with pytest.raises(SystemExit) as end:
-        checkpoint.start_or_resume(net, [stepped(net)], dataclasses.replace(cfg, resume=True))
+        checkpoint.start_or_resume(net, [stepped(net)], begun(cfg, resume=True))
     checkpoint.forget_signals()
     equal(end.value.code, 0, "it is finished")
 
@@ -491,26 +499,26 @@ def test_whether_a_run_is_finished_is_what_rank_0_finds_on_its_disk(cfg, monkeyp
 def test_what_is_in_the_folder_decides_whether_a_run_may_begin_there(cfg):
     """An unfinished run is gone on with, or left alone; a finished one may be replaced; a model
     that no run of ours has left is never taken for one's own."""
-    resumed = dataclasses.replace(cfg, resume=True)
+    resumed = begun(cfg, resume=True)
     checkpoint.refuse_taken(cfg)
     checkpoint.refuse_taken(resumed)  # nothing is there: it begins
     net, _ = saved(cfg)
     with pytest.raises(InputError, match=f"holds {STEP} of an unfinished run: --resume goes on"):
         checkpoint.refuse_taken(cfg)
     checkpoint.refuse_taken(resumed)
-    other = dataclasses.replace(resumed, lr=0.5)
+    other = begun(resumed, lr=0.5)
     with pytest.raises(InputError, match="not the same run: lr was 0.003, is 0.5"):
         checkpoint.refuse_taken(other)
     with pytest.raises(InputError, match="not the same run: model was 'toy-random', is 'toy'"):
         checkpoint.refuse_taken(dataclasses.replace(resumed, model="toy"))
-    other = dataclasses.replace(resumed, data="a.jsonl")
+    other = begun(resumed, data="a.jsonl")
     other.data_digest = 9
     checkpoint.refuse_taken(other)  # they are not read yet
     checkpoint.finish(lambda *_: None, net, cfg)
     checkpoint.refuse_taken(cfg)
     checkpoint.refuse_taken(resumed)
     with pytest.raises(InputError, match="not the same run: lr"):
-        checkpoint.refuse_taken(dataclasses.replace(resumed, lr=0.5))
+        checkpoint.refuse_taken(begun(resumed, lr=0.5))
     Path(cfg.out, checkpoint.MARK).unlink()
     Path(cfg.out, "config.json").touch()
     with pytest.raises(InputError, match="holds a model, and no checkpoint to go on from"):
@@ -520,10 +528,10 @@ def test_what_is_in_the_folder_decides_whether_a_run_may_begin_there(cfg):
 def test_a_lock_names_the_process_that_holds_it_and_no_earlier_one(tmp_path):
     """What an earlier run has left in the file is not said of this one."""
     (tmp_path / "lock").write_text("process 99999999 on another-machine.example.org")
-    outfolder.lock(tmp_path / "lock")
+    locks.lock(tmp_path / "lock", tmp_path)
     words = (tmp_path / "lock").read_text()
-    equal(words, f"process {os.getpid()} on {outfolder.socket.gethostname()}", "outfolder.lock")
-    outfolder.held.pop((tmp_path / "lock").resolve()).close()
+    equal(words, f"process {os.getpid()} on {locks.socket.gethostname()}", "locks.lock")
+    locks.held.pop((tmp_path / "lock").resolve()).close()
 
 
 @pytest.mark.parametrize("out", ["", " ", "  \t"])
@@ -549,3 +557,48 @@ def test_other_words_of_the_same_number_are_other_data(tmp_path):
     equal(digest_of([one]), digest_of([same]), "the same")
     expect(digest_of([one]) != digest_of([other]), digest_of([one]), "another", "digest_of")
     expect(digest_of([one, one]) != digest_of([one, other]), "", "another", "the second list")
+
+
+def test_a_model_that_was_replaced_while_the_data_were_read_is_refused(cfg, monkeypatch):
+    """Ranks would train different weights, and the run's digest would be of others."""
+    monkeypatch.setattr(checkpoint, "digest_of_model", lambda name: "another")
+    net = Small()
+    with pytest.raises(InputError, match="--model toy-random: its weights were replaced since"):
+        checkpoint.start_or_resume(net, [stepped(net)], cfg)
+    checkpoint.forget_signals()
+
+
+@pytest.mark.parametrize("name", ["step-best", "step-00000003.bak", "step-3"])
+def test_a_copy_of_a_checkpoint_is_none_of_the_run_s(cfg, name):
+    """By its name it would be the newest for ever, or be removed as an old one."""
+    saved(cfg)
+    folder = Path(cfg.out, "checkpoints")
+    (folder / STEP).rename(folder / name)
+    net, _ = saved(cfg, step=5)
+    equal([path.name for path in checkpoint.checkpoints_in(cfg.out)], ["step-00000005"], "ours")
+    checkpoint.finish(lambda *_: None, net, cfg)
+    equal([path.name for path in folder.iterdir()], [name], "remove_checkpoints")
+
+
+def test_a_lock_is_for_others_while_it_is_held(tmp_path, monkeypatch):
+    """What is refused is a folder that another process writes; its own lock is no hindrance."""
+    path = tmp_path / "lock"
+    locks.refuse_locked(path, tmp_path)
+    with locks.locked(path, tmp_path):
+        locks.refuse_locked(path, tmp_path)
+        assert path.resolve() in locks.held, "looking did not give it up"
+    expect(not path.exists() and path.resolve() not in locks.held, locks.held, "no lock", "locked")
+    path.touch()  # of a command that was killed
+    locks.refuse_locked(path, tmp_path)
+    expect(path.resolve() not in locks.held, locks.held, "no lock", "refuse_locked")
+
+    def of_another(file, how):
+        raise BlockingIOError
+
+    monkeypatch.setattr(locks.fcntl, "lockf", of_another)
+    with pytest.raises(InputError, match="is in use by another command"):
+        locks.refuse_locked(path, tmp_path)
+    with pytest.raises(InputError, match="is in use by another command"):
+        with locks.locked(path, tmp_path):
+            pass
+    assert path.exists(), "the lock of another is not removed"

@@ -369,7 +369,7 @@ def test_scores_that_cannot_be_written_leave_the_old_ones(tmp_path, shared, monk
     monkeypatch.setattr("pathlib.Path.write_text", full)
     means = {"meta_tasks": {}, "ind": None, "ood": None, "overall": None}
     with pytest.raises(InputError, match="--json .*s.json: not written: No space left on device"):
-        table.write_json(cfg, shared, {}, means)
+        table.write_json(cfg, shared, "digest", {}, means)
     equal((file.read_text(), len(list(tmp_path.iterdir()))), (old, 1), "and no half of a new one")
 
 
@@ -454,11 +454,12 @@ def test_the_json_holds_the_scores_and_what_they_belong_to(tmp_path, flags):
     sets = {"vqa": {"p_at_1": 0.5, "chance": 0.1, "queries": 10}}
     mean = {"p_at_1": 0.5, "chance": 0.1}
     means = {"meta_tasks": {"VQA": mean}, "ind": mean, "ood": None, "overall": mean}
-    table.write_json(cfg, embedder, sets, means)
+    table.write_json(cfg, embedder, "abc on def", sets, means)
     got = json.loads((tmp_path / "s.json").read_text())
     want = {
         "sets": sets, "meta_tasks": {"VQA": 0.5}, "ind": 0.5, "ood": None, "overall": 0.5,
-        "model": "toy-random", "prompt": "coma", "pooling": "mean", "K": 3,
+        "model": "toy-random", "model_digest": "abc on def", "prompt": "coma", "pooling": "mean",
+        "K": 3,
         "partial": flags != {}, "config": asdict(cfg), "versions": table.versions(),
     }  # fmt: skip
     equal(got, want, "table.write_json")

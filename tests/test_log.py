@@ -183,3 +183,12 @@ def test_a_log_is_whole_until_the_next_one_is(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="log.jsonl cannot be written: No space left on device"):
         log.Log(TrainingFlags(steps=4, out=str(tmp_path)), 2)
     equal(Path(tmp_path, "log.jsonl").read_text(), before, "log.open_log")
+
+
+def test_a_log_that_is_a_link_stays_one(tmp_path):
+    """To a file on another disk, which somebody may be reading."""
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "log.jsonl", tmp_path / "log.jsonl"
+    link.symlink_to(real)
+    run(tmp_path, 2)
+    assert link.is_symlink() and len(real.read_text().splitlines()) == 3

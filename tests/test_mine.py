@@ -2,6 +2,7 @@
 
 import json
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -264,3 +265,21 @@ def test_a_target_is_said_with_the_first_line_that_names_it(four, shared, monkey
     says = r"line 3: its target has an embedding that is not finite \(and 1 more are not\)"
     with pytest.raises(InputError, match=says):
         mine_with(shared, monkeypatch, "--first", "1")
+
+
+def test_a_list_that_is_saved_anew_meanwhile_is_read_once(four, shared):
+    """Another order would give each query the negatives of another one."""
+    path = four / "pairs.jsonl"
+    lines = path.read_text().splitlines(True)
+    read_pairs = mine.read_pairs
+
+    def changed_behind_it(*words):
+        pairs = read_pairs(*words)
+        path.with_name("new").write_text("".join(lines[::-1] + lines))
+        path.with_name("new").replace(path)
+        return pairs
+
+    cfg = mine.Config(data=str(path), first=1, last=1, workers=0)
+    with mock.patch.object(mine, "read_pairs", changed_behind_it):
+        mined = mine.mine(shared, cfg)
+    equal([x["query"] for x in mined], [json.loads(x)["query"] for x in lines], "source.raw")

@@ -3,7 +3,10 @@ adapters.py and folders.py, on folders that hold next to nothing. (Whole models:
 """
 
 import json
+import os
 import re
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,7 @@ from checks import equal, expect
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from plumbing import adapters, folders
+from plumbing import adapters, folders, locks
 from plumbing.adapters import Origin, find_base, origin_of
 from plumbing.errors import InputError
 from plumbing.families import RENAMED
@@ -164,6 +167,98 @@ def test_what_is_written_beside_takes_the_place_whole_or_not_at_all(tmp_path, er
     left = {path.name: path.read_text() for path in folder.iterdir()}
     equal(left, {"config.json": '{"model_type": 1}'}, "written_beside")
     expect(oct((folder / "config.json").stat().st_mode)[-3:] in ("644", "664"), "", "644", "umask")
+
+
+def older_and_newer(folder):
+    """A model in a folder, and the files of another one that shall take its place."""
+    old = {"config.json": "1", "model.safetensors": "1", "nanocoma.json": "1", "vocab.json": "1"}
+    new = {"config.json": "2", "model.safetensors": "2", "nanocoma.json": "2", "modules.json": "2"}
+    part = folder / ".part"
+    part.mkdir(parents=True)
+    for where, files in ((folder, old), (part, new)):
+        for name, text in files.items():
+            (where / name).write_text(text)
+    return part
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_kill_between_two_files_leaves_no_mixture_of_two_models(tmp_path, monkeypatch, moved):
+    """Loaded it would be new weights with the old pooling, without a word: so no library takes it
+    for a model before all of it is there."""
+    part, replace, left = older_and_newer(tmp_path), os.replace, [None] * moved
+
+    def killed(*names):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        replace(*names)
+
+    monkeypatch.setattr(folders.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folders.put_in_place(part, tmp_path)
+    names = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    expect(moved == 3 or not names & {"config.json", "modules.json"}, names, "none", "LAST")
+    expect("vocab.json" not in names, names, "what `load` would believe is gone", "STALE")
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_before_any_file_is_replaced(tmp_path):
+    """Else the error would say that what stood there is as it was."""
+    part = older_and_newer(tmp_path)
+    for name in ("nanocoma.json", "vocab.json"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+        with pytest.raises(IsADirectoryError, match=f"{name} is a folder"):
+            folders.put_in_place(part, tmp_path)
+        (tmp_path / name).rmdir()
+        (tmp_path / name).write_text("1")
+    texts = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    equal(set(texts.values()), {"1"}, "put_in_place")
+
+
+def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    """A finished model's, too: then its checkpoints go, and a power cut would leave neither."""
+    part, done = older_and_newer(tmp_path), []
+    (part / "deep").mkdir()
+    (part / "deep" / "x.json").touch()
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync"))
+    replace = os.replace
+
+    def renamed(*names):
+        done.append("replace")
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    folders.put_in_place(part, tmp_path)
+    equal(done, ["fsync"] * 5 + ["replace"] * 5, "on_the_disk")
+
+
+def test_two_commands_do_not_write_one_folder(tmp_path):
+    """Each would take away the other's files; and none writes into a run's OUT while it is at
+    work there, whether or not it has a checkpoint."""
+    reading, writing = os.pipe()
+    other = os.fork()
+    if other == 0:
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        locks.lock(tmp_path / "run" / locks.OF_A_RUN, tmp_path)
+        with folders.written_beside(tmp_path / "m"):
+            os.write(writing, b"written")
+            time.sleep(30)
+        os._exit(0)
+    os.read(reading, 7)
+    try:
+        with pytest.raises(InputError, match=f"m is in use by another command .process {other}"):
+            with folders.written_beside(tmp_path / "m"):
+                raise AssertionError("it is in use")
+        assert (tmp_path / "m" / ".part").exists(), "the other's part stays"
+        with pytest.raises(InputError, match="run is in use by another command"):
+            folders.refuse_unwritable(tmp_path / "run")
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    folders.refuse_unwritable(tmp_path / "run")
+    with folders.written_beside(tmp_path / "m") as part:
+        (part / "config.json").write_text("{}")
+    equal([path.name for path in (tmp_path / "m").iterdir()], ["config.json"], "nothing is left")
 
 
 def test_a_folder_without_safetensors_or_with_a_list_that_leads_out_of_it_is_refused(tmp_path):

@@ -330,7 +330,9 @@ def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
     kept = card.read_text()
     weights = Path("out/contrastive/model.safetensors")
     assert plumbing.card.scores("out/contrastive")
-    weights.write_bytes(weights.read_bytes())
+    other = bytearray(weights.read_bytes())
+    other[-1] ^= 1
+    weights.write_bytes(other)
     assert not plumbing.card.scores("out/contrastive"), "of the weights before"
     evaluate.main(evaluate.Config(model="out/contrastive", **few))
     assert card.read_text() == kept
@@ -404,9 +406,23 @@ def test_a_card_that_is_no_file_costs_the_card_alone(tmp_path, good, capsys):
         os.unlink(folder / "README.md") if make is os.mkfifo else os.rmdir(folder / "README.md")
 
 
+def test_what_a_card_is_of_may_be_gone(tmp_path, capsys):
+    """A start that a link led to, on a disk that is cleared: the model is saved all the same."""
+    start, out = tmp_path / "start", tmp_path / "out"
+    start.mkdir()
+    out.mkdir()
+    (start / "model.safetensors").symlink_to(tmp_path / "cleared")
+    flags = {"model": str(start), "model_digest": "x"}
+    (out / "finished.json").write_text(json.dumps({"config": flags}))
+    plumbing.card.write(out)
+    said = capsys.readouterr().out
+    assert "README.md is not written: " in said and not (out / "README.md").exists(), said
+
+
 def test_the_card_says_of_scores_what_was_left_out_and_of_flags_what_makes_the_model(tmp_path):
     """A mean over a part of the queries is no mean over all; who read the data changes nothing."""
     scores = {"overall": 0.5, "sets": {"a": {}, "b": {}}, "partial": True, "config": {"dim": 32}}
+    scores["model_digest"] = plumbing.folders.digest_of_weights(tmp_path)
     (tmp_path / plumbing.card.SCORES).write_text(json.dumps(scores))
     said = plumbing.card.scores(tmp_path)
     title = "means over 2 sets, of a part of the queries, by the first 32 numbers of an embedding"

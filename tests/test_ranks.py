@@ -181,7 +181,8 @@ def test_two_errors_of_torch_have_a_clear_line(monkeypatch):
     equal(ranks.known_reason(gone), "", "one rank has no peers")
     monkeypatch.setattr(ranks, "world", lambda: 2)
     says = "rank 0 lost the others (Connection closed by peer): one of them ended first"
-    equal(ranks.known_reason(gone), f"{says}. --resume goes on from the last checkpoint", "lost")
+    says += ". A training run goes on with --resume, from its last checkpoint"
+    equal(ranks.known_reason(gone), says, "lost")
     equal(ranks.known_reason(RuntimeError("shapes differ")), "", "a mistake of ours")
 
 

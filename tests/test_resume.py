@@ -499,7 +499,7 @@ def test_a_second_run_into_the_same_out_is_refused_while_the_first_lives(tmp_pat
         time.sleep(20)
         os._exit(0)
     os.read(reading, 5)
-    with pytest.raises(InputError, match=f"out is in use by another run .process {first} on "):
+    with pytest.raises(InputError, match=f"out is in use by another command .process {first} on "):
         outfolder.take(cfg)
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
@@ -514,7 +514,7 @@ def test_a_second_run_into_the_same_out_is_refused_while_the_first_lives(tmp_pat
         os._exit(0)
     os.waitpid(second, 0)
     os.write(writing, b"end")
-    assert f"in use by another run (process {os.getpid()} on " in os.read(reading, 999).decode()
+    assert f"in use by another command (process {os.getpid()} on " in os.read(reading, 999).decode()
 
 
 OUTS = {

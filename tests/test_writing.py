@@ -81,11 +81,18 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
     equal(path.read_bytes(), b"first\nthird\n", "append_whole")
 
 
-def test_two_commands_that_write_one_file_have_each_a_part_of_their_own(tmp_path, monkeypatch):
-    """Into one they would write both at once, and what is renamed would be of either."""
-    parts = []
-    for process in (1, 2):
-        monkeypatch.setattr(writing.os, "getpid", lambda process=process: process)
-        parts.append(writing.part_of(tmp_path / "scores.json"))
+def test_two_commands_that_write_into_one_folder_have_each_a_part_of_their_own(tmp_path):
+    """Into one they would write both at once, and what is renamed would be of either. Two processes
+    may have the same number: in two containers."""
+    parts = [writing.part_of(tmp_path / "scores.json", "--json") for _ in range(2)]
     expect(parts[0] != parts[1], parts, "two names", "writing.part_of")
     equal({part.parent for part in parts}, {tmp_path}, "beside the file: renamed, not copied")
+    equal([writing.is_part(part.name) for part in parts], [True, True], "is_part")
+    equal(writing.is_part("a.part.png"), False, "is_part")
+
+
+def test_an_error_of_what_is_read_keeps_its_own_words(tmp_path):
+    """It says nothing of where the file is written."""
+    with pytest.raises(InputError, match="^list.jsonl: has become shorter$"):
+        with written(tmp_path / "clean.jsonl", "--clean"):
+            raise InputError("list.jsonl: has become shorter")

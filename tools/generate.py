@@ -25,7 +25,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -413,8 +413,9 @@ def append_dialogue(path, name, turns):
 
 def list_failures(errors, path):
     """Writes OUT.failed.jsonl, or removes that of an earlier run."""
-    path.unlink(missing_ok=True)
-    if errors:
+    if not errors:
+        path.unlink(missing_ok=True)
+    else:
         lines = []
         for name, error in sorted(errors.items()):
             lines.append(json.dumps({"image": name, "error": error}) + "\n")
@@ -484,17 +485,27 @@ def alone(out):
     with told(out, "--out"):
         file = open(out, "ab")
     with file:
+        text = "another tools.generate writes it; wait for that one, or take another file"
+        refusal = InputError(f"--out {brief(out)}: {text}")
         try:
             # Trap: not lockf. It would give up the lock as soon as any file of OUT is closed.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            text = "another tools.generate writes it; wait for that one, or take another file"
-            raise InputError(f"--out {brief(out)}: {text}") from None
+            raise refusal from None
+        if not is_at(out, file):  # the other one ended this very moment, and removed it
+            raise refusal
         try:
             yield
         finally:
-            if not os.fstat(file.fileno()).st_size:  # nothing came of it
-                Path(out).unlink(missing_ok=True)
+            if is_at(out, file) and not os.fstat(file.fileno()).st_size:  # nothing came of it
+                Path(out).unlink()
+
+
+def is_at(path, file) -> bool:
+    """Whether an open file is still the one at `path`."""
+    with suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    return False
 
 
 def generate(args) -> int:

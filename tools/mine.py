@@ -21,7 +21,7 @@ import model
 from data import read_pairs
 from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
-from plumbing.lines import open_lines, parse_json
+from plumbing.lines import parse_json
 from plumbing.ranks import run_command, say, setup
 from plumbing.retrieval import all_rights
 from plumbing.weights import first_model
@@ -103,7 +103,7 @@ def refuse_not_finite(z, places, name):
 def mine(embedder, cfg) -> list:
     """The list's lines, each with its negatives."""
     (pairs,) = read_pairs(cfg.data, cfg.image_root or None).values()
-    source = open_lines(cfg.data)
+    source = pairs.source.raw  # the same reading: the file may change meanwhile
     lines = [parse_json(source.line(i)) for i in range(len(source))]
     targets = Targets(pairs, lines)
     refuse_few(targets, cfg)

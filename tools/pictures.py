@@ -9,6 +9,7 @@ from plumbing.config import is_unicode
 from plumbing.errors import InputError, brief
 from plumbing.images import decoded_formats
 from plumbing.ranks import say
+from plumbing.writing import is_part
 
 SHOWN = 5  # files that are left out, by name
 
@@ -48,6 +49,8 @@ def why_not(folder, name) -> str:
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return "no ordinary file"
+    if is_part(name):
+        return "half of a file, whose command was killed; remove it"
     return "" if is_unicode(path) else "its name is not UTF-8; rename it"
 
 

@@ -257,6 +257,12 @@ def refuse_photograph(cfg):
         raise InputError(f"--out {brief(cfg.out)}: {text}")
 
 
+def refuse_place(cfg):
+    """InputError where the results cannot be drawn to --out."""
+    refuse_unwritable(cfg.out, "--out", [cfg.query_image])
+    refuse_photograph(cfg)
+
+
 def refuse_no_search(cfg):
     """InputError, before anything is loaded, where there is nothing to search for or in."""
     if not cfg.images or not (cfg.text.strip() or cfg.query_image):
@@ -272,9 +278,7 @@ def refuse_no_search(cfg):
     kind = Image.registered_extensions().get(Path(cfg.out).suffix.lower())
     if kind is None or kind not in Image.SAVE:
         raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
-    if ranks.rank() == 0:
-        refuse_unwritable(cfg.out, "--out", [cfg.query_image])
-        refuse_photograph(cfg)
+    by_rank_0(lambda: refuse_place(cfg))
     find_pictures(cfg.images)
 
 
