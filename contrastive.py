@@ -101,13 +101,13 @@ def info_nce_rows(q, t, labels, keys, temperature, reweigh=None):
     keys (M, k): a column that shares a key with one of my positives is not my negative.
     -> (nats (b,), mean over positives; hit (b,), whether a positive beats all negatives)."""
     scores = products(q, t) / temperature  # (b, M); never bfloat16 or TF32: they have 3 digits
-    valid = labels >= 0  # (b, P)
+    valid, own = labels >= 0, labels.clamp(min=0)  # (b, P)
     is_no_negative = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
     for key in keys.T:  # (M,)
         for p in range(labels.shape[1]):
-            same = key[None] == key[labels[:, p]][:, None]  # (b, M); for -1 any: see `valid`
+            same = key[None] == key[own[:, p]][:, None]  # (b, M)
             is_no_negative |= same & valid[:, p, None]
-    positive = scores.gather(1, labels.clamp(min=0))  # (b, P)
+    positive = scores.gather(1, own)  # (b, P)
     # The lowest number, not -inf: a query without negatives has loss 0 and gradient 0.
     negatives = scores.masked_fill(is_no_negative, torch.finfo(scores.dtype).min)
     best = positive.masked_fill(~valid, -math.inf).amax(1)
@@ -209,7 +209,10 @@ def gradcache_step(embedder, batch, temperature, budget, loss=loss_over_ranks) -
 
     def attempt(chunk_tokens):
         chunks = token_chunks(lengths, chunk_tokens)
-        embed_chunk = remember_tower(leavable(embed, embedder), embedder.mllm, budget.vision_cache)
+        embed_chunk = leavable(embed, embedder)  # a signal is heard between two chunks
+        # What a frozen tower makes in pass 1 is there in pass 2.
+        embed_chunk = remember_tower(embed_chunk, embedder.mllm, budget.vision_cache)
+        # FSDP: as many calls on all ranks.
         embed_chunk, chunks = sharding.in_lockstep(embedder, embed_chunk, chunks)
         two_passes(embed_chunk, chunks, meeting(loss_of), budget.keep_graphs)
 
@@ -251,7 +254,7 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
         positives.append(torch.arange(len(pair.targets)) + len(columns))
         columns += [*pair.targets, *pair.negatives]
     labels = pad_sequence(positives, True, -1)  # (B, P)
-    keys = sampling.keys_that_differ(len(columns), rank)  # where false negatives stay
+    keys = sampling.keys_that_differ(len(columns), rank)  # every other column is a negative
     if cfg.mask_false_negatives:
         sampling.note_equals(keys, columns, queries, positives)
     rows = each(collate.row, queries + columns)
@@ -276,7 +279,8 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     if embedder.adapter and cfg.merge:
         save(merge(embedder), f"{cfg.out}/merged")  # what a new adapter will be an adapter of
     choose_trained(embedder, cfg)
-    loss = losses.asked_for(cfg, embedder, loss_over_ranks, info_nce)
+    embedder.prefixes = losses.lengths_of(cfg.matryoshka, embedder.dim)
+    loss = losses.asked_for(cfg, embedder.prefixes, loss_over_ranks, info_nce)
     if cfg.fsdp:
         sharding.shard(embedder)
     optimizers = optim.make_optimizers(embedder, cfg)

@@ -100,20 +100,17 @@ def encode_sharded(embedder, items, cfg, progress, bad=None) -> np.ndarray:
 
 def score(embedder, task, cfg) -> dict:
     """One set: each distinct item is encoded once, then Precision@1."""
-    row_of, items = {}, []  # an item's key -> its row of z
+    row_of = {}  # an item -> its row of z
 
     def row_number(item):
-        if item.key not in row_of:
-            row_of[item.key] = len(items)
-            items.append(item)
-        return row_of[item.key]
+        return row_of.setdefault(item, len(row_of))
 
     queries, candidates = [], []  # as rows of z
     for query, choices in task.queries:
         queries.append(row_number(query))
         candidates.append([row_number(choice) for choice in choices])
     pool = [row_number(Item(*content)) for content in task.pool]
-    z = encode_sharded(embedder, items, cfg, task.name)  # (items, D)
+    z = encode_sharded(embedder, list(row_of), cfg, task.name)  # (items, D)
     if task.rights:  # one's own data: several may be right, and Recall@5 and 10 count too
         result = retrieval.measures(z[queries], z, candidates, task.rights, pool)
     else:
@@ -123,7 +120,7 @@ def score(embedder, task, cfg) -> dict:
     # Such embeddings get a warning in the table.
     if not np.isfinite(z).all():
         result["warning"] = "NaN in the embeddings"
-    elif len(items) > 1 and z.std(0).max() < 1e-3:
+    elif len(z) > 1 and z.std(0).max() < 1e-3:
         result["warning"] = "collapsed: all embeddings are alike"
     return result
 

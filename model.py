@@ -59,7 +59,9 @@ class Embedder(nn.Module):
 
     def __init__(self, mllm, processor, settings, max_length=0, dim=0):
         super().__init__()
-        self.mllm, self.processor = families.join_in_one_type(in_large_calls(mllm)), processor
+        # Fewer and larger kernels; under autocast one number type.
+        self.mllm = families.join_in_one_type(in_large_calls(mllm))
+        self.processor = processor
         self.K, self.pooling, self.style, self.prefixes = settings
         self.dim = dim or mllm.get_input_embeddings().weight.shape[1]  # D
         ids = processor.tokenizer.convert_tokens_to_ids(compression_tokens(self.K))
@@ -130,7 +132,7 @@ class Embedder(nn.Module):
         def rows_of(window):  # made in workers
             return window, try_each(self.collate.row, [items[i] for i in window], bad is not None)
 
-        windows = Windows([len(item.images) for item in items])
+        windows = Windows([len(item.images) for item in items])  # as many items as fit
         with tqdm(total=len(z), desc=progress, disable=not progress or None, leave=False) as bar:
             for window, rows in prefetch(rows_of, windows, workers, self.device):
                 windows.saw(window, rows)

@@ -112,8 +112,8 @@ def exact_answers(logits, labels, inputs) -> tuple:
     Each step of greedy decoding picks the argmax; it writes the answer if and only if the argmax is
     right at every position of it, given the right words before."""
     is_answer = inputs["roles"] == ANSWER  # (B, L)
-    before = F.pad(is_answer, (1, -1))  # (B, L) of the token before
-    starts = is_answer & ~before
+    starts = is_answer.clone()  # (B, L) its first token
+    starts[:, 1:] &= ~is_answer[:, :-1]
     answer_of = starts[is_answer].cumsum(0)  # (n,) which answer; logits stand in the same order
     is_wrong = (logits.argmax(-1) != labels).cpu()  # (n,)
     wrong = answer_of[is_wrong].unique()
@@ -132,22 +132,22 @@ class Example(NamedTuple):
     id: str = ""  # of the dialogue
 
 
-def accumulate(embedder, examples, cfg, reference=None):
+def accumulate(embedder, examples, cfg, teacher_logits=None):
     """Adds to `.grad` the gradient of the mean loss over *all ranks'* answer tokens, a chunk at a
     time: exact for any chunks and ranks, however long their answers.
 
-    examples: this rank's; reference: the teacher, rows -> logits, for the KL objective.
+    examples: this rank's; teacher_logits: function(rows) -> (n, V), for the KL objective.
     -> (mean loss in nats, share of answers that are right word for word, answer tokens)."""
     rows = [example.row for example in examples]
-    mine = sum(int((row.tokens["roles"] == ANSWER).sum()) for row in rows)
-    tokens = ranks.all_sum(mine)  # of all ranks: a sum over chunks and ranks is then the mean
+    my_tokens = sum(int((row.tokens["roles"] == ANSWER).sum()) for row in rows)
+    tokens = ranks.all_sum(my_tokens)  # of all ranks: a sum over chunks and ranks is then the mean
     loss_sum, right, answers = 0.0, 0, 0
     chunk_tokens = by_device(cfg.chunk_tokens, CHUNK_TOKENS, embedder.device)
     for chunk in unless_stopped(token_chunks([row.length for row in rows], chunk_tokens)):
         inputs = embedder.collate.pad_rows([rows[i] for i in chunk])
         logits, labels = answer_logits(embedder, inputs, cfg.compress)
-        if reference:
-            loss = distillation_loss(logits, reference([examples[i].plain for i in chunk]))
+        if teacher_logits:
+            loss = distillation_loss(logits, teacher_logits([examples[i].plain for i in chunk]))
         else:
             loss = answer_loss(logits, labels)
         chunk_right, chunk_answers = exact_answers(logits.detach(), labels, inputs)
@@ -188,7 +188,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     # Before LoRA is added: the teacher is the model as it comes.
-    plain_collate, reference = teacher(embedder) if cfg.objective == "kl" else (None, None)
+    plain_collate, teacher_logits = teacher(embedder) if cfg.objective == "kl" else (None, None)
     choose_trained(embedder, cfg)
     embedder.prefixes = ()  # stage 2 trains them
     optimizers = optim.make_optimizers(embedder, cfg)
@@ -212,7 +212,7 @@ def main(cfg):
         with checkpoint.kept(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
-            loss, exact, tokens = accumulate(embedder, examples, cfg, reference)
+            loss, exact, tokens = accumulate(embedder, examples, cfg, teacher_logits)
             ranks.sum_gradients(embedder.parameters())
             ids = [x.id for x in examples]
             norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)

@@ -12,7 +12,11 @@ from pathlib import Path
 
 from exercises import ladder
 
-LEFT_OUT = (".*", "__pycache__", "out", "venv*", ladder.OWN.name, "submissions", "TEACHING.md")
+# What a teacher's clone holds beside these (other students' solutions, scores) stays there.
+FIVE = ("data.py", "model.py", "pretrain.py", "contrastive.py", "evaluate.py")
+FILES = (*FIVE, "README.md", "LICENSE", "requirements.txt", "pyproject.toml")
+FOLDERS = ("plumbing", "toy", "tools", "exercises", "tests", "docs")
+LEFT_OUT = ("__pycache__", "submissions", "reports", "TEACHING.md")
 
 
 def hand_out(folder):
@@ -24,9 +28,13 @@ def hand_out(folder):
         raise FileExistsError(f"{folder} is a file; choose a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; a student's work may be in it")
-    # Nothing else is taken out: a class reads the code, and the tests are how it reads.
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        shutil.copy(ladder.ROOT / name, folder)
+    # Nothing is taken out of the code: a class reads it, and the tests are how it reads.
     left_out = shutil.ignore_patterns(*LEFT_OUT)
-    shutil.copytree(ladder.ROOT, folder, ignore=left_out, dirs_exist_ok=True)
+    for name in FOLDERS:
+        shutil.copytree(ladder.ROOT / name, folder / name, ignore=left_out)
     shutil.copy(ladder.STUB, folder / ladder.OWN.name)
     return folder
 

@@ -367,6 +367,10 @@ def test_a_students_copy_is_graded_where_it_is(tmp_path):
     """hand_out, then the command that it prints: the stub at the root is graded, and fails; a
     second hand_out does not overwrite it."""
     copy = hand_out.hand_out(tmp_path / "copy")
+    there = {path.name for path in copy.iterdir()}
+    tracked = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", *hand_out.FIVE}
+    expect(there == {*tracked, *hand_out.FOLDERS, ladder.OWN.name}, there, "ours alone", "hand_out")
+    expect(not (copy / "exercises" / "TEACHING.md").exists(), "TEACHING.md", "none", "LEFT_OUT")
     words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "ex10"]
     done = run(*words, "exercises/test_ex10_ablation.py", cwd=copy)
     score = f"my_exercises.py: {'ex10 ablation':<24} 0 of 3 tests (stopped after 1)"

@@ -114,11 +114,12 @@ def text_of(folder, source) -> str:
 
 
 def table(rows) -> str:
-    """Markdown of [(name, value)]."""
+    """Markdown of [(name, value)]; what is None stands in no row."""
     lines = ["| | |", "|---|---|"]
     for name, value in rows:
-        cell = str(value).replace("|", "\\|")
-        lines.append(f"| {name} | {cell} |")
+        if value is not None:
+            cell = str(value).replace("|", "\\|")
+            lines.append(f"| {name} | {cell} |")
     return "\n".join(lines)
 
 
@@ -131,7 +132,7 @@ def facts(folder, base, licence) -> str:
             ("base model", base),
             ("family", config.get("model_type", "")),
             ("dimensions", config.get("text_config", config).get("hidden_size", "")),
-            ("prefixes trained, too", ", ".join(map(str, settings.get("matryoshka", ())))),
+            ("prefixes trained, too", ", ".join(map(str, settings.get("matryoshka", ()))) or None),
             ("compression tokens K", settings.get("compress_tokens", "")),
             ("pooling", pooling.get(settings.get("pooling"), "")),
             ("prompt", settings.get("prompt", "")),

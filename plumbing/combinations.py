@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from plumbing.errors import InputError, brief
+from plumbing.files import names_a_list
 
 
 class Rule(NamedTuple):
@@ -32,7 +33,7 @@ def has_captions(cfg) -> bool:
 
 def has_sets(cfg) -> bool:
     """Whether the data are sets with names: of the toy world, or in MMEB's layout."""
-    return is_toy(cfg) or not (cfg.data.endswith((".jsonl", ".json", ".csv")) or has_captions(cfg))
+    return is_toy(cfg) or not (names_a_list(cfg.data) or has_captions(cfg))
 
 
 SIZE = re.compile(r"(\d{1,15}(?:\.\d+)?) ?([KMG]i?B)?", re.ASCII)

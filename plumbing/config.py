@@ -235,7 +235,9 @@ class ModelFlags(CommandLine):
 class Flags(ModelFlags):
     """The flags of the three stages."""
 
-    data: str = flag("shapes", "shapes (the toy world), a .jsonl, a folder or hub id like MMEB")
+    data: str = flag(
+        "shapes", "shapes (the toy world), a list, captions' folder; stages 2, 3: MMEB's or hub id"
+    )
     image_root: str = flag("", "where the pictures are; empty: beside the data")
     seed: int = flag(
         0, "of the toy world; in training of all that is drawn", least=0, most=2_147_483_647

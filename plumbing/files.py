@@ -50,6 +50,12 @@ def refuse_special(path, name=None, kind="file"):
     open_file(path, name, kind).close()
 
 
+def names_a_list(source) -> bool:
+    """Whether data are one file of examples: it is there, or its name says so."""
+    is_file = os.path.lexists(source) and not os.path.isdir(source)
+    return is_file or source.lower().endswith((".jsonl", ".json", ".csv"))
+
+
 def on_the_disk(folder):
     """All files of a folder, before a name says so: a power cut keeps names, and may lose bytes."""
     for top, _, names in os.walk(folder):

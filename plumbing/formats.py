@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing.errors import InputError, brief
+from plumbing.files import names_a_list
 from plumbing.first_pass import Known, Place, Tries, first_pass, skip, skipped_in
 from plumbing.images import Images
 from plumbing.lines import ARRAY, Lazy, Lost, Source, attempts, open_lines, parse_json
@@ -223,9 +224,7 @@ def located(where, parse, raw):
 
 def is_list(source) -> bool:
     """Whether data are one list: a file, or a folder with captions; else they are sets of MMEB."""
-    is_file = os.path.lexists(source) and not os.path.isdir(source)
-    named_so = source.endswith((".jsonl", ".json", ".csv"))
-    return is_file or named_so or captions_file(source) is not None
+    return names_a_list(source) or captions_file(source) is not None
 
 
 def read_lines(path, parse, image_root) -> Lazy:

@@ -12,19 +12,17 @@ from plumbing import ranks
 from plumbing.errors import InputError, brief
 
 
-def asked_for(cfg, embedder, loss_over_ranks, info_nce):
+def asked_for(cfg, prefixes, loss_over_ranks, info_nce):
     """The loss that the flags ask for, made of contrastive.py's two functions: loss(z, batch,
-    temperature) -> (this rank's share; mean nats, share of hits, columns). The prefixes' lengths
-    are noted in the embedder, for nanocoma.json."""
+    temperature) -> (this rank's share; mean nats, share of hits, columns). prefixes: lengths."""
     reweigh = None
     if cfg.hardness or cfg.margin:
         reweigh = partial(weighed, hardness=cfg.hardness, margin=cfg.margin)
     loss = partial(loss_over_ranks, reweigh=reweigh)
     if cfg.symmetric:
         loss = partial(both_directions, loss, partial(info_nce, reweigh=reweigh))
-    embedder.prefixes = lengths_of(cfg.matryoshka, embedder.dim)
-    if embedder.prefixes:
-        loss = partial(over_prefixes, loss, embedder.prefixes)
+    if prefixes:
+        loss = partial(over_prefixes, loss, prefixes)
     return loss
 
 

@@ -95,7 +95,9 @@ def walk_dialogue(embedder, dialogue, compress):
         print(f"  Q: {question}   A: {answer}")
     row = embedder.collate.row(dialogue.item, dialogue.turns)
     inputs = embedder.collate.pad_rows([row])
-    heading("2. Tokens: position, role (head, conteXt, Code, Question, Answer), what they predict")
+    heading(
+        "2. Tokens: position, role (head, content = x, Code, Question, Answer), what they predict"
+    )
     print_tokens(embedder, inputs)
     heading("3. The mask: row attends to column where there is a #")
     print_mask(inputs["roles"], compress)
