@@ -269,7 +269,6 @@ ALONE = [  # (command, words that are refused, the rule's flag, a part of what i
     ("contrastive", "--data birds --split diverse_instruction", "split", "is of MMEB-train"),
     ("contrastive", "--data pairs.json --split diverse_instruction", "split", "is of MMEB-train"),
     ("contrastive", "--data PAIRS.JSONL --split diverse_instruction", "split", "is of MMEB-train"),
-    ("contrastive", "--data README.md --split diverse_instruction", "split", "is of MMEB-train"),
     ("evaluate", "--data pairs.csv --subsets A", "subsets", "pairs.csv is none"),
     ("pretrain", "--data talks.jsonl --caption", "caption", "a file brings its own dialogues"),
     ("explain", "--data talks.jsonl --caption", "caption", "a file brings its own dialogues"),
