@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from exercises import (
     hand_out,
     ladder,
     mistakes,
+    questions,
     test_ex0_one_bit,
     test_ex1_infonce,
     test_ex2_mask,
@@ -195,6 +198,20 @@ def test_a_file_may_hold_dataclasses_whose_annotations_are_text(tmp_path):
     equal(ladder.load(tmp_path / "a.py").A(3).x, 3, "sys.modules")
 
 
+def test_what_is_computed_is_what_the_stub_asks():
+    """Exercise 8: the numbers in its questions, which stand in another file than the truth."""
+    text, names = ladder.STUB.read_text(), ("HEAD", "CONTENT", "COMPRESS", "QUESTION", "ANSWER")
+    row = [f"{questions.ROLES.count(getattr(questions, name))} {name}" for name in names]
+    chunks, keep = questions.forward_passes.__defaults__
+    world, _ = questions.mean_over_ranks.__defaults__
+    for words in (
+        f"{', '.join(row)} tokens",
+        f"over {chunks} chunks of equal size; the last {keep} keep",
+        f"# {world} ranks. Each",
+    ):
+        expect(words in text, "another number", words, "questions.py and stub.py")
+
+
 def in_float32(q, c, candidates, tie=1e-6):
     return np.float32(mistakes.precision_at_1(q, c, candidates, tie))
 
@@ -295,6 +312,43 @@ def test_a_submission_that_cannot_be_interrupted_is_killed(tmp_path):
     (tmp_path / "a.py").write_text(loop + "    except BaseException:\n        pass\n")
     points, remark = grade.grade(tmp_path / "a.py", seconds=1, only="ex10")
     equal((points, remark), ({"ex10": 0}, "stopped after 1 s"), "the process' time limit")
+
+
+def test_a_part_of_an_exercise_is_a_part_of_its_points(tmp_path, monkeypatch):
+    """Two tests of three."""
+    tests = {"a": {"passed": True}, "b": {"passed": False}, "c": {"passed": True}}
+    monkeypatch.setattr(grade, "run_tests", lambda *_: 1)
+    monkeypatch.setattr(grade, "read_records", lambda _: {"ex10": tests})
+    (tmp_path / "a.py").write_text("")
+    points = ladder.EXERCISES["ex10"].points
+    equal(grade.grade(tmp_path / "a.py", only="ex10"), ({"ex10": points * 2 / 3}, ""), "grade")
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "nan", "inf"])
+def test_a_grading_takes_some_time_and_ends(word):
+    """--seconds 0 would stop each submission before its first test: no points for anybody."""
+    with pytest.raises(ArgumentTypeError, match="must be above 0"):
+        grade.duration(word)
+
+
+def test_a_class_may_lie_below_a_hidden_folder(tmp_path, monkeypatch):
+    """What is hidden in it is no submission."""
+    folder, graded = tmp_path / ".class", []
+    folder.mkdir()
+    for name in ("a.py", "._a.py"):
+        (folder / name).touch()
+    monkeypatch.setattr(grade, "grade", lambda path, *_: (graded.append(path.name), ({}, ""))[1])
+    grade.grade_class(SimpleNamespace(path=folder, only="ex10", seconds=1))
+    equal(graded, ["a.py"], "grade.is_hidden")
+
+
+def test_under_nohup_a_closed_terminal_ends_no_grading(monkeypatch):
+    """nohup ignores SIGHUP, and so it stays."""
+    set_to, now = {}, {signal.SIGHUP: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
+    monkeypatch.setattr(grade.signal, "getsignal", now.get)
+    monkeypatch.setattr(grade.signal, "signal", set_to.__setitem__)
+    grade.heed_signals()
+    equal((signal.SIGHUP in set_to, signal.SIGTERM in set_to), (False, True), "heed_signals")
 
 
 def is_alive(process_id) -> bool:

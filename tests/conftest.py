@@ -3,6 +3,7 @@ GPU=1 python -m pytest tests/test_gpu.py."""
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -68,6 +69,16 @@ def started(monkeypatch):
     for name in ("Popen", "run", "call", "check_call", "check_output"):
         monkeypatch.setattr(subprocess, name, lambda *args, **_: programs.append(args))
     return programs
+
+
+@pytest.fixture
+def no_waiting():
+    """What would wait for ever, or never end, fails after twenty seconds."""
+    old = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it does not end"))
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
 
 
 @pytest.fixture(scope="session")

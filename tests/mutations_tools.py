@@ -1,13 +1,21 @@
-"""Mistakes in tools/ and in the toy world, of which no list is kept that leaves nothing out; see
-mutations.py."""
+"""Mistakes in tools/, in the toy world and in the exercises, of which no list is kept that leaves
+nothing out, and at the end some of plumbing/; see mutations.py."""
 
 # ruff: noqa: E501  the mistakes stand as the code has them
 
 CHECK = "tests/test_check.py"
+CHECKPOINT = "tests/test_checkpoint_parts.py"
 COMPARE = "tests/test_compare_logs.py"
 CONDENSE = "tests/test_condense.py"
+EXPLAIN = "tests/test_explain.py"
+FIGURES = "tests/test_figures.py"
+FOLDERS = "tests/test_folders.py"
 GENERATE = "tests/test_generate.py"
+GRADER = "exercises/test_grader.py"
+LIBRARIES = "tests/test_other_libraries.py"
 MINE = "tests/test_mine.py"
+PAGE = "tests/test_page.py"
+PICTURES = "tests/test_pictures.py"
 SEARCH = "tests/test_search.py"
 
 TOOLS = [
@@ -28,6 +36,7 @@ TOOLS = [
     ("tools/mine.py", "self.pair_of.append(i)", "self.pair_of.append(len(self.pair_of))", f"{MINE} -k first_line_that"),
     ("tools/mine.py", "(and {len(bad) - 1:,} more", "(and {len(bad):,} more", f"{MINE} -k first_line_that"),
     ("tools/mine.py", "if cfg.first > cfg.last:", "if cfg.first >= cfg.last:", f"{MINE} -k no_target_has"),
+    ("tools/mine.py", "most = max(len", "most = min(len", f"{MINE} -k all_is_right"),
     # -------------------------------------------------------------------------------- tools/search.py
     ("tools/search.py", "        collate.max_length,\n", "", f"{SEARCH} -k another_device"),
     ("tools/search.py", "        embedder.device.type,  # a GPU computes in bfloat16\n", "", f"{SEARCH} -k another_device"),
@@ -47,6 +56,11 @@ TOOLS = [
     ("tools/search.py", "by_rank_0(lambda: read_index(store, embedder.dim))", "read_index(store, embedder.dim)", f"{SEARCH} -k rank_0s"),
     ("tools/search.py", "if ranks.rank() == 0 and known and due:", "if known and due:", f"{SEARCH} -k rank_0s"),
     ("tools/search.py", "    if ranks.rank() > 0:\n        return\n    pictures", "    pictures", f"{SEARCH} -k rank_0s"),
+    ("tools/search.py", "if kind is None or kind not in Image.SAVE:", "if kind is None:", f"{SEARCH} -k read_and_not_written"),
+    ("tools/search.py", "os.path.realpath(folder / path) == os.path.realpath(out)", "path == out", f"{SEARCH} -k none_of_the_pictures"),
+    ("tools/search.py", 'out.startswith(os.path.join(os.path.realpath(cfg.images), ""))', "out.startswith(os.path.realpath(cfg.images))",
+     f"{SEARCH} -k photograph_beside"),
+    ("tools/search.py", "scale = (SIDE - 10) / max(picture.size)", "scale = (SIDE - 10) / min(picture.size)", f"{SEARCH} -k in_its_cell"),
     # --------------------------------------------------------------------------------- tools/check.py
     ("tools/check.py", 'x.text.replace(IMAGE, "").split()', "x.text.split()", f"{CHECK} -k the_report"),
     ("tools/check.py", "sizes.sort(key=lambda size: size[0] * size[1])", "sizes.sort()", f"{CHECK} -k the_report"),
@@ -58,6 +72,7 @@ TOOLS = [
     ("tools/check.py", "(count.bad and outputs == Outputs())", "(count.bad and not outputs.clean)", f"{CHECK} -k status"),
     ("tools/check.py", "return 1 if count.useless or (", "return 1 if (", f"{CHECK} -k status"),
     ("tools/check.py", "        return Count(0, 1, useless=True)", "        return Count(0, 1)", f"{CHECK} -k all_count"),
+    ("tools/check.py", 'return f"{e}" if str(e).startswith(where) else f"{where}: {e}"', 'return f"{where}: {e}"', f"{CHECK} -k said_once"),
     ("tools/check.py", "useless=any(c.useless for c in counts)", "useless=all(c.useless for c in counts)", f"{CHECK} -k all_count"),
     ("tools/check.py", "sum(c.bad for c in counts)", "counts[-1].bad", f"{CHECK} -k all_count"),
     ("tools/check.py", "images, files = Images(image_root or root), sorted", "images, files = Images(root), sorted", f"{CHECK} -k elsewhere"),
@@ -102,6 +117,11 @@ TOOLS = [
     ("tools/generate.py", "HOPELESS = 50", "HOPELESS = 5000", f"{GENERATE} -k fifty"),
     ("tools/generate.py", "if len(errors) == HOPELESS and bar.n == before:", "if len(errors) == HOPELESS:", f"{GENERATE} -k fifty"),
     ("tools/generate.py", "if names and len(errors) == len(names):", "if names and errors:", f"{GENERATE} -k status"),
+    ("tools/generate.py", "pool.shutdown(cancel_futures=True)", "pool.shutdown()", f"{GENERATE} -k all_the_other_pictures"),
+    ("tools/generate.py", "ConnectionResetError | BrokenPipeError)", "BrokenPipeError)", f"{GENERATE} -k hangs_up"),
+    ("tools/generate.py", "answer.read(LONGEST_REPLY)", "answer.read()", f"{GENERATE} -k no_more_of_an_answer"),
+    ("tools/generate.py", "        if line.strip():\n            questions.append(line.strip())", "        if line:\n            questions.append(line.strip())",
+     f"{GENERATE} -k line_of_blanks"),
     # --------------------------------------------------------------------------------- tools/merge.py
     ("tools/merge.py", "    embedder.mllm.to(embedder.mllm.config.dtype)  #", "    pass  #", "tests/test_tools.py -k number_type"),
     # ----------------------------------------------------------------------------------- the others
@@ -116,4 +136,86 @@ TOOLS = [
     ("tools/explain_numbers.py", "out.attentions[number - 1][0]", "out.attentions[number - 2][0]", "tests/test_page.py -k own_number"),
     ("tools/explain_numbers.py", "return rows // merge, columns // merge", "return columns // merge, rows // merge",
      "tests/test_page.py -k rows_and_columns"),
+    ("tools/mteb_model.py", "rows = zip(*(batch[key] for key in keys), strict=True)", "rows = zip(*(batch[key] for key in reversed(keys)), strict=True)",
+     f"{LIBRARIES} -k mteb_gets"),
+    # ---------------------------------------------------------------------------- tools/drawings.py
+    ("tools/drawings.py", "row, column = np.indices((side, side)).reshape(2, -1)", "column, row = np.indices((side, side)).reshape(2, -1)",
+     f"{FIGURES} -k on_its_patch"),
+    ("tools/drawings.py", "ax.errorbar(x, 100 * y, 100 * error, **line)", "ax.errorbar(x, 100 * y, error, **line)", f"{FIGURES} -k error_bar"),
+    ("tools/drawings.py", 'scores_of(amounts[n][arm], "ind")', 'scores_of(amounts[n][arm], "overall")', f"{FIGURES} -k arms_are_compared"),
+    ("tools/drawings.py", 'order = np.argsort(-row.scores, kind="stable")', 'order = np.argsort(row.scores, kind="stable")',
+     f"{FIGURES} -k gallery_shows"),
+    ("tools/drawings.py", '("right", BLUE) if i == 0 else', '("right", BLUE) if i == order[0] else', f"{FIGURES} -k gallery_shows"),
+    ("tools/drawings.py", 'ax.scatter(*flat[is_text].T, s=14, color=ORANGE, label="caption", zorder=2)', 'ax.scatter(*flat[~is_text].T, s=14, color=ORANGE, label="caption", zorder=2)',
+     f"{FIGURES} -k called_captions"),
+    ("tools/drawings.py", "layer = int(share.argmax())", "layer = int(share.argmin())", f"{FIGURES} -k looks_at_the_picture_most"),
+    ("tools/drawings.py", "cosines[~np.eye(embedder.K, dtype=bool)].mean()", "cosines.mean()", f"{FIGURES} -k compared_with_themselves"),
+    ("tools/drawings.py", '        if key != "loss":\n', '        if key == "exact":\n', f"{FIGURES} -k drawn_in_nats"),
+    ("tools/drawings.py", 'compressed, base = sources.coded("compressed", 1), sources.model("base")', 'base, compressed = sources.coded("compressed", 1), sources.model("base")',
+     f"{FIGURES} -k answered_from_the_code"),
+    ("tools/drawings.py", "MARKERS[(i + turn) % len(MARKERS)]", "MARKERS[i % len(MARKERS)]", f"{FIGURES} -k kinds_of_line"),
+    ("tools/figures.py", 'shapes = Shapes("test", self.seed)', 'shapes = Shapes("train", self.seed)', f"{FIGURES} -k no_model_was_trained_on"),
+    # ----------------------------------------------------------------------------- tools/explain.py
+    ("tools/explain.py", "contrastive.Config(seed=cfg.seed, batch=6, block=3)", "contrastive.Config(batch=6, block=3)",
+     f"{EXPLAIN} -k other_pairs_of_a_file"),
+    ("tools/explain.py", "embedder = model.merge(model.load_for(cfg, device))", "embedder = model.load_for(cfg, device)", f"{EXPLAIN} -k folded_in"),
+    ("tools/explain.py", "stage_2 = model.load_for(dataclasses.replace(cfg, model=second), device)", "stage_2 = model.load_for(dataclasses.replace(cfg, model=first), device)",
+     f"{PAGE} -k its_own_model"),
+    ("tools/explain.py", 'second = cfg.model or first_model("out/contrastive", "out/pretrain")', 'second = cfg.model or first_model("out/pretrain", "out/contrastive")',
+     f"{PAGE} -k its_own_model"),
+    ("tools/explain_numbers.py", "every = -(-total // LAYERS)", "every = max(1, total // LAYERS)", f"{PAGE} -k four_layers"),
+    ("tools/explain_numbers.py", "for turn, places in zip(turns, answers, strict=False)", "for turn, places in zip(turns, answers, strict=True)",
+     f"{PAGE} -k has_cost"),
+    ("tools/look.py", "for text, _ in wrong[:2]]", "for text, _ in candidates[:2]]", f"{EXPLAIN} -k look_shows"),
+    # ------------------------------------------------------------------------------------ exercises
+    ("exercises/grade.py", "share = sum(passed) / len(passed) if passed else 0", "share = all(passed) if passed else 0",
+     f"{GRADER} -k part_of_its_points"),
+    ("exercises/grade.py", "if number and signal.getsignal(number) == signal.SIG_DFL:", "if number:", f"{GRADER} -k under_nohup"),
+    ("exercises/grade.py", 'if not 0 < seconds < float("inf"):', 'if not 0 <= seconds < float("inf"):', f"{GRADER} -k takes_some_time"),
+    ("exercises/grade.py", "if not is_hidden(path.relative_to(cfg.path)))", "if not is_hidden(path))", f"{GRADER} -k below_a_hidden"),
+    ("exercises/questions.py", "def forward_passes(chunks=8, keep=3):", "def forward_passes(chunks=8, keep=2):", f"{GRADER} -k the_stub_asks"),
+    ("exercises/questions.py", "def mean_over_ranks(world=4, n=3):", "def mean_over_ranks(world=3, n=4):", f"{GRADER} -k the_stub_asks"),
+    ("exercises/questions.py", "[QUESTION] * 3 + [ANSWER] * 2", "[QUESTION] * 3 + [ANSWER] * 4", f"{GRADER} -k the_stub_asks"),
+    # ----------------------------------------------------------- whose lines no mistake had touched
+    ("pretrain.py", "plain_collate.row(d.item, d.turns) if", "plain_collate.row(dialogues[i].item, dialogues[i].turns) if",
+     "tests/test_stage_parts.py -k what_the_model_is_asked"),
+    ("plumbing/card.py", 'str(value).replace("|", "\\\\|")', "str(value)", f"{LIBRARIES} -k hold_a_bar"),
+    ("plumbing/card.py", "while len(runs) < 10:", "while True:", f"{LIBRARIES} -k own_tail"),
+    ("plumbing/card.py", " and not os.path.exists(base)\n", "\n", f"{LIBRARIES} -k links_to_a_base"),
+    ("plumbing/card.py", '"IND": known.get("ind"), "OOD": known.get("ood")', '"IND": known.get("ood"), "OOD": known.get("ind")',
+     f"{LIBRARIES} -k each_mean"),
+    ("plumbing/card.py", '    means.update(known.get("meta_tasks") or {})\n', "", f"{LIBRARIES} -k each_mean"),
+    ("plumbing/card.py", 'config.get("text_config", config).get("hidden_size", "")', 'config.get("hidden_size", "")',
+     f"{LIBRARIES} -k facts_of_the_folder"),
+    ("plumbing/checkpoint.py", "            shutil.rmtree(aside, ignore_errors=True)\n", "", f"{CHECKPOINT} -k damaged_again"),
+    ("plumbing/checkpoint.py", 'flags.get("steps"), flags.get("fitting", 0)]', 'flags.get("steps")]', f"{CHECKPOINT} -k what_fitted_is_a_number"),
+    ("plumbing/checkpoint.py", 'for file in (folder / "weights.safetensors", path):', 'for file in (folder / "weights.safetensors",):',
+     f"{CHECKPOINT} -k pipe_in_the_optimisers"),
+    ("plumbing/checkpoint.py", "with suppress(Damaged):  # told", "with suppress():  # told", f"{CHECKPOINT} -k told_when_it_is_read"),
+    ("plumbing/folders.py", '    (re.compile(r"_(patches|tiles|crops|splits)$"), 1_000),\n', "", f"{FOLDERS} -k each_number_of_a_processor"),
+    ("plumbing/folders.py", '    (re.compile(r"_(tokens|seq_len|seq_length)$"), 100_000),\n', "", f"{FOLDERS} -k each_number_of_a_processor"),
+    ("plumbing/folders.py", "^(height|width|image_size|crop_size|image_grid_pinpoints)$", "^(image_grid_pinpoints)$",
+     f"{FOLDERS} -k each_number_of_a_processor"),
+    ("plumbing/folders.py", "_edge$|_pixels$", "_edge$", f"{FOLDERS} -k each_number_of_a_processor"),
+    ("plumbing/folders.py", '|_experts$"', '"', f"{FOLDERS} -k each_number_of_a_config"),
+    ("plumbing/folders.py", "(layers?|depths?|blocks|stages)$", "(layers?|depths?)$", f"{FOLDERS} -k each_number_of_a_config"),
+    ("plumbing/folders.py", "|^(embed|head)_dim$", "", f"{FOLDERS} -k each_number_of_a_config"),
+    ("plumbing/folders.py", '    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),\n', "",
+     f"{FOLDERS} -k would_believe"),
+    ("plumbing/folders.py", '"*.safetensors.index.json", "chat_template*.jinja", ', '"*.safetensors.index.json", ', f"{FOLDERS} -k would_believe"),
+    ("plumbing/folders.py", '"additional_chat_templates/*.jinja"', '"additional_chat_templates"', f"{FOLDERS} -k would_believe"),
+    ("plumbing/folders.py", '("tokenizer.json", "tokenizer_config.json", "tokenizer.model")', '("tokenizer.json", "tokenizer_config.json")',
+     f"{FOLDERS} -k would_believe"),
+    ("plumbing/hub.py", "return patiently(download)", "return download()", "tests/test_fetch.py -k midst_of_a_download"),
+    ("plumbing/images.py", '        if archive := self.zips.get(subset) or self.zips.get("images"):\n            members', "        if archive := self.zips.get(subset):\n            members",
+     f"{PICTURES} -k one_for_all"),
+    ("plumbing/images.py", 'zips = [*self.root.glob("images_zip/*.zip"), *self.root.glob("images.zip")]', 'zips = [*self.root.glob("images_zip/*.zip")]',
+     f"{PICTURES} -k one_for_all"),
+    ("plumbing/zips.py", "max(0, length - END.size - 0xFFFF), min(length, END.size + 0xFFFF))", "max(0, length - END.size - 0xFF), min(length, END.size + 0xFF))",
+     f"{PICTURES} -k longest_comment"),
+    ("plumbing/mmeb.py", 'name.startswith(("original-", "diverse_instruction-"))', 'name.startswith("original-")',
+     "tests/test_reading.py -k said_to_be_one"),
+    ("plumbing/ranks.py", "text, re.IGNORECASE)", "text)", "tests/test_ranks.py -k backend_is_spelled"),
+    ("plumbing/retrieval.py", '"Retrieval", "Grounding", "Other")', '"Retrieval", "Grounding")', "tests/test_evaluate.py -k may_name_each"),
+    ("plumbing/start.py", 'for name in ("stdout", "stderr"):', 'for name in ("stdout",):', "tests/test_start.py -k closed_stderr"),
 ]  # fmt: skip

@@ -53,6 +53,15 @@ def test_twenty_errors_are_shown_and_the_others_counted(tmp_path, capsys):
     expect("28 examples, 27 bad" in said, said, "all of them", "check")
 
 
+def test_the_place_of_a_bad_line_is_said_once(tmp_path, capsys):
+    """Most errors bring it with them; one of a picture does not."""
+    path = listed(tmp_path / "p.jsonl", ("a",))
+    (tmp_path / "p.jsonl").write_text((tmp_path / "p.jsonl").read_text() + "{broken\n")
+    equal(check.main([path]), 1, "the second is bad")
+    said = capsys.readouterr().out
+    equal(said.count(f"{path}, line 2"), 1, said)
+
+
 def test_a_broken_picture_is_an_error_of_each_example_that_shows_it(tmp_path):
     """It is opened once; a copy that kept the second of them would end a training."""
     (tmp_path / "a.png").write_bytes(b"no picture")

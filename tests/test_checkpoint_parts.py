@@ -602,3 +602,45 @@ def test_a_lock_is_for_others_while_it_is_held(tmp_path, monkeypatch):
         with locks.locked(path, tmp_path):
             pass
     assert path.exists(), "the lock of another is not removed"
+
+
+# --------------------------------------------------------------------------------- what is damaged
+
+
+def test_a_checkpoint_that_is_damaged_again_is_laid_aside_again(cfg):
+    """The run was resumed before it, came to the same step, and was damaged there once more."""
+    net, _ = saved(cfg, step=3)
+    saved(cfg, step=4)
+    folder = Path(cfg.out, "checkpoints")
+    (folder / "step-00000004" / "state.json").write_text("{}")
+    (folder / "damaged-step-00000004").mkdir()
+    (folder / "damaged-step-00000004" / "state.json").write_text("the first time")
+    shapes = {name: p.shape for name, p in net.named_parameters() if p.requires_grad}
+    equal(checkpoint.newest_whole(shapes, cfg).folder.name, STEP, "the one before")
+    names = sorted(x.name for x in folder.iterdir())
+    equal(names, ["damaged-step-00000004", STEP], "laid aside")
+
+
+@pytest.mark.parametrize("fitting", ["x", -1, None])
+def test_what_fitted_is_a_number_or_the_state_is_damaged(tmp_path, fitting):
+    """It becomes --chunk-tokens of what is left of the run."""
+    state = {"step": 1, "world": 1, "config": {"steps": 2, "fitting": fitting}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(checkpoint.Damaged, match="makes no sense"):
+        checkpoint.read_state(tmp_path)
+
+
+def test_a_pipe_in_the_optimisers_place_is_not_waited_for(cfg, no_waiting):
+    """As one in the place of the weights."""
+    saved(cfg)
+    folder = Path(cfg.out, "checkpoints", STEP)
+    (folder / "optimizer.pt").unlink()
+    os.mkfifo(folder / "optimizer.pt")
+    with pytest.raises(checkpoint.Damaged, match="is a pipe"):
+        checkpoint.read_tensors(folder, {})
+
+
+def test_a_damaged_state_is_told_when_it_is_read_and_refuses_no_run_before(cfg):
+    """The checkpoint before it may be whole, see `newest_whole`."""
+    Path(cfg.out, "checkpoints", STEP).mkdir(parents=True)
+    checkpoint.refuse_taken(dataclasses.replace(cfg, resume=True))

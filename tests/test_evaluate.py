@@ -406,6 +406,14 @@ def test_a_set_s_meta_task_is_mmebs_or_what_sets_json_says(tmp_path):
         equal(len(task.queries), want, f"--subsets {subsets} --limit {limit}")
 
 
+@pytest.mark.parametrize("kind", ["Classification", "VQA", "Retrieval", "Grounding", "Other"])
+def test_sets_json_may_name_each_meta_task(tmp_path, kind):
+    """Also "Other", so that such a set can be out of distribution."""
+    (tmp_path / "A").mkdir()
+    (tmp_path / "sets.json").write_text(json.dumps({"A": {"meta_task": kind, "ood": True}}))
+    equal(retrieval.read_named(tmp_path), {"A": (kind, True)}, "retrieval.KINDS")
+
+
 def test_a_right_target_that_stands_twice_is_one(tmp_path, shared):
     """In one line, or right and "wrong" at once: it is no rival of itself, and no better chance."""
     same = {"query": {"text": "two"}, "target": [{"text": "2"}, {"text": "2"}]}

@@ -1,15 +1,17 @@
 """tools.explain prints what the functions that train compute, and leaves nothing behind."""
 
+import json
 import re
 
 import pytest
 import torch
-from checks import close, equal, toy
+from checks import close, equal, expect, shorten, toy
 
 import contrastive
+import model
 from data import read_dialogues, read_pairs
 from plumbing.errors import InputError
-from tools import explain
+from tools import explain, look
 from tools.measured import gap
 
 
@@ -118,7 +120,41 @@ def test_the_gradient_that_is_printed_is_the_gradient(capsys):
     close([float(x) for x in printed], z.grad.norm(dim=1), "d loss / d z, row by row", 1e-2)
 
 
+def test_another_seed_draws_other_pairs_of_a_file(tmp_path, shared, monkeypatch):
+    """A file is the same for every seed."""
+    drawn = []
+    monkeypatch.setattr(model, "load_for", lambda *_: shared)
+    monkeypatch.setattr(explain, "walk_batch", lambda _, batch, *__: drawn.append(batch.ids))
+    pairs = [{"query": {"text": f"q {i}"}, "target": {"text": f"t {i}"}} for i in range(99)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(x) + "\n" for x in pairs))
+    for seed in "011":
+        explain.main(["contrastive", "--data", str(tmp_path / "l.jsonl"), "--seed", seed])
+    expect(drawn[0] != drawn[1] == drawn[2], drawn, "others", "--seed")
+
+
+def test_an_adapter_is_folded_in_as_stage_2_does(monkeypatch):
+    """Else the walk would show an adapter's gradient, and stage 2 trains all weights."""
+    loaded, merged, walked = object(), shorten(toy()), []
+    monkeypatch.setattr(model, "load_for", lambda *_: loaded)
+    monkeypatch.setattr(model, "merge", lambda embedder: merged if embedder is loaded else None)
+    monkeypatch.setattr(explain, "walk_batch", lambda embedder, *_: walked.append(embedder))
+    explain.main(["contrastive", "--model", "toy-random"])
+    expect(walked == [merged], walked, "the merged one", "explain_contrastive")
+
+
 def test_another_stage_is_an_error():
     """The two that there are stand in the message."""
     with pytest.raises(InputError, match="evaluate: the stage is pretrain or contrastive"):
         explain.main(["evaluate"])
+
+
+def test_look_shows_no_right_candidate_as_a_wrong_one():
+    """Beside the right one, two others."""
+    shown = 0
+    for _, lines in look.examples():
+        right, wrong = (
+            [x[7:] for x in lines if x.startswith(word)] for word in ("right: ", "wrong: ")
+        )
+        shown += len(wrong)
+        expect(not set(right) & set(wrong), lines, "others", "look.examples")
+    expect(shown, shown, "some", "tools.look has other words for them")

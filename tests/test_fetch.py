@@ -87,6 +87,24 @@ def test_the_reason_is_the_cause_where_the_library_hides_it(monkeypatch):
             hub.fetch_here("team/set", "dataset", [], [])
 
 
+def test_a_hub_that_is_asked_too_often_in_the_midst_of_a_download_is_waited_for(
+    library, monkeypatch
+):
+    """Not only where it is asked how much there is."""
+    busy = SimpleNamespace(status_code=429, headers={}, request=None)
+    errors_left, slept = [errors.HfHubHTTPError("no", response=busy)], []
+
+    def snapshot_download(*args, dry_run=False, **settings):
+        if not dry_run and errors_left:
+            raise errors_left.pop()
+        return library(*args, dry_run=dry_run, **settings)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub.time, "sleep", slept.append)
+    equal(hub.fetch_here("team/set", "dataset", [], []), "/cache/here", "in the end")
+    equal(slept, [hub.WAITS[0]], "seconds")
+
+
 @pytest.mark.parametrize("name", ["set", "a/b/c", "./set", "/set", "../set", ""])
 def test_a_path_is_not_asked_for(library, name):
     """A hub id is two words."""

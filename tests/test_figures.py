@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from plumbing.errors import InputError
 from plumbing.formats import IMAGE
 from tools import drawings, figures, overview, records
 from tools import figure_numbers as numbers
-from toy.world import Shapes
+from toy.world import Scene, Shapes
 
 NAMES = ["mask", "curves", "arms", "k", "pca", "tokens", "looks", "code", "gallery"]
 
@@ -279,3 +280,117 @@ def test_means_errors_and_smoothing_have_known_values():
     expect(mean == 0.5 and math.isnan(error), (mean, error), "0.5, NaN", "no error of one seed")
     close(numbers.smooth(np.full(20, 3.0)), np.full(20, 3.0), "fewer steps at the ends", 1e-12)
     close(numbers.smooth(np.arange(30.0))[4:-4], np.arange(4, 26), "centred", 1e-12)
+
+
+# ------------------------------------------------------------------------- what stands in a drawing
+
+
+def axes():
+    """Empty ones."""
+    return drawings.Figure().subplots()
+
+
+def test_a_dot_stands_on_its_patch():
+    """Of 4 x 4 the second of the first row."""
+    ax, weights = axes(), np.zeros(16)
+    weights[1] = 0.5
+    drawings.draw_dots(ax, weights)
+    (dots,) = ax.collections
+    equal(dots.get_offsets()[dots.get_sizes() > 0].tolist(), [[23.5, 7.5]], "x, y")
+
+
+def test_an_error_bar_is_a_standard_error_in_percent():
+    """Of 10 and 30 percent: 20 +- 10."""
+    ax = axes()
+    drawings.error_bars(ax, [7], [(0.1, 0.3)], 0, "an arm")
+    line, _, (bars,) = ax.containers[0]
+    equal(line.get_xydata().round(6).tolist(), [[7, 20]], "the mean")
+    equal(bars.get_segments()[0].round(6).tolist(), [[7, 10], [7, 30]], "its error")
+
+
+def test_as_many_arms_as_have_names_are_as_many_kinds_of_line():
+    """There are more of them than colours."""
+    ax = axes()
+    for i, label in enumerate(records.NAMES.values()):
+        drawings.error_bars(ax, [7], [(0.1, 0.3)], i, label)
+    kinds = {(bars[0].get_color(), bars[0].get_marker()) for bars in ax.containers}
+    equal(len(kinds), len(records.NAMES), "drawings.error_bars")
+
+
+def test_the_arms_are_compared_in_distribution_to_the_end(monkeypatch):
+    """As the axis says; where an arm was not run there is no point."""
+    drawn = []
+    monkeypatch.setattr(drawings, "error_bars", lambda ax, x, scores, *_: drawn.append((x, scores)))
+    runs = [{"ind": 0.1, "ood": 0.5, "overall": 0.9}]
+    drawings.arms_over_pairs(axes(), [{"coma": runs}, {}, {"coma": runs}])
+    equal(drawn, [([0, 2], [[0.1], [0.1]])], "arms_over_pairs")
+
+
+def test_losses_are_drawn_in_nats_and_shares_in_percent():
+    """Of both stages."""
+    log = [{"step": i, "loss": 2.0, "exact": 0.5, "top1": 0.25, "chance": 4.0} for i in (1, 2, 3)]
+    fig = drawings.curves(SimpleNamespace(log=lambda name: log))
+    levels = [ax.lines[0].get_ydata().tolist() for ax in fig.axes[:4]]
+    equal(levels, [[2.0] * 3, [50.0] * 3, [2.0] * 3, [25.0] * 3], "curves")
+
+
+def test_captions_are_called_captions():
+    """Here they are all alike: one point, and the pictures are not."""
+    noise = np.random.default_rng(0)
+
+    def encode(items):
+        return np.stack([noise.standard_normal(8) if x.images else np.ones(8) for x in items])
+
+    sources = SimpleNamespace(model=lambda name: SimpleNamespace(encode=encode), seed=0)
+    dots = drawings.pairs_in_plane(sources).axes[0].collections
+    spread = {x.get_label(): np.ptp(x.get_offsets(), 0).max() for x in dots}
+    expect(spread["caption"] < 1e-6 < spread["picture"], spread, "captions in one point", "is_text")
+
+
+def test_two_different_tokens_are_not_compared_with_themselves(monkeypatch):
+    """The diagonal is 1, whatever the model does."""
+    monkeypatch.setattr(drawings, "look", lambda *_: SimpleNamespace(h=None))
+    monkeypatch.setattr(drawings, "token_cosines", lambda h: np.array([[1, 0.2], [0.2, 1]]))
+    sources = SimpleNamespace(coded=lambda name: SimpleNamespace(K=2), scenes=lambda n: [])
+    titles = [ax.get_title() for ax in drawings.tokens(sources).axes[:2]]
+    equal(titles, [f"{x}: two different tokens 0.20" for x in drawings.MODELS], "tokens")
+
+
+def test_the_layer_that_is_shown_is_the_one_that_looks_at_the_picture_most(monkeypatch):
+    """Here the second of three: 4 x 15 percent."""
+    attention = torch.full((3, 4, 1, 6), 0.05)  # (layers, n, K, L)
+    attention[1, :, :, :4] = 0.15
+    seen = numbers.Look(None, attention, torch.tensor([True] * 4 + [False] * 2))
+    monkeypatch.setattr(drawings, "look", lambda *_: seen)
+    sources = SimpleNamespace(scenes=lambda n: [Scene(())] * 4)
+    sources.coded = sources.model = lambda name: SimpleNamespace(K=1)
+    titles = [part.get_suptitle() for part in drawings.looks(sources).subfigs[1:]]
+    equal(titles, [f"{x}: layer 2 of 3, 60% on the picture" for x in drawings.MODELS], "looks")
+
+
+def test_what_is_answered_from_the_code_is_called_so(monkeypatch):
+    """Beside the uncompressed model."""
+    asked = {"count": [(0, "q", "a"), (0, "q", "b")]}
+    monkeypatch.setattr(drawings, "questions", lambda n, seed: asked)
+    monkeypatch.setattr(drawings, "answered", lambda embedder, rows: embedder)
+    sources = SimpleNamespace(coded=lambda *_: 0.25, model=lambda name: 0.75, seed=0)
+    (ax,) = drawings.code(sources).axes
+    bars = {bar.get_label(): bar[0].get_height() for bar in ax.containers}
+    equal(bars, {"from C alone": 25.0, "uncompressed": 75.0}, "drawings.code")
+
+
+def test_the_gallery_shows_the_nearest_and_which_of_them_is_right(monkeypatch):
+    """Candidate 0, which is the third here."""
+    item = Item("x")
+    rows = [numbers.Ranked(item, [item] * 4, np.array([0.2, 0.9, 0.1, 0.5]), False)]
+    monkeypatch.setattr(drawings, "ranked", lambda *_: rows)
+    fig = drawings.gallery(SimpleNamespace(model=lambda name: None, seed=0))
+    _, text, *best = fig.axes[:5]
+    equal([ax.get_title() for ax in best], ["wrong 0.90", "wrong 0.50", "right 0.20"], "the best")
+    expect("here rank 3" in text.get_title(), text.get_title(), "rank 3", "gallery")
+
+
+def test_figures_are_of_scenes_that_no_model_was_trained_on():
+    """And of --seed."""
+    got = figures.Sources("x", seed=3).scenes(4)
+    equal(got, [Shapes("test", 3).dialogue(i)[0][1][0] for i in range(4)], "Sources.scenes")

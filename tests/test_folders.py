@@ -83,6 +83,17 @@ def test_a_config_that_its_files_do_not_hold_is_refused(folder, field, value, wo
     refused(folder, *words)
 
 
+@pytest.mark.parametrize(
+    "key", "num_experts embed_dim head_dim num_blocks stages depths num_layers".split()
+)
+def test_each_number_of_a_config_that_builds_something_has_a_limit(tmp_path, key):
+    """Its files have one weight, of three numbers."""
+    save_file({"w": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {key: 10**9}}))
+    with pytest.raises(InputError, match=f"{key} is 1,000,000,000 in its config.json"):
+        folders.refuse_absurd_config(tmp_path)
+
+
 @pytest.mark.parametrize("field, value, words", [
     ("image_processor__size", {"shortest_edge": 10**12, "longest_edge": 10**12}, ["_edge is 1,0"]),
     ("image_processor__patch_size", 10**6, ["patch_size is 1,000,000; 0 to 256"]),
@@ -99,6 +110,19 @@ def test_a_processor_of_absurd_size_or_without_numbers_is_refused(folder, field,
     change(folder / "processor_config.json", **{field: value})
     (folder / "preprocessor_config.json").unlink()
     refused(folder, *words)
+
+
+@pytest.mark.parametrize(
+    "key",
+    "min_pixels height width image_size crop_size max_patches max_image_tiles num_crops max_splits "
+    "max_soft_tokens image_seq_len image_seq_length".split(),
+)
+def test_each_number_of_a_processor_that_may_fill_the_memory_has_a_limit(tmp_path, key):
+    """Of all families; in the older file, too."""
+    numbers = {"merge_size": 2, "sizes": [{key: 10**9}]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(numbers))
+    with pytest.raises(InputError, match=f"{key} is 1,000,000,000; 0 to "):
+        folders.refuse_absurd_processor(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
@@ -531,6 +555,21 @@ def test_an_export_that_is_written_again_leaves_nothing_of_the_first(good, tmp_p
     names = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
     more = {"notes.txt", "log.jsonl", "README.md"}
     equal(names - {p.name for p in good.iterdir()}, more, "what is left, and the card")
+
+
+@pytest.mark.parametrize(
+    "name",
+    "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.json "
+    "tokenizer.model chat_template.jinja additional_chat_templates/tool_use.jinja "
+    "preprocessor_config.json generation_config.json 2_Pooling/config.json".split(),
+)
+def test_nothing_that_a_library_would_believe_is_left_of_an_older_model(tmp_path, name):
+    """What a model of another family had, and the new one has not."""
+    for file in ("part/config.json", f"m/{name}"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    folders.put_in_place(tmp_path / "part", tmp_path / "m")
+    expect(not (tmp_path / "m" / name).exists(), "left", name, "folders.STALE")
 
 
 def test_saved_files_have_ordinary_permissions(good, tmp_path):

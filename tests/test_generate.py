@@ -235,3 +235,50 @@ def test_the_status_says_whether_anything_came_of_it(tmp_path, monkeypatch, bad,
     words = ["--images", str(tmp_path), "--model", "toy", "--out", str(tmp_path / "d.jsonl")]
     equal(generator.main([*words, "--wait", "0"]), status, "the exit status")
     equal((tmp_path / "d.jsonl.failed.jsonl").exists(), bool(bad), "the list of failures")
+
+
+def test_a_server_that_refuses_is_not_asked_about_all_the_other_pictures(tmp_path, monkeypatch):
+    """They wait for a thread already: with a wrong key each would be asked about, for nothing."""
+    for i in range(40):
+        PICTURE.save(tmp_path / f"{i:02}.png")
+    asked = []
+
+    def refused(request):
+        asked.append(request)
+        generator.time.sleep(0.05)
+        raise generator.NotTheServer("401")
+
+    monkeypatch.setattr(generator, "ask_server", lambda args: refused)
+    words = ["--images", str(tmp_path), "--model", "m", "--out", str(tmp_path / "d.jsonl")]
+    with pytest.raises(InputError, match="401"):
+        generator.main([*words, "--server", "http://h/v1", "--batch", "1"])
+    expect(len(asked) < 30, len(asked), "a few of 40", "pool.shutdown")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "pipe")])
+def test_a_server_that_hangs_up_is_asked_again(monkeypatch, error):
+    """It did answer the call: one picture failed, and not the run."""
+
+    def hang_up(*_, **__):
+        raise urllib.error.URLError(error)
+
+    monkeypatch.setattr(generator.urllib.request, "urlopen", hang_up)
+    with pytest.raises(InputError, match="hung up") as caught:
+        generator.fetch(None, config(server="http://h/v1"))
+    equal(isinstance(caught.value, generator.NotTheServer), False, "generate.fetch")
+
+
+def test_no_more_of_an_answer_is_read_than_an_answer_has(monkeypatch):
+    """A server that never stops would fill the memory."""
+    asked = []
+    answer = io.BytesIO()
+    answer.read = lambda size=-1: asked.append(size) or b""
+    monkeypatch.setattr(generator.urllib.request, "urlopen", lambda *_, **__: answer)
+    generator.fetch(None, config(server="http://h/v1"))
+    equal(asked, [generator.LONGEST_REPLY], "bytes")
+
+
+def test_a_line_of_blanks_is_no_question(tmp_path):
+    """Each picture that drew it would fail three times."""
+    (tmp_path / "q.txt").write_text("what?\n \n\nwhere?\n\t\nwhy?\n")
+    equal(generator.read_questions(tmp_path / "q.txt"), ["what?", "where?", "why?"], "three")

@@ -283,3 +283,13 @@ def test_a_list_that_is_saved_anew_meanwhile_is_read_once(four, shared):
     with mock.patch.object(mine, "read_pairs", changed_behind_it):
         mined = mine.mine(shared, cfg)
     equal([x["query"] for x in mined], [json.loads(x)["query"] for x in lines], "source.raw")
+
+
+def test_a_query_for_which_all_is_right_costs_no_other_its_negatives(four, shared, monkeypatch):
+    """The first one has all four targets, the others have three wrong ones each."""
+    lines = [json.loads(line) for line in (four / "pairs.jsonl").read_text().splitlines()]
+    lines[0]["target"] = [{"text": f"t {i}"} for i in range(4)]
+    (four / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mine_with(shared, monkeypatch, "--first", "1", "--last", "3")
+    lines = [json.loads(line) for line in (four / "out.jsonl").read_text().splitlines()]
+    equal([len(line["negatives"]) for line in lines], [0, 3, 3, 3], "mine.refuse_few")

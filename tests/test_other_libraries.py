@@ -9,11 +9,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import numpy as np
 import pytest
 import torch
+from checks import equal, expect
 from huggingface_hub import ModelCard
 
 import contrastive
@@ -24,6 +26,7 @@ import pretrain
 from data import IMAGE, Item
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
+from plumbing.folders import digest_of_weights
 from tools import merge
 from toy.world import Scene, Shapes
 
@@ -226,6 +229,18 @@ def test_mteb_scores_the_embedder_as_we_do(exported, tmp_path):
     assert score(for_mteb(exported["mean"] / "out")) == pytest.approx(
         hits(made, pictures, captions), abs=1e-5
     )
+
+
+def test_mteb_gets_texts_and_pictures_as_they_are_called():
+    """Of batches with both, or with one of them."""
+    pytest.importorskip("mteb", reason="mteb is not installed")
+    from tools.mteb_model import Model
+
+    seen = []
+    batches = [{"text": ["a", "b"], "image": [1, 2]}, {"image": [3]}, {"text": ["c"]}]
+    Model(SimpleNamespace(encode=seen.append)).encode(batches)
+    want = [{"text": "a", "image": 1}, {"text": "b", "image": 2}, {"image": 3}, {"text": "c"}]
+    equal(seen, [want], "Model.encode")
 
 
 # ---------------------------------------------------------------------------- transformers and peft
@@ -433,3 +448,45 @@ def test_the_card_says_of_scores_what_was_left_out_and_of_flags_what_makes_the_m
     assert not any(word in said for word in ("workers", "out", "save", "digest")), said
     for flags, paper in (({}, "2511.08480"), ({"temperature": 0.03}, "2410.05160")):
         assert f"arXiv:{paper}" in plumbing.card.training(flags).splitlines()[0]
+
+
+def test_a_cell_of_the_card_may_hold_a_bar():
+    """As a regular expression has it: Markdown would begin another column."""
+    said = plumbing.card.table([("--x", "a|b")])
+    equal(said.splitlines()[-1], r"| --x | a\|b |", "card.table")
+
+
+def test_a_chain_of_runs_that_bites_its_own_tail_ends(tmp_path, no_waiting):
+    """--steps 0 leaves the weights as they are: a model of B, and B of it."""
+    flags = {"model": str(tmp_path), "model_digest": digest_of_weights(tmp_path)}
+    (tmp_path / "finished.json").write_text(json.dumps({"config": flags}))
+    equal(len(plumbing.card.runs_of(tmp_path)), 10, "card.runs_of")
+
+
+@pytest.mark.parametrize("base", ["out/base", "Qwen/Qwen2-VL"])
+def test_the_card_links_to_a_base_on_the_hub_and_to_no_folder(tmp_path, monkeypatch, base):
+    """out/base looks like a name on the hub, and may be anyone's there."""
+    monkeypatch.chdir(tmp_path)
+    Path("out/base").mkdir(parents=True)
+    Path("finished.json").write_text(json.dumps({"config": {"model": base}}))
+    card = ModelCard(plumbing.card.text_of(tmp_path, tmp_path))
+    equal(card.data.base_model, None if base == "out/base" else base, "card.text_of")
+
+
+def test_the_card_has_each_mean_under_its_name(tmp_path):
+    """In and out of distribution, and the meta-tasks."""
+    scores = {"overall": 0.5, "ind": 0.6, "ood": 0.4, "meta_tasks": {"VQA": 0.3}}
+    scores["model_digest"] = digest_of_weights(tmp_path)
+    (tmp_path / plumbing.card.SCORES).write_text(json.dumps(scores))
+    said = plumbing.card.scores(tmp_path)
+    for row in ("| IND | 60.0 |", "| OOD | 40.0 |", "| VQA | 30.0 |"):
+        expect(row in said, said, row, "card.scores")
+
+
+@pytest.mark.parametrize("config", [{"text_config": {"hidden_size": 128}}, {"hidden_size": 128}])
+def test_the_card_has_the_facts_of_the_folder(tmp_path, config):
+    """The width stands in the language model's part of config.json, or on top."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"} | config))
+    said = plumbing.card.facts(tmp_path, "toy", None)
+    for row in ("| family | qwen2_vl |", "| dimensions | 128 |"):
+        expect(row in said, said, row, "card.facts")

@@ -187,6 +187,25 @@ def test_each_layer_is_shown_under_its_own_number():
         expect(max(away) <= 1, max(away), "the same thousandths", "explain_numbers.attention")
 
 
+def test_four_layers_at_most_are_shown_and_the_last_among_them():
+    """Of 28 each seventh."""
+
+    def shown(n):
+        text = SimpleNamespace(num_hidden_layers=n)
+        config = SimpleNamespace(get_text_config=lambda: text)
+        return explain_numbers.shown_layers(SimpleNamespace(mllm=SimpleNamespace(config=config)))
+
+    want = [[1], [1, 2, 3, 4], [2, 4, 6], [7, 14, 21, 28]]
+    equal([shown(n) for n in (1, 4, 6, 28)], want, "shown_layers")
+
+
+def test_a_turn_that_max_length_has_cost_is_not_shown():
+    """The row ends in the first answer."""
+    roles = [explain_numbers.QUESTION, explain_numbers.ANSWER, explain_numbers.ANSWER]
+    got = explain_numbers.turns_of((("a?", "b"), ("c?", "d")), roles)
+    equal(got, [("a?", "b", [1, 2])], "turns_of")
+
+
 def test_a_picture_s_tokens_have_their_rows_and_columns():
     """Of a wide one more columns, where the family says so; else a square, or none."""
     wide = {"image_grid_thw": torch.tensor([[1, 8, 12]])}  # patches, four of them a token
@@ -232,6 +251,19 @@ def test_the_page_runs_the_functions_that_train(embedder, monkeypatch):
     losses, answers = explain_numbers.losses_of(embedder, row_of(embedder))
     mean = sum(answer.masked.nats for answer in answers) / len(answers)
     close(losses["masked"], 2 * mean, "the mean is answer_loss's", 1e-4)
+
+
+def test_each_stage_of_the_page_has_its_own_model(tmp_path, monkeypatch):
+    """What both stages have left; without --model."""
+    monkeypatch.chdir(tmp_path)
+    both, made = ("out/pretrain", "out/contrastive"), []
+    for name in both:
+        Path(name).mkdir(parents=True)
+        Path(name, "config.json").write_text("{}")
+    monkeypatch.setattr(model, "load_for", lambda cfg, device: cfg.model)
+    monkeypatch.setattr(explain_page, "make_page", lambda models, *_: made.append(models) or "")
+    explain.main(["--html", "x.html"])
+    equal(made, [(*both, both)], "explain.write_html")
 
 
 def test_the_sources_are_the_functions(file):

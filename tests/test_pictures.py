@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as pq
 import pytest
+from checks import equal
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 import data
@@ -29,7 +30,7 @@ from plumbing import zips
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file, refuse_special
 from plumbing.formats import IMAGE
-from plumbing.images import Images, decoded_formats, open_image
+from plumbing.images import Images, ZipImage, decoded_formats, open_image
 from plumbing.loader import prefetch
 from plumbing.zips import open_zip
 from tools.check import check
@@ -757,6 +758,22 @@ def test_what_is_no_zip_is_said(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.zip")
     with pytest.raises(InputError, match="pipe.zip: is a pipe"):
         open_zip(str(tmp_path / "pipe.zip"))
+
+
+def test_a_zip_may_end_in_the_longest_comment_there_is(tmp_path):
+    """65,535 bytes; the end of its table stands in front of it."""
+    path = zip_of(tmp_path / "x.zip", CONTENTS)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"x" * 0xFFFF
+    equal(open_zip(path).read("A/a.png"), CONTENTS["A/a.png"], "zips.read_table")
+
+
+@pytest.mark.parametrize("name", ["A/a.png", "images/A/a.png"])
+@pytest.mark.parametrize("place", ["images_zip/A.zip", "images_zip/images.zip", "images.zip"])
+def test_there_is_a_zip_for_each_subset_or_one_for_all(tmp_path, place, name):
+    """In either place; its members may lie in a folder `images`."""
+    path = zip_of(tmp_path / place, {name: b""})
+    equal(Images(tmp_path).find("A/a.png", "A"), ZipImage(path, name), "Images.find")
 
 
 def test_a_zip_is_indexed_with_its_subset(tmp_path, monkeypatch):

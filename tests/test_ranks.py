@@ -186,6 +186,14 @@ def test_two_errors_of_torch_have_a_clear_line(monkeypatch):
     equal(ranks.known_reason(RuntimeError("shapes differ")), "", "a mistake of ours")
 
 
+@pytest.mark.parametrize("text", ["NCCL error: remote process exited", "Gloo timed out"])
+def test_a_lost_rank_is_one_line_however_its_backend_is_spelled(monkeypatch, text):
+    """On GPUs too, where it is in capitals."""
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    said = ranks.known_reason(RuntimeError(text))
+    expect("lost the others" in said, said, "a clear line", "ranks.known_reason")
+
+
 @pytest.mark.parametrize(("result", "status"), [(None, 0), (0, 0), (1, 1)])
 def test_what_a_command_returns_is_its_status(result, status, monkeypatch):
     """It gets the words behind its name."""

@@ -15,6 +15,7 @@ from data import Dialogue, Item, Pair, read_dialogues, read_pairs, read_tasks
 from plumbing import formats
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
+from plumbing.mmeb import what_else
 from toy.world import META_TASK
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
@@ -155,6 +156,15 @@ def test_the_pictures_of_mmebs_folders_may_lie_elsewhere(tmp_path):
     equal(read_pairs(tables, pictures)["A"][0].query.images, want, "training")
     (task,) = read_tasks(tables, pictures)
     equal(task.queries[0][0].images, want, "evaluation")
+
+
+@pytest.mark.parametrize("split", ["original", "diverse_instruction"])
+def test_a_folder_for_training_is_said_to_be_one(tmp_path, split):
+    """Of either split, where the tables of the other task are looked for."""
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / f"{split}-0.parquet").touch()
+    said = what_else(tmp_path)
+    expect("lists are for training" in said, said, split, "mmeb.what_else")
 
 
 def test_sets_are_chosen_of_what_has_several(tmp_path):

@@ -500,3 +500,35 @@ def test_the_index_is_rank_0s_and_so_is_the_sheet(folder, shared, monkeypatch, c
     monkeypatch.setattr(shared, "encode", lambda *_: z[:1])
     threads.on_ranks(monkeypatch, 2, lambda _: search.search(shared, cfg))
     equal(drawn, [0], "draw_sheet")
+
+
+def test_a_sheet_of_a_kind_that_can_be_read_and_not_written_is_refused(folder):
+    """Before anything is embedded."""
+    kinds = Image.registered_extensions().items()
+    ending = next(ending for ending, kind in kinds if kind not in Image.SAVE)
+    with pytest.raises(InputError, match="no kind of picture; end it with .png"):
+        search.refuse_no_search(search.Config(images=str(folder), text="x", out=f"x{ending}"))
+
+
+def test_the_sheet_of_an_earlier_search_is_none_of_the_pictures(tmp_path):
+    """By whatever path --out names it."""
+    for name in ("a.png", "sheet.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    paths = search.list_files(tmp_path, str(tmp_path / "sheet.png"), [])
+    equal(list(paths.values()), ["a.png"], "search.list_files")
+
+
+def test_a_photograph_beside_the_folder_is_none_of_it(tmp_path):
+    """Though its name begins as the folder's does."""
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a-found.png")
+    cfg = search.Config(images=str(tmp_path / "a"), out=str(tmp_path / "a-found.png"))
+    search.refuse_photograph(cfg)
+
+
+def test_a_wide_picture_stays_in_its_cell_of_the_sheet():
+    """It is made as small as its longer side asks for."""
+    sheet = search.draw_sheet("", [Image.new("RGB", (100, 20), "red")] * 2, ["", ""])
+    y = search.HEAD + 10
+    at = [sheet.getpixel((x, y)) for x in (search.SIDE - 10, search.SIDE - 2, search.SIDE + 10)]
+    equal(at, [(255, 0, 0), (255, 255, 255), (255, 0, 0)], "search.draw_sheet")

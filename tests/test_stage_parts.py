@@ -163,6 +163,19 @@ def test_which_dialogues_are_asked_first_is_drawn_anew_in_each_step(watched, mon
     equal(steps, [3] * 4, "the step of the batch that is made")
 
 
+def test_the_teacher_is_asked_what_the_model_is_asked(watched):
+    """--objective kl --question-first 1: the question stands before the code, and in the teacher's
+    row beside the picture."""
+    embedder = toy()
+    seen = watched(pretrain, start=embedder, objective="kl", question_first=1.0)
+    for example in seen.make(0):
+        question, _ = read_dialogues()[int(example.id.rpartition("-")[2])].turns[0]
+        for tokens in (example.row.tokens, example.plain.tokens):
+            content = tokens["input_ids"][tokens["roles"] == pretrain.CONTENT]
+            said = embedder.processor.tokenizer.decode(content)
+            expect(question in said, said, question, "sampling.ask_first, of both rows")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_batch_that_ranks_cannot_share_is_refused_by_main(stage, tmp_path, as_rank, monkeypatch):
     """Before the model is loaded."""

@@ -119,6 +119,14 @@ def test_help_ends_the_process_with_status_0(word, monkeypatch, capsys):
     equal((ends, capsys.readouterr().out), ([0], ""), "no help is asked for")
 
 
+def test_a_closed_stderr_is_no_error_either(monkeypatch):
+    """`2>&-`: Python has none then, and what is printed to it would go to stdout."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    start.open_streams()
+    expect(sys.stdout and sys.stderr, (sys.stdout, sys.stderr), "both", "start.open_streams")
+
+
 @pytest.mark.parametrize("script", [check, export, figures, merge], ids=lambda x: x.__name__)
 def test_a_word_that_is_needed_has_no_default(script):
     """`python -m tools.merge` alone says what it lacks, instead of merging nothing."""

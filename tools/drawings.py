@@ -156,7 +156,9 @@ def curves(sources):
 def error_bars(ax, x, scores, i, label):
     """Line i: mean and standard error, in percent; scores[j]: the runs' scores (shares) at x[j]."""
     y, error = np.transpose([mean_error(runs) for runs in scores])  # (n,), (n,)
-    line = {"color": COLORS[i], "marker": MARKERS[i], "capsize": 3, "label": label}
+    turn, color = divmod(i, len(COLORS))
+    marker = MARKERS[(i + turn) % len(MARKERS)]  # a colour's second line has another one
+    line = {"color": COLORS[color], "marker": marker, "capsize": 3, "label": label}
     ax.errorbar(x, 100 * y, 100 * error, **line)
 
 
