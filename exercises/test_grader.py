@@ -417,6 +417,20 @@ def test_a_test_may_be_named_as_pytest_prints_it_and_a_file_that_is_not_there_is
            "one line", "conftest.py")  # fmt: skip
 
 
+def test_a_teachers_files_are_not_handed_out(tmp_path, monkeypatch):
+    """Other students' solutions, their scores, photographs: at the root, or among the exercises."""
+    clone = hand_out.hand_out(tmp_path / "clone")
+    for name in ("alice.py", "photo.jpg", "class26/bob.py", "out/reports/a.txt",
+                 "exercises/submissions/eve.py", "exercises/reports/eve.txt"):  # fmt: skip
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
+    monkeypatch.setattr(ladder, "ROOT", clone)
+    copy = hand_out.hand_out(tmp_path / "copy")
+    words = ("alice", "photo", "bob", "eve", "a.txt")
+    there = [path.name for path in copy.rglob("*") if path.stem in words or path.name in words]
+    expect(not there, there, "none of them", "hand_out")
+
+
 def test_a_students_copy_is_graded_where_it_is(tmp_path):
     """hand_out, then the command that it prints: the stub at the root is graded, and fails; a
     second hand_out does not overwrite it."""
