@@ -145,7 +145,8 @@ FILES = [
         "tests/test_pictures.py -k own_folder",
     ),
     (
-        "plumbing/images.py", 'self.tops = [top, f"{top}/images"]', 'self.tops = [f"{top}/images", top]',
+        "plumbing/images.py", 'self.tops = [top, f"{top}/images"]',
+        'self.tops = [f"{top}/images", top]',
         "tests/test_pictures.py -k as_it_stands",
     ),
     (
@@ -286,6 +287,34 @@ FILES = [
         "plumbing/inputs.py", "if len(texts) == len(pictures) == 1:",
         "if isinstance(x[0], str) and len(texts) == len(pictures) == 1:",
         "tests/test_inputs.py",
+    ),
+    (
+        "plumbing/formats.py", "    value = with_marks(value)\n", "",
+        "tests/test_lists.py -k mark",
+    ),
+    (
+        "plumbing/formats.py", 'if not value.replace(IMAGE, "").strip():', "if value == IMAGE:",
+        "tests/test_lists.py -k bad_dialogue",
+    ),
+    (
+        "plumbing/formats.py", "tuple(dict.fromkeys(targets)),", "tuple(targets),",
+        "tests/test_lists.py -k count_once",
+    ),
+    (
+        "plumbing/formats.py", "in dict.fromkeys(texts_of[paths[i]])", "in texts_of[paths[i]]",
+        "tests/test_lists.py -k count_once",
+    ),
+    (
+        "plumbing/formats.py", 'if IMAGE in with_marks(raw["text"]):', 'if IMAGE in raw["text"]:',
+        "tests/test_lists.py -k bad_caption",
+    ),
+    (
+        "plumbing/lines.py", 'if b"\\r" in line.strip():', 'if b"\\r" in line:',
+        "tests/test_lists.py -k cr_alone",
+    ),
+    (
+        "plumbing/inputs.py", 'text = with_marks(text or "")', 'text = text or ""',
+        "tests/test_lists.py -k mark",
     ),
     (
         "plumbing/inputs.py", "text = IMAGE * len(pictures) + text",

@@ -73,6 +73,12 @@ DIALOGUES = {
         {**DIALOGUE, "conversations": TALK + MORE[:1]},
         '"conversations" must be a list of questions and answers in turn',
     ),
+    "a first turn of a picture alone": (
+        turn(0, value="<image>\n"),
+        r"conversations\[0\] has <image> al",
+    ),
+    "MMEB's mark alone": (turn(0, value=" <|image_1|>"), r"conversations\[0\] has <image> alone"),
+    "MMEB's mark later": (turn(2, value="<|image_1|> And?"), r"conversations\[2\] has <image>"),
     "no picture at all": ({"conversations": MORE}, 'has no "image".* nothing to compress'),
     "an id of another type": ({**DIALOGUE, "id": ["1"]}, '"id" must be a string or a number'),
     "a number as picture": ({**DIALOGUE, "image": 0}, '"image" a path'),
@@ -93,8 +99,8 @@ PAIRS = {
     "negatives as object": ({**PAIR, "negatives": {"text": "z"}}, '"negatives" must be a list'),
     "negatives as text": ({**PAIR, "negatives": ""}, '"negatives" must be a list, not a str'),
     "a negative that is its target": (
-        {**PAIR, "negatives": [{"text": "z"}, PAIR["target"]]},
-        r"negatives\[1\] is a target, too",
+        {**PAIR, "negatives": [{"text": "z"}, {"text": "z"}, PAIR["target"]]},
+        r"negatives\[2\] is a target, too",
     ),
     "a bad negative": ({**PAIR, "negatives": [{"text": 7}]}, r'"negatives\[0\]": "text" must be'),
     "a dialogue": (DIALOGUE, "a dialogue, which stage 1 reads: pretrain.py"),
@@ -106,6 +112,8 @@ CAPTIONS = {
         'needs "text", a string that is not empty; it has file_name, t',
     ),
     "a key that is not read": ({**CAPTION, "captions": ["b"]}, 'unknown key "captions"'),
+    "a picture's mark": ({**CAPTION, "text": "an <image> tag"}, '"text" has <image>, where a pic'),
+    "MMEB's mark": ({**CAPTION, "text": "<|image_1|> a dog"}, '"text" has <image>, where a pic'),
     "a dialogue": (DIALOGUE, "a dialogue, which stage 1 reads"),
 }
 
@@ -141,6 +149,31 @@ def test_what_real_lists_say_beside_an_example_is_read_over(place):
     """LLaVA's mixes name the model or the source that an answer comes from."""
     beside = {**DIALOGUE, "model": "gpt-4", "source": "coco", "width": 32, "height": 32}
     assert len(data.read_dialogues(jsonl(place, beside))) == 1
+
+
+def test_equal_targets_and_negatives_of_a_line_count_once(place):
+    """Targets are averaged: one that stands twice had the weight of two. A picture's captions are
+    its targets, too."""
+    a, b, n = ({"text": text} for text in "abn")
+    line = {"query": {"text": "q"}, "target": [a, a, b, a], "negatives": [n, n]}
+    (pair,) = data.read_pairs(jsonl(place, line))["list"]
+    equal(pair, data.Pair(Item("q"), (Item("a"), Item("b")), (Item("n"),)), "parse_pair")
+    texts = [{**CAPTION, "text": text} for text in ("a dog", "a dog", "a cat")]
+    jsonl(place, *texts, name="metadata.jsonl")
+    (pair,) = data.read_pairs(str(place))[f"{place.name}_i2t"]
+    equal([x.text for x in pair.targets], ["a dog", "a cat"], "caption_pairs")
+
+
+def test_mmebs_mark_is_a_picture_s_place_wherever_there_are_pictures(place):
+    """In pairs, in dialogues and in what `encode` takes."""
+    line = {"query": {"text": "<|image_1|>\nWhat?", "image": "a.png"}, "target": {"text": "y"}}
+    (pair,) = data.read_pairs(jsonl(place, line))["list"]
+    (talk,) = data.read_dialogues(jsonl(place, turn(0, value="<|image_1|>\nWhat?")))
+    equal(pair.query.text, "<image>\nWhat?", "parse_content")
+    equal(
+        Item.of({"image": pair.query.images[0], "text": "<|image_1|>\nWhat?"}), pair.query, "both"
+    )
+    equal((talk.item.text, talk.turns[0]), ("<image>", ("What?", "a dog")), "parse_dialogue")
 
 
 # ----------------------------------------------------------------------------- other kinds of lists
@@ -229,6 +262,17 @@ def test_bytes_that_are_no_utf_8_are_told_by_line_and_place(place):
     path = place / "list.jsonl"
     path.write_bytes(json.dumps(PAIR).encode() + b'\n{"query": "\xe4"}\n')
     with pytest.raises(InputError, match="line 2: not UTF-8: byte 12 is 0xe4"):
+        data.read_pairs(str(path))
+
+
+def test_a_list_whose_lines_end_in_cr_alone_is_told_so(place):
+    """To everybody else it is one line; where they end in CR and LF nothing is wrong."""
+    path, line = place / "list.jsonl", json.dumps(PAIR).encode()
+    path.write_bytes(line + b"\r" + line + b"\r")
+    with pytest.raises(InputError, match="line 1: not JSON: .* end in CR alone.*; save it with LF"):
+        data.read_pairs(str(path))
+    path.write_bytes(line + b"\r\n" + b"oops\r\n")
+    with pytest.raises(InputError, match="line 2: not JSON: .*column 1$"):
         data.read_pairs(str(path))
 
 
