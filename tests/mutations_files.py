@@ -792,8 +792,44 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/mmeb.py", 'paths = {*table["qry_img_path"].to_pylist()}', "paths = set()",
-        "tests/test_lists.py",
+        "plumbing/mmeb.py", "chain(enumerate(queries), distinct_candidates(table, counts[0]))",
+        "distinct_candidates(table, counts[0])",
+        "tests/test_lists.py -k told_before_any",
+    ),
+    (
+        "plumbing/mmeb.py", "        look_at_rows(rows, contents_of(images, name))\n",
+        "        rows.get(0)\n",
+        "tests/test_lists.py -k told_before_any",
+    ),
+    (
+        "plumbing/mmeb.py", "if not texts or texts != paths:", "if not texts:",
+        "tests/test_lists.py -k told_before_any",
+    ),
+    (
+        "plumbing/mmeb.py", 'aggregate([("row", "min")]).sort_by("row_min")',
+        'aggregate([("row", "max")]).rename_columns([*EVAL_LISTS, "row_min"])',
+        "tests/test_lists.py -k repeat",
+    ),
+    (
+        "plumbing/mmeb.py", '-of-(\\d+)(?!\\d)")', '-of-(\\d+)[.]parquet$")',
+        "tests/test_data.py -k names_go_on",
+    ),
+    (
+        "tools/sentence_transformers_folder.py",
+        "    tokenizer.model_max_length = VERY_LARGE_INTEGER\n", "",
+        "tests/test_other_libraries.py -k transformers_alone",
+    ),
+    (
+        "tools/sentence_transformers_folder.py", "if tokenizer.pad_token is None:", "if False:",
+        "tests/test_other_libraries.py -k transformers_alone",
+    ),
+    (
+        "plumbing/parquet.py", "        part.validate(full=True)\n", "        part.validate()\n",
+        "tests/test_lists.py -k not_utf8",
+    ),
+    (
+        "plumbing/parquet.py", 'f"{file}, row {i + 1}", "a text', 'f"{file}, row {i}", "a text',
+        "tests/test_lists.py -k not_utf8",
     ),
     (
         "plumbing/mmeb.py", "rows.source.raw.load().slice(0, len(rows))", "rows.source.raw.load()",

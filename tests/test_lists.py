@@ -404,6 +404,71 @@ def test_a_row_without_its_candidates_is_refused(tmp_path, texts, paths):
         data.read_tasks(str(tmp_path))[0].queries[0]
 
 
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"qry_text": ["q", "q", "<image> r"]}, "row 3: the text has 1 <image> for 0 pictures"),
+        ({"tgt_text": [["t", "u"], ["t", "u"], ["t", " "]]}, "row 3: needs {"),
+        (
+            {"tgt_text": [["t", "u"], ["u", "<image>"], ["t", "<image>"]]},
+            "row 2: the text has 1 <im",
+        ),
+        (
+            {"qry_text": ["q", "", "q"], "qry_img_path": ["", "../a", ""]},
+            "row 2: .* lies outside of",
+        ),
+        ({"tgt_text": [["t", "u"], ["t", "u"], ["t"]]}, "row 3: tgt_text and tgt_img_path must be"),
+        ({"tgt_text": [["t", "u"], None, ["t", "u"]]}, "row 2: tgt_text and tgt_img_path must be"),
+    ],
+)
+def test_a_bad_row_of_an_evaluation_set_is_told_before_any_is_scored(tmp_path, change, says):
+    """The query or a candidate, in the last of several sets: hours of scoring and the JSON were
+    lost to it. Where only the rows before it are scored it is let be."""
+    good = {name: column * 3 for name, column in EVAL.items()}
+    write(tmp_path / "A" / "test-0.parquet", good)
+    write(tmp_path / "B" / "test-0.parquet", {**good, **change})
+    with pytest.raises(InputError, match=f"B/test-0.parquet, {says}"):
+        data.read_tasks(str(tmp_path))
+    data.read_tasks(str(tmp_path), limit=1)
+
+
+def test_of_candidates_that_repeat_each_is_parsed_once(tmp_path, monkeypatch):
+    """1,000 queries with 1,000 candidates each are a million, of a few thousand distinct ones."""
+    parsed, parse = [], mmeb.parse_content
+    monkeypatch.setattr(mmeb, "parse_content", lambda raw, *x: parsed.append(raw) or parse(raw, *x))
+    lists = {"tgt_text": [["t", "u"], ["u", "v"]] * 20, "tgt_img_path": [["", ""]] * 40}
+    write(
+        tmp_path / "A" / "test-0.parquet",
+        {**EVAL, "qry_text": ["q"] * 40, "qry_img_path": [""] * 40, **lists},
+    )
+    data.read_tasks(str(tmp_path))
+    equal([raw["text"] for raw in parsed], ["q", "t", "u", "v"], "in the order of their rows")
+    table = Table([tmp_path / "A" / "test-0.parquet"], Layout(tuple(EVAL)[:2], tuple(EVAL)[2:]))
+    found = list(mmeb.distinct_candidates(table.load(), [2] * 40))
+    equal(sorted(found), [(0, ("t", "")), (0, ("u", "")), (1, ("v", ""))], "the first row of each")
+
+
+def not_utf8(texts) -> pyarrow.Array:
+    """A column of texts, of which \\xff is one byte, as a program that knows no UTF-8 writes it."""
+    column = pyarrow.array([text.encode("latin-1") for text in texts])
+    return pyarrow.Array.from_buffers(TEXT, len(texts), column.buffers())
+
+
+def test_a_text_of_a_table_that_is_not_utf8_is_told_by_its_row(tmp_path):
+    """Arrow reads it, and failed with a traceback when the row was drawn; among candidates too."""
+    write(tmp_path / "A" / "original-0.parquet", TRAIN)
+    bad = {**TRAIN, "pos_text": not_utf8(["t", "\xff"])}
+    write(tmp_path / "A" / "original-1.parquet", bad)
+    with pytest.raises(InputError, match="original-1.parquet, row 2: a text in it is not UTF-8"):
+        data.read_pairs(str(tmp_path))
+    offsets = pyarrow.array([0, 2], LONG)
+    lists = pyarrow.ListArray.from_arrays(offsets, not_utf8(["t", "\xff"]))
+    for change in ({"qry_text": not_utf8(["\xff"])}, {"tgt_text": lists}):
+        write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
+        with pytest.raises(InputError, match="test-0.parquet, row 1: a text in it is not UTF-8"):
+            data.read_tasks(str(tmp_path))
+
+
 def test_columns_are_read_however_they_are_stored(tmp_path):
     """Long strings, as polars writes them; and dictionaries, as pandas does for categories."""
     rows = []
