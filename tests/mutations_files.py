@@ -824,6 +824,10 @@ FILES = [
         "tests/test_other_libraries.py -k transformers_alone",
     ),
     (
+        "tools/check.py", "            image.verify()\n", "            image.load()\n",
+        "tests/test_check.py -k damaged_in_the_middle",
+    ),
+    (
         "plumbing/parquet.py", "        part.validate(full=True)\n", "        part.validate()\n",
         "tests/test_lists.py -k not_utf8",
     ),
