@@ -90,6 +90,11 @@ class Content(NamedTuple):
     images: tuple = ()
 
 
+def with_marks(text) -> str:
+    """A text in which MMEB's mark for a picture, too, is `<image>`."""
+    return text.replace("<|image_1|>", IMAGE)
+
+
 CONTENT = '{"text": ..., "image": ...}, at least one of them not empty'
 
 
@@ -108,8 +113,8 @@ def parse_content(raw, images, subset="") -> Content:
         raise ValueError('"text" must be a string, "image" a path or a list of paths')
     if not paths and not text.strip():
         raise ValueError(f"needs {CONTENT}")
-    # MMEB's mark; a picture without a text is the picture alone.
-    text = text.replace("<|image_1|>", IMAGE) if text else IMAGE * len(paths)
+    # A picture without a text is the picture alone.
+    text = with_marks(text) if text else IMAGE * len(paths)
     if (n := text.count(IMAGE)) != len(paths):
         raise ValueError(f"the text has {n} {IMAGE} for {len(paths)} pictures: one where each goes")
     return Content(text, tuple(images.find(p, subset) for p in paths))
@@ -134,8 +139,11 @@ def parse_turn(raw, i) -> str:
         raise ValueError(f'conversations[{i}] must have a "value", a string that is not blank')
     if raw.keys() - {"from", "value"}:
         raise ValueError(f'conversations[{i}] has more than "from" and "value": {brief(list(raw))}')
+    value = with_marks(value)
     if i and IMAGE in value:
         raise ValueError(f"conversations[{i}] has {IMAGE}; pictures stand in the first turn only")
+    if not value.replace(IMAGE, "").strip():
+        raise ValueError(f"conversations[{i}] has {IMAGE} alone: no question that is not blank")
     return value
 
 
@@ -180,7 +188,8 @@ def parse_pair(raw, images) -> tuple:
     if both := set(targets).intersection(negatives):
         i = min(map(negatives.index, both))
         raise ValueError(f"negatives[{i}] is a target, too, and would not be compared with it")
-    return query, targets, negatives
+    # Equal ones count once: a target that stands twice has no more weight.
+    return query, tuple(dict.fromkeys(targets)), tuple(dict.fromkeys(negatives))
 
 
 def parse_list(field, raw, images) -> tuple:
@@ -197,6 +206,8 @@ def parse_caption(raw, images) -> tuple:
             has = f"it has {brief(', '.join(map(str, raw)), 60)}"
             raise ValueError(f'needs "{field}", a string that is not empty; {has}')
     refuse_unknown(raw, ("file_name", "text", "id", *BESIDE))
+    if IMAGE in with_marks(raw["text"]):
+        raise ValueError(f'"text" has {IMAGE}, where a picture would go: a caption has none in it')
     return images.find(raw["file_name"]), raw["text"]
 
 
@@ -334,7 +345,7 @@ def caption_pairs(file, image_root) -> dict:
     paths = list(texts_of)
 
     def picture_to_text(i):
-        targets = tuple(Content(text) for text in texts_of[paths[i]])
+        targets = tuple(Content(text) for text in dict.fromkeys(texts_of[paths[i]]))
         return Content(FIND_CAPTION, (paths[i],)), targets, ()
 
     def text_to_picture(i):

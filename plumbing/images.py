@@ -138,6 +138,9 @@ def eight_bits(image) -> Image.Image:
     if low < 0 or high > 65535:
         raise ValueError(f"its pixels go from {low} to {high}; save it with 8 or 16 bits")
     is_16_bits = image.mode != "I" or image.format == "PNG" or high > 255
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white there
+        values = 65535 - values  # Pillow turns those of 8 bits itself
     grey = (values // 256 if is_16_bits else values).astype(np.uint8)
     key = image.info.get("transparency")
     if isinstance(key, int):
@@ -215,6 +218,16 @@ def own_places(root) -> list:
     return places
 
 
+def names_in_zip(inner, archive) -> list:
+    """What a picture may be called in images_zip/SUBSET.zip or images.zip: the hub's have the zip's
+    own name as a folder on top, or `images`, or neither. Trap: where another folder is left out of
+    its name, another set's picture is taken for it."""
+    names, (top, _, rest) = [inner, f"images/{inner}"], inner.partition("/")
+    if top in ("images", Path(archive).stem):
+        names.append(rest)
+    return names
+
+
 class Images:
     """Finds the pictures of a data set below `root`, unpacked or in the hub's zip files; a path
     that leaves it (`..`, absolute, through a link: see own_places) is an InputError. Folders are
@@ -228,7 +241,7 @@ class Images:
         zips = [*self.root.glob("images_zip/*.zip"), *self.root.glob("images.zip")]
         self.zips = {path.stem: str(path) for path in zips}
         top = os.path.abspath(root)
-        self.tops = [f"{top}/images", top]
+        self.tops = [top, f"{top}/images"]  # a name as it stands comes first
         self.places = own_places(root)
         self.folder = lru_cache(10_000)(self.read_folder)
         self.folders = lru_cache(10_000)(self.look_up_folders)
@@ -250,8 +263,7 @@ class Images:
         inner = self.below_root(path)
         if archive := self.zips.get(subset) or self.zips.get("images"):
             members = open_zip(archive)
-            # The hub's zips have the subset's folder on top, or `images`, or neither.
-            for member in (inner, "images/" + inner, inner.partition("/")[2]):
+            for member in names_in_zip(inner, archive):
                 if member in members:
                     return ZipImage(archive, member)
         for top in self.tops:  # newer than our list of its folder, or spelled in another case
@@ -266,7 +278,7 @@ class Images:
             raise InputError(f"the picture {brief(path)!r} is a URL; save it as a file")
         inner = os.path.normpath(path)
         if os.path.isabs(inner):
-            for top in (self.tops[-1], self.places[0]):
+            for top in (self.tops[0], self.places[0]):
                 if inner.startswith(os.path.join(top, "")):
                     return inner[len(os.path.join(top, "")) :]
             self.refuse_outside(inner, path)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from plumbing.errors import InputError, brief
-from plumbing.formats import IMAGE, Content
+from plumbing.formats import IMAGE, Content, with_marks
 
 FORMS = (
     'a text, Image.open(FILE), pathlib.Path(FILE), {"image": either of them, "text": ...}, a numpy '
@@ -76,7 +76,7 @@ def both(x) -> Content:
     for picture in pictures:
         if not isinstance(picture, str) and not is_picture(picture):
             raise refuse(x, f'its "image" is of type {type(picture).__name__}')
-    text = text or ""
+    text = with_marks(text or "")
     if not text and not pictures:
         raise refuse(x, "neither text nor picture")
     if IMAGE not in text:

@@ -193,6 +193,8 @@ def parse_json(line):
         value = DECODER.decode(line.removeprefix(BOM_UTF8).decode())
     except json.JSONDecodeError as e:
         hint = f". {ARRAY}" if line.strip() == b"{" or line.lstrip()[:1] == b"[" else ""
+        if b"\r" in line.strip():
+            hint = ". Its lines end in CR alone, as old Macs wrote them; save it with LF"
         raise ValueError(f"not JSON: {e.msg}, column {e.colno}{hint}") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"not UTF-8: byte {e.start + 1} is 0x{line[e.start]:02x}") from None

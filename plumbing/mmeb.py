@@ -4,9 +4,12 @@ Top to bottom: the table - reading rows - whole data sets - finding the sets of 
 
 import os
 import re
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from plumbing.errors import InputError, brief
 from plumbing.first_pass import Known, Place, Tries, first_pass, skip, skipped_in
@@ -15,7 +18,7 @@ from plumbing.hub import fetch
 from plumbing.images import Images
 from plumbing.lines import Lazy, Source, attempts
 from plumbing.once import once_a_node
-from plumbing.parquet import Layout, Table
+from plumbing.parquet import Layout, Table, pyarrow
 
 
 class Subset(NamedTuple):
@@ -89,7 +92,8 @@ def meta_task_of(name) -> tuple:
 
 TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 NEGATIVES = ("neg_text", "neg_image_path")  # may be missing: CIRR has none
-PART = re.compile(r"-(\d+)-of-(\d+)\.parquet$")  # of a set that is cut into several files
+# Of a set that is cut into several files. The hub may write a hash behind it, a browser " (1)".
+PART = re.compile(r"-(\d+)-of-(\d+)(?!\d)")
 EVAL, EVAL_LISTS = ("qry_text", "qry_img_path"), ("tgt_text", "tgt_img_path")
 
 
@@ -220,23 +224,41 @@ def eval_sets(source, image_root, subsets, limit=0) -> dict:
     images, sets = Images(Place.of(image_root).image_root or root), {}
     for name, (cap, files) in chosen.items():
         sets[name] = not_empty(eval_rows(files, name, images)).first(cap).first(limit)
-    once_a_node(lambda: look_up_pictures(sets, images))
+    once_a_node(lambda: look_at_sets(sets, images))
     return sets
 
 
-def look_up_pictures(sets, images):
-    """InputError where pictures of evaluation sets are nowhere: known before hours of scoring."""
+def look_at_sets(sets, images):
+    """InputError where a row of the evaluation sets is bad, or a picture nowhere: known before
+    hours of scoring. No picture is opened."""
     images.lost.clear()
     for name, rows in sets.items():
-        table = rows.source.raw.load().slice(0, len(rows))
-        paths = {*table["qry_img_path"].to_pylist()}
-        for chunk in table["tgt_img_path"].chunks:
-            paths.update(chunk.flatten().unique().to_pylist())
-        for path in sorted(paths - {"", None}):
-            located(f"{rows.source.raw.files[0]}", partial(images.find, subset=name), path)
-    if lost := images.lost:
+        look_at_rows(rows, contents_of(images, name))
+    if lost := list(dict.fromkeys(images.lost)):
         others = f" (and {len(lost) - 1:,} more are missing)" if len(lost) > 1 else ""
         raise InputError(f"{lost[0]}: no such picture{others}. Is --image-root right?")
+
+
+def look_at_rows(rows, content):
+    """Parses the queries of a set, and its candidates; these repeat from row to row, and a distinct
+    one is parsed once: millions of them are told apart by arrow. content: see contents_of."""
+    table = rows.source.raw.load().slice(0, len(rows))
+    counts = [pyarrow().compute.list_value_length(table[name]).to_pylist() for name in EVAL_LISTS]
+    for i, (texts, paths) in enumerate(zip(*counts, strict=True)):
+        if not texts or texts != paths:
+            rows.get(i)  # raises what is wrong with it
+    queries = zip(*(table[name].to_pylist() for name in EVAL), strict=True)
+    for i, pair in chain(enumerate(queries), distinct_candidates(table, counts[0])):
+        located(rows.source.where(i), lambda pair: content(*pair), pair)
+
+
+def distinct_candidates(table, counts):
+    """Yields (the first row that has it, (text, path)) of the distinct candidates of a table."""
+    columns = [pyarrow().compute.list_flatten(table[name]) for name in EVAL_LISTS]
+    flat = pyarrow().table([*columns, np.arange(len(table)).repeat(counts)], [*EVAL_LISTS, "row"])
+    distinct = flat.group_by(list(EVAL_LISTS)).aggregate([("row", "min")]).sort_by("row_min")
+    texts, paths, rows = (distinct[name].to_pylist() for name in (*EVAL_LISTS, "row_min"))
+    yield from zip(rows, zip(texts, paths, strict=True), strict=True)
 
 
 # --------------------------------------------------------------------------- the sets of a folder

@@ -14,6 +14,7 @@ def pyarrow():
     """The library, which only MMEB needs."""
     with needs("pyarrow", "MMEB's parquet files"):
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet  # noqa: F401
     return pyarrow
 
@@ -77,6 +78,23 @@ class Layout(NamedTuple):
         return kinds
 
 
+def refuse_bad_text(file, part):
+    """InputError with the first row of a table that has a text which is not UTF-8: arrow reads it,
+    and fails at it when it is drawn, hours later."""
+    try:
+        part.validate(full=True)
+        return
+    except pyarrow().ArrowInvalid as e:
+        where, reason = str(file), e
+    for i in range(len(part)):
+        try:
+            part.slice(i, 1).to_pylist()
+        except UnicodeDecodeError:
+            where, reason = f"{file}, row {i + 1}", "a text in it is not UTF-8"
+            break
+    raise InputError(f"{where}: {brief(reason)}")
+
+
 class Table:
     """The rows of the parquet files of one set, in turn. What is known at once: how many they are,
     and that the files agree; `load` reads them."""
@@ -121,6 +139,7 @@ class Table:
                 # Trap: of one set's files each may hold its texts in another way, and a column
                 # without any value has no type at all.
                 parts.append(part.select(schema.names).cast(schema))
+            refuse_bad_text(file, parts[-1])
         rows = pa.concat_tables(parts)
         if len(rows) != len(self):
             text = f"{len(rows):,} rows, and {len(self):,} when the command began"

@@ -385,7 +385,7 @@ ROOMS = [
     ("plumbing/formats.py", "get_close_matches(key, known, 1, 0.6)", "get_close_matches(key, known, 1, 1.0)", LISTS),
     ("plumbing/formats.py", "if not paths and not text.strip():", "if not paths and not text:", LISTS),
     ("plumbing/formats.py", "if text else IMAGE * len(paths)", "if text else IMAGE", DATA),
-    ("plumbing/formats.py", 'text.replace("<|image_1|>", IMAGE)', "text", LISTS),
+    ("plumbing/formats.py", 'return text.replace("<|image_1|>", IMAGE)', "return text", LISTS),
     ("plumbing/formats.py", "(n := text.count(IMAGE)) != len(paths)", "(n := text.count(IMAGE)) > len(paths)", DATA),
     ("plumbing/formats.py", "raise ValueError(f'\"{field}\": {e}') from None", "raise", LISTS),
     ("plumbing/formats.py", 'speaker = "gpt" if i % 2 else "human"', 'speaker = raw.get("from")', "tests/test_data.py -k bad_line"),

@@ -10,6 +10,7 @@ from checks import equal, expect
 from PIL import Image
 
 from plumbing.errors import InputError
+from plumbing.images import open_image
 from tools import check
 
 
@@ -71,6 +72,25 @@ def test_a_broken_picture_is_an_error_of_each_example_that_shows_it(tmp_path):
     for _ in range(2):
         with pytest.raises(InputError, match="not a readable picture"):
             survey.measure(str(tmp_path / "a.png"))
+
+
+def test_a_png_that_is_damaged_in_the_middle_is_bad(tmp_path, capsys):
+    """It has checksums, which Pillow does not look at when it decodes: what unpacks to some pixels
+    was read as good. Here the checksum of the pixels is wrong. Other formats have none."""
+    noise = Image.effect_noise((60, 60), 99)
+    for name in ("a.png", "b.png", "c.jpg"):
+        noise.save(tmp_path / name)
+    content = bytearray((tmp_path / "b.png").read_bytes())
+    content[-13] ^= 1  # the checksum's last byte; the last piece, IEND, has 12 bytes
+    (tmp_path / "b.png").write_bytes(content)
+    open_image(tmp_path / "b.png")  # without an error
+    path = listed(
+        tmp_path / "p.jsonl", *[("<image>", name) for name in ("a.png", "b.png", "c.jpg")]
+    )
+    equal(check.main([path]), 1, "one is bad")
+    said = capsys.readouterr().out
+    expect("line 2: " in said and "b.png: is damaged: " in said, said, "its line", "measure")
+    expect("3 examples, 1 bad" in said, said, "and the others are good", "refuse_damaged_png")
 
 
 def test_a_long_list_is_read_to_its_last_line(tmp_path, monkeypatch):

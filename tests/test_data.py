@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as pq
 import pytest
+from checks import equal
 from PIL import Image
 
 import data
@@ -253,6 +254,28 @@ def test_a_set_of_several_parquet_files_is_read_whole(tmp_path):
         write_pairs(tmp_path / "s" / f"original-0000{part}-of-00002.parquet", f"q{part}")
     pairs = data.read_pairs(str(tmp_path))["s"]
     assert [p.query.text for p in pairs] == ["q0", "q1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "whole"),
+    [
+        (["00000-of-00002-0a1b2c3d4e5f6071", "00001-of-00002-8f9e0d1c2b3a4958"], True),
+        (["00000-of-00003-0a1b2c3d4e5f6071", "00001-of-00003-8f9e0d1c2b3a4958"], False),
+        (["00000-of-00001", "00000-of-00001-0a1b2c3d4e5f6071"], False),
+        (["00000-of-00001", "00000-of-00001 (1)"], False),
+        (["00000-of-00001", "00000-of-00001 - Copy"], False),
+    ],
+)
+def test_the_parts_of_a_set_are_counted_however_their_names_go_on(tmp_path, names, whole):
+    """The hub writes a hash behind the numbers, a browser " (1)": such parts were not counted, and
+    a set of half its rows, or of each row twice, was scored."""
+    for name in names:
+        write_pairs(tmp_path / "s" / f"original-{name}.parquet")
+    if whole:
+        equal(len(data.read_pairs(str(tmp_path))["s"]), 2, "both parts")
+    else:
+        with pytest.raises(InputError, match="/s: holds original-0000.*, no whole set"):
+            data.read_pairs(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,12 @@ DIALOGUES = {
         {**DIALOGUE, "conversations": TALK + MORE[:1]},
         '"conversations" must be a list of questions and answers in turn',
     ),
+    "a first turn of a picture alone": (
+        turn(0, value="<image>\n"),
+        r"conversations\[0\] has <image> al",
+    ),
+    "MMEB's mark alone": (turn(0, value=" <|image_1|>"), r"conversations\[0\] has <image> alone"),
+    "MMEB's mark later": (turn(2, value="<|image_1|> And?"), r"conversations\[2\] has <image>"),
     "no picture at all": ({"conversations": MORE}, 'has no "image".* nothing to compress'),
     "an id of another type": ({**DIALOGUE, "id": ["1"]}, '"id" must be a string or a number'),
     "a number as picture": ({**DIALOGUE, "image": 0}, '"image" a path'),
@@ -93,8 +99,8 @@ PAIRS = {
     "negatives as object": ({**PAIR, "negatives": {"text": "z"}}, '"negatives" must be a list'),
     "negatives as text": ({**PAIR, "negatives": ""}, '"negatives" must be a list, not a str'),
     "a negative that is its target": (
-        {**PAIR, "negatives": [{"text": "z"}, PAIR["target"]]},
-        r"negatives\[1\] is a target, too",
+        {**PAIR, "negatives": [{"text": "z"}, {"text": "z"}, PAIR["target"]]},
+        r"negatives\[2\] is a target, too",
     ),
     "a bad negative": ({**PAIR, "negatives": [{"text": 7}]}, r'"negatives\[0\]": "text" must be'),
     "a dialogue": (DIALOGUE, "a dialogue, which stage 1 reads: pretrain.py"),
@@ -106,6 +112,8 @@ CAPTIONS = {
         'needs "text", a string that is not empty; it has file_name, t',
     ),
     "a key that is not read": ({**CAPTION, "captions": ["b"]}, 'unknown key "captions"'),
+    "a picture's mark": ({**CAPTION, "text": "an <image> tag"}, '"text" has <image>, where a pic'),
+    "MMEB's mark": ({**CAPTION, "text": "<|image_1|> a dog"}, '"text" has <image>, where a pic'),
     "a dialogue": (DIALOGUE, "a dialogue, which stage 1 reads"),
 }
 
@@ -141,6 +149,31 @@ def test_what_real_lists_say_beside_an_example_is_read_over(place):
     """LLaVA's mixes name the model or the source that an answer comes from."""
     beside = {**DIALOGUE, "model": "gpt-4", "source": "coco", "width": 32, "height": 32}
     assert len(data.read_dialogues(jsonl(place, beside))) == 1
+
+
+def test_equal_targets_and_negatives_of_a_line_count_once(place):
+    """Targets are averaged: one that stands twice had the weight of two. A picture's captions are
+    its targets, too."""
+    a, b, n = ({"text": text} for text in "abn")
+    line = {"query": {"text": "q"}, "target": [a, a, b, a], "negatives": [n, n]}
+    (pair,) = data.read_pairs(jsonl(place, line))["list"]
+    equal(pair, data.Pair(Item("q"), (Item("a"), Item("b")), (Item("n"),)), "parse_pair")
+    texts = [{**CAPTION, "text": text} for text in ("a dog", "a dog", "a cat")]
+    jsonl(place, *texts, name="metadata.jsonl")
+    (pair,) = data.read_pairs(str(place))[f"{place.name}_i2t"]
+    equal([x.text for x in pair.targets], ["a dog", "a cat"], "caption_pairs")
+
+
+def test_mmebs_mark_is_a_picture_s_place_wherever_there_are_pictures(place):
+    """In pairs, in dialogues and in what `encode` takes."""
+    line = {"query": {"text": "<|image_1|>\nWhat?", "image": "a.png"}, "target": {"text": "y"}}
+    (pair,) = data.read_pairs(jsonl(place, line))["list"]
+    (talk,) = data.read_dialogues(jsonl(place, turn(0, value="<|image_1|>\nWhat?")))
+    equal(pair.query.text, "<image>\nWhat?", "parse_content")
+    equal(
+        Item.of({"image": pair.query.images[0], "text": "<|image_1|>\nWhat?"}), pair.query, "both"
+    )
+    equal((talk.item.text, talk.turns[0]), ("<image>", ("What?", "a dog")), "parse_dialogue")
 
 
 # ----------------------------------------------------------------------------- other kinds of lists
@@ -229,6 +262,17 @@ def test_bytes_that_are_no_utf_8_are_told_by_line_and_place(place):
     path = place / "list.jsonl"
     path.write_bytes(json.dumps(PAIR).encode() + b'\n{"query": "\xe4"}\n')
     with pytest.raises(InputError, match="line 2: not UTF-8: byte 12 is 0xe4"):
+        data.read_pairs(str(path))
+
+
+def test_a_list_whose_lines_end_in_cr_alone_is_told_so(place):
+    """To everybody else it is one line; where they end in CR and LF nothing is wrong."""
+    path, line = place / "list.jsonl", json.dumps(PAIR).encode()
+    path.write_bytes(line + b"\r" + line + b"\r")
+    with pytest.raises(InputError, match="line 1: not JSON: .* end in CR alone.*; save it with LF"):
+        data.read_pairs(str(path))
+    path.write_bytes(line + b"\r\n" + b"oops\r\n")
+    with pytest.raises(InputError, match="line 2: not JSON: .*column 1$"):
         data.read_pairs(str(path))
 
 
@@ -358,6 +402,71 @@ def test_a_row_without_its_candidates_is_refused(tmp_path, texts, paths):
     write(tmp_path / "A" / "test-0.parquet", {**EVAL, **lists})
     with pytest.raises(InputError, match="test-0.parquet, row 1: tgt_text and tgt_img_path must"):
         data.read_tasks(str(tmp_path))[0].queries[0]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"qry_text": ["q", "q", "<image> r"]}, "row 3: the text has 1 <image> for 0 pictures"),
+        ({"tgt_text": [["t", "u"], ["t", "u"], ["t", " "]]}, "row 3: needs {"),
+        (
+            {"tgt_text": [["t", "u"], ["u", "<image>"], ["t", "<image>"]]},
+            "row 2: the text has 1 <im",
+        ),
+        (
+            {"qry_text": ["q", "", "q"], "qry_img_path": ["", "../a", ""]},
+            "row 2: .* lies outside of",
+        ),
+        ({"tgt_text": [["t", "u"], ["t", "u"], ["t"]]}, "row 3: tgt_text and tgt_img_path must be"),
+        ({"tgt_text": [["t", "u"], None, ["t", "u"]]}, "row 2: tgt_text and tgt_img_path must be"),
+    ],
+)
+def test_a_bad_row_of_an_evaluation_set_is_told_before_any_is_scored(tmp_path, change, says):
+    """The query or a candidate, in the last of several sets: hours of scoring and the JSON were
+    lost to it. Where only the rows before it are scored it is let be."""
+    good = {name: column * 3 for name, column in EVAL.items()}
+    write(tmp_path / "A" / "test-0.parquet", good)
+    write(tmp_path / "B" / "test-0.parquet", {**good, **change})
+    with pytest.raises(InputError, match=f"B/test-0.parquet, {says}"):
+        data.read_tasks(str(tmp_path))
+    data.read_tasks(str(tmp_path), limit=1)
+
+
+def test_of_candidates_that_repeat_each_is_parsed_once(tmp_path, monkeypatch):
+    """1,000 queries with 1,000 candidates each are a million, of a few thousand distinct ones."""
+    parsed, parse = [], mmeb.parse_content
+    monkeypatch.setattr(mmeb, "parse_content", lambda raw, *x: parsed.append(raw) or parse(raw, *x))
+    lists = {"tgt_text": [["t", "u"], ["u", "v"]] * 20, "tgt_img_path": [["", ""]] * 40}
+    write(
+        tmp_path / "A" / "test-0.parquet",
+        {**EVAL, "qry_text": ["q"] * 40, "qry_img_path": [""] * 40, **lists},
+    )
+    data.read_tasks(str(tmp_path))
+    equal([raw["text"] for raw in parsed], ["q", "t", "u", "v"], "in the order of their rows")
+    table = Table([tmp_path / "A" / "test-0.parquet"], Layout(tuple(EVAL)[:2], tuple(EVAL)[2:]))
+    found = list(mmeb.distinct_candidates(table.load(), [2] * 40))
+    equal(sorted(found), [(0, ("t", "")), (0, ("u", "")), (1, ("v", ""))], "the first row of each")
+
+
+def not_utf8(texts) -> pyarrow.Array:
+    """A column of texts, of which \\xff is one byte, as a program that knows no UTF-8 writes it."""
+    column = pyarrow.array([text.encode("latin-1") for text in texts])
+    return pyarrow.Array.from_buffers(TEXT, len(texts), column.buffers())
+
+
+def test_a_text_of_a_table_that_is_not_utf8_is_told_by_its_row(tmp_path):
+    """Arrow reads it, and failed with a traceback when the row was drawn; among candidates too."""
+    write(tmp_path / "A" / "original-0.parquet", TRAIN)
+    bad = {**TRAIN, "pos_text": not_utf8(["t", "\xff"])}
+    write(tmp_path / "A" / "original-1.parquet", bad)
+    with pytest.raises(InputError, match="original-1.parquet, row 2: a text in it is not UTF-8"):
+        data.read_pairs(str(tmp_path))
+    offsets = pyarrow.array([0, 2], LONG)
+    lists = pyarrow.ListArray.from_arrays(offsets, not_utf8(["t", "\xff"]))
+    for change in ({"qry_text": not_utf8(["\xff"])}, {"tgt_text": lists}):
+        write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
+        with pytest.raises(InputError, match="test-0.parquet, row 1: a text in it is not UTF-8"):
+            data.read_tasks(str(tmp_path))
 
 
 def test_columns_are_read_however_they_are_stored(tmp_path):

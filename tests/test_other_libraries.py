@@ -70,11 +70,19 @@ def scene(i) -> Scene:
     return scene
 
 
+def without_pad_token(folder, longest) -> Path:
+    """A model's folder whose tokenizer cannot pad, and cuts what is longer: real ones are so."""
+    file = Path(folder, "tokenizer_config.json")
+    settings = json.loads(file.read_text())
+    del settings["pad_token"]
+    file.write_text(json.dumps(settings | {"model_max_length": longest}))
+    return folder
+
+
 def export(pooling, folder):
     """An embedder, saved, merged and exported into folder/out."""
-    made = model.load(
-        families.build(FOLDERS[pooling], folder / "f"), 4, pooling, "coma", device="cpu"
-    )
+    base = without_pad_token(families.build(FOLDERS[pooling], folder / "f"), longest=8)
+    made = model.load(base, 4, pooling, "coma", device="cpu")
     families.redraw(made)
     model.save(made, folder / "in")
     merge.main([str(folder / "in"), str(folder / "out"), "--export", "sentence-transformers"])

@@ -445,6 +445,19 @@ def test_whole_numbers_are_of_8_or_of_16_bits():
     assert [image.getpixel((i, 0))[0] for i in range(2)] == [255, 78]
 
 
+@pytest.mark.parametrize("bits", [np.uint8, np.uint16])
+def test_in_a_tiff_zero_may_be_white(bits):
+    """PhotometricInterpretation: Pillow turns a grey of 8 bits, and left one of 16 a negative."""
+    grey = np.array([[0, 50, 200, 255]]) * (257 if bits is np.uint16 else 1)
+    for photometric, want in ((0, [255, 205, 55, 0]), (1, [0, 50, 200, 255])):
+        whole = bytearray(encoded("TIFF", Image.fromarray(grey.astype(bits))))
+        at = whole.index(struct.pack("<HHL", 262, 3, 1))  # the tag's entry: one number of 16 bits
+        whole[at + 8 : at + 10] = struct.pack("<H", photometric)
+        image = open_image(io.BytesIO(whole))
+        got = [image.getpixel((i, 0))[0] for i in range(4)]
+        assert got == want, f"photometric {photometric}, {bits}: got {got}"
+
+
 def test_pictures_of_other_palettes_are_other_items():
     """The indices are the same, the colours are not; and the same colours are the same item."""
     keys = []
@@ -503,6 +516,23 @@ def test_usual_layouts_are_found(tmp_path):
         for path in paths:
             assert found(images, path) == (40, 20), f"{path} below {top}"
         assert images.lost == []
+
+
+def test_a_name_as_it_stands_comes_before_images(tmp_path):
+    """Where both are there `images/NAME` was taken for NAME, and for an absolute path; and it is
+    the way out where NAME itself is not there."""
+    for name, width in (("own/b.png", 3), ("b.png", 4), ("images/own/b.png", 5),
+                        ("images/b.png", 6), ("images/c.png", 7)):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (width, 8)).save(tmp_path / name)
+    images = Images(tmp_path)
+    for name, width in (("own/b.png", 3), ("b.png", 4), ("images/own/b.png", 5),
+                        ("images/b.png", 6), ("c.png", 7), ("images/c.png", 7)):  # fmt: skip
+        for path in (name, f"./{name}", f"{tmp_path}/{name}"):
+            assert found(images, path) == (width, 8), path
+    for folder in ("", "images"):  # newer than the lists of the folders
+        Image.new("RGB", (8 + len(folder), 8)).save(tmp_path / folder / "new.png")
+    assert found(images, "new.png") == (8, 8)
 
 
 def test_the_hub_caches_own_links_are_followed(tmp_path):
@@ -623,6 +653,21 @@ CONTENTS = {
     "A/empty": b"",
     "b": os.urandom(999),
 }
+
+
+def test_in_a_zip_only_its_own_folder_may_be_left_out_of_a_name(tmp_path):
+    """Else `B/1.png`, which is not in A.zip, is A's `1.png`: another picture, without a word."""
+    tiny = Image.new("RGB", (3, 3))
+    own = {"1.png": encoded("PNG"), "images/2.png": encoded("PNG"), "B/3.png": encoded("PNG")}
+    zip_of(tmp_path / "images_zip" / "A.zip", own)
+    zip_of(tmp_path / "images.zip", {"1.png": encoded("PNG", tiny)})
+    images = Images(tmp_path)
+    for path in ("1.png", "A/1.png", "images/1.png", "2.png", "images/2.png", "B/3.png"):
+        assert found(images, path, "A") == (40, 20), path
+    for path in ("B/1.png", "A/B/1.png", "train/1.png", "B/2.png"):
+        assert found(images, path, "A") == "missing", path
+    for path, want in (("1.png", (3, 3)), ("images/1.png", (3, 3)), ("C/1.png", "missing")):
+        assert found(images, path, "C") == want, path  # it has no zip of its own
 
 
 def test_zips_are_read_as_zipfile_reads_them(tmp_path, monkeypatch):

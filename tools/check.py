@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from plumbing.config import CommandLine, flag, word
@@ -139,6 +140,7 @@ class Survey:
         if picture not in self.sizes:
             try:
                 self.sizes[picture] = open_image(picture).size
+                refuse_damaged_png(picture)
             except InputError as e:
                 self.sizes[picture] = e
         if isinstance(self.sizes[picture], InputError):
@@ -161,6 +163,20 @@ class Survey:
             print(f"  bad: {error}")
         if len(shown) > SHOWN:
             print(f"  and {len(shown) - SHOWN:,} more")
+
+
+def refuse_damaged_png(picture):
+    """InputError for a PNG with a wrong checksum in it: Pillow decodes it, to pixels of noise."""
+    if not isinstance(picture, str):  # a zip file has checksums of its own
+        return
+    try:
+        with Image.open(picture, formats=["PNG"]) as image:
+            image.verify()
+    except UnidentifiedImageError:
+        return  # of another format
+    except (OSError, SyntaxError, ValueError) as e:
+        hint = "training would read what is left of it"
+        raise InputError(f"{brief(picture)}: is damaged: {brief(e)}; {hint}") from None
 
 
 def first_of_each(errors) -> list:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
 from plumbing.errors import InputError
 from plumbing.folders import read_json, written_beside
 from plumbing.log import versions
@@ -95,14 +97,23 @@ def save_sentence_transformers(embedder, path):
     processor = embedder.processor
     own = chat_template(processor)
     processor.chat_template = processor.tokenizer.chat_template = exported_template(embedder)
-    # Trap: without position ids, padding in front moves all positions.
-    processor.tokenizer.padding_side = "right"
+    pad_and_never_cut(processor.tokenizer)
     with written_beside(path) as part:
         write_model(embedder, part)
         write_settings(embedder, part, path)
         settings = read_json(part, "nanocoma.json")
         write_json(settings | {"chat_template": own}, part, "nanocoma.json")
         write_parts(embedder, part)
+
+
+def pad_and_never_cut(tokenizer):
+    """The settings of the exported tokenizer: that library pads and cuts by them, where we do not.
+    Trap: what it cuts off a row's end are the K tokens."""
+    # Trap: without position ids, padding in front moves all positions.
+    tokenizer.padding_side = "right"
+    tokenizer.model_max_length = VERY_LARGE_INTEGER
+    if tokenizer.pad_token is None:  # any token will do: it is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
 
 def write_parts(embedder, path):
