@@ -130,10 +130,10 @@ class Found(NamedTuple):
         lost = Lost(self.lost.count + other.lost.count, self.lost.first or other.lost.first)
         return Found(lost, frozenset(islice(self.targets | other.targets, 2)))
 
-    @property
-    def only_target(self):
-        """The target that all examples have; None where they differ, or have none."""
-        return next(iter(self.targets)) if len(self.targets) == 1 else None
+
+def one_of(targets):
+    """The only one of several targets; None where there are more, or none."""
+    return next(iter(targets)) if len(targets) == 1 else None
 
 
 class Tries(NamedTuple):

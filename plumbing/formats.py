@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from plumbing.errors import InputError, brief
 from plumbing.files import names_a_list
-from plumbing.first_pass import Known, Place, Tries, first_pass, skip, skipped_in
+from plumbing.first_pass import Known, Place, Tries, first_pass, one_of, skip, skipped_in
 from plumbing.images import Images
 from plumbing.lines import ARRAY, Lazy, Lost, Source, attempts, open_lines, parse_json
 from plumbing.once import once_a_node
@@ -39,10 +39,7 @@ def digest_of(sets) -> int:
     resumed with others."""
     sets = list(sets)
     for examples in sets:
-        if (lost := examples.source.lost).count:
-            others = f" (and {lost.count - 1:,} more are missing)" if lost.count > 1 else ""
-            hint = "Is --image-root right? `python -m tools.check` lists them"
-            raise InputError(f"{lost.first}: no such picture{others}. {hint}")
+        examples.source.lost.refuse("`python -m tools.check` lists them")
         if skipped := examples.source.skipped:
             say(f"--skip-bad: {len(skipped):,} of {len(examples):,} examples are skipped")
     same = [x.source for x in sets if x.source.only_target is not None]
@@ -259,7 +256,7 @@ def read_tried_lines(path, parse, image_root, targets_of=lambda example: ()) -> 
     bad = frozenset(skipped_in(Place.of(image_root), known)[name])
     tries = Tries(lines.source, bad, targets_of)
     found = once_a_node(lambda: first_pass(path, len(lines), tries))
-    return lines.about(lost=found.lost, only_target=found.only_target, skipped=bad)
+    return lines.about(lost=found.lost, only_target=one_of(found.targets), skipped=bad)
 
 
 def read_dialogues(source, image_root) -> Lazy:
@@ -362,8 +359,3 @@ def caption_pairs(file, image_root) -> dict:
         # The same file: it counts once.
         f"{name}_t2i": skip(words.about(digest=0, lost=Lost(), only_target=one_of(paths))),
     }
-
-
-def one_of(targets):
-    """The only one of several targets; None where there are more."""
-    return next(iter(targets)) if len(targets) == 1 else None

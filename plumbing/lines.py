@@ -45,6 +45,13 @@ class Lost(NamedTuple):
     count: int = 0
     first: str = ""
 
+    def refuse(self, hint=""):
+        """InputError where there are some."""
+        if self.count:
+            others = f" (and {self.count - 1:,} more are missing)" if self.count > 1 else ""
+            text = f"{self.first}: no such picture{others}. Is --image-root right?"
+            raise InputError(f"{text} {hint}".rstrip())
+
 
 class Source(NamedTuple):
     """What is known of the file behind a sequence."""

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing.errors import InputError, brief
-from plumbing.first_pass import Known, Place, Tries, first_pass, skip, skipped_in
+from plumbing.first_pass import Known, Place, Tries, first_pass, one_of, skip, skipped_in
 from plumbing.formats import choose, compared, located, parse_content
 from plumbing.hub import fetch
 from plumbing.images import Images
-from plumbing.lines import Lazy, Source, attempts
+from plumbing.lines import Lazy, Lost, Source, attempts
 from plumbing.once import once_a_node
 from plumbing.parquet import Layout, Table, pyarrow
 
@@ -179,7 +179,7 @@ def train_sets(source, image_root, subsets, split) -> dict:
     bad = bad_rows(place, root, {name: rows.source.raw for name, rows in sets.items()})
     found = once_a_node(lambda: try_sets(sets, bad))
     for name, rows in sets.items():
-        lost, only = found[name].lost, found[name].only_target
+        lost, only = found[name].lost, one_of(found[name].targets)
         sets[name] = skip(rows.about(lost=lost, only_target=only, skipped=bad[name]))
     return sets
 
@@ -234,9 +234,8 @@ def look_at_sets(sets, images):
     images.lost.clear()
     for name, rows in sets.items():
         look_at_rows(rows, contents_of(images, name))
-    if lost := list(dict.fromkeys(images.lost)):
-        others = f" (and {len(lost) - 1:,} more are missing)" if len(lost) > 1 else ""
-        raise InputError(f"{lost[0]}: no such picture{others}. Is --image-root right?")
+    lost = list(dict.fromkeys(images.lost))
+    Lost(len(lost), *lost[:1]).refuse()
 
 
 def look_at_rows(rows, content):

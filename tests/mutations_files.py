@@ -840,7 +840,7 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/mmeb.py", "(and {len(lost) - 1:,} more", "(and {len(lost):,} more",
+        "plumbing/lines.py", "(and {self.count - 1:,} more", "(and {self.count:,} more",
         "tests/test_lists.py",
     ),
     (

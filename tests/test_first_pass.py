@@ -6,7 +6,7 @@ import itertools
 import pytest
 from checks import equal
 
-from plumbing.first_pass import Found, Lost, skip
+from plumbing.first_pass import Found, Lost, one_of, skip
 from plumbing.formats import Lazy
 
 
@@ -23,10 +23,12 @@ def test_targets_that_differ_are_seen_wherever_they_stand():
     for parts in ([[0], [0, 1]], [[0], [], [1]], [[0], [0], [0, 1, 2]], [[], [1, 0], [0]]):
         for order in itertools.permutations(parts):
             found = joined(order)
-            equal((found.only_target, len(found.targets)), (None, 2), f"{order}: two are enough")
+            equal(
+                (one_of(found.targets), len(found.targets)), (None, 2), f"{order}: two are enough"
+            )
     for parts in ([[7]], [[7], [7]], [[], [7], []], [[7], [], [7], [7]]):
-        equal(joined(parts).only_target, 7, f"{parts}: one")
-    equal(Found().only_target, None, "none at all")
+        equal(one_of(joined(parts).targets), 7, f"{parts}: one")
+    equal(one_of(Found().targets), None, "none at all")
 
 
 def test_lost_pictures_are_counted_and_the_first_is_named():
