@@ -124,7 +124,7 @@ def test_one_rank_killed_ends_the_others_and_the_run_can_be_resumed(two_ranks):
     """`kill -9` of one rank of two: within a minute (here: seconds) the other says what happened,
     nobody is left behind, and the resumed run ends in the same bytes."""
     end = json.loads((two_ranks / "killed.json").read_text())
-    lost = re.search("contrastive.py: rank . lost the others .*--resume goes on", end["said"])
+    lost = re.search("contrastive.py: rank . lost the others .*goes on with --resume", end["said"])
     assert end["status"] and lost, end
     assert not end["left"], f"processes of the dead run: {end['left']}"
     assert end["saved"][-1] < "step-00000006", "it was killed before its end"
