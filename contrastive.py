@@ -209,10 +209,7 @@ def gradcache_step(embedder, batch, temperature, budget, loss=loss_over_ranks) -
 
     def attempt(chunk_tokens):
         chunks = token_chunks(lengths, chunk_tokens)
-        embed_chunk = leavable(embed, embedder)  # a signal is heard between two chunks
-        # What a frozen tower makes in pass 1 is there in pass 2.
-        embed_chunk = remember_tower(embed_chunk, embedder.mllm, budget.vision_cache)
-        # FSDP: as many calls on all ranks.
+        embed_chunk = remember_tower(leavable(embed, embedder), embedder.mllm, budget.vision_cache)
         embed_chunk, chunks = sharding.in_lockstep(embedder, embed_chunk, chunks)
         two_passes(embed_chunk, chunks, meeting(loss_of), budget.keep_graphs)
 

@@ -13,7 +13,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -161,12 +161,15 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
     else:
         for plain in retrieval.read_tasks(source, image_root, subsets, limit):
             tasks.append(Task(*plain)._replace(queries=plain.queries.first(limit)))
+    # Candidates repeat: one Item, whose key is computed once. Of one set at a time: they are many.
+    cache_of = lru_cache(1)(lambda name: lru_cache(None)(Item))
 
-    def items(plain):
+    def items(name, plain):
         query, candidates = plain
-        return Item(*query), [Item(*content) for content in candidates]
+        item_of = cache_of(name)
+        return item_of(*query), [item_of(*content) for content in candidates]
 
-    return [task._replace(queries=task.queries.map(items)) for task in tasks]
+    return [task._replace(queries=task.queries.map(partial(items, task.name))) for task in tasks]
 
 
 # ------------------------------------------------------- an Item becomes a row, rows become a batch

@@ -100,17 +100,19 @@ def encode_sharded(embedder, items, cfg, progress, bad=None) -> np.ndarray:
 
 def score(embedder, task, cfg) -> dict:
     """One set: each distinct item is encoded once, then Precision@1."""
-    row_of = {}  # an item -> its row of z
+    items, row_of = {}, {}  # of an item's key the item, and its row of z
 
     def row_number(item):
-        return row_of.setdefault(item, len(row_of))
+        key = item.key
+        items.setdefault(key, item)
+        return row_of.setdefault(key, len(row_of))
 
     queries, candidates = [], []  # as rows of z
     for query, choices in task.queries:
         queries.append(row_number(query))
         candidates.append([row_number(choice) for choice in choices])
     pool = [row_number(Item(*content)) for content in task.pool]
-    z = encode_sharded(embedder, list(row_of), cfg, task.name)  # (items, D)
+    z = encode_sharded(embedder, list(items.values()), cfg, task.name)  # (items, D)
     if task.rights:  # one's own data: several may be right, and Recall@5 and 10 count too
         result = retrieval.measures(z[queries], z, candidates, task.rights, pool)
     else:

@@ -59,7 +59,6 @@ class Embedder(nn.Module):
 
     def __init__(self, mllm, processor, settings, max_length=0, dim=0):
         super().__init__()
-        # Fewer and larger kernels; under autocast one number type.
         self.mllm = families.join_in_one_type(in_large_calls(mllm))
         self.processor = processor
         self.K, self.pooling, self.style, self.prefixes = settings

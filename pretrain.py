@@ -89,9 +89,9 @@ def answer_loss(logits, labels) -> torch.Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-def distillation_loss(logits, reference) -> torch.Tensor:
-    """The paper's ablation: KL(reference || model), nats, summed over positions. Both (n, V)."""
-    log_p = F.log_softmax(reference.float(), dim=-1)
+def distillation_loss(logits, teacher_logits) -> torch.Tensor:
+    """The paper's ablation: KL(teacher || model), nats, summed over positions. Both (n, V)."""
+    log_p = F.log_softmax(teacher_logits.float(), dim=-1)
     log_q = F.log_softmax(logits.float(), dim=-1)
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
@@ -161,7 +161,7 @@ def accumulate(embedder, examples, cfg, teacher_logits=None):
 
 
 def teacher(embedder):
-    """The KL objective's frozen reference: the model as it is now, the picture visible, the same
+    """The KL objective's frozen teacher: the model as it is now, the picture visible, the same
     dialogue without C. -> (its collator, function(rows) -> logits (n, V))."""
     frozen = copy.deepcopy(embedder.mllm).eval().requires_grad_(False)
     # K = 0: its rows have no code, and its mask is off.

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from exercises import ladder
 
-# What a teacher's clone holds beside these (other students' solutions, scores) stays there.
+# What a teacher's clone holds beside these at its root (solutions, scores) stays there.
 FIVE = ("data.py", "model.py", "pretrain.py", "contrastive.py", "evaluate.py")
 FILES = (*FIVE, "README.md", "LICENSE", "requirements.txt", "pyproject.toml")
 FOLDERS = ("plumbing", "toy", "tools", "exercises", "tests", "docs")
-LEFT_OUT = ("__pycache__", "submissions", "reports", "TEACHING.md")
+LEFT_OUT = (".*", "__pycache__", "submissions", "reports", "TEACHING.md")
 
 
 def hand_out(folder):

@@ -421,6 +421,7 @@ def test_a_teachers_files_are_not_handed_out(tmp_path, monkeypatch):
     """Other students' solutions, their scores, photographs: at the root, or among the exercises."""
     clone = hand_out.hand_out(tmp_path / "clone")
     for name in ("alice.py", "photo.jpg", "class26/bob.py", "out/reports/a.txt",
+                 "exercises/.ipynb_checkpoints/eve.py",
                  "exercises/submissions/eve.py", "exercises/reports/eve.txt"):  # fmt: skip
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).touch()

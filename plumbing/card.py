@@ -198,7 +198,7 @@ def scores(folder) -> str:
     """Precision@1, where `evaluate.py --json FOLDER/scores.json` has written it; "" where the
     scores are of other weights than the folder's."""
     known = read_json(folder, SCORES)
-    if not is_of(folder, known):
+    if not known or not is_of(folder, known):
         return ""
     means = {"overall": known.get("overall"), "IND": known.get("ind"), "OOD": known.get("ood")}
     means.update(known.get("meta_tasks") or {})

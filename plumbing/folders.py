@@ -35,7 +35,7 @@ STALE = [
     *("compression_pooling.py", "[123]_*/config.json", "finished.json"),
 ]
 # Without one of these no library takes a folder for a model, or an adapter.
-LAST = ("config.json", "adapter_config.json", "modules.json")
+LAST = ("modules.json", "adapter_config.json", "config.json")  # in this order
 CHECKPOINTS = "checkpoints/step-" + "[0-9]" * 8  # others' copies have other names
 # One of these makes a folder a model's, or an adapter's: in a `config.json` of anything else is
 # none of these words.
@@ -238,9 +238,12 @@ def written_beside(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Of two commands at once each would take away the other's files.
-        with locked(path / OF_A_MODEL, path), part_in(path) as part:
-            yield part
-            ordinary_permissions(part)
+        with locked(path / OF_A_MODEL, path):
+            with part_in(path) as part:
+                yield part
+                ordinary_permissions(part)
+                on_the_disk(part)
+                refuse_folders(part, path)
             put_in_place(part, path)
     except Exception as e:
         # The tokenizers' Rust code raises a plain Exception where the disk is full.
@@ -256,14 +259,15 @@ def written_beside(path):
 @contextmanager
 def part_in(path):
     """A new folder inside of `path`, which may be a disk of its own: a rename must be all that is
-    left to do. It goes again."""
+    left to do. It goes again where it is not made whole."""
     part = path / ".part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
         yield part
-    finally:
+    except BaseException:
         shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def refuse_foreign(path):
@@ -281,23 +285,42 @@ def refuse_foreign(path):
     raise InputError(f"{text}, which a model's files would replace. Take another folder")
 
 
-def put_in_place(part, path):
-    """The files of `part` to `path`, in the place of an older run's. A kill in the midst leaves
-    what nobody loads: what makes a folder a model goes first, and comes last."""
-    on_the_disk(part)
-    new = [file.relative_to(part) for file in part.rglob("*") if file.is_file()]
-    new.sort(key=lambda file: str(file) in LAST)
-    stale = [old for pattern in STALE for old in path.glob(pattern)]
-    for place in [*stale, *(path / file for file in new)]:
+def files_of(part) -> list:
+    """The relative paths of a new model's files, those of LAST in its order at the end."""
+    files = sorted(file.relative_to(part) for file in part.rglob("*") if file.is_file())
+    files.sort(key=lambda file: LAST.index(str(file)) if str(file) in LAST else -1)
+    return files
+
+
+def stale_files(path) -> list:
+    """What an older run or export may have left in a folder."""
+    return [old for pattern in STALE for old in path.glob(pattern)]
+
+
+def refuse_folders(part, path):
+    """An error, before anything is replaced, where a folder stands in the place of a file."""
+    for place in [*stale_files(path), *(path / file for file in files_of(part))]:
         if place.is_dir():
             raise IsADirectoryError(f"{place} is a folder")
-    for old in stale:
-        name = old.relative_to(path)
-        if str(name) in LAST or name not in new:
-            old.unlink()
-    for file in new:
-        (path / file).parent.mkdir(exist_ok=True)
-        os.replace(part / file, path / file)
+
+
+def put_in_place(part, path):
+    """The files of `part` to `path`, in the place of an older run's. Broken off in the midst it
+    leaves what nobody loads (what makes a folder a model goes first, and comes last), and `part`,
+    by which the next command knows that the folder may be written."""
+    new = files_of(part)
+    try:
+        for old in stale_files(path):
+            name = old.relative_to(path)
+            if str(name) in LAST or name not in new:
+                old.unlink()
+        for file in new:
+            (path / file).parent.mkdir(exist_ok=True)
+            os.replace(part / file, path / file)
+    except OSError as e:
+        text = f"{path}: broken off while files were replaced: {brief(e)}. It is no model now"
+        raise InputError(f"{text}; the same command once more makes one of it") from e
+    shutil.rmtree(part)
 
 
 def way_out(path) -> str:

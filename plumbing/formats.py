@@ -20,6 +20,7 @@ from plumbing.once import once_a_node
 from plumbing.ranks import say
 
 IMAGE = "<image>"
+MARKS = f"{IMAGE} (or MMEB's <|image_1|>)"
 DESCRIBE = "Describe the picture."  # instructions where the data are bare captions
 FIND_CAPTION = f"{IMAGE} Find a caption of the picture."
 FIND_PICTURE = "Find the picture of this caption: "
@@ -138,7 +139,7 @@ def parse_turn(raw, i) -> str:
         raise ValueError(f'conversations[{i}] has more than "from" and "value": {brief(list(raw))}')
     value = with_marks(value)
     if i and IMAGE in value:
-        raise ValueError(f"conversations[{i}] has {IMAGE}; pictures stand in the first turn only")
+        raise ValueError(f"conversations[{i}] has {MARKS}; pictures stand in the first turn only")
     if not value.replace(IMAGE, "").strip():
         raise ValueError(f"conversations[{i}] has {IMAGE} alone: no question that is not blank")
     return value
@@ -204,7 +205,7 @@ def parse_caption(raw, images) -> tuple:
             raise ValueError(f'needs "{field}", a string that is not empty; {has}')
     refuse_unknown(raw, ("file_name", "text", "id", *BESIDE))
     if IMAGE in with_marks(raw["text"]):
-        raise ValueError(f'"text" has {IMAGE}, where a picture would go: a caption has none in it')
+        raise ValueError(f'"text" has {MARKS}, where a picture would go: a caption has none in it')
     return images.find(raw["file_name"]), raw["text"]
 
 

@@ -94,7 +94,7 @@ def part_of(path, name) -> Path:
 
 
 def is_part(name) -> bool:
-    """Whether a file's name is one of `part_of`: its command was killed."""
+    """Whether a file's name is one of `part_of`: a command writes it now, or was killed."""
     return re.match(r"\.[0-9a-f]{16}\.part", name) is not None
 
 

@@ -318,7 +318,7 @@ def test_half_a_picture_of_a_killed_command_is_none(place, capsys):
     Path(".0123456789abcdef.part.png").write_bytes(Path("x.png").read_bytes())
     assert "x.png" in find_pictures(".")
     assert not any("part" in name for name in find_pictures("."))
-    assert "half of a file, whose command was killed" in capsys.readouterr().out
+    assert "half of a file; remove it if no command writes it now" in capsys.readouterr().out
 
 
 def test_a_clean_copy_of_sets_keeps_what_they_are(place):

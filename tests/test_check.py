@@ -89,7 +89,9 @@ def test_a_png_that_is_damaged_in_the_middle_is_bad(tmp_path, capsys):
     )
     equal(check.main([path]), 1, "one is bad")
     said = capsys.readouterr().out
-    expect("line 2: " in said and "b.png: is damaged: " in said, said, "its line", "measure")
+    expect(
+        "line 2: " in said and "b.png: is damaged or cut off: " in said, said, "its line", "measure"
+    )
     expect("3 examples, 1 bad" in said, said, "and the others are good", "refuse_damaged_png")
 
 

@@ -293,3 +293,14 @@ def test_a_query_for_which_all_is_right_costs_no_other_its_negatives(four, share
     mine_with(shared, monkeypatch, "--first", "1", "--last", "3")
     lines = [json.loads(line) for line in (four / "out.jsonl").read_text().splitlines()]
     equal([len(line["negatives"]) for line in lines], [0, 3, 3, 3], "mine.refuse_few")
+
+
+def test_a_target_that_stands_twice_in_a_line_is_one(four, shared, monkeypatch):
+    """Spelled otherwise, too: it has a row of its own only once, and the line stays as it is."""
+    lines = [json.loads(line) for line in (four / "pairs.jsonl").read_text().splitlines()]
+    lines[0]["target"] = [lines[0]["target"], {**lines[0]["target"], "image": None}]
+    (four / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mine_with(shared, monkeypatch, "--first", "1", "--last", "3")
+    (first, *_) = map(json.loads, (four / "out.jsonl").read_text().splitlines())
+    equal(first["target"], lines[0]["target"], "the line's own")
+    equal(sorted(x["text"] for x in first["negatives"]), ["t 1", "t 2", "t 3"], "as_written")

@@ -181,24 +181,31 @@ def older_and_newer(folder):
     return part
 
 
-@pytest.mark.parametrize("moved", range(4))
+@pytest.mark.parametrize("moved", range(5))
 def test_a_kill_between_two_files_leaves_no_mixture_of_two_models(tmp_path, monkeypatch, moved):
     """Loaded it would be new weights with the old pooling, without a word: so no library takes it
     for a model before all of it is there."""
     part, replace, left = older_and_newer(tmp_path), os.replace, [None] * moved
 
-    def killed(*names):
+    def broken_off(*names):
         if not left:
-            raise KeyboardInterrupt
+            raise OSError(5, "Input/output error")
         left.pop()
         replace(*names)
 
-    monkeypatch.setattr(folders.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(folders.os, "replace", broken_off)
+    if moved == 4:
         folders.put_in_place(part, tmp_path)
+    else:
+        with pytest.raises(InputError, match="Input/output error. It is no model now"):
+            folders.put_in_place(part, tmp_path)
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    expect(moved == 3 or not names & {"config.json", "modules.json"}, names, "none", "LAST")
+    equal("config.json" in names, moved == 4, "LAST: it is the last of all")
+    equal("modules.json" in names, moved >= 3, "LAST")
     expect("vocab.json" not in names, names, "what `load` would believe is gone", "STALE")
+    equal(part.exists(), moved < 4, "by it the next command knows that it may write here")
+    if part.exists():
+        folders.refuse_foreign(tmp_path)
 
 
 def test_a_folder_in_the_place_of_a_file_is_told_before_any_file_is_replaced(tmp_path):
@@ -208,28 +215,33 @@ def test_a_folder_in_the_place_of_a_file_is_told_before_any_file_is_replaced(tmp
         (tmp_path / name).unlink()
         (tmp_path / name).mkdir()
         with pytest.raises(IsADirectoryError, match=f"{name} is a folder"):
-            folders.put_in_place(part, tmp_path)
+            folders.refuse_folders(part, tmp_path)
         (tmp_path / name).rmdir()
         (tmp_path / name).write_text("1")
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "vocab.json").mkdir()
+    with pytest.raises(InputError, match="vocab.json is a folder. What stood there is as it was"):
+        with folders.written_beside(tmp_path) as part:
+            (part / "config.json").write_text("2")
     texts = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
-    equal(set(texts.values()), {"1"}, "put_in_place")
+    equal(set(texts.values()), {"1"}, "written_beside")
 
 
 def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
     """A finished model's, too: then its checkpoints go, and a power cut would leave neither."""
-    part, done = older_and_newer(tmp_path), []
-    (part / "deep").mkdir()
-    (part / "deep" / "x.json").touch()
+    done, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync"))
-    replace = os.replace
 
     def renamed(*names):
         done.append("replace")
         replace(*names)
 
     monkeypatch.setattr(os, "replace", renamed)
-    folders.put_in_place(part, tmp_path)
-    equal(done, ["fsync"] * 5 + ["replace"] * 5, "on_the_disk")
+    with folders.written_beside(tmp_path / "m") as part:
+        (part / "config.json").touch()
+        (part / "deep").mkdir()
+        (part / "deep" / "x.json").touch()
+    equal(done, ["fsync"] * 2 + ["replace"] * 2, "on_the_disk")
 
 
 def test_two_commands_do_not_write_one_folder(tmp_path):

@@ -166,7 +166,8 @@ class Survey:
 
 
 def refuse_damaged_png(picture):
-    """InputError for a PNG with a wrong checksum in it: Pillow decodes it, to pixels of noise."""
+    """InputError for a PNG with a wrong checksum in it, which Pillow decodes to pixels of noise, or
+    without its end. Reads the whole file."""
     if not isinstance(picture, str):  # a zip file has checksums of its own
         return
     try:
@@ -176,7 +177,7 @@ def refuse_damaged_png(picture):
         return  # of another format
     except (OSError, SyntaxError, ValueError) as e:
         hint = "training would read what is left of it"
-        raise InputError(f"{brief(picture)}: is damaged: {brief(e)}; {hint}") from None
+        raise InputError(f"{brief(picture)}: is damaged or cut off: {brief(e)}; {hint}") from None
 
 
 def first_of_each(errors) -> list:

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 import model
-from data import read_pairs
+from data import Item, read_pairs
 from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
+from plumbing.formats import parse_content
 from plumbing.lines import parse_json
 from plumbing.ranks import run_command, say, setup
 from plumbing.retrieval import all_rights
@@ -60,24 +61,30 @@ def nearest_wrong(q, t, own, first, last) -> list:
 class Targets:
     """The distinct targets of a list: equal content is one."""
 
-    def __init__(self, pairs, lines):
+    def __init__(self, pairs, written):
+        """written: of each pair {its target: as the list has it}, see `as_written`."""
         self.items, self.raw = [], []  # as Items, and as the list has them
         self.pair_of = []  # of each the first pair that names it
         self.own = []  # of each pair: the rows of its query's targets and of its own negatives
         self.row_of = {}  # an item's key -> its row
-        for i in range(len(pairs)):
-            raw = lines[i]["target"]
-            raws = raw if isinstance(raw, list) else [raw]
-            for item, as_written in zip(pairs[i].targets, raws, strict=True):
+        for i, targets in enumerate(written):
+            for item, raw in targets.items():
                 if item.key not in self.row_of:
                     self.row_of[item.key] = len(self.items)
                     self.items.append(item)
-                    self.raw.append(as_written)
+                    self.raw.append(raw)
                     self.pair_of.append(i)
         rights_of = all_rights((pair.query, pair.targets) for pair in pairs)
         for pair in pairs:
             keys = [item.key for item in (*rights_of[pair.query], *pair.negatives)]
             self.own.append({self.row_of[key] for key in keys if key in self.row_of})
+
+
+def as_written(line, images) -> dict:
+    """{target as an Item: as a line of the list has it}; equal ones count once. images: finds
+    their pictures."""
+    raws = line["target"] if isinstance(line["target"], list) else [line["target"]]
+    return {Item(*parse_content(raw, images)): raw for raw in raws}
 
 
 def refuse_few(targets, cfg):
@@ -105,7 +112,7 @@ def mine(embedder, cfg) -> list:
     (pairs,) = read_pairs(cfg.data, cfg.image_root or None).values()
     source = pairs.source.raw  # the same reading: the file may change meanwhile
     lines = [parse_json(source.line(i)) for i in range(len(source))]
-    targets = Targets(pairs, lines)
+    targets = Targets(pairs, [as_written(line, pairs.source.images) for line in lines])
     refuse_few(targets, cfg)
     queries = [pair.query for pair in pairs]
     z = embedder.encode(queries + targets.items, cfg.chunk_tokens, cfg.workers, "embedding")

@@ -50,7 +50,7 @@ def why_not(folder, name) -> str:
     if not os.path.isfile(path):
         return "no ordinary file"
     if is_part(name):
-        return "half of a file, whose command was killed; remove it"
+        return "half of a file; remove it if no command writes it now"
     return "" if is_unicode(path) else "its name is not UTF-8; rename it"
 
 

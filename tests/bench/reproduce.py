@@ -213,7 +213,7 @@ def mine_negatives(words):
 
     def with_negatives(pairs):
         pairs = list(pairs)
-        targets = Targets(pairs, [{"target": list(pair.targets)} for pair in pairs])
+        targets = Targets(pairs, [dict.fromkeys(pair.targets) for pair in pairs])
         z = embedder.encode([pair.query for pair in pairs] + targets.items)
         ranked = nearest_wrong(z[: len(pairs)], z[len(pairs) :], targets.own, 5, 6)
         mined = []
