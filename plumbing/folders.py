@@ -320,7 +320,7 @@ def put_in_place(part, path):
     except OSError as e:
         text = f"{path}: broken off while files were replaced: {brief(e)}. It is no model now"
         raise InputError(f"{text}; the same command once more makes one of it") from e
-    shutil.rmtree(part)
+    shutil.rmtree(part, ignore_errors=True)  # it is empty
 
 
 def way_out(path) -> str:

@@ -349,7 +349,7 @@ ROOMS = [
     ("plumbing/folders.py", "    except BaseException:\n        shutil.rmtree(part, ignore_errors=True)\n", "    except BaseException:\n        pass\n", "tests/test_origins.py -k beside"),
     ("plumbing/folders.py", "for pattern in STALE for old in path", "for pattern in STALE[:1] for old in path", "tests/test_origins.py -k between_two"),
     ("plumbing/folders.py", "                refuse_folders(part, path)\n", "", "tests/test_origins.py -k place_of_a_file"),
-    ("plumbing/folders.py", "    shutil.rmtree(part)\n", "    pass\n", "tests/test_origins.py -k between_two"),
+    ("plumbing/folders.py", "    shutil.rmtree(part, ignore_errors=True)  # it is empty\n", "    pass\n", "tests/test_origins.py -k between_two"),
     ("plumbing/folders.py", "is_new = not path.exists()", "is_new = False", FOLDERS),
     ("plumbing/folders.py", "or name not in new:", "or name in new:", FOLDERS),
     ("plumbing/folders.py", "if str(name) in LAST or name", "if name", "tests/test_origins.py -k between_two"),
