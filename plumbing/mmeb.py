@@ -246,9 +246,13 @@ def look_at_rows(rows, content):
     for i, (texts, paths) in enumerate(zip(*counts, strict=True)):
         if not texts or texts != paths:
             rows.get(i)  # raises what is wrong with it
+
+    def parse(pair):
+        return content(*pair)
+
     queries = zip(*(table[name].to_pylist() for name in EVAL), strict=True)
     for i, pair in chain(enumerate(queries), distinct_candidates(table, counts[0])):
-        located(rows.source.where(i), lambda pair: content(*pair), pair)
+        located(rows.source.where(i), parse, pair)
 
 
 def distinct_candidates(table, counts):

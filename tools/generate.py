@@ -485,15 +485,14 @@ def alone(out):
     with told(out, "--out"):
         file = open(out, "ab")
     with file:
-        text = "another tools.generate writes it; wait for that one, or take another file"
-        refusal = InputError(f"--out {brief(out)}: {text}")
         try:
             # Trap: not lockf. It would give up the lock as soon as any file of OUT is closed.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_at(out, file):
+                raise BlockingIOError  # the other one ended this very moment, and removed it
         except BlockingIOError:
-            raise refusal from None
-        if not is_at(out, file):  # the other one ended this very moment, and removed it
-            raise refusal
+            text = "another tools.generate writes it; wait for that one, or take another file"
+            raise InputError(f"--out {brief(out)}: {text}") from None
         try:
             yield
         finally:

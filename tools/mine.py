@@ -112,7 +112,9 @@ def mine(embedder, cfg) -> list:
     (pairs,) = read_pairs(cfg.data, cfg.image_root or None).values()
     source = pairs.source.raw  # the same reading: the file may change meanwhile
     lines = [parse_json(source.line(i)) for i in range(len(source))]
-    targets = Targets(pairs, [as_written(line, pairs.source.images) for line in lines])
+    written_targets = [as_written(line, pairs.source.images) for line in lines]
+    pairs = list(pairs)  # each line is parsed once, however often its pair is asked for
+    targets = Targets(pairs, written_targets)
     refuse_few(targets, cfg)
     queries = [pair.query for pair in pairs]
     z = embedder.encode(queries + targets.items, cfg.chunk_tokens, cfg.workers, "embedding")
