@@ -15,11 +15,12 @@ from plumbing.families import vision_tower
 from plumbing.kernels import (
     NAME,
     EvenLinear,
+    LeanMLP,
     OneKernel,
     PatchProjection,
     attention,
     in_large_calls,
-    in_one_kernel,
+    ours_before,
     pieces_of,
 )
 
@@ -153,6 +154,68 @@ def test_a_norm_in_one_kernel_is_the_norm(family, tmp_path):
 def test_a_cpu_takes_the_librarys_norm(tmp_path, monkeypatch):
     mllm = AutoModelForImageTextToText.from_pretrained(families.build("qwen2_vl", tmp_path / "m"))
     norm = in_large_calls(in_large_calls(mllm)).get_decoder().norm  # twice is once
-    equal(in_one_kernel(type(norm)), type(norm), "no class within a class")
+    equal(ours_before(type(norm), OneKernel), type(norm), "no class within a class")
     monkeypatch.setattr(norm, "fused", None)
     norm(torch.randn(2, len(norm.weight)))
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_an_mlp_keeps_two_tensors_of_its_full_width_and_gives_the_same_bits(family, tmp_path):
+    """Its output and its gradients, the weights' too; autograd keeps three of frozen weights."""
+    mllm = model.load(families.build(family, tmp_path / "m"), 4, "mean", "chat", "cpu").mllm
+    wide = [m for m in mllm.modules() if isinstance(m, LeanMLP)]
+    expect(wide, len(wide), "some", "the family has none?")
+    for mlp in wide:
+        gate = mlp.gate_proj
+        h = torch.randn(2, 3, gate.in_features, requires_grad=True)
+        results, kept = [], []
+        for way in (mlp, mlp.lean):  # on a CPU the module itself is the library's
+            z = way(h)
+            results.append([z, *torch.autograd.grad(z.pow(3).sum(), [h, *mlp.parameters()])])
+            kept.append(kept_by(lambda way=way, h=h: way(h), mlp, gate.out_features))
+        for want, got in zip(*results, strict=True):
+            equal(torch.equal(want, got), True, "the same bits")
+        equal(kept, [3, 2], "tensors of its full width")
+
+
+def kept_by(call, module, width) -> int:
+    """How many different tensors of this width a call keeps, its weights frozen."""
+    kept = set()
+
+    def note(x):
+        if x.ndim == 3 and x.shape[-1] == width:
+            kept.add(x.data_ptr())
+        return x
+
+    module.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        call()
+    module.requires_grad_(True)
+    return len(kept)
+
+
+def test_what_only_looks_like_an_mlp_with_a_gate_stays(tmp_path):
+    """Its forward pass does something else, or is not written in Python."""
+    mllm = AutoModelForImageTextToText.from_pretrained(families.build("qwen2_vl", tmp_path / "m"))
+    mlp = mllm.get_decoder().layers[0].mlp
+
+    class Dropping(type(mlp)):
+        def forward(self, h):
+            return self.down_proj(F.dropout(self.act_fn(self.gate_proj(h))) * self.up_proj(h))
+
+    class Compiled(nn.Module):
+        forward = len
+
+    other, compiled = nn.Linear(2, 2), Compiled()
+    other.__class__, other.compiled = Dropping, compiled
+    mlp.other = other
+    in_large_calls(in_large_calls(mllm))  # twice is once
+    equal([type(other), type(compiled)], [Dropping, Compiled], "stay")
+    equal(type(mlp).__mro__.count(LeanMLP), 1, "is ours, once")
+
+
+def test_a_cpu_takes_the_librarys_mlp(tmp_path, monkeypatch):
+    mllm = AutoModelForImageTextToText.from_pretrained(families.build("qwen2_vl", tmp_path / "m"))
+    mlp = in_large_calls(mllm).get_decoder().layers[0].mlp
+    monkeypatch.setattr(mlp, "lean", None)
+    mlp(torch.randn(2, mlp.gate_proj.in_features))

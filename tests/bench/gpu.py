@@ -246,10 +246,11 @@ def matmul_rate(device, n) -> float:
     return 2 * n**3 / timed(lambda: a @ b, device, repeats=10)[0]
 
 
-def timed(step, device, repeats=2) -> tuple:
+def timed(step, device, repeats=2, warm=True) -> tuple:
     """-> (seconds of the fastest run after one for warming up, peak GiB or None)."""
     cuda, seconds = device.type == "cuda", []
-    step()
+    if warm:
+        step()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(repeats):
@@ -378,7 +379,8 @@ def measure(name, args):
                 contestant(q, t)
 
             try:
-                seconds = timed(run, device, args.repeats)
+                # A larger batch is more of the same chunks, for which all is warm.
+                seconds = timed(run, device, args.repeats, warm=n == batches[0])
             except torch.OutOfMemoryError:
                 print(f"{who:<32}{n:>6}   out of memory")
                 continue
