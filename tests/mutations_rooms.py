@@ -484,6 +484,7 @@ ROOMS = [
     ("plumbing/kernels.py", "if named_in_forward(module) == WITH_A_GATE:", "if set(WITH_A_GATE) <= set(named_in_forward(module)):", "tests/test_kernels.py -k looks_like"),
     ("plumbing/kernels.py", 'getattr(type(module).forward, "__code__", None)', "type(module).forward.__code__", "tests/test_kernels.py -k looks_like"),
     ("plumbing/kernels.py", "self.lean(h) if h.is_cuda else", "self.lean(h) if h.is_cpu else", "tests/test_kernels.py -k librarys_mlp"),
+    ("plumbing/kernels.py", "self.gate_proj(h), self.up_proj(h)))", "self.up_proj(h), self.gate_proj(h)))", "tests/test_kernels.py -k two_tensors"),
     ("plumbing/kernels.py", "ctx.save_for_backward(gate, up)", "ctx.save_for_backward(gate, up, act(gate))", "tests/test_kernels.py -k two_tensors"),
     ("plumbing/kernels.py", "        return act(gate) * up\n", "        return gate * act(up)\n", "tests/test_kernels.py -k two_tensors"),
     ("plumbing/kernels.py", "z = ctx.act(gate) * up", "z = gate * up", "tests/test_kernels.py -k two_tensors"),
