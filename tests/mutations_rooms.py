@@ -480,7 +480,7 @@ ROOMS = [
     ("plumbing/kernels.py", "bias)[..., : self.out_features]", "bias)", "tests/test_kernels.py -k beside_a_layer"),
     ("plumbing/kernels.py", 'endswith("RMSNorm") and hasattr(module, "variance_epsilon")', 'endswith("RMSNorm")', "tests/test_kernels.py -k is_the_norm"),
     ("plumbing/kernels.py", "self.fused(h) if h.is_cuda else", "self.fused(h) if h.is_cpu else", "tests/test_kernels.py -k librarys"),
-    ("plumbing/kernels.py", "return theirs if issubclass(theirs, ours) else type(", "return type(", "tests/test_kernels.py -k 'librarys or looks_like'"),
+    ("plumbing/kernels.py", "return theirs if issubclass(theirs, ours) else type(", "return type(", "tests/test_kernels.py -k looks_like"),
     ("plumbing/kernels.py", "if named_in_forward(module) == WITH_A_GATE:", "if set(WITH_A_GATE) <= set(named_in_forward(module)):", "tests/test_kernels.py -k looks_like"),
     ("plumbing/kernels.py", 'getattr(type(module).forward, "__code__", None)', "type(module).forward.__code__", "tests/test_kernels.py -k looks_like"),
     ("plumbing/kernels.py", "self.lean(h) if h.is_cuda else", "self.lean(h) if h.is_cpu else", "tests/test_kernels.py -k librarys_mlp"),
