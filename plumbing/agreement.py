@@ -6,6 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
+from plumbing.combinations import option
 from plumbing.errors import InputError, brief
 from plumbing.ranks import gather_objects, rank, setup
 
@@ -64,6 +65,6 @@ def join(cfg):
     flags = {"the script": Path(sys.argv[0]).name}
     for field in dataclasses.fields(cfg):
         if field.init and field.name not in OF_A_NODE:
-            flags["--" + field.name.replace("_", "-")] = getattr(cfg, field.name)
+            flags[option(field.name)] = getattr(cfg, field.name)
     agree(flags)
     return device

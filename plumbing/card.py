@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from plumbing.combinations import option
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file
 from plumbing.folders import CARD, digest_of_weights, read_json
@@ -189,10 +190,9 @@ def training(flags) -> str:
     rows = []
     for name, value in flags.items():
         if value not in (None, "") and name not in UNSAID and not name.endswith("digest"):
-            word = name.replace("_", "-")
             if value is False:
-                word, value = f"no-{word}", ""
-            rows.append((f"`--{word}`", value))
+                name, value = f"no_{name}", ""
+            rows.append((f"`{option(name)}`", value))
     return f"## Training: {stage}\n\n{table(rows)}"
 
 

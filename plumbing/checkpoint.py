@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from plumbing import card
 from plumbing.adapters import find_base
 from plumbing.agreement import agree, by_rank_0, command_of, join, together
+from plumbing.combinations import option
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
 from plumbing.files import on_the_disk, refuse_special
@@ -428,7 +429,7 @@ def refuse_another_run(state, cfg, but=()):
 def say_what_rounds(state, cfg):
     """A line where a run goes on in a way that moves its last bits."""
     names = [name for name in ROUNDING if state.flags.get(name) != getattr(cfg, name)]
-    changes = ["--" + name.replace("_", "-") for name in names]
+    changes = [option(name) for name in names]
     changes += [name for name, version in versions().items() if state.versions[name] != version]
     if changes:
         say(f"the run began with another {', '.join(changes)}: the last bits may differ")

@@ -114,9 +114,14 @@ def refuse_combinations(cfg):
                 raise InputError(f"{spelled(cfg, rule.flag)}: {rule.text.format_map(values)}")
 
 
+def option(name) -> str:
+    """A field's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def spelled(cfg, name) -> str:
     """A flag and its value as words of a command line."""
-    value, option = getattr(cfg, name), name.replace("_", "-")
+    value = getattr(cfg, name)
     if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {brief(value)}"
+        return option(name if value else f"no_{name}")
+    return f"{option(name)} {brief(value)}"

@@ -12,7 +12,7 @@ import numbers
 import os
 import sys
 
-from plumbing.combinations import NO_CODE, given, refuse_combinations, spelled
+from plumbing.combinations import NO_CODE, given, option, refuse_combinations, spelled
 from plumbing.errors import InputError, brief
 
 # Padded tokens that go through the model at a time. A CPU likes what fits into its caches.
@@ -60,11 +60,6 @@ def word(description, shown):
     `--help` calls it."""
     metadata = {"description": description, "choices": None, "shown": shown}
     return dataclasses.field(metadata=metadata)
-
-
-def option(name) -> str:
-    """A field's name on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def kind_of(field):

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from plumbing import folders
 from plumbing.adapters import Origin, find_base, origin_of, refuse_in_place_of_base
+from plumbing.combinations import option
 from plumbing.errors import InputError, brief
 from plumbing.families import load_processor, refuse_cross_attention
 from plumbing.folders import CARD, WEIGHTS, read_json, reading, written_beside
@@ -125,7 +126,7 @@ def agreed(key, asked, stored, name):
     if asked is None:
         return stored.get(key)
     if stored.get(key, asked) != asked:
-        flag = "--" + key.replace("_", "-")
+        flag = option(key)
         raise InputError(f"{flag} {asked}, but {name} was trained with {flag} {stored[key]}")
     return asked
 

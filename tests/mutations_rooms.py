@@ -200,7 +200,7 @@ ROOMS = [
     ("plumbing/combinations.py", "c.min_pixels <= c.max_pixels", "c.min_pixels < c.max_pixels", FLAGS),
     ("plumbing/combinations.py", "if value != defaults[name]", "if value", FLAGS),
     ("plumbing/combinations.py", "if rule.flag in set_flags and not rule.works(cfg):", "if not rule.works(cfg):", FLAGS),
-    ("plumbing/combinations.py", 'return f"--{option}" if value else f"--no-{option}"', 'return f"--{option}"', FLAGS),
+    ("plumbing/combinations.py", 'return option(name if value else f"no_{name}")', 'return option(name)', FLAGS),
     # ------------------------------------------------------------------------------ plumbing/config
     ("plumbing/losses.py", "if cfg.hardness or cfg.margin:", "if cfg.hardness and cfg.margin:", "tests/test_losses.py"),
     ("plumbing/losses.py", "both_directions, loss, partial(info_nce, reweigh=reweigh))", "both_directions, loss, info_nce)", "tests/test_losses.py"),
@@ -226,7 +226,7 @@ ROOMS = [
     ("plumbing/config.py", 'defaults.get(device.type, defaults["cpu"])', 'defaults["cpu"]', FLAGS),
     ("plumbing/config.py", "metadata.update(least=least, most=most, above=above)", "metadata.update(least=least, most=None, above=above)", FLAGS),
     ("plumbing/config.py", "return dataclasses.field(metadata=metadata)", 'return dataclasses.field(default="", metadata=metadata)', "tests/test_start.py"),
-    ("plumbing/config.py", 'return "--" + name.replace("_", "-")', 'return "--" + name', FLAGS),
+    ("plumbing/combinations.py", 'return "--" + name.replace("_", "-")', 'return "--" + name', FLAGS),
     ("plumbing/config.py", 'getattr(field.type, "__args__", [field.type])[0]', 'getattr(field.type, "__args__", [field.type])[-1]', FLAGS),
     ("plumbing/config.py", 'f"{least} or more" if most is None else f"{least} to {most}"', 'f"{least} or more"', FLAGS),
     ("plumbing/config.py", "least if above is None else above + SMALLEST", "least if above is None else above", FLAGS),
