@@ -53,7 +53,7 @@ class Config(LossFlags):
     subsets: str = flag("", "data sets and caps, ImageNet_1K:100000,CIRR, or mmeb20; empty: all")
     split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])
     temperature: float = flag(0.03, "tau; cosines are divided by it", above=0)
-    mask_false_negatives: bool = flag(True, "what equals a query's own target is no negative")
+    mask_false_negatives: bool = flag(True, "what is right for a query or its equal is no negative")
     graph_memory: str = flag("", "for chunks that run once, as 4GiB; empty: a share of the free")
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
     merge: bool = flag(True, "fold stage 1's adapter into the weights first")

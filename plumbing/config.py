@@ -207,10 +207,19 @@ class ModelFlags(CommandLine):
 
     model: str = flag("toy", "toy, toy-random, a folder, or a hub id")
     compress_tokens: int | None = flag(
-        None, "K; default: the checkpoint's, else 4 (the paper: 32)", least=0, most=1_000
+        None,
+        "K; default: the checkpoint's, else 4, of vlm2vec 0 (the paper: 32)",
+        least=0,
+        most=1_000,
     )
-    pooling: str | None = flag(None, "of the K tokens, or the last one", ["mean", "last"])
-    prompt: str | None = flag(None, "prompt style", ["coma", "chat", "vlm2vec"])
+    pooling: str | None = flag(
+        None,
+        "of the K tokens, or the last one; default: the checkpoint's, else mean",
+        ["mean", "last"],
+    )
+    prompt: str | None = flag(
+        None, "its style; default: the checkpoint's, else chat", ["coma", "chat", "vlm2vec"]
+    )
     attn: str = flag("sdpa", "attention kernel", ["sdpa", "flash_attention_2", "flex_attention"])
     min_pixels: int = flag(
         0, "smallest picture (Qwen family), pixels; 0: the model's default", least=0
@@ -231,7 +240,7 @@ class Flags(ModelFlags):
     """The flags of the three stages."""
 
     data: str = flag(
-        "shapes", "shapes (the toy world), a list, captions' folder; stages 2, 3: MMEB's or hub id"
+        "shapes", "shapes (the toy world), a list, captions' folder; not pretrain: MMEB's or hub id"
     )
     image_root: str = flag("", "where the pictures are; empty: beside the data")
     seed: int = flag(

@@ -1,4 +1,4 @@
-"""Large calls give what transformers' many small ones give: in vision towers, and norms."""
+"""Large calls give what transformers' many small ones give: in vision towers, norms, MLPs."""
 
 import families
 import pytest

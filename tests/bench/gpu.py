@@ -379,7 +379,8 @@ def measure(name, args):
                 contestant(q, t)
 
             try:
-                # A larger batch is more of the same chunks, for which all is warm.
+                # A larger batch is not run twice, which takes minutes: with --repeats 1 the step
+                # that is measured also takes and pins its memory.
                 seconds = timed(run, device, args.repeats, warm=n == batches[0])
             except torch.OutOfMemoryError:
                 print(f"{who:<32}{n:>6}   out of memory")

@@ -9,7 +9,7 @@ pixels, two frames, float32: 19 MB for 1,024 tokens, 1.2 GB a batch of 64). A ro
 copying noise: here only the way of the pixels to the rank is measured. The rank's step is a sleep.
 Rows of the table:
 
-    DataLoader, pickled     as until issue 18: a batch is one pickle in a pipe, two batches a worker
+    DataLoader, pickled     as it once was: a batch is one pickle in a pipe, two batches a worker
     one block a worker      plumbing/loader.py
     the same, bfloat16      as it is for a GPU
 
