@@ -32,7 +32,7 @@ from model import choose_trained, load_for, merge, save
 from plumbing import checkpoint, losses, optim, ranks, sampling, sharding
 from plumbing.blocks import sum_over_blocks
 from plumbing.config import LossFlags, flag, refuse_impossible
-from plumbing.formats import Place, digest_of
+from plumbing.formats import Place, checked_digest
 from plumbing.graphs import KeptGraphs
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
@@ -51,10 +51,10 @@ class Config(LossFlags):
     batch: int = flag(128, "pairs a step of all ranks; 1 compares nothing", least=2, most=1_000_000)
     block: int = flag(32, "consecutive pairs of the batch that come from one data set", least=1)
     subsets: str = flag("", "data sets and caps, ImageNet_1K:100000,CIRR, or mmeb20; empty: all")
-    split: str = flag("original", "of MMEB-train", ["original", "diverse_instruction"])
+    split: str = flag("original", "which of MMEB-train", ["original", "diverse_instruction"])
     temperature: float = flag(0.03, "tau; cosines are divided by it", above=0)
     mask_false_negatives: bool = flag(True, "what is right for a query or its equal is no negative")
-    graph_memory: str = flag("", "for chunks that run once, as 4GiB; empty: a share of the free")
+    graph_memory: str = flag("", "room for graphs kept from pass 1, as 4GiB; empty: automatic")
     vision_cache: str = flag("device", "keeps a frozen tower's output", ["device", "host", "off"])
     merge: bool = flag(True, "fold stage 1's adapter into the weights first")
     fsdp: bool = flag(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")
@@ -157,7 +157,7 @@ class Batch(NamedTuple):
 
     rows: list  # B queries, then the columns: all their targets and hard negatives
     labels: torch.Tensor  # (B, P) the columns of each query's targets, -1 padded
-    keys: torch.Tensor  # (columns, 2) of its content; of the query that it is a target of
+    keys: torch.Tensor  # (columns, 2): of its content; of the query whose target it is
     ids: list = ()  # names of the pairs
 
 
@@ -173,7 +173,7 @@ class Step(NamedTuple):
 def loss_over_ranks(z, batch, temperature, reweigh=None):
     """InfoNCE of this rank's B queries against *all ranks'* columns; z (rows, D), see Batch.
 
-    -> (this rank's share of the mean over all N queries; that mean, share of hits, M columns)."""
+    -> (share, (mean, hits, M)): this rank's part of the mean over all N queries; what all saw."""
     B = len(batch.labels)
     N = ranks.all_sum(B)
     keys_of_ranks = ranks.gather_objects(batch.keys.tolist())
@@ -191,10 +191,10 @@ def loss_over_ranks(z, batch, temperature, reweigh=None):
     return loss * B / N, (mean, top1, len(keys))
 
 
-def gradcache_step(embedder, batch, temperature, budget, loss=loss_over_ranks) -> Step:
+def gradcache_step(embedder, batch, temperature, budget, loss_fn=loss_over_ranks) -> Step:
     """Leaves in `.grad` the gradient of the InfoNCE loss of *all ranks'* batch, exactly as if it
-    had gone through the model at once. budget: plumbing.memory.Budget. A chunk that does not fit
-    into memory makes all ranks (but sharded ones) begin again with half the chunk_tokens."""
+    had gone through the model at once. budget: plumbing.memory.Budget. Where a chunk does not fit
+    into memory, all ranks begin again with half the chunk_tokens (with --fsdp the run ends)."""
     lengths = [row.length for row in batch.rows]
     seen = []  # what loss_of saw: (loss, top1, columns)
 
@@ -203,7 +203,7 @@ def gradcache_step(embedder, batch, temperature, budget, loss=loss_over_ranks) -
         return embedder(inputs)  # (len(chunk), D)
 
     def loss_of(z):
-        share, numbers = loss(z, batch, temperature)
+        share, numbers = loss_fn(z, batch, temperature)
         seen.append(numbers)
         return share
 
@@ -251,22 +251,22 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
         positives.append(torch.arange(len(pair.targets)) + len(columns))
         columns += [*pair.targets, *pair.negatives]
     labels = pad_sequence(positives, True, -1)  # (B, P)
-    keys = sampling.keys_that_differ(len(columns), rank)  # every other column is a negative
+    keys = losses.keys_that_differ(len(columns), rank)  # every other column is a negative
     if cfg.mask_false_negatives:
-        sampling.note_equals(keys, columns, queries, positives)
+        losses.note_equals(keys, columns, queries, positives)
     rows = each(collate.row, queries + columns)
     ids = [f"{name}[{i}]" for name, i in chosen]
     return Batch(rows, labels, keys, ids)
 
 
 def main(cfg, make_batch=local_batch, take_step=gradcache_step):
-    """Stage 2, from flags to a saved folder."""
+    """Stage 2, from flags to a saved folder. tools/condense.py brings its own batch and step."""
     # 1. The data: a bad list is told of before a large model is loaded.
-    device = checkpoint.begin(cfg)  # names cfg.model, too
+    device = checkpoint.begin(cfg)  # which also fills in an empty cfg.model
     rank, world = ranks.rank(), ranks.world()
     refuse_impossible(cfg, world)
     pairs = read_pairs(cfg.data, Place.of(cfg), cfg.subsets, cfg.seed, cfg.split)
-    cfg.data_digest = digest_of(pairs.values())
+    cfg.data_digest = checked_digest(pairs.values())
     for name, examples in pairs.items():
         ranks.say(f"  {name:<20} {len(examples):>13,} pairs")
 
@@ -277,7 +277,7 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
         save(merge(embedder), f"{cfg.out}/merged")  # what a new adapter will be an adapter of
     choose_trained(embedder, cfg)
     embedder.prefixes = losses.lengths_of(cfg.matryoshka, embedder.dim)
-    loss = losses.asked_for(cfg, embedder.prefixes, loss_over_ranks, info_nce)
+    loss_fn = losses.asked_for(cfg, embedder.prefixes, loss_over_ranks, info_nce)
     if cfg.fsdp:
         sharding.shard(embedder)
     optimizers = optim.make_optimizers(embedder, cfg)
@@ -296,11 +296,11 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
             budget = Budget.of(cfg, device, keep)
-            out = take_step(embedder, batch, cfg.temperature, budget, loss)
+            out = take_step(embedder, batch, cfg.temperature, budget, loss_fn)
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------
             cfg.fitting = out.chunk_tokens  # kept by a checkpoint: what was halved stays so
-            cut = sum(row.cut for row in batch.rows)  # tokens that --max-length cost
+            cut = sampling.tokens_cut(batch.rows)
             skipped = sampling.skipped_pairs(pairs, draw, cfg, step)
             numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
             numbers.update(norm=norm, lr=lr, cut=cut, skipped=skipped)

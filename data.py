@@ -21,7 +21,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import formats, mmeb, retrieval
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
 from plumbing.formats import IMAGE, Lazy
 from plumbing.images import PictureEncoder, join_images, open_image, pixels_of
 from plumbing.inputs import checked, content_of
@@ -247,11 +247,11 @@ class Collator:
         return Row(tokens, images, cut)
 
     def content(self, item, own_turn) -> tuple:
-        """-> (the parts of an Item: head, text, picture, text, ..., text; its image tensors)."""
+        """-> (parts: head, text, picture, ...; image tensors). own_turn: the turn ends with it."""
         texts, template = item.text.split(IMAGE), self.template
         if len(texts) - 1 != len(item.images):
             count = f"{len(texts) - 1} {IMAGE} for {len(item.images)} pictures"
-            raise InputError(f"{count} in {item!s:.200}: one where each goes")
+            raise InputError(f"{count} in {brief(item)}: put one where each goes")
         pictures = [self.picture(open_image(x)) for x in item.images]  # opened here, and no earlier
         before = template.before_text if texts[0] or not pictures else template.before_picture
         parts = [Part(HEAD, template.head_ids), Part(HEAD, before)]

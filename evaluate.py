@@ -21,7 +21,7 @@ from model import load_for
 from plumbing import agreement, checkpoint, ranks, retrieval, table
 from plumbing.config import Flags, flag
 from plumbing.ranks import say
-from plumbing.weights import first_model
+from plumbing.weights import trained_model
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Config(Flags):
 
     model: str = flag("", "empty: out/contrastive, else out/pretrain, else toy")
     subsets: str = flag("", "the sets to evaluate, with caps, A,B:100; empty: all")
-    dim: int = flag(0, "numbers of an embedding that count (Matryoshka); 0: all", least=0)
+    dim: int = flag(0, "use only the first numbers of z (Matryoshka); 0: all", least=0)
     limit: int = flag(0, "queries of each set; 0: all (the toy world: 100)", least=0)
     json: str = flag("", "also write the scores to this file")
 
@@ -99,7 +99,7 @@ def encode_sharded(embedder, items, cfg, progress, bad=None) -> np.ndarray:
 
 
 def score(embedder, task, cfg) -> dict:
-    """One set: each distinct item is encoded once, then Precision@1."""
+    """Encodes a set, each item once. -> {"p_at_1", "chance", "queries", "meta_task", "ood", ...}"""
     items, row_of = {}, {}  # of an item's key the item, and its row of z
 
     def row_number(item):
@@ -119,7 +119,7 @@ def score(embedder, task, cfg) -> dict:
         chance = float(np.mean([1 / len(set(rows)) for rows in candidates]))
         result = {"p_at_1": precision_at_1(z[queries], z, candidates), "chance": chance}  # 0 ... 1
     result.update(queries=len(queries), meta_task=task.meta_task, ood=task.ood)
-    # Such embeddings get a warning in the table.
+    # NaN, or a model that collapsed: the table must say it, for the score alone does not.
     if not np.isfinite(z).all():
         result["warning"] = "NaN in the embeddings"
     elif len(z) > 1 and z.std(0).max() < 1e-3:
@@ -132,7 +132,7 @@ def main(cfg):
     # 1. The tasks and the model.
     device = agreement.join(cfg)
     table.refuse_json(cfg)
-    cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
+    cfg.model = cfg.model or trained_model()
     digest = checkpoint.same_model(cfg.model)
     tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
     embedder = load_for(cfg, device)

@@ -53,9 +53,9 @@ def last_token_pool(h, attention_mask):
 class Embedder(nn.Module):
     """An MLLM (any `AutoModelForImageTextToText`) that turns an input into one unit-length vector.
 
-    settings: K compression tokens; pooling, the "mean" of them or the "last" token; prompt style,
-    see plumbing/template.py; prefixes of z that were trained, too. dim: as many numbers of z, 0:
-    all. adapter (see set_adapter): peft's wrapper around the MLLM, or None."""
+    settings: plumbing.weights.Settings: K compression tokens; pooling, the "mean" of them or the
+    "last" token; prompt style; the lengths of z that Matryoshka trained. max_length: see Collator.
+    dim: z keeps so many first numbers, 0: all. adapter: peft's wrapper of the MLLM, or None."""
 
     def __init__(self, mllm, processor, settings, max_length=0, dim=0):
         super().__init__()
@@ -89,8 +89,8 @@ class Embedder(nn.Module):
         sequential = self.style == "vlm2vec"
         arguments["position_ids"] = families.position_ids(self.mllm, inputs, sequential)
         arguments["attention_mask"] = families.attention_mask(self.mllm, inputs, mask)
-        arguments = to_device(arguments, self.device)  # so far on the host: no GPU was waited for
-        with self.autocast():  # .model: all of it but the language model's head
+        arguments = to_device(arguments, self.device)  # built on the host, without the GPU
+        with self.autocast():  # .model: all but the head that makes logits
             return self.mllm.model(**arguments, **extra, use_cache=False)
 
     def hidden(self, inputs, mask=None):
@@ -177,9 +177,9 @@ def add_compression_tokens(mllm, tokenizer, K):
 def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **options):
     """An Embedder from "toy", "toy-random", a folder (adapters in peft's format too), or a hub id.
 
-    compress_tokens, pooling, prompt: where None what the checkpoint says; an InputError that names
-    both where they contradict it. A model that is no embedder yet gets K new tokens. device: "cuda"
-    if there is one. options: attn ("sdpa"), max_length, min_pixels, max_pixels, dim."""
+    compress_tokens, pooling, prompt: None takes the checkpoint's; any other value than that is an
+    InputError. A model that is no embedder yet gets K new tokens. device: None takes the GPU if
+    there is one. options: attn ("sdpa"), max_length, min_pixels, max_pixels, dim."""
     device = weights.device_of(device)
     path, options = folders.place(name), weights.Options(**options).checked()
     asked = weights.Settings(compress_tokens, pooling, prompt)
@@ -203,13 +203,13 @@ def load_for(cfg, device) -> Embedder:
     return load(cfg.model, cfg.compress_tokens, cfg.pooling, cfg.prompt, device, **options)
 
 
-def save(embedder, path, embedding=True):
-    """A plain transformers folder, or the adapter in peft's format, and nanocoma.json (K, pooling,
-    prompt style; not for a model that is no embedder yet). Rank 0 writes, all ranks take part."""
-    whole = sharding.whole_weights(embedder)  # a collective, so in front of the return
+def save(embedder, path, is_embedder=True):
+    """A plain transformers folder, or the adapter in peft's format; nanocoma.json, with K, pooling
+    and prompt style, where is_embedder. All ranks must call this; rank 0 writes."""
+    whole = sharding.whole_weights(embedder)  # a collective: before any rank returns
     if ranks.rank() > 0:
         return
-    weights.write_folder(embedder, path, whole, embedding)
+    weights.write_folder(embedder, path, whole, is_embedder)
 
 
 def merge(embedder):
@@ -224,8 +224,8 @@ def merge(embedder):
 
 
 def choose_trained(embedder, cfg):
-    """An adapter that was loaded goes on; else LoRA (--lora-rank > 0: on q, k, v, o of the language
-    model, and the K embedding rows), or all weights, with --freeze-vision all but the tower's."""
+    """Trained are: the adapter that was loaded; else a new LoRA adapter (--lora-rank; q, k, v, o of
+    the language model, the K embedding rows); else all weights (--freeze-vision: not the tower)."""
     refuse_for_model(embedder, cfg)
     if cfg.lora_rank:
         adapter = adapters.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)

@@ -29,11 +29,11 @@ from data import ANSWER, COMPRESS, CONTENT, PAD, Row, read_dialogues
 from model import Embedder, choose_trained, load_for, save
 from plumbing import checkpoint, optim, ranks
 from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag, refuse_idle_ranks
-from plumbing.formats import Place, digest_of
+from plumbing.formats import Place, checked_digest
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
 from plumbing.memory import to_device, token_chunks, unless_stopped
-from plumbing.sampling import ask_first, epoch_batch, skipped_dialogues
+from plumbing.sampling import ask_first, epoch_batch, skipped_dialogues, tokens_cut
 from plumbing.weights import Settings
 
 
@@ -44,13 +44,13 @@ class Config(TrainingFlags):
     out: str = flag("out/pretrain", "folder for the model, log.jsonl and checkpoints")
     steps: int = flag(250, "optimiser steps; 0: the model as it is", least=0)
     compress: bool = flag(True, "off: no mask, plain instruction tuning (K tokens stay if K > 0)")
-    turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: the ablation", least=0)
+    turns: int = flag(0, "questions kept of each dialogue; 0: all; 1: as in an ablation", least=0)
     caption: bool = flag(False, "a full description in place of the dialogue (toy world)")
     question_first: float = flag(
         0.0, "beyond the paper: share of dialogues with Q_1 before C", least=0, most=1
     )
-    texts: float = flag(0.0, "our idea: share about a text (toy world)", least=0, most=1)
-    objective: str = flag("ce", "the answers, or the uncompressed model", ["ce", "kl"])
+    texts: float = flag(0.0, "our idea: share about a text, not a picture (toy)", least=0, most=1)
+    objective: str = flag("ce", "targets: the answers, or the uncompressed model", ["ce", "kl"])
 
 
 # ---------------------------------------------------------------------------------------- the idea
@@ -182,7 +182,7 @@ def main(cfg):
     rank, world = ranks.rank(), ranks.world()
     refuse_idle_ranks(cfg, world)
     dialogues = read_dialogues(cfg.data, Place.of(cfg), cfg.seed, cfg.turns, cfg.caption, cfg.texts)
-    cfg.data_digest = digest_of([dialogues])  # a run is not resumed with other data
+    cfg.data_digest = checked_digest([dialogues])  # a run is not resumed with other data
 
     # 2. The model, and what of it is trained.
     torch.manual_seed(cfg.seed)
@@ -190,7 +190,7 @@ def main(cfg):
     # Before LoRA is added: the teacher is the model as it comes.
     plain_collate, teacher_logits = teacher(embedder) if cfg.objective == "kl" else (None, None)
     choose_trained(embedder, cfg)
-    embedder.prefixes = ()  # stage 2 trains them
+    embedder.prefixes = ()  # stage 1 trains no Matryoshka lengths, so it saves none
     optimizers = optim.make_optimizers(embedder, cfg)
 
     # 3. Train. Dialogues are made into model inputs in the loader's workers.
@@ -217,13 +217,13 @@ def main(cfg):
             ids = [x.id for x in examples]
             norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)
             # --------------------------------------------------------------------------------------
-            cut = sum(x.row.cut for x in examples)  # tokens that --max-length cost
+            cut = tokens_cut([x.row for x in examples])
             numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
             numbers["skipped"] = skipped_dialogues(dialogues, cfg, step)
             log(step, (tokens, "answer tokens"), numbers)
 
     # 4. Save. With K = 0 it is a plain instruction-tuned MLLM, and no embedder.
-    checkpoint.finish(save, embedder, cfg, embedding=embedder.K > 0)
+    checkpoint.finish(save, embedder, cfg, is_embedder=embedder.K > 0)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,9 @@ def new_adapter(mllm, cfg, compress_ids):
 def without_casts(adapter):
     """The wrapper (or None), its layers without casts of their own. Under autocast all is bfloat16
     in the end; peft would first make float32 of each input, which a GPU writes, reads and keeps."""
-    for module in adapter.modules() if adapter else ():
+    if adapter is None:
+        return None
+    for module in adapter.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
     return adapter

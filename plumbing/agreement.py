@@ -19,16 +19,17 @@ def agree(mine, note=""):
     """Raises InputError on all ranks alike where some rank holds other values than rank 0.
 
     mine: {what it is called: value}, of this rank; note: what else the message says of a rank."""
-    everyone = gather_objects((f"{socket.gethostname()}{note and f', {note}'}", mine))
-    here, first = everyone[0]
-    for number, (there, values) in enumerate(everyone):
+    label = f"{socket.gethostname()}, {note}" if note else socket.gethostname()
+    everyone = gather_objects((label, mine))
+    first_label, first = everyone[0]
+    for number, (label, values) in enumerate(everyone):
         differ = []
         for name in {**first, **values}:
             one, other = first.get(name), values.get(name)
             if one != other:
                 differ.append(f"{name} {brief(other, 60)} where rank 0 has {brief(one, 60)}")
         if differ:
-            text = f"rank {number} ({there}) has {', '.join(differ)} (rank 0: {here})"
+            text = f"rank {number} ({label}) has {', '.join(differ)} (rank 0: {first_label})"
             raise InputError(f"{text}. All ranks must start alike: the same command on every node")
 
 

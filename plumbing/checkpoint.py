@@ -39,8 +39,7 @@ from plumbing.writing import written
 # What may change in between: where the pictures are, where and how often it is saved, who reads the
 # data, which pictures are skipped, what is kept and not made again. (`fitting` is no flag: the run
 # goes on from what the checkpoint says.)
-HARMLESS = ("image_root", "out", "resume", "workers", "save_every", "keep", "skip_bad", "fitting")
-HARMLESS += ("graph_memory",)
+HARMLESS = "image_root out resume workers save_every keep skip_bad fitting graph_memory".split()
 # These too, and they move the last bits: sums are taken in other pieces.
 ROUNDING = ("chunk_tokens", "checkpointing")
 # Names of what a digest tells better: a folder may be moved between runs.
@@ -133,29 +132,38 @@ def finish(save, embedder, cfg, **options):
     """save(embedder, OUT, **options), a mark that the run is over, and its checkpoints go. Raises
     InputError on all ranks alike where the model cannot be written: the newest one stays."""
     cause = try_to_save(save, embedder, cfg, options)
-    if cause and rank() == 0:
-        for old in checkpoints_in(cfg.out)[:-1]:  # room for the model
-            remove(old)
-    if cause:
+    if cause:  # once more, when all checkpoints but the newest have made room
+        if rank() == 0:
+            for old in checkpoints_in(cfg.out)[:-1]:
+                remove(old)
         cause = try_to_save(save, embedder, cfg, options)
-    there = checkpoints_in(cfg.out)
     if cause:
-        way = "there is no checkpoint: lower --save-every"
-        if there:
-            way = f"free some, and the same command with --resume finishes from {there[-1].name}"
-        room = f"{weight_of(embedder) / 2**20:.1f} MiB are needed in {cfg.out}"
-        raise InputError(f"the model is not saved: {cause}. {room}; {way}")
+        raise not_saved(cause, embedder, cfg)
     if rank() == 0:
-        mark = json.dumps(written_state(cfg, cfg.steps), indent=1) + "\n"
-        try:
-            with written(Path(cfg.out, MARK), "the mark") as part:
-                part.write_text(mark)
-        except InputError as e:
-            say(f"{cfg.out}: the model is saved; not so that the run is over: {e}")
+        mark_finished(cfg)
         card.write(cfg.out)
     remove_checkpoints(cfg.out)
     forget_signals()
     say(f"saved {cfg.out}")
+
+
+def not_saved(cause, embedder, cfg) -> InputError:
+    """The error of a model that cannot be written: why, the room that it needs, the way out."""
+    way = "there is no checkpoint: lower --save-every"
+    if there := checkpoints_in(cfg.out):
+        way = f"free some, and the same command with --resume finishes from {there[-1].name}"
+    room = f"{weight_of(embedder) / 2**20:.1f} MiB are needed in {cfg.out}"
+    return InputError(f"the model is not saved: {cause}. {room}; {way}")
+
+
+def mark_finished(cfg):
+    """Writes the mark that the run is over: a later --resume finds it, and trains no more."""
+    mark = json.dumps(written_state(cfg, cfg.steps), indent=1) + "\n"
+    try:
+        with written(Path(cfg.out, MARK), "the mark") as part:
+            part.write_text(mark)
+    except InputError as e:
+        say(f"{cfg.out}: the model is saved, but not the mark that the run is over: {e}")
 
 
 def try_to_save(save, embedder, cfg, options) -> str:
@@ -239,8 +247,12 @@ def refuse_taken(cfg):
     if cfg.resume and not there and not finished and Path(cfg.out, "config.json").exists():
         where = f"--resume: {cfg.out} holds a model, and no checkpoint to go on from"
         raise InputError(f"{where}: without --resume it is replaced; or take another --out")
-    states = [(cfg.out, MARK)] if finished else [(folder, "state.json") for folder in there]
-    for folder, name in states if cfg.resume else ():
+    if not cfg.resume:
+        return
+    states = [(folder, "state.json") for folder in there]
+    if finished:
+        states = [(cfg.out, MARK)]
+    for folder, name in states:
         with suppress(Damaged):  # told when it is read
             # The data are not read yet.
             refuse_another_run(read_state(folder, name), cfg, but=("data", "data_digest"))
@@ -262,11 +274,11 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
         remove_checkpoints(cfg.out)
         say(f"--resume: the run in {cfg.out} is finished; its model is there")
         sys.exit(0)
-    found = together(lambda: newest_whole(shapes, cfg) if rank() == 0 else None)
-    state = gather_objects(found and found.state)[0]
+    newest = together(lambda: newest_whole(shapes, cfg) if rank() == 0 else None)
+    state = gather_objects(newest.state if newest else None)[0]  # rank 0's
     if state is None:
         return 0
-    load_checkpoint(embedder, optimizers, found)
+    load_checkpoint(embedder, optimizers, newest)
     same_chunks = state.flags.get("chunk_tokens") == cfg.chunk_tokens
     cfg.fitting = state.flags.get("fitting", 0) if same_chunks else 0
     say_what_rounds(state, cfg)
@@ -413,7 +425,9 @@ def refuse_another_run(state, cfg, but=()):
     then = dict(state.flags, world=state.world)
     now = dict(dataclasses.asdict(cfg), world=world())
     # What an older version did not know yet was as it is by default, or was not computed.
-    unknown = {f.name: f.default if f.init else now[f.name] for f in dataclasses.fields(cfg)}
+    unknown = {}
+    for field in dataclasses.fields(cfg):
+        unknown[field.name] = field.default if field.init else now[field.name]
     same = [name for name, x in DIGEST_OF.items() if now[x] and then.get(x) == now[x]]
     changes = []
     for name, value in now.items():

@@ -2,13 +2,12 @@
 something of it. Here is what the flags alone decide; what the model decides is in config.py."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from plumbing.errors import InputError, brief
-from plumbing.files import names_a_list
+from plumbing.files import captions_in, names_a_list
 
 
 class Rule(NamedTuple):
@@ -27,8 +26,7 @@ def is_toy(cfg) -> bool:
 
 def has_captions(cfg) -> bool:
     """Whether the data are a folder of pictures with captions."""
-    files = ("metadata.jsonl", "metadata.csv")
-    return any(os.path.exists(os.path.join(cfg.data, name)) for name in files)
+    return bool(captions_in(cfg.data))
 
 
 def has_sets(cfg) -> bool:
@@ -54,6 +52,7 @@ NO_CODE = "without tokens there is nothing to compress into; add --no-compress i
 BELOW_LEAST = "below --min-pixels {min_pixels}"
 DRAWN = "the toy world draws its pictures; --data is where others are"
 NO_SIZE = "must be a number of bytes, KiB, MiB or GiB, as 4GiB; 0 keeps no graph"
+NO_SETS = "chooses sets of MMEB or shapes; {data} is none"
 NO_SERVER = "no server is asked; --server URL would be"
 RULES = {  # a field -> the rules of every Config that has it
     "min_pixels": (
@@ -63,7 +62,7 @@ RULES = {  # a field -> the rules of every Config that has it
         Rule("image_root", lambda c: not is_toy(c), DRAWN),
     ),
     "subsets": (
-        Rule("subsets", has_sets, "chooses sets of MMEB or shapes; {data} is none"),
+        Rule("subsets", has_sets, NO_SETS),
     ),
     "lora_rank": (
         Rule("lora_alpha", lambda c: c.lora_rank, NO_LORA),
@@ -109,7 +108,9 @@ def refuse_combinations(cfg):
     for field in dataclasses.fields(cfg):
         values[field.name] = brief(getattr(cfg, field.name))
     for name, rules in RULES.items():
-        for rule in rules if name in values else ():
+        if name not in values:
+            continue
+        for rule in rules:
             if rule.flag in set_flags and not rule.works(cfg):
                 raise InputError(f"{spelled(cfg, rule.flag)}: {rule.text.format_map(values)}")
 

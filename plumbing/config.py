@@ -17,8 +17,8 @@ from plumbing.errors import InputError, brief
 
 # Padded tokens that go through the model at a time. A CPU likes what fits into its caches.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
-# Of a number whose flag says no `most`; and of how little it may be above another. Beyond, it is a
-# slip, or no number to PyTorch.
+# The largest number of a flag that names no `most`, and the least by which one must exceed `above`:
+# beyond these it is a slip of the keyboard, or PyTorch cannot compute with it.
 MOST, SMALLEST = 1_000_000_000, 1e-12
 
 # Flags of earlier versions, and the command that does it now.
@@ -96,9 +96,12 @@ def refuse_value(field, value):
             raise InputError(f"{name} {brief(ascii(value))} is no text (UTF-8): rename or copy it")
     elif kind is not bool and not in_range(field, value):
         default = "" if field.default is None else f"; the default is {field.default}"
-        is_slip = value > MOST and not field.metadata["most"] or 0 < value < SMALLEST
-        slip = f" (in all {SMALLEST:g} to {MOST:,})" if is_slip else ""
-        text = f"{name} {brief(value)} must be {range_of(field)}{slip}{default}"
+        is_too_large = value > MOST and not field.metadata["most"]
+        is_too_small = 0 < value < SMALLEST
+        limits = ""
+        if is_too_large or is_too_small:
+            limits = f" (and no number is below {SMALLEST:g} or above {MOST:,})"
+        text = f"{name} {brief(value)} must be {range_of(field)}{limits}{default}"
         raise InputError(f"{text} ({field.metadata['description']})")  # which may say why
     choices = field.metadata["choices"]
     if choices and value not in choices:
@@ -214,7 +217,7 @@ class ModelFlags(CommandLine):
     )
     pooling: str | None = flag(
         None,
-        "of the K tokens, or the last one; default: the checkpoint's, else mean",
+        "mean of the K tokens, or last token; default: the checkpoint's, else mean",
         ["mean", "last"],
     )
     prompt: str | None = flag(
@@ -240,11 +243,11 @@ class Flags(ModelFlags):
     """The flags of the three stages."""
 
     data: str = flag(
-        "shapes", "shapes (the toy world), a list, captions' folder; not pretrain: MMEB's or hub id"
+        "shapes", "shapes (toy world), a list, a folder with captions; not pretrain: MMEB, a hub id"
     )
     image_root: str = flag("", "where the pictures are; empty: beside the data")
     seed: int = flag(
-        0, "of the toy world; in training of all that is drawn", least=0, most=2_147_483_647
+        0, "of the toy world, and of all that training draws", least=0, most=2_147_483_647
     )
     workers: int = flag(1, "loader processes of a rank", least=0, most=256)
 
@@ -260,7 +263,7 @@ class TrainingFlags(Flags):
     muon_lr: float = flag(
         0.02, "peak rate of Muon on the weight matrices; 0: AdamW trains all", least=0
     )
-    schedule: str = flag("cosine", "after the warm-up, down to zero", ["cosine", "linear"])
+    schedule: str = flag("cosine", "fall of the rate after the warm-up", ["cosine", "linear"])
     warmup: float = flag(
         0.05, "share of the steps that the learning rate takes to rise", least=0, most=1
     )
@@ -290,12 +293,12 @@ class TrainingFlags(Flags):
 class LossFlags(TrainingFlags):
     """The flags of the loss' variants (plumbing/losses.py)."""
 
-    symmetric: bool = flag(False, "targets look for their queries, too, as in CLIP")
+    symmetric: bool = flag(False, "targets must find their queries, too, as in CLIP")
     hardness: float = flag(
-        0.0, "alpha: a negative weighs e^(alpha x its cosine), as in LLaVE; 0: one", least=0
+        0.0, "alpha: a negative weighs e^(alpha x its cosine), as in LLaVE; 0: all 1", least=0
     )
     margin: float = flag(
-        0.0, "what is nearer than the positive by more is no negative; 0: off", least=0, most=2
+        0.0, "nearer than the positive by more than this: no negative; 0: off", least=0, most=2
     )
     matryoshka: str = flag("", "lengths whose prefixes are trained as embeddings, too: 32,64")
 

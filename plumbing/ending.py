@@ -1,7 +1,7 @@
-"""How a process of ours ends: at a signal (Ctrl-C, SIGTERM, a terminal that is closed) within five
-seconds, with one line and status 130, 143 or 129, a training run once its step is over and saved;
-by whatever else at once. It never waits for other ranks or for loader processes. (plumbing/start.py
-puts this in force.)"""
+"""How a process of ours ends. At a signal (Ctrl-C, SIGTERM, a closed terminal) a command ends in
+five seconds; a training run first ends its step and saves its state. Both print one line, and their
+exit status is 130, 143 or 129. At an error a process ends at once. It never waits for other ranks
+or for loader processes. (plumbing/start.py switches this on.)"""
 
 import os
 import select
@@ -19,7 +19,7 @@ from plumbing.errors import InputError
 OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # sent to all that run in it
 SIGNALS = (*OF_A_TERMINAL, signal.SIGTERM)
 UNWIND = 3.0  # seconds that a command has to put its files in order
-ONE_WISH = 2.0  # seconds in which a second signal says the first again, see `obey`
+SAME_SIGNAL = 2.0  # seconds: a second signal within them is the first one again, see `obey`
 LEAVE_STEP = 5.0  # seconds that a step may go on after a signal, see `overdue`
 
 # ---------------------------------------------------------------------------------------- signals
@@ -37,7 +37,7 @@ class StepLeft(Exception):
     """A step that would end too late after a signal is left in its midst, by all ranks alike."""
 
 
-class Wish(NamedTuple):
+class NotedSignal(NamedTuple):
     """A signal that a training run has noted."""
 
     number: int
@@ -45,7 +45,7 @@ class Wish(NamedTuple):
 
 
 pipes = []  # kept open, see watch_signals; empty in a process that is not ours to end
-stop_asked = []  # the Wishes; looked at after each step, and between its chunks
+stop_asked = []  # NotedSignals; looked at after each step, and between its chunks
 unwinding = threading.Event()  # a Stopped is on its way
 handlers_before = {}  # while a training run notes signals: what they did before, by number
 
@@ -53,13 +53,13 @@ handlers_before = {}  # while a training run notes signals: what they did before
 def on_signal(number, frame):
     """In the main thread, between two lines of Python."""
     if handlers_before:
-        stop_asked.append(Wish(number, time.monotonic()))
+        stop_asked.append(NotedSignal(number, time.monotonic()))
     elif not unwinding.is_set():  # a second one must not break into what the first one began
         unwinding.set()
         raise Stopped(number)
 
 
-def heard() -> list:
+def ending_signals() -> list:
     """The signals that end this process: under nohup a closed terminal is none."""
     is_off = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in SIGNALS if number != signal.SIGHUP or not is_off]
@@ -68,7 +68,7 @@ def heard() -> list:
 def note_signals():
     """From here on signals are noted, and the training run ends itself by them."""
     if not handlers_before and threading.current_thread() is threading.main_thread():
-        for number in heard():
+        for number in ending_signals():
             handlers_before[number] = signal.signal(number, on_signal)
 
 
@@ -97,7 +97,7 @@ def obey(pipe):
         first = first or time.monotonic()
         if handlers_before:
             # Trap: Ctrl-C reaches a rank twice, from the terminal and from torchrun.
-            if time.monotonic() - first > ONE_WISH:
+            if time.monotonic() - first > SAME_SIGNAL:
                 leave(f"ended by a second {signal.Signals(number).name}", 128 + number)
         else:
             time.sleep(UNWIND)
@@ -112,7 +112,7 @@ def watch_signals():
     signal.set_wakeup_fd(outside.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=obey, args=(inside,), daemon=True).start()
     pipes.extend((inside, outside))
-    for number in heard():
+    for number in ending_signals():
         signal.signal(number, on_signal)
     if not hasattr(os, "register_at_fork"):
         return

@@ -41,8 +41,11 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
         size = dict(processor.image_processor.size)
         # The Qwen family's "edges" are areas, in pixels.
         areas = hasattr(processor.image_processor, "merge_size") and "longest_edge" in size
-        if not areas or (max_pixels and min_pixels > max_pixels):
-            raise InputError("--min-pixels, --max-pixels: a range, for models of any picture size")
+        if not areas:
+            text = f"{config.model_type} has one size for all pictures; leave them out"
+            raise InputError(f"--min-pixels, --max-pixels: {text}")
+        if max_pixels and min_pixels > max_pixels:
+            raise InputError(f"--min-pixels {min_pixels} is above --max-pixels {max_pixels}")
         low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
         if min_pixels > high:
             text = f"above the model's own largest picture, {high:,} pixels"
@@ -58,8 +61,8 @@ def vision_tower(mllm):
 
 
 def what_is_taken(tower, output):
-    """Of what a tower says, what the language model takes: where a merger makes one token of four
-    patches (the Qwens), not the patches, which are three quarters of the numbers and more."""
+    """The part of a tower's output that the language model reads. Where a merger makes one token of
+    four patches (the Qwens) that is without the patches, three quarters of the numbers or more."""
     if not hasattr(tower, "merger"):
         return output
     return type(output)(**{key: x for key, x in output.items() if key != "last_hidden_state"})

@@ -9,6 +9,7 @@ from typing import BinaryIO
 from plumbing.errors import InputError, brief
 
 BLOCK = 2**20  # bytes that are read at a time
+CAPTIONS = ("metadata.jsonl", "metadata.csv")  # one of them makes a folder one with captions
 # Trap: the opening of a pipe without a writer waits for ever, that of a device may do anything.
 SPECIAL = {
     stat.S_IFDIR: "is a folder",
@@ -54,6 +55,13 @@ def names_a_list(source) -> bool:
     """Whether data are one file of examples: it is there, or its name says so."""
     is_file = os.path.lexists(source) and not os.path.isdir(source)
     return is_file or source.lower().endswith((".jsonl", ".json", ".csv"))
+
+
+def captions_in(folder) -> list:
+    """The names of CAPTIONS that are in a folder, be it as links that lead nowhere."""
+    if not os.path.isdir(folder):
+        return []
+    return [name for name in CAPTIONS if os.path.lexists(os.path.join(folder, name))]
 
 
 def on_the_disk(folder):

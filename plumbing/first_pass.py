@@ -88,7 +88,9 @@ def skipped_in(place, known, others=()) -> dict:
     """{name: indices of the examples that are skipped}. known: {name: Known} of the lists that are
     read; others: names of lists that are there and are not read. InputError for any other."""
     skipped = {name: set() for name in known}
-    for bad in read_listed(place.skip_bad) if place.skip_bad else ():
+    if not place.skip_bad:
+        return skipped
+    for bad in read_listed(place.skip_bad):
         where = f"--skip-bad {place.skip_bad}: example {bad.example} of {brief(bad.list)}"
         if bad.list not in known:
             if bad.list in others:
@@ -118,21 +120,21 @@ def skip(rows) -> Lazy:
 # ---------------------------------------------------------------------------------- the first pass
 
 
-class Found(NamedTuple):
-    """What a list, or a part of it, has in it: lost pictures, and targets, at most two: where there
-    is but one a loss has nothing to tell apart."""
+class Tally(NamedTuple):
+    """What the first pass has seen in a list, or in a part of it: its lost pictures, and its
+    distinct targets, two at most: it only matters whether there is more than one."""
 
     lost: Lost = Lost()
     targets: frozenset = frozenset()
 
-    def join(self, other) -> "Found":
+    def join(self, other) -> "Tally":
         """Of two parts, in their order."""
         lost = Lost(self.lost.count + other.lost.count, self.lost.first or other.lost.first)
-        return Found(lost, frozenset(islice(self.targets | other.targets, 2)))
+        return Tally(lost, frozenset(islice(self.targets | other.targets, 2)))
 
 
 def one_of(targets):
-    """The only one of several targets; None where there are more, or none."""
+    """The target, where there is exactly one; else None."""
     return next(iter(targets)) if len(targets) == 1 else None
 
 
@@ -145,23 +147,23 @@ class Tries(NamedTuple):
     targets_of: Callable = lambda example: ()
 
 
-def try_window(tries, indices) -> Found:
+def try_window(tries, indices) -> Tally:
     """Reads a part of the examples; raises the first InputError."""
-    found, lost = Found(), tries.source.images.lost
+    found, lost = Tally(), tries.source.images.lost
     lost.clear()
     for i, example in zip(indices, tries.source.read(indices), strict=True):
         if i not in tries.bad:
             if isinstance(example, InputError):
                 raise example
             if lost:
-                found = found.join(Found(Lost(len(lost), f"{tries.source.where(i)}: {lost[0]}")))
+                found = found.join(Tally(Lost(len(lost), f"{tries.source.where(i)}: {lost[0]}")))
             if len(found.targets) < 2:
-                found = found.join(Found(targets=frozenset(tries.targets_of(example))))
+                found = found.join(Tally(targets=frozenset(tries.targets_of(example))))
         lost.clear()
     return found
 
 
-def first_pass(name, length, tries) -> Found:
+def first_pass(name, length, tries) -> Tally:
     """Tries all examples of a list, a long one in worker processes. The first bad one is raised."""
     windows = [range(i, min(i + WINDOW, length)) for i in range(0, length, WINDOW)]
     workers = min(8, os.cpu_count()) if length > FEW else 0
@@ -174,4 +176,4 @@ def first_pass(name, length, tries) -> Found:
 
     parts = chain.from_iterable(prefetch(tried, range(len(batches)), workers))
     bar = tqdm(parts, f"reading {name}", len(windows), leave=False, disable=not workers or None)
-    return reduce(Found.join, bar, Found())
+    return reduce(Tally.join, bar, Tally())

@@ -338,7 +338,7 @@ def ordinary_permissions(folder):
             file.chmod(mode)
 
 
-def refuse_unwritable(path):
+def refuse_unwritable_folder(path):
     """An InputError, before any work, where no folder can be written at `path`."""
     path = Path(path)
     above = path if path.exists() else next(p for p in path.absolute().parents if p.exists())

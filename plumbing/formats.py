@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from plumbing.combinations import NO_SETS
 from plumbing.errors import InputError, brief
-from plumbing.files import names_a_list
+from plumbing.files import captions_in, names_a_list
 from plumbing.first_pass import Known, Place, Tries, first_pass, one_of, skip, skipped_in
 from plumbing.images import Images
 from plumbing.lines import ARRAY, Lazy, Lost, Source, attempts, open_lines, parse_json
@@ -35,10 +36,20 @@ ELSEWHERE = {
 
 
 def digest_of(sets) -> int:
-    """Refuses data that name pictures which are not there, or that leave a loss nothing to tell
-    apart, before any training. -> a number that changes with the data, so that a run is not
-    resumed with others."""
+    """A number that changes with the data, so that a run is not resumed with others."""
+    return sum(len(x) + x.source.digest for x in sets) % 2**32
+
+
+def checked_digest(sets) -> int:
+    """`digest_of` data that training can use, see `refuse_unfit`."""
     sets = list(sets)
+    refuse_unfit(sets)
+    return digest_of(sets)
+
+
+def refuse_unfit(sets):
+    """InputError, before any training, where data name pictures that are not there, or where a loss
+    has nothing to tell apart: all targets are the same. Says how many examples are skipped."""
     for examples in sets:
         examples.source.lost.refuse("`python -m tools.check` lists them")
         if skipped := examples.source.skipped:
@@ -49,7 +60,6 @@ def digest_of(sets) -> int:
         if len({x.only_target for x in same}) == 1 and len(same) == len(sets):
             raise InputError(f"{brief(text)}: a loss that compares targets says nothing of it")
         say(f"{brief(text)}: only other lists have its negatives")
-    return sum(len(x) + x.source.digest for x in sets) % 2**32
 
 
 def choose(subsets, names) -> dict:
@@ -271,8 +281,7 @@ def read_dialogues(source, image_root) -> Lazy:
 def refuse_subsets(source, subsets):
     """InputError where --subsets would choose of a list, which has none."""
     if subsets:
-        text = f"--subsets {subsets}: chooses sets of MMEB or shapes; {source} is none"
-        raise InputError(text)
+        raise InputError(f"--subsets {subsets}: {NO_SETS.format(data=source)}")
 
 
 def read_pair_sets(source, image_root) -> dict:
@@ -308,15 +317,10 @@ def refuse_folder(source):
 
 def captions_file(folder):
     """metadata.jsonl or metadata.csv of a folder of pictures with captions, or None."""
-    names = [name for name in ("metadata.jsonl", "metadata.csv") if lexists(folder, name)]
+    names = captions_in(folder)
     if len(names) > 1:
         raise InputError(f"{brief(folder)}: holds {' and '.join(names)}; remove one of them")
     return Path(folder, names[0]) if names else None
-
-
-def lexists(folder, name) -> bool:
-    """Whether something of that name is in the folder, be it a link that leads nowhere."""
-    return os.path.isdir(folder) and os.path.lexists(os.path.join(folder, name))
 
 
 def caption_dialogues(file, image_root) -> Lazy:

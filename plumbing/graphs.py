@@ -28,7 +28,7 @@ class KeptGraphs:
         # Bytes; None: not known before the first step is over.
         self.room = bytes_of(cfg.graph_memory) if cfg.graph_memory else None
         self.largest = 0.0  # bytes of graph, of the largest chunk so far, were it a full one
-        self.number = None  # that was said last
+        self.number = None  # of chunks that keep their graph, as it was printed last
 
     @contextmanager
     def of_a_step(self):
@@ -51,8 +51,9 @@ class KeptGraphs:
             del self.embedder.forward
 
     def that_fit(self) -> int:
-        """The same number on all ranks: sharded, their calls must be the same. Where out of memory
-        halves the chunks it halves the memory of the kept graphs, too: what was largest stays."""
+        """How many chunks may keep their graph in the next step: one number for all ranks, because
+        sharded ranks must make the same calls. It is not raised where running out of memory halves
+        the chunks: `largest` still is a whole chunk's, so the kept graphs take half the memory."""
         self.largest = max(gather_objects(self.largest))
         if not self.largest:  # the first step
             return 0

@@ -63,7 +63,7 @@ def fetch_here(name, kind, wanted, need) -> str:
     except (OSError, ValueError, RuntimeError, errors.HTTPError) as e:
         if type(e) is errors.LocalEntryNotFoundError:  # its cause says more
             e = e.__cause__ or e
-        reason = f"no folder, and not fetched from {page}: {' '.join(str(e).split()):.500}"
+        reason = f"no folder, and not fetched from {page}: {brief(e, 500)}"
     raise InputError(f"{flag} {brief(name)}: {reason}")
 
 

@@ -23,8 +23,8 @@ FORMS = (
 )
 
 
-def refuse(x, why) -> InputError:
-    """The error for an input that is none."""
+def wrong_input(x, why) -> InputError:
+    """The error for what `encode` cannot take: why, what it was, and the forms that it takes."""
     return InputError(f"encode: {why}: {brief(repr(x), 80)}; each input is {FORMS}")
 
 
@@ -57,9 +57,9 @@ def content_of(x) -> Content:
         if len(texts) == len(pictures) == 1:
             return content_of({"image": pictures[0], "text": texts[0]})
     if not isinstance(x, dict):
-        raise refuse(x, f"an input of type {type(x).__name__}")
+        raise wrong_input(x, f"an input of type {type(x).__name__}")
     if not x or not x.keys() <= {"image", "text"}:
-        raise refuse(x, f"a dict with {', '.join(map(repr, x)) or 'nothing'} in it")
+        raise wrong_input(x, f"a dict with {', '.join(map(repr, x)) or 'nothing'} in it")
     return both(x)
 
 
@@ -68,17 +68,17 @@ def both(x) -> Content:
     first where the text has no marks for them, as in the exported folder's template."""
     text, pictures = x.get("text"), x.get("image")
     if not isinstance(text, str | None):
-        raise refuse(x, f'its "text" is of type {type(text).__name__}')
+        raise wrong_input(x, f'its "text" is of type {type(text).__name__}')
     if pictures is None:
         pictures = []
     elif not isinstance(pictures, list | tuple):
         pictures = [pictures]
     for picture in pictures:
         if not isinstance(picture, str) and not is_picture(picture):
-            raise refuse(x, f'its "image" is of type {type(picture).__name__}')
+            raise wrong_input(x, f'its "image" is of type {type(picture).__name__}')
     text = with_marks(text or "")
     if not text and not pictures:
-        raise refuse(x, "neither text nor picture")
+        raise wrong_input(x, "neither text nor picture")
     if IMAGE not in text:
         text = IMAGE * len(pictures) + text
     return Content(text, tuple(picture_of(picture) for picture in pictures))
@@ -88,7 +88,7 @@ def checked(item):
     """An Item as it is, where its text and pictures are some."""
     good = isinstance(item.text, str) and isinstance(item.images, tuple | list)
     if not good or not all(isinstance(x, str) or is_picture(x) for x in item.images):
-        raise refuse(item, "an Item is Item(text, (picture, ...))")
+        raise wrong_input(item, "an Item is Item(text, (picture, ...))")
     return item
 
 
@@ -138,8 +138,9 @@ def evaluating(module):
             count, modes = inside.pop(module)
             if count > 1:
                 inside[module] = Inside(count - 1, modes)
-            for part, mode in modes if count == 1 else ():
-                part.training = mode
+            else:
+                for part, mode in modes:
+                    part.training = mode
 
 
 def in_evaluation(method):

@@ -1,5 +1,5 @@
 """What transformers computes in many small calls, in few large ones: between small ones a GPU is
-idle. Weights stay as they are, and numbers but for rounding.
+idle. No weight changes, and no result by more than its rounding.
 
 In vision towers that take all pictures of a batch end to end (the Qwen family's):
 
@@ -33,7 +33,8 @@ WITH_A_GATE = ("down_proj", "act_fn", "gate_proj", "up_proj")
 
 
 def in_large_calls(mllm):
-    """The MLLM, so. Attention by another kernel than PyTorch's (sdpa) is left as it is."""
+    """The MLLM itself, its layers changed in place as the lines above say; attention only where it
+    runs by PyTorch's own kernel (sdpa)."""
     AttentionInterface.register(NAME, attention)
     for module in vision_tower(mllm).modules():
         if type(module) is nn.Conv3d and module.stride == module.kernel_size:

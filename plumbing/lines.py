@@ -114,9 +114,11 @@ class Lines:
     how long it is, its number. unit: what the list is counted in, "line" or "example"."""
 
     def __init__(self, path, unit, file, numbered, copy=None):
-        """numbered: yields (number, line) of all that `file` holds; or they are written to `copy`,
-        a file of our own, where the list is no JSONL."""
-        self.path, self.unit, self.file, self.digest = path, unit, copy or file, 0
+        """numbered: yields (number, line of JSON). copy: of a list that is no JSONL, a file of our
+        own, into which these lines are written, for `file` itself does not hold them; else None."""
+        self.path, self.unit = path, unit
+        self.file = copy or file
+        self.digest = 0
         self.starts, self.sizes, self.numbers = array("q"), array("I"), array("I")
         start = 0
         for number, line in numbered:

@@ -44,12 +44,12 @@ def prefetch(make, indices, workers, device=None):
             team.ask(index)
             waiting += 1
         while waiting:
-            made = [team.receive()]
+            batches = [team.receive()]
             waiting -= 1
             for index in itertools.islice(indices, 1):  # the next one, before the rank is busy
                 team.ask(index)
                 waiting += 1
-            yield made.pop()  # not kept in here, too
+            yield batches.pop()  # popped: a variable here would keep it alive during its step
     finally:
         team.close()
 
@@ -206,10 +206,10 @@ class Team:
     def explain_end_of(self, number):
         """Raises the InputError of a worker that is gone."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.processes.pop(number), 0)[1])
-        how = f"signal {-code}" if code < 0 else f"status {code}"
+        cause = f"signal {-code}" if code < 0 else f"status {code}"
         if code == -signal.SIGKILL:
-            how += ", as the system sends where memory is short"
-        raise InputError(f"a loader process has ended ({how}): try fewer --workers")
+            cause += ", as the system sends where memory is short"
+        raise InputError(f"a loader process has ended ({cause}): try fewer --workers")
 
     def close(self):
         """No worker is left. They hold nothing that must be put in order."""
@@ -247,7 +247,8 @@ def answer(make, share, pipe):
         frame = make(index)
         tensors = []
         rows = pack(share.made, tensors)
-        packed = (rows, pack(frame if share.number == 0 else None, tensors))
+        frame = frame if share.number == 0 else None  # the rank needs one worker's
+        packed = (rows, pack(frame, tensors))
         share.made = {}
         file = write_block(tensors)
     except InputError as e:

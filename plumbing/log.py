@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from plumbing.agreement import together
 from plumbing.errors import InputError
-from plumbing.ranks import all_sum, rank, say, world
+from plumbing.ranks import rank, say, world
 
 FORMS = {"lr": ".1e", "cut": ",d", "skipped": ",d"}  # of numbers on the screen
 
@@ -48,9 +48,8 @@ class Log:
         self.bar.close()
 
     def __call__(self, step, speed, numbers):
-        """numbers: reproducible, so also into log.jsonl; speed: (how many, of what) a step. All are
-        of all ranks already, but for `cut`."""
-        numbers["cut"] = all_sum(numbers["cut"])
+        """Notes a step. numbers: {name: value} over all ranks, which a repeated run has again: they
+        also go into log.jsonl. speed: (count, unit) of what the step worked on."""
         # Worth a column only where something was cut or skipped.
         numbers = {k: x for k, x in numbers.items() if x or k not in ("cut", "skipped")}
         if rank() > 0:

@@ -1,5 +1,6 @@
-"""Variants of stage 2's loss, from other papers, each a few lines and off unless its flag is given.
-They wrap around InfoNCE as contrastive.py has it, and go through GradCache with it."""
+"""Around stage 2's loss: the keys by which a column knows what is no negative of it; and variants
+from other papers, each a few lines and off unless its flag is given. They wrap around InfoNCE as
+contrastive.py has it, and go through GradCache with it."""
 
 from collections import defaultdict
 from functools import partial
@@ -26,6 +27,25 @@ def asked_for(cfg, prefixes, loss_over_ranks, info_nce):
     return loss
 
 
+# ---------------------------------------------------------------------------- what is no negative
+
+
+def keys_that_differ(n, rank) -> torch.Tensor:
+    """Two keys for each of a rank's n columns, (n, 2), that no other column has on any rank."""
+    mine = torch.arange(n) + rank * 2**40
+    return mine[:, None].repeat(1, 2)
+
+
+def note_equals(keys, columns, queries, positives):
+    """Keys for what is no negative, in place: the first of a column is its content's; the second,
+    where it is a target, its query's: what is right for an equal query is right for this one.
+
+    keys (columns, 2); columns, queries: Items; positives: of each query the columns it has."""
+    keys[:, 0] = torch.tensor([item.key for item in columns])
+    for query, own in zip(queries, positives, strict=True):
+        keys[own, 1] = query.key
+
+
 # ------------------------------------------------------------------- which negatives, and how much
 
 
@@ -38,8 +58,8 @@ def weighed(negatives, best, temperature, hardness=0.0, margin=0.0):
     negatives (b, M): s / tau, the lowest number where a column is none; best (b, 1): s+ / tau of
     the nearest positive. -> (b, M): log w + s / tau."""
     if margin:
-        none = torch.finfo(negatives.dtype).min
-        negatives = negatives.masked_fill(negatives > best + margin / temperature, none)
+        lowest = torch.finfo(negatives.dtype).min  # as where a column is no negative
+        negatives = negatives.masked_fill(negatives > best + margin / temperature, lowest)
     cosines = negatives.detach() * temperature  # (b, M)
     return negatives + hardness * cosines
 

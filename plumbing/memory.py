@@ -12,7 +12,7 @@ from plumbing import sharding
 from plumbing.blocks import KnownGradient
 from plumbing.config import CHUNK_TOKENS, by_device
 from plumbing.ending import StepLeft, overdue
-from plumbing.errors import InputError
+from plumbing.errors import InputError, brief
 from plumbing.families import vision_tower, what_is_taken
 from plumbing.ranks import gather_objects, say
 
@@ -34,13 +34,13 @@ class Budget(NamedTuple):
         return Budget(chunk_tokens, keep_graphs, cfg.vision_cache)
 
 
-def token_chunks(lengths, budget) -> list:
-    """Indices of rows, from the shortest to the longest, in chunks of at most `budget` padded
+def token_chunks(lengths, chunk_tokens) -> list:
+    """Indices of rows, from the shortest to the longest, in chunks of at most chunk_tokens padded
     tokens (a longer row stands alone); the last chunk is a full one. lengths: tokens of each."""
     chunks, longest = [], 0
     # From the longest: a chunk's first row is its longest, and says how wide the chunk is.
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if chunks and (len(chunks[-1]) + 1) * longest <= budget:
+        if chunks and (len(chunks[-1]) + 1) * longest <= chunk_tokens:
             chunks[-1].append(i)
         else:
             chunks.append([i])
@@ -155,7 +155,7 @@ def meeting(loss_of):
             loss = loss_of(z)
             (gradient,) = torch.autograd.grad(loss, z)
         except torch.OutOfMemoryError as e:
-            text = f"out of memory in the loss, where smaller chunks do not help: {e!s:.120}"
+            text = f"out of memory in the loss, where smaller chunks do not help: {brief(e, 120)}"
             raise InputError(f"{text}; take a smaller --batch") from None
         return KnownGradient.apply(loss.detach(), (gradient,), z)
 

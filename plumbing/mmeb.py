@@ -185,7 +185,7 @@ def train_sets(source, image_root, subsets, split) -> dict:
 
 
 def try_sets(sets, bad) -> dict:
-    """The first pass over each set: {name: Found}."""
+    """The first pass over each set: {name: Tally}."""
     found = {}
     for name, rows in sets.items():
         tries = Tries(rows.source, bad[name], compared)
@@ -270,7 +270,8 @@ def distinct_candidates(table, counts):
 def find_subsets(source, subsets, pattern) -> tuple:
     """-> (folder, {name: (rows to use or None, parquet files)}) of a data set in MMEB's layout, a
     local folder or a hub id. subsets: "A:1000,B", "mmeb20", or "" for all there are."""
-    root, words = Path(source), training_mix() if subsets == "mmeb20" else subsets
+    root = Path(source)
+    words = training_mix() if subsets == "mmeb20" else subsets
     if not os.path.isdir(source):
         names = [word.partition(":")[0].strip() for word in words.split(",") if word] or ["*"]
         pictures = [f"images_zip/{name}.zip" for name in names] + ["images.zip"]

@@ -22,8 +22,9 @@ def ranks_of_node() -> list:
 
 @lru_cache(1)  # Trap: torch gives a second group of the same ranks the first one's addresses
 def group_of_node(world):
-    """A group of its own: it may wait longer than a step's sums may, and it joins only the ranks of
-    this node. One that ends is noticed at once, by its closed connection."""
+    """The process group of this node's ranks, made once. It may wait longer than a step's sums may;
+    a rank that ends is noticed at once, by its closed connection. world: the group of all ranks,
+    only the cache's key: after another init_process_group it is another one."""
     return dist.new_group(ranks_of_node(), LONGEST, "gloo", use_local_synchronization=True)
 
 

@@ -81,8 +81,8 @@ def rate_at(step, peak, cfg) -> float:
 
 
 def begin_step(optimizers, step, cfg) -> float:
-    """Seeds dropout and sets the learning rates. Both are functions of (seed, step, rank): nothing
-    of them must be saved. -> AdamW's rate."""
+    """Seeds dropout and sets the learning rates. Both are functions of (seed, step, rank), so no
+    checkpoint needs to hold them. -> AdamW's rate; Muon's where it trains everything."""
     # Primes keep the seeds of neighbouring (seed, step, rank) apart.
     torch.manual_seed((cfg.seed * 1_000_003 + step) * 4_093 + rank())
     for optimizer in optimizers:

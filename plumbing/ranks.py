@@ -195,11 +195,11 @@ def known_reason(error) -> str:
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{brief(text)}: of a file that it writes, or of what it prints"
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{text:.120}: out of memory; halve --chunk-tokens, or take --checkpointing"
+        return f"{brief(text, 120)}: out of memory; halve --chunk-tokens, or take --checkpointing"
     # The backends have no exception of their own for a peer that is gone.
-    lost = isinstance(error, RuntimeError) and world() > 1
-    if lost and re.search("gloo|nccl|connection", text, re.IGNORECASE):
+    is_of_ranks = isinstance(error, RuntimeError) and world() > 1
+    if is_of_ranks and re.search("gloo|nccl|connection", text, re.IGNORECASE):
         cause = re.sub(r"^\[.*?\] ", "", text.splitlines()[0])
-        lost = f"rank {rank()} lost the others ({cause:.80}): one of them ended first"
+        lost = f"rank {rank()} lost the others ({brief(cause, 80)}): one of them ended first"
         return f"{lost}. A training run goes on with --resume, from its last checkpoint"
     return ""

@@ -45,7 +45,7 @@ def read_tasks(source, image_root, subsets, limit=0) -> list:
     if formats.is_list(source):
         formats.refuse_subsets(source, subsets)
         pair_sets = formats.read_pair_sets(source, image_root)
-        agree({"data (its digest)": formats.digest_of(pair_sets.values())}, note)
+        agree({"data (its digest)": formats.checked_digest(pair_sets.values())}, note)
         return [own_task(name, pairs) for name, pairs in pair_sets.items()]
     named = read_named(source)
     sets, tasks = mmeb.eval_sets(source, image_root, subsets, limit), []
@@ -102,15 +102,16 @@ def own_task(name, pairs) -> PlainTask:
 # ------------------------------------------------------------------------- where the right one is
 
 
-def places(q, c, candidates, rights, pool, tie=1e-6) -> np.ndarray:
-    """How many wrong candidates of each query score at least as high as its best right one, up to
-    `tie`: 0 is a hit. NaN is never a hit, and never beaten. (n,)
+def ranks_of_right(q, c, candidates, rights, pool, tie=1e-6) -> np.ndarray:
+    """The rank, from 0, of each query's best right candidate: how many wrong ones score as high, up
+    to `tie`, or higher. 0 is a hit. A right one that is NaN ranks last; a wrong one counts. (n,)
 
     q (n, D) and c (m, D) unit-length. candidates[i]: rows of c, the first rights[i] right; where
     there are no others, all rows of `pool` but the right ones are wrong candidates."""
     pool = np.array(pool)
     column = {row: j for j, row in enumerate(pool)}
-    targets, found = c[pool], np.zeros(len(q), int)  # (columns, D)
+    targets = c[pool]  # (columns, D)
+    ranks = np.zeros(len(q), int)
     for first in range(0, len(q), BLOCK):
         block = q[first : first + BLOCK] @ targets.T  # (b, columns)
         for i, scores in enumerate(block, first):
@@ -121,18 +122,19 @@ def places(q, c, candidates, rights, pool, tie=1e-6) -> np.ndarray:
             else:
                 wrong = np.delete(scores, [column[row] for row in right])
             not_beaten = ~(best > wrong + tie)
-            found[i] = not_beaten.sum() if np.isfinite(best) else len(c)
-    return found
+            ranks[i] = not_beaten.sum() if np.isfinite(best) else len(c)
+    return ranks
 
 
 def measures(q, c, candidates, rights, pool) -> dict:
     """Precision@1, its chance, and Recall@5 and 10 (the share of queries with a right target among
-    the first k), each 0 ... 1, of one's own data. Arguments as of `places`."""
-    found, chances = places(q, c, candidates, rights, pool), []
+    the first k), each 0 ... 1, of one's own data. Arguments: see ranks_of_right."""
+    ranks = ranks_of_right(q, c, candidates, rights, pool)
+    chances = []
     for rows, n in zip(candidates, rights, strict=False):  # --limit: fewer queries
         all_rows = set(rows) if len(rows) > n else pool
         chances.append(n / len(all_rows))
-    result = {"p_at_1": float((found == 0).mean()), "chance": float(np.mean(chances))}
+    result = {"p_at_1": float((ranks == 0).mean()), "chance": float(np.mean(chances))}
     for k in DEPTHS:
-        result[f"recall_at_{k}"] = float((found < k).mean())
+        result[f"recall_at_{k}"] = float((ranks < k).mean())
     return result

@@ -1,13 +1,14 @@
 """Which dialogues a step of stage 1 takes: pure functions of (seed, step), so that resuming needs
-no replay. (Stage 2's batch is part of its idea: contrastive.py.) And by which keys the columns of
-that one know what is no negative."""
+no replay; and what a step of either stage skips or cuts. (Which pairs stage 2 takes is part of its
+idea: contrastive.draw.)"""
 
 import random
 from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
-import torch
+
+from plumbing.ranks import all_sum
 
 
 @lru_cache(2)
@@ -42,6 +43,11 @@ def skipped_pairs(pairs, draw, cfg, step) -> int:
     return sum(i in pairs[name].source.skipped for name, i in draw(pairs, cfg, step))
 
 
+def tokens_cut(rows) -> int:
+    """How many tokens --max-length cost the rows of a step, over all ranks."""
+    return all_sum(sum(row.cut for row in rows))
+
+
 def ask_first(dialogue, cfg, step):
     """An idea beyond the paper: in a share of the dialogues (--question-first) the first question
     stands before the code, as an instruction does in stage 2, and its answer is the first thing
@@ -52,22 +58,3 @@ def ask_first(dialogue, cfg, step):
     (question, answer), *others = dialogue.turns  # the question goes in front of the code
     item = replace(dialogue.item, text=f"{dialogue.item.text} {question}")
     return dialogue._replace(item=item, turns=(("", answer), *others))
-
-
-# ---------------------------------------------------------------------------- what is no negative
-
-
-def keys_that_differ(n, rank) -> torch.Tensor:
-    """Two keys for each of a rank's n columns, (n, 2), that no other column has on any rank."""
-    mine = torch.arange(n) + rank * 2**40
-    return mine[:, None].repeat(1, 2)
-
-
-def note_equals(keys, columns, queries, positives):
-    """Keys for what is no negative, in place: the first of a column is its content's; the second,
-    where it is a target, its query's: what is right for an equal query is right for this one.
-
-    keys (columns, 2); columns, queries: Items; positives: of each query the columns it has."""
-    keys[:, 0] = torch.tensor([item.key for item in columns])
-    for query, own in zip(queries, positives, strict=True):
-        keys[own, 1] = query.key

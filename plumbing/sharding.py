@@ -52,9 +52,10 @@ def whole_weights(embedder):
 def in_lockstep(embedder, embed, chunks) -> tuple:
     """GradCache's `embed` and `chunks`, for a model that may be sharded. -> (embed, chunks).
 
-    Sharded ranks meet inside every forward: who has fewer chunks begins with empty ones, which run
-    the first chunk and keep none of its rows, with gradient zero. Gradients are reduced once, in
-    the backward pass of the last chunk to come, which is the first."""
+    Sharded ranks meet inside every forward pass, so all need the same number of chunks: a rank with
+    fewer begins with empty ones. An empty chunk runs the first real one and keeps none of its rows,
+    so its gradient is zero. Gradients are reduced over ranks once, in a step's last backward pass:
+    that of chunks[0], for pass 2 goes backwards."""
     if not sharded(embedder):
         return embed, chunks
     idle = max(gather_objects(len(chunks))) - len(chunks)

@@ -13,8 +13,14 @@ from plumbing import config
 from plumbing.ending import leave, leave_by, watch_signals
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {"bool": bool, "int": int, "float": float, "str": str, "int | None": int | None}
-KINDS["str | None"] = str | None
+KINDS = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "int | None": int | None,
+    "str | None": str | None,
+}
 
 
 def read_config(script):
@@ -58,7 +64,7 @@ def open_streams():
         setattr(sys, name, stream)
 
 
-def is_somewhere() -> bool:
+def has_working_folder() -> bool:
     """Whether there is a working folder. Trap: without one PyTorch ends the process by itself."""
     try:
         os.getcwd()
@@ -72,13 +78,13 @@ def begin():
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
     if script.parent not in (ROOT, ROOT / "tools"):
         return
-    # A thread that waits for another spins, and keeps it from the core on a busy machine: shorter
-    # than by default (300,000). Read by OpenMP when torch is loaded.
+    # An OpenMP thread that waits for another one spins first, and on a busy machine so keeps that
+    # one from its core. 2,000 turns, not 300,000 as by default. Read when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     open_streams()
     watch_signals()
-    if not is_somewhere():
+    if not has_working_folder():
         leave("the folder that it was started in is not there any more; cd to another one")
     sys.excepthook = lambda kind, error, trace: leave_by(error)
     if {"--help", "-h"} & set(sys.argv[1:]):

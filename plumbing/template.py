@@ -31,9 +31,10 @@ class Template:
         turn_ids before_question USER after_text answer_ids before_answer ASSISTANT ...
 
     turn_ids begin with end_ids: they also close the turn before. start_ids: what the tokenizer
-    itself puts in front of a text, as <s>. before_picture: before_text, where a picture comes
-    first. picture: the text around and for one picture. special, {id: name}: what no user's text
-    becomes; behind, one of these names: what is tokenized behind it does not begin a row."""
+    itself puts in front of a text, as <s>. before_picture: stands in the place of before_text where
+    a picture comes first. picture: the text around and for one picture. special {id: name}: tokens
+    that a user's text never becomes. behind: the name of one of them, put in front of a text while
+    it is tokenized, so that the tokenizer does not take it for the beginning of a row."""
 
     head_ids: list
     before_text: str
@@ -80,8 +81,8 @@ def chat_template(processor) -> str:
 
 
 def write_marks(processor) -> Written:
-    """The chat template rendered with marks for the texts. Where it takes no lists of texts and
-    pictures, with strings."""
+    """The chat template rendered with marks for the texts: each turn a list of texts and pictures,
+    or, for a template that takes no lists, a string. InputError where neither works."""
     mark = {"type": "text", "text": MARK}
     forms = [([mark], [{"type": "image"}, mark]), (MARK, MARK)]
     for text, picture_and_text in forms:
@@ -97,8 +98,10 @@ def write_marks(processor) -> Written:
             head, middle, between, _, tail = pieces
             one, picture = (text.split(MARK)[0] for text in texts[1:])
             return Written(head, middle, between, tail, one, picture)
-    four = f"four turns become {brief(texts[0])!r}"
-    raise errors[0] if errors else InputError(f"the chat template: {four}, each is wanted once")
+    if errors:
+        raise errors[0]
+    text = f"writes {brief(texts[0])!r} for four turns; each must stand in it once"
+    raise InputError(f"the chat template: {text}")
 
 
 def as_chat(contents) -> list:
@@ -270,8 +273,8 @@ def meeting(parts) -> list:
     groups = []
     for part in parts:
         last = groups[-1][-1] if groups else None
-        texts = last and isinstance(last.content, str) and isinstance(part.content, str)
-        if texts and not (last.by_user and part.by_user):
+        are_texts = last and isinstance(last.content, str) and isinstance(part.content, str)
+        if are_texts and not (last.by_user and part.by_user):
             groups[-1].append(part)
         else:
             groups.append([part])
@@ -374,7 +377,7 @@ def shorten(parts, max_length, item="") -> tuple:
         if longest is None or not parts[longest].content:
             uncut = "pictures, a first question and its answer are never cut"
             text = f"{over} tokens too many, and no text is left to cut ({uncut})"
-            way = f"raise it, or lower --max-pixels; {item!s:.200}"
+            way = f"raise it, or lower --max-pixels; {brief(item)}"
             raise InputError(f"--max-length {max_length}: {text}; {way}")
         ids = parts[longest].content
         over = min(over, len(ids))

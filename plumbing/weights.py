@@ -1,5 +1,6 @@
-"""A folder or hub id -> model and processor, and back: safetensors only, no code from elsewhere;
-LoRA adapters in peft's format; K, pooling and prompt as flags and checkpoint say together."""
+"""A folder or hub id -> model and processor, and back: safetensors only, no code from elsewhere; K,
+pooling and prompt as flags and checkpoint say together. (Adapters: adapters.py; what a folder may
+hold: folders.py.)"""
 
 import copy
 import json
@@ -139,6 +140,11 @@ def first_model(*folders) -> str:
     return "toy"
 
 
+def trained_model() -> str:
+    """What evaluation, search and mining take where no --model is given: the last stage's model."""
+    return first_model("out/contrastive", "out/pretrain")
+
+
 def stage_1_model() -> str:
     """What stage 2 starts from where no --model is given; says which it is."""
     name = first_model("out/pretrain")
@@ -249,8 +255,8 @@ def refuse_lost_tokens(path, mllm, tokenizer, K):
     rows = mllm.get_input_embeddings().weight.shape[0]
     known = set(range(rows))
     trained = read_json(path, "adapter_config.json").get("trainable_token_indices")
-    for ids in trained.values() if isinstance(trained, dict) else ():
-        known.update(ids)  # an adapter's own rows
+    if isinstance(trained, dict):
+        known.update(*trained.values())  # an adapter's own rows
     if lost := [token for token, i in vocabulary.items() if i not in known]:
         text = f"its weights have {rows:,} rows for tokens, none for {brief(lost[0])!r}"
         raise InputError(f"--model {path}: {text}: the tokenizer is another model's")

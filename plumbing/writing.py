@@ -1,5 +1,5 @@
 """Files that a command writes: refused before the work where they cannot be written, and never half
-there. (Models: weights.py; checkpoints: checkpoint.py.)"""
+there. (A model's folder: folders.py; checkpoints: checkpoint.py.)"""
 
 import errno
 import json

@@ -76,7 +76,10 @@ def read_entries(table, shift):
         at += name_length
         if WIDE in (packed, size, start):
             numbers = wide_numbers(table[at : at + extra_length])
-            size, packed, start = (next(numbers) if x == WIDE else x for x in (size, packed, start))
+            # In this order, and only of the fields that are marked as too wide.
+            size = next(numbers) if size == WIDE else size
+            packed = next(numbers) if packed == WIDE else packed
+            start = next(numbers) if start == WIDE else start
         at += extra_length + comment
         yield ROW.pack(hash(name), start + shift, packed, size, crc, method, flags)
 

@@ -518,7 +518,7 @@ FILES = [
         "tests/test_loader.py",
     ),
     (
-        "plumbing/loader.py", "yield made.pop()", "yield made[0]",
+        "plumbing/loader.py", "yield batches.pop()", "yield batches[0]",
         "tests/test_loader.py",
     ),
     (
@@ -623,8 +623,8 @@ FILES = [
         "tests/test_loader.py",
     ),
     (
-        "plumbing/loader.py", "pack(frame if share.number == 0 else None, tensors)",
-        "pack(None if share.number == 0 else frame, tensors)",
+        "plumbing/loader.py", "frame = frame if share.number == 0 else None",
+        "frame = None if share.number == 0 else frame",
         "tests/test_loader.py",
     ),
     (
@@ -1042,8 +1042,8 @@ FILES = [
         "tests/test_ranks.py",
     ),
     (
-        "plumbing/ranks.py", "lost = isinstance(error, RuntimeError) and world() > 1",
-        "lost = isinstance(error, RuntimeError) and world() > 2",
+        "plumbing/ranks.py", "is_of_ranks = isinstance(error, RuntimeError) and world() > 1",
+        "is_of_ranks = isinstance(error, RuntimeError) and world() > 2",
         "tests/test_ranks.py",
     ),
     (
@@ -1088,7 +1088,7 @@ FILES = [
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/retrieval.py", "formats.digest_of(pair_sets.values())",
+        "plumbing/retrieval.py", "formats.checked_digest(pair_sets.values())",
         "0",
         "tests/test_evaluate.py",
     ),
@@ -1154,7 +1154,7 @@ FILES = [
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/retrieval.py", "float((found < k).mean())", "float((found <= k).mean())",
+        "plumbing/retrieval.py", "float((ranks < k).mean())", "float((ranks <= k).mean())",
         "tests/test_evaluate.py",
     ),
     (
@@ -1329,7 +1329,8 @@ FILES = [
         "tests/test_one_piece.py",
     ),
     (
-        "plumbing/template.py", "if texts and not (last.by_user and part.by_user):", "if texts:",
+        "plumbing/template.py", "if are_texts and not (last.by_user and part.by_user):",
+        "if are_texts:",
         "tests/test_template.py",
     ),
     (
@@ -1489,8 +1490,8 @@ FILES = [
         "tests/test_folders.py",
     ),
     (
-        "plumbing/weights.py", "        known.update(ids)  # an",
-        "        known.difference(ids)  # an",
+        "plumbing/weights.py", "        known.update(*trained.values())",
+        "        known.difference(*trained.values())",
         "tests/test_folders.py",
     ),
     (
@@ -1622,7 +1623,8 @@ FILES = [
         "tests/test_pictures.py",
     ),
     (
-        "plumbing/zips.py", "for x in (size, packed, start))", "for x in (packed, size, start))",
+        "plumbing/zips.py", "packed = next(numbers) if packed == WIDE else packed",
+        "packed = next(numbers)",
         "tests/test_pictures.py",
     ),
     (

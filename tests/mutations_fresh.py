@@ -114,9 +114,9 @@ FRESH = [
     # -------------------------------------------------------------------- a second list of this kind
     ("model.py", "torch.randn(K, table.shape[1], generator=generator)", "torch.randn(K, table.shape[1])",
      "tests/test_model_parts.py -k rows_to_spare"),
-    ("pretrain.py", "cut = sum(x.row.cut for x in examples)", "cut = max(x.row.cut for x in examples)",
+    ("pretrain.py", "tokens_cut([x.row for x in examples])", "tokens_cut([examples[0].row])",
      "tests/test_stage_parts.py -k all_rows_of_a_step"),
-    ("contrastive.py", "cut = sum(row.cut for row in batch.rows)", "cut = max(row.cut for row in batch.rows)",
+    ("contrastive.py", "tokens_cut(batch.rows)", "tokens_cut(batch.rows[:1])",
      "tests/test_stage_parts.py -k all_rows_of_a_step"),
     ("plumbing/mmeb.py", ".first(cap).first(limit)", ".first(limit or cap)",
      "tests/test_evaluate.py -k mmebs_or_what"),

@@ -446,9 +446,9 @@ def test_any_full_disk_is_one_line():
 def test_a_working_folder_that_is_gone_is_said(tmp_path, monkeypatch):
     """PyTorch would end the process with a line about a library."""
     monkeypatch.chdir(tmp_path)
-    assert start.is_somewhere()
+    assert start.has_working_folder()
     os.rmdir(tmp_path)
-    assert not start.is_somewhere()
+    assert not start.has_working_folder()
 
 
 # ------------------------------------------------------------------------------------------ models

@@ -18,7 +18,7 @@ import contrastive
 import pretrain
 from plumbing import checkpoint, ending, folders, locks, outfolder, ranks
 from plumbing.errors import InputError
-from plumbing.formats import digest_of
+from plumbing.formats import checked_digest
 
 STEP = "step-00000003"
 
@@ -313,7 +313,7 @@ def test_a_child_leaves_the_terminals_signal_to_its_parent(deaf, monkeypatch):
 
 def test_under_nohup_a_closed_terminal_ends_nothing(terminal):
     """Whoever started the run has switched that off; all else is as ever."""
-    equal(ending.heard(), list(ending.SIGNALS), "in a terminal")
+    equal(ending.ending_signals(), list(ending.SIGNALS), "in a terminal")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     ending.note_signals()
     equal(signal.getsignal(signal.SIGHUP), signal.SIG_IGN, "ending.heard")
@@ -359,8 +359,8 @@ def test_a_finished_run_has_its_model_its_mark_and_no_checkpoints(cfg, capsys):
     """The mark is of the last step, with the flags."""
     net, _ = saved(cfg)
     wrote = []
-    checkpoint.finish(lambda *args, **more: wrote.append((args, more)), net, cfg, embedding=False)
-    equal(wrote, [((net, cfg.out), {"embedding": False})], "save")
+    checkpoint.finish(lambda *args, **more: wrote.append((args, more)), net, cfg, is_embedder=False)
+    equal(wrote, [((net, cfg.out), {"is_embedder": False})], "save")
     equal(checkpoint.checkpoints_in(cfg.out), [], "they are needed no more")
     equal(Path(cfg.out, "checkpoints").exists(), False, "nor is their folder")
     mark = json.loads(Path(cfg.out, checkpoint.MARK).read_text())
@@ -554,9 +554,16 @@ def test_other_words_of_the_same_number_are_other_data(tmp_path):
         return contrastive.read_pairs(str(file))["pairs"]
 
     one, same, other = read("a", "x"), read("b", "x"), read("c", "y")
-    equal(digest_of([one]), digest_of([same]), "the same")
-    expect(digest_of([one]) != digest_of([other]), digest_of([one]), "another", "digest_of")
-    expect(digest_of([one, one]) != digest_of([one, other]), "", "another", "the second list")
+    equal(checked_digest([one]), checked_digest([same]), "the same")
+    expect(
+        checked_digest([one]) != checked_digest([other]),
+        checked_digest([one]),
+        "another",
+        "digest_of",
+    )
+    expect(
+        checked_digest([one, one]) != checked_digest([one, other]), "", "another", "the second list"
+    )
 
 
 def test_a_model_that_was_replaced_while_the_data_were_read_is_refused(cfg, monkeypatch):

@@ -17,7 +17,7 @@ import pretrain
 from data import Item
 from plumbing import mmeb
 from plumbing.errors import InputError
-from plumbing.formats import IMAGE, digest_of
+from plumbing.formats import IMAGE, checked_digest
 from plumbing.images import Images, open_image
 from plumbing.lines import Lazy
 from tools.export import export
@@ -135,7 +135,7 @@ def test_missing_pictures_are_named_before_training(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"query": two, "target": {"text": "y"}}))
     pairs = data.read_pairs(str(tmp_path / "pairs.jsonl"))
     with pytest.raises(InputError, match=r"a.png: no such picture \(and 1 more are missing"):
-        digest_of(pairs.values())
+        checked_digest(pairs.values())
     assert pairs["pairs"][0].query.text == IMAGE * 2, "pictures without a text are they alone"
 
 

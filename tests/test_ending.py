@@ -418,7 +418,7 @@ def test_what_ended_the_reader_of_the_output_ends_no_run(monkeypatch):
     monkeypatch.setattr(ending, "unsaid", [])
     with pytest.raises(BrokenPipeError):
         ranks.say("step 1")
-    monkeypatch.setattr(ranks, "stop_asked", [ending.Wish(signal.SIGINT, 0.0)])
+    monkeypatch.setattr(ranks, "stop_asked", [ending.NotedSignal(signal.SIGINT, 0.0)])
     ranks.say("step 2")
 
 

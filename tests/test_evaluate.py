@@ -225,7 +225,11 @@ def test_places_equal_a_loop(seed):
     queries than a block."""
     case = own_case(seed)
     case[1][7] = case[1][9]  # two targets alike
-    equal(retrieval.places(*case).tolist(), places_in_loops(*case), "rank of the best right one")
+    equal(
+        retrieval.ranks_of_right(*case).tolist(),
+        places_in_loops(*case),
+        "rank of the best right one",
+    )
 
 
 def test_with_one_right_candidate_it_is_the_papers_precision():
@@ -426,16 +430,18 @@ def test_a_right_target_that_stands_twice_is_one(tmp_path, shared):
     got = evaluate.score(shared, task, evaluate.Config(workers=0))
     close(got["chance"], (1 / 2 + 1 / 3) / 2, "distinct candidates", 1e-9)
     c = unit(np.eye(3))
-    equal(retrieval.places(c[:1], c, [[0, 0, 1]], [1], [0, 1, 2]).tolist(), [0], "no rival")
+    equal(retrieval.ranks_of_right(c[:1], c, [[0, 0, 1]], [1], [0, 1, 2]).tolist(), [0], "no rival")
 
 
 def test_places_do_not_depend_on_the_block(monkeypatch):
     """Queries are scored a block at a time, each against all targets."""
     q, c, candidates = random_case(n=60, m=40, k=1)
     rights, pool = [1] * 60, sorted({row for rows in candidates for row in rows})
-    whole = retrieval.places(q, c, candidates, rights, pool)
+    whole = retrieval.ranks_of_right(q, c, candidates, rights, pool)
     monkeypatch.setattr(retrieval, "BLOCK", 7)
-    equal(retrieval.places(q, c, candidates, rights, pool).tolist(), whole.tolist(), "BLOCK")
+    equal(
+        retrieval.ranks_of_right(q, c, candidates, rights, pool).tolist(), whole.tolist(), "BLOCK"
+    )
 
 
 def test_what_stands_on_the_screen_is_what_was_measured():

@@ -6,15 +6,15 @@ import itertools
 import pytest
 from checks import equal
 
-from plumbing.first_pass import Found, Lost, one_of, skip
+from plumbing.first_pass import Lost, Tally, one_of, skip
 from plumbing.formats import Lazy
 
 
-def joined(parts) -> Found:
+def joined(parts) -> Tally:
     """Of parts whose targets are these."""
-    found = Found()
+    found = Tally()
     for targets in parts:
-        found = found.join(Found(targets=frozenset(targets)))
+        found = found.join(Tally(targets=frozenset(targets)))
     return found
 
 
@@ -28,15 +28,15 @@ def test_targets_that_differ_are_seen_wherever_they_stand():
             )
     for parts in ([[7]], [[7], [7]], [[], [7], []], [[7], [], [7], [7]]):
         equal(one_of(joined(parts).targets), 7, f"{parts}: one")
-    equal(one_of(Found().targets), None, "none at all")
+    equal(one_of(Tally().targets), None, "none at all")
 
 
 def test_lost_pictures_are_counted_and_the_first_is_named():
     """Over all parts, in their order."""
-    found = Found()
+    found = Tally()
     for count, first in ((0, ""), (2, "a.png"), (0, ""), (3, "b.png")):
-        found = found.join(Found(Lost(count, first)))
-    equal(tuple(found.lost), (5, "a.png"), "Found.join")
+        found = found.join(Tally(Lost(count, first)))
+    equal(tuple(found.lost), (5, "a.png"), "Tally.join")
 
 
 @pytest.mark.parametrize(

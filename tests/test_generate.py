@@ -217,7 +217,7 @@ def test_fifty_failures_without_a_success_end_the_run(tmp_path, monkeypatch):
     names = [f"{i:02}.png" for i in range(60)]
     monkeypatch.setattr(generator.time, "sleep", lambda _: None)
     args = config(out=str(tmp_path / "d.jsonl"))
-    with pytest.raises(InputError, match="50 pictures failed and none did not"):
+    with pytest.raises(InputError, match="50 pictures failed, none succeeded"):
         bar = failing(monkeypatch, set(names), [])
         generator.ask_until_done(names, [], None, args, bar)
     bar = failing(monkeypatch, set(names[1:]), [])

@@ -26,7 +26,7 @@ import pretrain
 from data import Item
 from plumbing import first_pass, lines, mmeb
 from plumbing.errors import InputError
-from plumbing.formats import choose, digest_of
+from plumbing.formats import checked_digest, choose
 from plumbing.images import Images
 from plumbing.lines import Source, open_lines, parse_json
 from plumbing.mmeb import contents_of, eval_rows, last_loaded, training_mix
@@ -540,7 +540,7 @@ def test_other_files_are_other_data(tmp_path):
         write(tmp_path / "A" / f"original-{i}.parquet", TRAIN)
     sets = data.read_pairs(str(tmp_path))
     write(tmp_path / "A" / "original-0.parquet", {**TRAIN, "qry": ["quite another one" * 9, "r"]})
-    assert digest_of(sets.values()) != digest_of(data.read_pairs(str(tmp_path)).values())
+    assert checked_digest(sets.values()) != checked_digest(data.read_pairs(str(tmp_path)).values())
     assert len(sets["A"]) == len(list(sets["A"])) == 4
     few = data.read_pairs(str(tmp_path), subsets="A:3")["A"]
     assert len(few) == len(list(few)) == 3
@@ -642,7 +642,7 @@ def test_missing_pictures_of_mmeb_are_known_before_training_and_scoring(tmp_path
     change = {"qry": ["<|image_1|> q", "r"], "qry_image_path": ["A/x.png", ""]}
     write(tmp_path / "A" / "original-0.parquet", {**TRAIN, **change})
     with pytest.raises(InputError, match=r"A/x.png: no such picture\. "):
-        digest_of(data.read_pairs(str(tmp_path)).values())
+        checked_digest(data.read_pairs(str(tmp_path)).values())
     change = {"tgt_text": [["t", "<|image_1|>"]], "tgt_img_path": [["", "A/y.png"]]}
     write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
     with pytest.raises(InputError, match="A/y.png: no such picture"):
@@ -700,20 +700,20 @@ def test_a_list_whose_targets_are_all_one_is_refused(place):
     """Every target equals the query's own: there is no negative, and the loss is 0."""
     one = data.read_pairs(jsonl(place, *[PAIR] * 3))
     with pytest.raises(InputError, match="line 1: every target of its list is the same"):
-        digest_of(one.values())
-    digest_of(data.read_pairs(jsonl(place, PAIR, {**PAIR, "target": {"text": "z"}})).values())
+        checked_digest(one.values())
+    checked_digest(data.read_pairs(jsonl(place, PAIR, {**PAIR, "target": {"text": "z"}})).values())
     with_negative = {**PAIR, "negatives": [{"text": "z"}]}
-    digest_of(data.read_pairs(jsonl(place, with_negative)).values())
+    checked_digest(data.read_pairs(jsonl(place, with_negative)).values())
 
 
 def test_one_such_list_among_others_is_said(tmp_path, capsys):
     """Its pairs have the other lists' targets as negatives."""
     write(tmp_path / "A" / "original-0.parquet", {**TRAIN, "pos_text": ["t", "t"]})
     write(tmp_path / "B" / "original-0.parquet", TRAIN)
-    digest_of(data.read_pairs(str(tmp_path)).values())
+    checked_digest(data.read_pairs(str(tmp_path)).values())
     assert "every target of its list is the same" in capsys.readouterr().out
     write(tmp_path / "B" / "original-0.parquet", {**TRAIN, "pos_text": ["u", "u"]})
-    digest_of(data.read_pairs(str(tmp_path)).values())
+    checked_digest(data.read_pairs(str(tmp_path)).values())
     assert capsys.readouterr().out.count("every target of its list is the same") == 2
 
 
@@ -731,7 +731,7 @@ def test_captions_that_leave_nothing_to_tell_apart_are_said(place, files, texts,
     Image.new("RGB", (32, 32), "blue").save(place / "b.png")
     records = [{"file_name": f, "text": t} for f, t in zip(files, texts, strict=True)]
     jsonl(place, *records, name="metadata.jsonl")
-    digest_of(data.read_pairs(str(place)).values())
+    checked_digest(data.read_pairs(str(place)).values())
     said = capsys.readouterr().out.splitlines()
     equal(
         [bool(re.search(s, line)) for s, line in zip(says, said, strict=True)],
@@ -798,7 +798,7 @@ def test_a_long_list_is_tried_in_worker_processes_and_the_first_bad_line_is_name
     lost = {**PAIR, "query": {"text": "<image>", "image": "gone.png"}}
     path = jsonl(place, *[PAIR] * 12, lost, *[PAIR] * 7, lost)
     with pytest.raises(InputError, match=r"line 13: .*gone.png: no such picture \(and 1 m"):
-        digest_of(data.read_pairs(path).values())
+        checked_digest(data.read_pairs(path).values())
     path = jsonl(place, *[PAIR] * 12, {"query": 1}, *[PAIR] * 7, {"target": 1})
     with pytest.raises(InputError, match='line 13: needs "query" and "target"'):
         data.read_pairs(path)
@@ -825,9 +825,9 @@ def test_each_example_of_a_long_list_is_tried_by_one_worker(tmp_path, monkeypatc
 
 def test_targets_of_two_parts_are_two_where_one_of_them_is_in_both():
     """A list whose second pair has the first one's target and a negative compares something."""
-    one, two = first_pass.Found(targets=frozenset([1])), first_pass.Found(targets=frozenset([1, 2]))
+    one, two = first_pass.Tally(targets=frozenset([1])), first_pass.Tally(targets=frozenset([1, 2]))
     for joined in (one.join(two), two.join(one)):
-        equal((joined.targets, first_pass.one_of(joined.targets)), ({1, 2}, None), "Found.join")
+        equal((joined.targets, first_pass.one_of(joined.targets)), ({1, 2}, None), "Tally.join")
 
 
 def test_one_evaluation_set_at_a_time_is_in_memory(tmp_path):

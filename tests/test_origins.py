@@ -263,11 +263,11 @@ def test_two_commands_do_not_write_one_folder(tmp_path):
                 raise AssertionError("it is in use")
         assert (tmp_path / "m" / ".part").exists(), "the other's part stays"
         with pytest.raises(InputError, match="run is in use by another command"):
-            folders.refuse_unwritable(tmp_path / "run")
+            folders.refuse_unwritable_folder(tmp_path / "run")
     finally:
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
-    folders.refuse_unwritable(tmp_path / "run")
+    folders.refuse_unwritable_folder(tmp_path / "run")
     with folders.written_beside(tmp_path / "m") as part:
         (part / "config.json").write_text("{}")
     equal([path.name for path in (tmp_path / "m").iterdir()], ["config.json"], "nothing is left")

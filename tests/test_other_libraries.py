@@ -268,7 +268,7 @@ def test_the_snippets_of_the_readme_work_as_written(tmp_path, monkeypatch):
     picture.save("photo.jpg")
     base = model.load(families.build("gemma3", tmp_path / "f"), 4, "mean", "coma", device="cpu")
     families.redraw(base)
-    model.save(base, "BASE", embedding=False)
+    model.save(base, "BASE", is_embedder=False)
     embedder = model.load("BASE", 4, "mean", "coma", device="cpu")
     model.choose_trained(embedder, TrainingFlags(model="BASE", lora_rank=2))
     for name, p in embedder.named_parameters():

@@ -195,8 +195,8 @@ def test_a_template_without_pictures_leaves_them_to_the_processors_token(shared)
         ("hello", "four turns become 'hello'"),
         ("{% for m in messages[:1] %}" + CHATML + "{% endfor %}{{ messages }}", "four turns"),
         ("{{ raise_exception('only one turn') }}", "only one turn"),
-        ("{{ messages[0].content[0].text }}", "each is wanted once"),
-        (CHATML + CHATML, "each is wanted once"),
+        ("{{ messages[0].content[0].text }}", "each must stand in it once"),
+        (CHATML + CHATML, "each must stand in it once"),
     ],
 )
 def test_a_template_that_is_of_no_use_is_one_clear_line(shared, monkeypatch, template, says):

@@ -173,7 +173,7 @@ def test_arms_with_larger_pictures_start_from_a_toy_that_has_seen_such(monkeypat
         called.append(flag)
         folder = Path(json.loads(words)[-1])
         large = model.load("toy", 0, device="cpu", min_pixels=128**2, max_pixels=128**2)
-        model.save(large, folder, embedding=False)
+        model.save(large, folder, is_embedder=False)
         return "", 1.0
 
     monkeypatch.setattr(reproduce, "call", call)

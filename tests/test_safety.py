@@ -161,7 +161,7 @@ def test_a_folder_that_is_written_again_holds_nothing_of_the_first_run(adapter, 
     plain = model.load(good, device="cpu").eval()
     model.save(plain, out)
     close(model.load(out, device="cpu").eval().encode(TEXTS), plain.encode(TEXTS), "the second")
-    model.save(plain, out, embedding=False)
+    model.save(plain, out, is_embedder=False)
     assert not (out / "nanocoma.json").exists()
 
 

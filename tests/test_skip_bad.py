@@ -10,7 +10,7 @@ import contrastive
 import data
 import pretrain
 from plumbing.errors import InputError
-from plumbing.formats import Place, digest_of
+from plumbing.formats import Place, checked_digest
 from plumbing.sampling import epoch_batch
 from tools import check, export
 
@@ -50,7 +50,9 @@ def test_a_listed_example_gives_its_place_to_the_next_good_one(files):
     want = [0, 1, 4, 4, 4, 5, 6, 0]
     equal([d.id for d in skipping], [whole[i].id for i in want], "first_pass.skip")
     equal(
-        digest_of([skipping]), digest_of([whole]), "the data are the same, and so is their digest"
+        checked_digest([skipping]),
+        checked_digest([whole]),
+        "the data are the same, and so is their digest",
     )
     equal(skipping.source.skipped, {2, 3, N - 1}, "what is skipped")
 
@@ -68,7 +70,7 @@ def test_what_is_on_no_list_is_never_skipped(files):
     (path,) = data.read_dialogues(str(talks), place)[0].item.images
     (files / path).unlink()
     with pytest.raises(InputError, match="no such picture"):
-        digest_of([data.read_dialogues(str(talks), place)])
+        checked_digest([data.read_dialogues(str(talks), place)])
     bad.write_text("")
     with pytest.raises(InputError, match="dialogues.jsonl, line 3: not JSON"):
         data.read_dialogues(str(talks), place)

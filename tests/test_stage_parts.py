@@ -255,7 +255,7 @@ def test_in_each_step_gradients_are_summed_over_ranks_before_the_step(monkeypatc
     summed = ("sum", n, True)
     equal([calls[0], calls[2]], [summed] * 2, "before each step")
     equal([call[:2] for call in (calls[1], calls[3])], [("step", 0), ("step", 1)], "in order")
-    equal(calls[4], ("finish", {"embedding": True} if stage is pretrain else {}), "K = 4")
+    equal(calls[4], ("finish", {"is_embedder": True} if stage is pretrain else {}), "K = 4")
     equal([x["step"] for x in lines], [1, 2], "log.jsonl")
     more = {"exact"} if stage is pretrain else {"chance", "top1"}
     for line, (_, step, loss, norm, ids) in zip(lines, (calls[1], calls[3]), strict=True):
@@ -269,7 +269,7 @@ def test_a_model_without_a_code_is_saved_as_no_embedder(monkeypatch, tmp_path):
     """K = 0: plain instruction tuning."""
     flags = dict(compress_tokens=0, compress=False, steps=1)
     _, calls, _, _ = trained(monkeypatch, pretrain, tmp_path / "out", **flags)
-    equal(calls[-1], ("finish", {"embedding": False}), "checkpoint.finish")
+    equal(calls[-1], ("finish", {"is_embedder": False}), "checkpoint.finish")
 
 
 def test_what_a_step_of_stage_2_found_goes_into_the_log_and_the_next_step(monkeypatch, tmp_path):
@@ -355,10 +355,11 @@ def test_tokens_that_are_cut_are_those_of_all_rows_of_a_step(monkeypatch, tmp_pa
 
 
 def test_tokens_that_are_cut_are_counted_over_all_ranks(monkeypatch, tmp_path):
-    """Of each step; the other numbers are of all ranks already."""
-    monkeypatch.setattr(plumbing.log, "all_sum", lambda x: 10 * x)
+    """Of each step, and in the log."""
+    monkeypatch.setattr(plumbing.sampling, "all_sum", lambda x: 10 * x)
+    cut = plumbing.sampling.tokens_cut([SimpleNamespace(cut=3), SimpleNamespace(cut=4)])
     log = plumbing.log.Log(config(pretrain, tmp_path), 0)
-    log(0, (1, "pairs"), {"loss": 1.0, "cut": 7, "lr": 0.1})
+    log(0, (1, "pairs"), {"loss": 1.0, "cut": cut, "lr": 0.1})
     (_, line) = (tmp_path / "log.jsonl").read_text().splitlines()
     equal(json.loads(line), {"step": 1, "loss": 1.0, "cut": 70, "lr": 0.1}, "log.jsonl")
 

@@ -24,7 +24,7 @@ import data
 import model
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
-from plumbing.formats import DESCRIBE, IMAGE, digest_of
+from plumbing.formats import DESCRIBE, IMAGE, checked_digest
 from tools import (
     check,
     compare_logs,
@@ -558,7 +558,7 @@ def test_a_folder_of_pictures_with_captions_trains_both_stages(tmp_path, ending,
     assert last.query.text.endswith("x") and str(last.targets[0].images[0]).endswith("2.png")
     (folder / "1.png").unlink()
     with pytest.raises(InputError, match=r"1.png: no such picture\. "):  # one, and counted once
-        digest_of(data.read_pairs(str(folder)).values())
+        checked_digest(data.read_pairs(str(folder)).values())
     assert checked(folder, "--clean", tmp_path / "c") == 0
     assert "4, 1 of them bad" in capsys.readouterr().out
     assert [d.turns[0][1] for d in data.read_dialogues(str(tmp_path / "c"), str(folder))] == [

@@ -30,8 +30,10 @@ from tools.figure_numbers import smooth
 IN_A_ROW = 10  # steps outside of the band, before a run is called outside
 LEAST = 2  # runs of which a spread can be said
 # Flags that change no loss, or that are what is compared.
-OTHERWISE = {"seed", "out", "workers", "save_every", "keep", "resume", "fitting", "model"}
-OTHERWISE |= {"model_digest", "data_digest", "graph_memory", "command"}
+OTHERWISE = set(
+    "seed out workers save_every keep resume fitting model"
+    " model_digest data_digest graph_memory command".split()
+)
 
 
 class Run(NamedTuple):

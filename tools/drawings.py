@@ -1,6 +1,7 @@
 """The drawings of tools/figures.py: each is a function of its sources (models, logs, records) that
 returns a matplotlib Figure. In the order of FIGURES, at the end."""
 
+import io
 import itertools
 import math
 import sys
@@ -11,6 +12,7 @@ if __name__ == "__main__":  # in front of a library that may not be there
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 import model
 import pretrain
@@ -18,6 +20,7 @@ from data import ANSWER, COMPRESS, CONTENT, HEAD, QUESTION, Item
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
 from plumbing.images import open_image
+from plumbing.writing import written
 from tools.figure_numbers import (
     answered,
     look,
@@ -62,6 +65,15 @@ STYLE = {
     "legend.frameon": False,
 }
 MODELS = ("compressed", "contrastive")  # after stage 1, after stage 2
+
+
+def save_png(figure, path, colors, dpi="figure"):
+    """A Figure as a PNG of so many colours, which are enough for a drawing; whole or not at all."""
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", dpi=dpi)
+    picture = Image.open(raw).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+    with written(path, "the figure") as part:
+        picture.save(part, optimize=True)
 
 
 def show(ax, item, alpha=None):
@@ -331,8 +343,10 @@ def draw_dots(ax, weights):
 
 def code(sources):
     """What is in the code: questions answered from C alone, beside the uncompressed model."""
-    asked, fig = questions(QUESTIONS, sources.seed), Figure((WIDTH, 3.6))
-    ax, x = fig.subplots(), np.arange(len(asked))
+    asked = questions(QUESTIONS, sources.seed)
+    fig = Figure((WIDTH, 3.6))
+    ax = fig.subplots()
+    x = np.arange(len(asked))
     compressed, base = sources.coded("compressed", 1), sources.model("base")
     draw_shares(ax, x - 0.2, compressed, asked, BLUE, "from C alone")
     draw_shares(ax, x + 0.2, base, asked, ORANGE, "uncompressed")

@@ -25,11 +25,11 @@ from data import ANSWER, COMPRESS, CONTENT, HEAD, QUESTION, read_dialogues, read
 from plumbing.combinations import given, spelled
 from plumbing.config import ModelFlags, TrainingFlags, flag
 from plumbing.errors import InputError, brief
-from plumbing.formats import digest_of
+from plumbing.formats import refuse_unfit
 from plumbing.graphs import graph_bytes
 from plumbing.memory import token_chunks
 from plumbing.ranks import run_command, say, setup
-from plumbing.weights import first_model, stage_1_model
+from plumbing.weights import first_model, stage_1_model, trained_model
 from plumbing.writing import refuse_other, refuse_unwritable, written
 from tools import explain_page
 from tools.measured import InBatch, gap, gradients, kept, norm
@@ -79,7 +79,7 @@ def explain_pretrain(cfg, device):
     embedder = model.load_for(cfg, device)
     model.choose_trained(embedder, TrainingFlags())  # says what training would train
     dialogues = read_dialogues(cfg.data, cfg.image_root or None, cfg.seed, caption=cfg.caption)
-    digest_of([dialogues])  # refuses lost pictures
+    refuse_unfit([dialogues])
     walk_dialogue(embedder, dialogues[0], cfg.compress)
 
 
@@ -162,7 +162,7 @@ def explain_contrastive(cfg, device):
     embedder = model.merge(model.load_for(cfg, device))  # as stage 2 does with stage 1's adapter
     model.choose_trained(embedder, TrainingFlags())  # says what training would train
     pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed)
-    digest_of(pairs.values())  # refuses lost pictures
+    refuse_unfit(list(pairs.values()))
     for name, examples in pairs.items():
         say(f"  {name:<20} {len(examples):>13,} pairs")
     small = contrastive.Config(seed=cfg.seed, batch=6, block=3)
@@ -277,14 +277,14 @@ def write_html(cfg, device):
     if not cfg.compress:
         raise InputError("--no-compress: the page of --html shows the mask on and off")
     first = cfg.model or first_model("out/pretrain")
-    second = cfg.model or first_model("out/contrastive", "out/pretrain")
+    second = cfg.model or trained_model()
     stage_1 = stage_2 = model.load_for(dataclasses.replace(cfg, model=first), device)
     if second != first:
         stage_2 = model.load_for(dataclasses.replace(cfg, model=second), device)
     place = cfg.image_root or None
     dialogues = read_dialogues(cfg.data, place, cfg.seed, caption=cfg.caption)
     pairs = read_pairs(cfg.data, place, cfg.subsets, cfg.seed)
-    digest_of([dialogues, *pairs.values()])  # refuses lost pictures
+    refuse_unfit([dialogues, *pairs.values()])
     models = explain_page.Models(stage_1, stage_2, (first, second))
     page = explain_page.make_page(models, dialogues[0], pairs, cfg)
     with written(Path(cfg.html), "--html") as part:

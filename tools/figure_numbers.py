@@ -97,7 +97,9 @@ def look(embedder, pictures) -> Look:
 
 def questions(n, seed=0) -> dict:
     """n questions of each type about test scenes: {type: [(scene, question, answer)]}."""
-    shapes, by_kind, i = Shapes("test", seed), {kind: [] for kind in ASK}, 0
+    shapes = Shapes("test", seed)
+    by_kind = {kind: [] for kind in ASK}
+    i = 0
     while min(map(len, by_kind.values())) < n:
         rng = shapes._rng("figures", i)
         scene = shapes.scene(rng)

@@ -13,18 +13,15 @@ draws the README's diagram and example, which need no model.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
 
 import model
 from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError, needs
 from plumbing.ranks import run_command, setup
-from plumbing.writing import refuse_no_folder, refuse_unwritable, written
+from plumbing.writing import refuse_no_folder, refuse_unwritable
 from tools.records import RECORDS, read_records
 from toy.world import Shapes
 
@@ -94,22 +91,19 @@ def draw(folder, contrastive="", seed=0, device=None, records_file=RECORDS) -> l
     with needs("matplotlib", "tools.figures"):
         from matplotlib import rc_context
 
-        from tools.drawings import FIGURES, STYLE
+        from tools.drawings import FIGURES, STYLE, save_png
     sources = Sources(contrastive or "out/contrastive", seed, device, records_file)
     refuse_no_folder(folder, "DIR")
     refuse_unwritable(Path(folder, "x.png"), "the figures")
     files = []
     for name, figure in FIGURES.items():
-        path, raw = Path(folder, f"{name}.png"), io.BytesIO()
+        path = Path(folder, f"{name}.png")
         try:
             with rc_context(STYLE):
-                figure(sources).savefig(raw, format="png")
+                save_png(figure(sources), path, colors=256)
         except InputError as e:
             print(f"left out {path}: {e}")
             continue
-        picture = Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        with written(path, "the figure") as part:
-            picture.save(part, optimize=True)  # 256 colours are enough, and light
         files.append(path)
         print(f"wrote {path}")
     return files

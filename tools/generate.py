@@ -98,7 +98,7 @@ class CutOff(InputError):
     """A reply that was longer than --max-tokens: half a sentence is no training data."""
 
     def __init__(self, text):
-        super().__init__(f"reply cut off at --max-tokens: {text!r:.80}")
+        super().__init__(f"reply cut off at --max-tokens: {brief(repr(text), 80)}")
 
 
 class NotTheServer(InputError):
@@ -109,7 +109,7 @@ def refuse_template(reply):
     """A reply that begins with a token of a chat template is none of an answer, but a sign that the
     server and the model do not agree about the template."""
     if TEMPLATE_TOKEN.match(reply):
-        raise InputError(f"the reply begins with a template's own token: {reply!r:.80}")
+        raise InputError(f"the reply begins with a template's own token: {brief(repr(reply), 80)}")
 
 
 def mark_in(text) -> str:
@@ -141,7 +141,7 @@ def interview(questions=()):
         numbered = re.findall(r"(?m)^\s*\d+\s*[.):]\s*(.*\S)", reply)
         questions = list(dict.fromkeys(numbered))[:5]
         if len(questions) < 3:
-            raise InputError(f"wanted 3 to 5 numbered questions, got {reply[:80]!r}")
+            raise InputError(f"wanted 3 to 5 numbered questions, got {brief(repr(reply), 80)}")
     chat = []
     for question in questions:
         chat.append(("user", plain(question, "question")))
@@ -301,9 +301,11 @@ def read_reply(answer) -> str:
         choice = json.loads(answer)["choices"][0]
         text, finish = choice["message"]["content"], choice.get("finish_reason")
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
-        raise InputError(f"the server's answer is no chat completion: {answer!r:.80}") from None
+        raise InputError(
+            f"the server's answer is no chat completion: {brief(repr(answer), 80)}"
+        ) from None
     if not isinstance(text, str | None):
-        raise InputError(f"the server's answer is no text: {text!r:.80}")
+        raise InputError(f"the server's answer is no text: {brief(repr(text), 80)}")
     if finish == "length":
         raise CutOff(text)
     return text or ""
@@ -398,7 +400,7 @@ def ask_until_done(names, questions, replies, args, bar) -> dict:
                     continue
                 errors[name] = f"{type(outcome).__name__}: {brief(outcome)}"
                 if len(errors) == HOPELESS and bar.n == before:
-                    raise InputError(f"{HOPELESS} pictures failed and none did not: {errors[name]}")
+                    raise InputError(f"{HOPELESS} pictures failed, none succeeded: {errors[name]}")
             names = sorted(errors)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -515,7 +517,7 @@ def generate(args) -> int:
             raise InputError(
                 f"--{name} is missing: --images DIR --out FILE --model NAME are needed"
             )
-    # 1. What an earlier run has done.
+    # 1. Refuse, before any work, what cannot be asked or written.
     if args.server:
         refuse_no_url(args.server, args.api_key)
     failed = Path(f"{args.out}.failed.jsonl")
@@ -529,9 +531,8 @@ def generate(args) -> int:
 
 def generate_missing(args, failed) -> int:
     """Dialogues about the pictures that OUT has none of. -> as `generate`."""
+    # 2. What is left to do after an earlier run, and who is asked.
     done = read_done(Path(args.out))
-
-    # 2. What is left to do, and who is asked.
     questions = read_questions(args.questions)
     names = [name for name in find_pictures(args.images) if name not in done]
     print(f"{len(names):,} pictures to ask about, {len(done):,} are done")

@@ -19,7 +19,7 @@ from plumbing import card
 from plumbing.adapters import origin_of
 from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError
-from plumbing.folders import refuse_unwritable
+from plumbing.folders import refuse_unwritable_folder
 from plumbing.ranks import run_command
 from tools.sentence_transformers_folder import save_sentence_transformers
 
@@ -36,7 +36,7 @@ class Config(CommandLine):
 def main(argv):
     """The command line."""
     cfg = Config.parse(argv)
-    refuse_unwritable(cfg.target)
+    refuse_unwritable_folder(cfg.target)
     # On the CPU: a merge is a sum of matrices, and need not fit onto a GPU.
     embedder = model.merge(model.load(cfg.source, device="cpu"))
     embedder.mllm.to(embedder.mllm.config.dtype)  # as the files had it; a CPU works in float32

@@ -25,7 +25,7 @@ from plumbing.formats import parse_content
 from plumbing.lines import parse_json
 from plumbing.ranks import run_command, say, setup
 from plumbing.retrieval import all_rights
-from plumbing.weights import first_model
+from plumbing.weights import trained_model
 from plumbing.writing import holds_lines, refuse_no_list, refuse_other, refuse_unwritable, written
 
 BLOCK = 1024  # queries whose cosines with all targets are in memory at a time
@@ -61,13 +61,13 @@ def nearest_wrong(q, t, own, first, last) -> list:
 class Targets:
     """The distinct targets of a list: equal content is one."""
 
-    def __init__(self, pairs, written):
-        """written: of each pair {its target: as the list has it}, see `as_written`."""
+    def __init__(self, pairs, raw_targets):
+        """raw_targets: of each pair {its target as an Item: as the list has it}: see as_written."""
         self.items, self.raw = [], []  # as Items, and as the list has them
         self.pair_of = []  # of each the first pair that names it
         self.own = []  # of each pair: the rows of its query's targets and of its own negatives
         self.row_of = {}  # an item's key -> its row
-        for i, targets in enumerate(written):
+        for i, targets in enumerate(raw_targets):
             for item, raw in targets.items():
                 if item.key not in self.row_of:
                     self.row_of[item.key] = len(self.items)
@@ -112,9 +112,9 @@ def mine(embedder, cfg) -> list:
     (pairs,) = read_pairs(cfg.data, cfg.image_root or None).values()
     source = pairs.source.raw  # the same reading: the file may change meanwhile
     lines = [parse_json(source.line(i)) for i in range(len(source))]
-    written_targets = [as_written(line, pairs.source.images) for line in lines]
+    raw_targets = [as_written(line, pairs.source.images) for line in lines]
     pairs = list(pairs)  # each line is parsed once, however often its pair is asked for
-    targets = Targets(pairs, written_targets)
+    targets = Targets(pairs, raw_targets)
     refuse_few(targets, cfg)
     queries = [pair.query for pair in pairs]
     z = embedder.encode(queries + targets.items, cfg.chunk_tokens, cfg.workers, "embedding")
@@ -144,7 +144,7 @@ def main(argv):
     refuse_unwritable(cfg.out, "--out")
     refuse_other(cfg.out, "--out", holds_lines, "list of pairs")
     refuse_no_list(cfg.out, "--out")
-    cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
+    cfg.model = cfg.model or trained_model()
     embedder = model.load_for(cfg, setup())
     say(f"mining with {brief(cfg.model)}")
     lines = mine(embedder, cfg)

@@ -4,7 +4,6 @@ the toy world with a question, a pair and a task about it. No model is needed, a
 The letters are large: what is legible on a page must be so on a phone, at half the width and less.
 Units are inches; y grows upwards."""
 
-import io
 import math
 import random
 import sys
@@ -17,10 +16,8 @@ if __name__ == "__main__":  # in front of a library that may not be there
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Arc, FancyArrowPatch, FancyBboxPatch, Rectangle
-from PIL import Image
 
-from plumbing.writing import written
-from tools.drawings import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE, WIDTH
+from tools.drawings import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE, WIDTH, save_png
 from toy.world import IMAGE, INSTRUCT, Shapes
 
 K = 4  # compression tokens, as many as the toy MLLM has
@@ -210,12 +207,9 @@ def draw(folder) -> list:
     """Draws both into a folder. -> the files."""
     files = []
     for name, figure in FIGURES.items():
-        path, raw = Path(folder, f"{name}.png"), io.BytesIO()
+        path = Path(folder, f"{name}.png")
         with rc_context(STYLE):
-            figure().savefig(raw, format="png", dpi=PIXELS_PER_INCH)
-        drawing = Image.open(raw).convert("RGB").quantize(64, dither=Image.Dither.NONE)
-        with written(path, "the figure") as part:
-            drawing.save(part)
+            save_png(figure(), path, colors=64, dpi=PIXELS_PER_INCH)
         files.append(path)
         print(f"wrote {path}")
     return files

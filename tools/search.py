@@ -32,7 +32,7 @@ from plumbing.files import open_file, refuse_special
 from plumbing.formats import IMAGE
 from plumbing.images import open_image
 from plumbing.log import versions
-from plumbing.weights import first_model
+from plumbing.weights import trained_model
 from plumbing.writing import refuse_unwritable, written
 from tools.pictures import find_pictures
 
@@ -152,9 +152,9 @@ def embed_pictures(embedder, items, cfg, progress, errors) -> np.ndarray:
 
 
 def index_pictures(embedder, cfg) -> tuple:
-    """-> (paths below --images, embeddings (n, D)). Only new and changed files are embedded; what
-    is done is kept, every 1,024 pictures, but in no more than a twentieth of the time. A file that
-    is no readable picture is named."""
+    """-> (paths below --images, embeddings (n, D)). Only new and changed files are embedded. The
+    index is written as it grows, but so seldom that this takes at most a twentieth of the time. A
+    file that is no readable picture is named."""
     folder, key = Path(cfg.images), fingerprint(embedder, cfg.image_text)
     store, errors = index_path(folder, key), []
     # Rank 0's, for all: a picture may come in between, and an index lie on its disk alone.
@@ -163,7 +163,7 @@ def index_pictures(embedder, cfg) -> tuple:
     known = {f: old[f] for f in paths if f in old}
     new = [f for f in paths if f not in known]
     ranks.say(f"{len(paths):,} pictures in {folder}, {len(new):,} of them new or changed")
-    written, cost = 0.0, 0.0  # when the index was last written, and the seconds that it took
+    last_written, cost = 0.0, 0.0  # when the index was written, and how many seconds that took
     for i in range(0, len(new), WINDOW):
         part = new[i : i + WINDOW]
         items = [Item(cfg.image_text, (str(folder / paths[f]),)) for f in part]
@@ -172,11 +172,13 @@ def index_pictures(embedder, cfg) -> tuple:
         for f, v in zip(part, z, strict=True):
             if np.isfinite(v).all():
                 known[f] = v
-        due = time.time() - written > 20 * cost or i + WINDOW >= len(new)
+        is_last = i + WINDOW >= len(new)
+        due = is_last or time.time() - last_written > 20 * cost
         if ranks.rank() == 0 and known and due:
             began = time.time()
             write_index(store, known)
-            written, cost = time.time(), time.time() - began
+            last_written = time.time()
+            cost = last_written - began
     for error in errors:
         ranks.say(f"left out: {error}")
     if not known:
@@ -286,7 +288,7 @@ def main(cfg):
     """A search, from flags to the drawn results."""
     device = join(cfg)
     refuse_no_search(cfg)
-    cfg.model = cfg.model or first_model("out/contrastive", "out/pretrain")
+    cfg.model = cfg.model or trained_model()
     same_model(cfg.model)
     embedder = model.load_for(cfg, device)
     ranks.say(f"searching with {cfg.model}")

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from plumbing.config import CommandLine, word
 from plumbing.errors import InputError, brief
 from plumbing.families import images_only
-from plumbing.folders import refuse_unwritable
+from plumbing.folders import refuse_unwritable_folder
 from plumbing.ranks import run_command
 from plumbing.template import SUMMARIZE
 from toy.world import Shapes
@@ -133,7 +133,7 @@ class Config(CommandLine):
 def main(argv):
     """The command line."""
     cfg = Config.parse(argv)
-    refuse_unwritable(cfg.folder)
+    refuse_unwritable_folder(cfg.folder)
     if Path(cfg.folder, "model.safetensors").exists():
         text = "has weights, which random ones would replace; name a new folder"
         raise InputError(f"{brief(cfg.folder)} {text}")
