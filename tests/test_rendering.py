@@ -192,7 +192,7 @@ def test_a_template_without_pictures_leaves_them_to_the_processors_token(shared)
     [
         ("", "no chat template"),
         ({"tool_use": CHATML}, "no chat template"),
-        ("hello", "four turns become 'hello'"),
+        ("hello", "writes 'hello' for four turns"),
         ("{% for m in messages[:1] %}" + CHATML + "{% endfor %}{{ messages }}", "four turns"),
         ("{{ raise_exception('only one turn') }}", "only one turn"),
         ("{{ messages[0].content[0].text }}", "each must stand in it once"),
