@@ -292,7 +292,7 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     embedder.train()
     batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)
     for step, batch in log.steps(batches):
-        with checkpoint.kept(embedder, optimizers, cfg, step), graphs.of_a_step() as keep:
+        with checkpoint.saved_after(embedder, optimizers, cfg, step), graphs.of_a_step() as keep:
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
             budget = Budget.of(cfg, device, keep)

@@ -209,7 +209,7 @@ def main(cfg):
     embedder.train()
     batches = prefetch(examples_of, range(start, cfg.steps), cfg.workers, device)
     for step, examples in log.steps(batches):
-        with checkpoint.kept(embedder, optimizers, cfg, step):
+        with checkpoint.saved_after(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
             loss, exact, tokens = accumulate(embedder, examples, cfg, teacher_logits)

@@ -95,7 +95,7 @@ def remove(folder):
 
 
 @contextmanager
-def kept(embedder, optimizers, cfg, step):
+def saved_after(embedder, optimizers, cfg, step):
     """Around a step. After it a checkpoint, every --save-every steps; where a signal (on any rank)
     asks the run to end: after the step, or if it takes too long out of the midst of it."""
     try:

@@ -215,7 +215,7 @@ def around(cfg, step, inside=lambda: None, net=None):
     """A step, in which something happens. -> the exit status, or None."""
     net = net or Small()
     try:
-        with checkpoint.kept(net, [stepped(net)], cfg, step):
+        with checkpoint.saved_after(net, [stepped(net)], cfg, step):
             inside()
     except SystemExit as end:
         return end.code

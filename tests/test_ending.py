@@ -326,13 +326,13 @@ def test_a_signal_to_another_rank_ends_this_one_too(
     cfg = pretrain.Config(out=str(tmp_path), steps=10, save_every=5)
     status = None
     try:
-        with checkpoint.kept(shared, [torch.optim.SGD(shared.parameters(), 0.1)], cfg, step):
+        with checkpoint.saved_after(shared, [torch.optim.SGD(shared.parameters(), 0.1)], cfg, step):
             pass
     except SystemExit as end:
         status = end.code
     equal(status, 143 if others else None, "checkpoint.stop")
     names = [folder.name for folder in checkpoint.checkpoints_in(tmp_path)]
-    equal(names, [f"step-{n:08d}" for n in saved], "checkpoint.kept")
+    equal(names, [f"step-{n:08d}" for n in saved], "checkpoint.saved_after")
 
 
 def begin_fork(main, folder, word):

@@ -102,7 +102,8 @@ def test_a_run_has_a_process_of_its_own_that_is_paid_for_or_told_of():
 
 def test_such_a_process_is_one_stage_2(monkeypatch, capsys):
     """`reproduce.py --run JOB`, whatever else: with the job's flags, which are refused here."""
-    monkeypatch.setattr(checkpoint, "kept", checkpoint.kept)  # it is put back, whatever it does
+    name = "saved_after"
+    monkeypatch.setattr(checkpoint, name, checkpoint.saved_after)  # put back, whatever it does
     job = dict(first="", second="--steps many", seed=0, queries=1, init="toy")
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--show", "--run", json.dumps(job)])
     with pytest.raises(SystemExit):

@@ -276,7 +276,7 @@ def run_contrastive(job):
             embedder.train()
             steps.append(step + 1)
 
-    checkpoint.kept = look  # the "once in a while" place of the loop
+    checkpoint.saved_after = look  # the "once in a while" place of the loop
     with tempfile.TemporaryDirectory() as out:
         cfg = stage.Config.parse([*words, "--out", out])
         stage.main(cfg)
