@@ -29,9 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import read_pairs
 from model import choose_trained, load_for, merge, save
-from plumbing import checkpoint, losses, optim, ranks, sampling, sharding
+from plumbing import checkpoint, combinations, losses, optim, ranks, sampling, sharding
 from plumbing.blocks import sum_over_blocks
-from plumbing.config import LossFlags, flag, refuse_impossible
+from plumbing.config import LossFlags, flag
 from plumbing.formats import Place, checked_digest
 from plumbing.graphs import KeptGraphs
 from plumbing.loader import each, prefetch
@@ -264,7 +264,7 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     # 1. The data: a bad list is told of before a large model is loaded.
     device = checkpoint.begin(cfg)  # which also fills in an empty cfg.model
     rank, world = ranks.rank(), ranks.world()
-    refuse_impossible(cfg, world)
+    combinations.refuse_impossible(cfg, world)
     pairs = read_pairs(cfg.data, Place.of(cfg), cfg.subsets, cfg.seed, cfg.split)
     cfg.data_digest = checked_digest(pairs.values())
     for name, examples in pairs.items():

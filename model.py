@@ -20,8 +20,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Collator, Item, Row
-from plumbing import adapters, families, folders, ranks, sharding, weights
-from plumbing.config import CHUNK_TOKENS, by_device, refuse_for_model
+from plumbing import adapters, combinations, families, folders, ranks, sharding, weights
+from plumbing.config import CHUNK_TOKENS, by_device
 from plumbing.inputs import in_evaluation, listed, whole_number
 from plumbing.kernels import in_large_calls
 from plumbing.loader import Windows, prefetch, try_each
@@ -226,7 +226,7 @@ def merge(embedder):
 def choose_trained(embedder, cfg):
     """Trained are: the adapter that was loaded; else a new LoRA adapter (--lora-rank; q, k, v, o of
     the language model, the K embedding rows); else all weights (--freeze-vision: not the tower)."""
-    refuse_for_model(embedder, cfg)
+    combinations.refuse_for_model(embedder, cfg)
     if cfg.lora_rank:
         adapter = adapters.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)
         embedder.set_adapter(adapter)

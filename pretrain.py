@@ -27,8 +27,8 @@ import torch.nn.functional as F
 
 from data import ANSWER, COMPRESS, CONTENT, PAD, Row, read_dialogues
 from model import Embedder, choose_trained, load_for, save
-from plumbing import checkpoint, optim, ranks
-from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag, refuse_idle_ranks
+from plumbing import checkpoint, combinations, optim, ranks
+from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag
 from plumbing.formats import Place, checked_digest
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
@@ -180,7 +180,7 @@ def main(cfg):
     # 1. The data: a bad list is told of before a large model is loaded.
     device = checkpoint.begin(cfg)
     rank, world = ranks.rank(), ranks.world()
-    refuse_idle_ranks(cfg, world)
+    combinations.refuse_idle_ranks(cfg, world)
     dialogues = read_dialogues(cfg.data, Place.of(cfg), cfg.seed, cfg.turns, cfg.caption, cfg.texts)
     cfg.data_digest = checked_digest([dialogues])  # a run is not resumed with other data
 

@@ -7,12 +7,11 @@ defaults, in its `Config`."""
 
 import argparse
 import dataclasses
-import math
 import numbers
 import os
 import sys
 
-from plumbing.combinations import NO_CODE, given, option, refuse_combinations, spelled
+from plumbing.combinations import option, refuse_combinations
 from plumbing.errors import InputError, brief
 
 # Padded tokens that go through the model at a time. A CPU likes what fits into its caches.
@@ -301,41 +300,3 @@ class LossFlags(TrainingFlags):
         0.0, "nearer than the positive by more than this: no negative; 0: off", least=0, most=2
     )
     matryoshka: str = flag("", "lengths whose prefixes are trained as embeddings, too: 32,64")
-
-
-def refuse_idle_ranks(cfg, world):
-    """InputError where stage 1's batch has less examples than there are ranks."""
-    if cfg.batch < world:
-        raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
-
-
-def refuse_impossible(cfg, world):
-    """Impossible combinations of stage 2's flags with the number of ranks, with the way out."""
-    # A batch that both the blocks and the ranks divide.
-    unit = math.lcm(cfg.block, world)
-    if cfg.batch % unit:
-        what = f"--block {cfg.block}" if cfg.batch % cfg.block else f"the number of ranks, {world}"
-        next_size = (cfg.batch // unit + 1) * unit
-        raise InputError(f"--batch {cfg.batch} is not a multiple of {what}; try {next_size}")
-    if cfg.fsdp and (cfg.lora_rank or cfg.muon_lr or world == 1):
-        raise InputError("--fsdp is for full fine-tuning on several ranks, with --muon-lr 0")
-
-
-def refuse_for_model(embedder, cfg):
-    """The same for a model that is loaded: it may bring an adapter, or K = 0."""
-    adapter, mine = embedder.adapter, given(cfg)
-    if adapter and cfg.lora_rank:
-        raise InputError(
-            f"--lora-rank {cfg.lora_rank}: the model brings a LoRA adapter of its own, which is "
-            "trained on as it is. Leave the LoRA flags out, or fold it in first: stage 2 does "
-            "without --no-merge, and python -m tools.merge"
-        )
-    if "merge" in mine and not adapter:
-        raise InputError("--no-merge: the model is no LoRA adapter; leave it out")
-    if "vision_cache" in mine and not (adapter or cfg.lora_rank or cfg.freeze_vision):
-        raise InputError(f"{spelled(cfg, 'vision_cache')}: the tower is trained, and not frozen")
-    is_stage_1, K = hasattr(cfg, "compress"), embedder.K
-    if is_stage_1 and cfg.compress and not K:
-        raise InputError(f"K = 0, as the model or its --prompt has it: {NO_CODE}")
-    if is_stage_1 and "pooling" in mine and not K:
-        raise InputError(f"{spelled(cfg, 'pooling')}: with K = 0 stage 1 makes no embedder")

@@ -166,7 +166,7 @@ FRESH = [
     ("plumbing/mmeb.py", "images, sets = Images(place.image_root or root), {}", "images, sets = Images(root), {}",
      "tests/test_reading.py -k lie_elsewhere"),
     ("plumbing/config.py", '"cuda": 8192}', '"cuda": 1024}', "tests/test_start.py -k help_says"),
-    ("plumbing/config.py", "if cfg.batch % cfg.block else f", "if cfg.batch % world else f", "tests/test_flags.py -k does_not_fit"),
+    ("plumbing/combinations.py", "if cfg.batch % cfg.block else f", "if cfg.batch % world else f", "tests/test_flags.py -k does_not_fit"),
     ("contrastive.py", "lengths_of(cfg.matryoshka, embedder.dim)", "lengths_of(cfg.matryoshka, 10**6)",
      "tests/test_losses.py -k that_is_trained"),
     ("plumbing/loader.py", "FIRST_GUESS = 8 * 2**20", "FIRST_GUESS = 8", "tests/test_loader.py -k first_window"),

@@ -23,14 +23,8 @@ import evaluate
 import model
 import pretrain
 from plumbing import combinations, config, optim
-from plumbing.config import (
-    CHUNK_TOKENS,
-    in_range,
-    kind_of,
-    option,
-    refuse_idle_ranks,
-    refuse_impossible,
-)
+from plumbing.combinations import option, refuse_idle_ranks, refuse_impossible
+from plumbing.config import CHUNK_TOKENS, in_range, kind_of
 from plumbing.errors import InputError
 from plumbing.template import STYLES
 from plumbing.weights import ATTENTION

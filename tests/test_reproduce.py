@@ -17,7 +17,7 @@ import model
 import pretrain
 from data import Item, read_pairs
 from plumbing import checkpoint
-from plumbing.config import refuse_impossible
+from plumbing.combinations import refuse_impossible
 from tools import condense
 from tools.records import RECORDS, read_records
 from toy.world import IMAGE, Shapes

@@ -190,7 +190,7 @@ def test_what_is_sharded_is_sharded_before_its_optimiser_is_made(watched, monkey
     """An optimiser of the whole weights would train none of the shards."""
     order = []
     make = contrastive.optim.make_optimizers
-    monkeypatch.setattr(contrastive, "refuse_impossible", lambda cfg, world: None)
+    monkeypatch.setattr(contrastive.combinations, "refuse_impossible", lambda cfg, world: None)
     monkeypatch.setattr(contrastive.sharding, "shard", lambda _: order.append("shard"))
 
     def noted(embedder, cfg):
