@@ -333,7 +333,7 @@ def newest_whole(shapes, cfg):
         try:
             state = read_state(folder)
             refuse_another_run(state, cfg)
-            found = Checkpoint(folder, state, *read_tensors(folder, shapes))
+            newest = Checkpoint(folder, state, *read_tensors(folder, shapes))
         except Damaged as e:
             damaged.append(folder)
             say(f"damaged: {e}")
@@ -343,7 +343,7 @@ def newest_whole(shapes, cfg):
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(bad, aside)
         say(f"resumed {folder}")
-        return found
+        return newest
     if damaged:
         text = f"{damaged[0]} is damaged, and there is none before that could be read"
         raise InputError(f"{text}. Remove {damaged[0].parent} to begin again at step 1")
@@ -379,17 +379,17 @@ def read_tensors(folder, shapes) -> tuple:
     return weights, optimizer
 
 
-def load_checkpoint(embedder, optimizers, found):
-    """Weights and optimiser states into the model and the optimisers of all ranks. found: the
+def load_checkpoint(embedder, optimizers, newest):
+    """Weights and optimiser states into the model and the optimisers of all ranks. newest: the
     Checkpoint, on rank 0; the others are sent what it read."""
     options = dataclasses.replace(TRAINED, strict=False, broadcast_from_rank0=world() > 1)
-    weights, states = (found.weights, found.optimizer) if found else ({}, {})
+    weights, states = (newest.weights, newest.optimizer) if newest else ({}, {})
     try:
         # Trap: not in one call. Without weights `set_state_dict` takes the optimisers to be all.
         dcp.set_optimizer_state_dict(embedder, optimizers, states, options=options)
         dcp.set_model_state_dict(embedder, weights, options=options)
     except Exception as e:  # as in `read_tensors`
-        where = found.folder if found else "the checkpoint"
+        where = newest.folder if newest else "the checkpoint"
         text = f"{where}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
         raise InputError(f"{text}. Remove it, and --resume goes on from the one before") from None
 

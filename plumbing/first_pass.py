@@ -149,18 +149,18 @@ class Tries(NamedTuple):
 
 def try_window(tries, indices) -> Tally:
     """Reads a part of the examples; raises the first InputError."""
-    found, lost = Tally(), tries.source.images.lost
+    tally, lost = Tally(), tries.source.images.lost
     lost.clear()
     for i, example in zip(indices, tries.source.read(indices), strict=True):
         if i not in tries.bad:
             if isinstance(example, InputError):
                 raise example
             if lost:
-                found = found.join(Tally(Lost(len(lost), f"{tries.source.where(i)}: {lost[0]}")))
-            if len(found.targets) < 2:
-                found = found.join(Tally(targets=frozenset(tries.targets_of(example))))
+                tally = tally.join(Tally(Lost(len(lost), f"{tries.source.where(i)}: {lost[0]}")))
+            if len(tally.targets) < 2:
+                tally = tally.join(Tally(targets=frozenset(tries.targets_of(example))))
         lost.clear()
-    return found
+    return tally
 
 
 def first_pass(name, length, tries) -> Tally:

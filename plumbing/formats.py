@@ -266,8 +266,8 @@ def read_tried_lines(path, parse, image_root, targets_of=lambda example: ()) -> 
     known = {name: Known(lines.source.digest, len(lines))}
     bad = frozenset(skipped_in(Place.of(image_root), known)[name])
     tries = Tries(lines.source, bad, targets_of)
-    found = once_a_node(lambda: first_pass(path, len(lines), tries))
-    return lines.about(lost=found.lost, only_target=one_of(found.targets), skipped=bad)
+    tally = once_a_node(lambda: first_pass(path, len(lines), tries))
+    return lines.about(lost=tally.lost, only_target=one_of(tally.targets), skipped=bad)
 
 
 def read_dialogues(source, image_root) -> Lazy:

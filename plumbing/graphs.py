@@ -109,8 +109,8 @@ def free_of_machine() -> int:
         text = Path(PROC, "meminfo").read_text()
     except OSError:  # not Linux
         text = ""
-    found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else UNKNOWN
+    match = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else UNKNOWN
 
 
 def free_of_container() -> float:

@@ -177,20 +177,20 @@ def train_sets(source, image_root, subsets, split) -> dict:
     for name, (cap, files) in chosen.items():
         sets[name] = not_empty(train_rows(files, name, images)).first(cap)
     bad = bad_rows(place, root, {name: rows.source.raw for name, rows in sets.items()})
-    found = once_a_node(lambda: try_sets(sets, bad))
+    tallies = once_a_node(lambda: try_sets(sets, bad))
     for name, rows in sets.items():
-        lost, only = found[name].lost, one_of(found[name].targets)
+        lost, only = tallies[name].lost, one_of(tallies[name].targets)
         sets[name] = skip(rows.about(lost=lost, only_target=only, skipped=bad[name]))
     return sets
 
 
 def try_sets(sets, bad) -> dict:
     """The first pass over each set: {name: Tally}."""
-    found = {}
+    tallies = {}
     for name, rows in sets.items():
         tries = Tries(rows.source, bad[name], compared)
-        found[name] = first_pass(name, len(rows), tries)
-    return found
+        tallies[name] = first_pass(name, len(rows), tries)
+    return tallies
 
 
 def bad_rows(place, root, tables) -> dict:

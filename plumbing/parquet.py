@@ -107,11 +107,11 @@ class Table:
                 self.digests.append(digest_of_content(file))
                 parquet = pyarrow().parquet.ParquetFile(file)
                 schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-            found = layout.check(file, schema)
-            if kinds is not None and found != kinds:
-                differ = ", ".join(sorted(found.keys() ^ kinds.keys()))
+            columns = layout.check(file, schema)
+            if kinds is not None and columns != kinds:
+                differ = ", ".join(sorted(columns.keys() ^ kinds.keys()))
                 raise InputError(f"{file}: has other columns than {self.files[0]}: {differ}")
-            kinds = found
+            kinds = columns
             self.ends.append(rows + (self.ends[-1] if self.ends else 0))
         self.kinds = kinds
 

@@ -149,26 +149,26 @@ class SpecialTokens:
 
     def cut_before_first(self, text) -> tuple:
         """-> (plain text, the part with special tokens)."""
-        found = self.pattern.search(text)
-        cut = found.start() if found else len(text)
+        match = self.pattern.search(text)
+        cut = match.start() if match else len(text)
         return text[:cut], text[cut:]
 
     def cut_behind_first(self, text) -> tuple:
         """-> (the first one and what stands before it, the rest)."""
-        found = self.pattern.search(text)
-        cut = found.end() if found else 0
+        match = self.pattern.search(text)
+        cut = match.end() if match else 0
         return text[:cut], text[cut:]
 
     def cut_behind_last(self, text) -> tuple:
         """-> (the part with special tokens, plain text)."""
-        ends = [0, *(found.end() for found in self.pattern.finditer(text))]
+        ends = [0, *(match.end() for match in self.pattern.finditer(text))]
         return text[: ends[-1]], text[ends[-1] :]
 
     def start_of(self, text) -> str:
         """Those that a text begins with, but for the last, which opens what follows it."""
         kept = end = 0
-        while found := self.pattern.match(text, end):
-            kept, end = end, found.end()
+        while match := self.pattern.match(text, end):
+            kept, end = end, match.end()
         return text[:kept]
 
     def ids_of(self, text) -> list:

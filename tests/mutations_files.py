@@ -903,8 +903,8 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/parquet.py", "if kinds is not None and found != kinds:",
-        "if kinds and found.keys() < kinds.keys():",
+        "plumbing/parquet.py", "if kinds is not None and columns != kinds:",
+        "if kinds and these.keys() < kinds.keys():",
         "tests/test_lists.py",
     ),
     (
@@ -1255,17 +1255,17 @@ FILES = [
         "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (
-        "plumbing/template.py", "cut = found.start() if found else len(text)",
-        "cut = found.end() if found else len(text)",
+        "plumbing/template.py", "cut = match.start() if match else len(text)",
+        "cut = match.end() if match else len(text)",
         "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (
-        "plumbing/template.py", "cut = found.end() if found else 0",
-        "cut = found.end() if found else len(text)",
+        "plumbing/template.py", "cut = match.end() if match else 0",
+        "cut = match.end() if match else len(text)",
         "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (
-        "plumbing/template.py", "ends = [0, *(found.end() for", "ends = [0, *(found.start() for",
+        "plumbing/template.py", "ends = [0, *(match.end() for", "ends = [0, *(match.start() for",
         "tests/test_rendering.py tests/test_one_piece.py",
     ),
     (

@@ -14,12 +14,12 @@ def first_sentence(path) -> str:
 
 def commands() -> dict:
     """{name: what it does} of the files that can be run."""
-    found = {}
+    known = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text = path.read_text()
         if "\n    run_command(main)" in text or "\n    ranks.run(main, Config)" in text:
-            found[path.stem] = first_sentence(path)
-    return found
+            known[path.stem] = first_sentence(path)
+    return known
 
 
 def listing() -> str:
