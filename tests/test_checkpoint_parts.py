@@ -651,3 +651,36 @@ def test_a_damaged_state_is_told_when_it_is_read_and_refuses_no_run_before(cfg):
     """The checkpoint before it may be whole, see `newest_whole`."""
     Path(cfg.out, "checkpoints", STEP).mkdir(parents=True)
     checkpoint.refuse_taken(dataclasses.replace(cfg, resume=True))
+
+
+def test_a_run_in_the_place_of_a_finished_one_begins_at_step_1(cfg):
+    """Also where a kill left checkpoints behind the mark: without --resume none is gone on from."""
+    net, optimizer = saved(cfg)
+    mark = json.dumps(checkpoint.written_state(cfg, cfg.steps))
+    Path(cfg.out, checkpoint.MARK).write_text(mark)
+    checkpoint.refuse_taken(cfg)
+    equal(checkpoint.start_or_resume(net, [optimizer], cfg), 0, "the step to begin with")
+    checkpoint.forget_signals()
+    equal(names_in(cfg.out), [], "checkpoint.is_finished")
+
+
+def test_a_lock_is_the_same_by_whatever_link_it_is_reached(tmp_path):
+    """An OUT may be a link to another disk; by either name the folder is this process' own."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with locks.locked(tmp_path / "out" / "lock", tmp_path / "out"):
+        locks.refuse_locked(tmp_path / "disk" / "lock", tmp_path / "disk")
+        equal(list(locks.held), [(tmp_path / "disk" / "lock").resolve()], "locks.lock")
+    equal(locks.held, {}, "locks.locked")
+
+
+def test_the_damaged_checkpoints_are_all_laid_aside(cfg):
+    """One that stayed would be the newest for ever: --keep would remove the good ones before it."""
+    cfg.keep = 3
+    for step in (3, 5, 7):
+        net, _ = saved(cfg, step)
+    for name in ("step-00000005", "step-00000007"):
+        Path(cfg.out, "checkpoints", name, "optimizer.pt").write_bytes(b"")
+    shapes = {name: p.shape for name, p in net.named_parameters() if p.requires_grad}
+    equal(checkpoint.newest_whole(shapes, cfg).state.step, 3, "the newest that can be read")
+    equal(names_in(cfg.out), [STEP], "checkpoint.newest_whole")

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -479,3 +480,15 @@ def test_the_json_holds_the_scores_and_what_they_belong_to(tmp_path, flags):
     equal(got, want, "table.write_json")
     with pytest.raises(InputError, match="--json .*: a folder; give the path of a file"):
         table.refuse_json(evaluate.Config(json=str(tmp_path)))
+
+
+def test_scores_go_onto_the_models_card_however_its_folder_is_spelled(tmp_path, monkeypatch):
+    """--json ./m/scores.json of --model m; scores of another name are nobody's card."""
+    monkeypatch.chdir(tmp_path)
+    Path("m").mkdir()
+    cards, means = [], {"meta_tasks": {}, "ind": None, "ood": None, "overall": None}
+    monkeypatch.setattr(table.card, "write", cards.append)
+    embedder = SimpleNamespace(style="chat", pooling="mean", K=4)
+    for json_file in ("./m/scores.json", str(tmp_path / "m/scores.json"), "m/other.json"):
+        table.write_json(evaluate.Config(model="m", json=json_file), embedder, "digest", {}, means)
+    equal(cards, ["m", "m"], "table.write_json")

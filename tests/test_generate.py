@@ -2,6 +2,7 @@
 a command said it says again. (Servers that misbehave, the toy MLLM's own answers: test_tools.py;
 what is refused: test_tools_refuse.py.)"""
 
+import base64
 import io
 import json
 import urllib.error
@@ -282,3 +283,11 @@ def test_a_line_of_blanks_is_no_question(tmp_path):
     """Each picture that drew it would fail three times."""
     (tmp_path / "q.txt").write_text("what?\n \n\nwhere?\n\t\nwhy?\n")
     equal(generator.read_questions(tmp_path / "q.txt"), ["what?", "where?", "why?"], "three")
+
+
+@pytest.mark.parametrize(("most", "size"), [(0, (60, 40)), (2400, (60, 40)), (600, (30, 20))])
+def test_a_small_picture_is_sent_to_the_server_as_it_is(most, size):
+    """--max-pixels makes large ones smaller, and none larger."""
+    for picture, want in ((Image.new("RGB", (60, 40)), size), (Image.new("RGB", (6, 4)), (6, 4))):
+        _, content = generator.as_url(picture, most).split(",")
+        equal(Image.open(io.BytesIO(base64.b64decode(content))).size, want, "as_url")

@@ -855,3 +855,21 @@ def test_a_bad_list_is_told_before_a_model_is_loaded(stage, tmp_path, monkeypatc
     out = {} if stage is evaluate else {"out": str(tmp_path / "out")}
     with pytest.raises(InputError, match="bad.jsonl"):
         stage.main(stage.Config(model="toy-random", data=str(bad), **out))
+
+
+def test_lists_of_nothing_are_lists_of_texts_that_are_not_there(tmp_path):
+    """Candidates without a picture: parquet's writers have a type of its own for such a list."""
+    paths = pyarrow.array([[None, None]])
+    equal(str(paths.type.value_type), "null", "pyarrow")
+    write(tmp_path / "A" / "test-0.parquet", {**EVAL, "tgt_img_path": paths})
+    (_, candidates) = data.read_tasks(str(tmp_path))[0].queries[0]
+    equal([(x.text, x.images) for x in candidates], [("t", ()), ("u", ())], "Layout.kind_of")
+
+
+def test_a_picture_that_is_nowhere_is_lost_once_however_often_it_is_named(tmp_path):
+    """By a query and by a candidate, with other words: not "(and 1 more are missing)"."""
+    change = {"qry_text": ["<|image_1|> q"], "qry_img_path": ["A/y.png"]}
+    change |= {"tgt_text": [["<|image_1|>", "u"]], "tgt_img_path": [["A/y.png", ""]]}
+    write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
+    with pytest.raises(InputError, match=r"A/y.png: no such picture\. Is"):
+        data.read_tasks(str(tmp_path))

@@ -304,3 +304,10 @@ def test_a_target_that_stands_twice_in_a_line_is_one(four, shared, monkeypatch):
     (first, *_) = map(json.loads, (four / "out.jsonl").read_text().splitlines())
     equal(first["target"], lines[0]["target"], "the line's own")
     equal(sorted(x["text"] for x in first["negatives"]), ["t 1", "t 2", "t 3"], "as_written")
+
+
+def test_targets_that_are_equally_near_come_in_the_order_of_the_list():
+    """On every machine the same negatives."""
+    scores = np.arange(300) % 2  # the odd ones are nearest
+    chosen = mine.nearest_wrong(np.ones((1, 1)), scores[:, None], [{0}], 1, 300)
+    equal(chosen, [[*range(1, 300, 2), *range(2, 300, 2)]], "nearest_wrong: stable")

@@ -498,3 +498,14 @@ def test_the_card_has_the_facts_of_the_folder(tmp_path, config):
     said = plumbing.card.facts(tmp_path, "toy", None)
     for row in ("| family | qwen2_vl |", "| dimensions | 128 |"):
         expect(row in said, said, row, "card.facts")
+
+
+def test_the_card_of_a_merged_model_has_the_scores_of_what_was_merged(tmp_path):
+    """Its own folder has no scores.json."""
+    for name in ("run", "merged"):
+        (tmp_path / name).mkdir()
+    known = {"overall": 0.5, "model_digest": digest_of_weights(tmp_path / "run")}
+    (tmp_path / "run" / plumbing.card.SCORES).write_text(json.dumps(known))
+    plumbing.card.write(tmp_path / "merged", source=tmp_path / "run")
+    said = (tmp_path / "merged" / "README.md").read_text()
+    expect("| overall | 50.0 |" in said, said, "| overall | 50.0 |", "card.scores")

@@ -857,3 +857,32 @@ def test_a_zip_is_indexed_once_and_before_the_workers_are_forked(tmp_path, monke
         assert list(pool.map(reds, range(8))) == [list(range(200))] * 8
     index = open_zip(str(tmp_path / "images_zip" / "A.zip"))
     assert (index.members.nbytes + index.names.nbytes) / 200 < 60, "bytes a member"
+
+
+def test_a_picture_that_was_added_again_is_the_new_one_in_a_zip_of_many(tmp_path):
+    """Of two members of one name the last, as every reader of zips has it. (Of a few members even
+    a sort that is not stable leaves the order.)"""
+    names = [f"{i}.png" for i in range(200)]
+    path = zip_of(tmp_path / "x.zip", dict.fromkeys(names, b"old"))
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            archive.writestr(name, b"new")
+    index = open_zip(path)
+    equal({index.read(name) for name in names}, {b"new"}, "ZipIndex.members: stable")
+
+
+def test_a_member_whose_name_is_no_text_costs_no_other_one(tmp_path):
+    """It says that it is UTF-8, and is not: nobody can ask for it."""
+    path = tmp_path / "x.zip"
+    zip_of(path, {"\u00e9.png": b"1", "b.png": b"2"})
+    path.write_bytes(path.read_bytes().replace(b"\xc3\xa9.png", b"\xff\xa9.png"))
+    open_zip.cache_clear()
+    equal(open_zip(str(path)).read("b.png"), b"2", "zips.decode_name")
+
+
+def test_a_link_to_a_folder_is_not_followed(tmp_path):
+    """It may lead back: every picture would be found forty times."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "again").symlink_to(".")
+    equal(find_pictures(tmp_path), ["a.png"], "find_pictures")

@@ -147,6 +147,16 @@ def fewer_weights(folder):
     save_file({k: w for k, w in weights.items() if "layers.0" not in k}, path)
 
 
+def more_weights(folder):
+    path = folder / "weights.safetensors"
+    save_file({**load_file(path), "mllm.lm_head.weight": torch.zeros(3)}, path)
+
+
+def weights_of_other_shapes(folder):
+    path = folder / "weights.safetensors"
+    save_file({k: w[:1].clone() for k, w in load_file(path).items()}, path)
+
+
 def other_shapes(optimizer):
     for values in optimizer["state"].values():
         values["exp_avg"] = torch.zeros(3)
@@ -182,6 +192,8 @@ DAMAGE = {
     ),
     "half the weights": shortened("weights.safetensors"),
     "other weights": fewer_weights,
+    "more weights": more_weights,
+    "weights of other shapes": weights_of_other_shapes,
     "half an optimiser": shortened("optimizer.pt"),
     "an optimiser that runs code": lambda f: torch.save({"state": Bomb()}, f / "optimizer.pt"),
     "an optimiser that is a list": change_optimizer(lambda o: [o]),

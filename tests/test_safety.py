@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -202,3 +203,15 @@ def test_the_limits_on_what_comes_from_elsewhere_are_these_numbers():
     """The tests of each lower it, or count from it: a nought too many would pass them all."""
     found = {(module, name): getattr(module, name) for module, name in LIMITS}
     equal(found, LIMITS, "a limit was moved: measure what it costs, and change it here too")
+
+
+def test_an_adapter_that_lacks_weights_is_an_error_where_warnings_are_off_too(adapter, tmp_path):
+    """As under PYTHONWARNINGS=ignore: peft says it by a mere warning, and they would be random."""
+    other = shutil.copytree(adapter[1], tmp_path / "other")
+    weights = load_file(other / "adapter_model.safetensors")
+    fewer = {k: v for k, v in weights.items() if "layers.1." not in k}
+    save_file(fewer, other / "adapter_model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(InputError, match="not an adapter of this model: .*missing adapter"):
+            model.load(other, device="cpu")

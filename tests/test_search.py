@@ -532,3 +532,12 @@ def test_a_wide_picture_stays_in_its_cell_of_the_sheet():
     y = search.HEAD + 10
     at = [sheet.getpixel((x, y)) for x in (search.SIDE - 10, search.SIDE - 2, search.SIDE + 10)]
     equal(at, [(255, 0, 0), (255, 255, 255), (255, 0, 0)], "search.draw_sheet")
+
+
+def test_the_picture_that_is_searched_with_is_not_drawn_over(folder, tmp_path):
+    """It lies in another folder than those that are searched."""
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    cfg = search.Config(images=str(folder), query_image=str(photo), out=str(photo))
+    with pytest.raises(InputError, match="--out .*photo.png: would be written over what is read"):
+        search.refuse_place(cfg)

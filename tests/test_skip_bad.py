@@ -4,11 +4,12 @@ import json
 import shutil
 
 import pytest
-from checks import equal
+from checks import equal, expect
 
 import contrastive
 import data
 import pretrain
+from plumbing import first_pass
 from plumbing.errors import InputError
 from plumbing.formats import Place, checked_digest
 from plumbing.sampling import epoch_batch
@@ -184,3 +185,17 @@ def test_a_run_goes_on_with_a_list_and_counts_what_it_skips(files, tmp_path, sta
     equal([x["step"] for x in steps], [1, 2, 3, 4, 5, 6], "all steps")
     want = [int(broken in drawn(stage, cfg, step)) for step in range(6)]
     equal([x.get("skipped", 0) for x in steps], want, "how many of a step")
+
+
+def test_the_same_bad_examples_are_the_same_whatever_their_order(tmp_path):
+    """Ranks compare these words, and each hashes texts in its own way: a set has no order."""
+    lines = []
+    for i in range(300):
+        bad = {"list": f"{i % 7}.jsonl", "digest": 7, "example": i + 1}
+        lines.append(json.dumps(bad) + "\n")
+    said = set()
+    for name, order in (("a", lines), ("b", lines[::-1]), ("c", lines + lines[:9])):
+        (tmp_path / name).write_text("".join(order))
+        said.add(first_pass.digest_of_listed(tmp_path / name))
+    equal(len(said), 1, f"first_pass.digest_of_listed: {said}")
+    expect(said.pop().startswith("300 examples, "), said, "300 examples", "each once")

@@ -42,6 +42,7 @@ def test_a_link_stays_a_link(tmp_path):
     file, link = tmp_path / "disk" / "real.json", tmp_path / "link.json"
     link.symlink_to(file)
     with written(link, "--json") as part:
+        equal(part.parent, file.parent, "part_of: from disk to disk nothing can be renamed")
         part.write_text("new")
     assert link.is_symlink()
     equal((file.read_text(), os.listdir(file.parent)), ("new", ["real.json"]), "os.path.realpath")
@@ -96,3 +97,18 @@ def test_an_error_of_what_is_read_keeps_its_own_words(tmp_path):
     with pytest.raises(InputError, match="^list.jsonl: has become shorter$"):
         with written(tmp_path / "clean.jsonl", "--clean"):
             raise InputError("list.jsonl: has become shorter")
+
+
+def test_a_list_is_called_jsonl_in_letters_of_any_size():
+    """As those who read it take it; by another ending it would be read as something else."""
+    for path in ("talks.jsonl", "TALKS.JSONL", ""):
+        writing.refuse_no_list(path, "--out")
+    for path in ("talks.json", "talks", "talks.jsonl.csv"):
+        with pytest.raises(InputError, match=f"--out {path}: a list, one example a line"):
+            writing.refuse_no_list(path, "--out")
+
+
+def test_a_file_of_nothing_but_brackets_is_no_list(tmp_path):
+    """It is refused, as any other file of a person's is, and not a stack trace."""
+    (tmp_path / "deep.jsonl").write_bytes(b'{"a": ' * 100_000)
+    equal(writing.holds_lines(tmp_path / "deep.jsonl"), False, "writing.holds_lines")
