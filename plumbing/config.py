@@ -209,15 +209,10 @@ class ModelFlags(CommandLine):
 
     model: str = flag("toy", "toy, toy-random, a folder, or a hub id")
     compress_tokens: int | None = flag(
-        None,
-        "K; default: the checkpoint's, else 4, of vlm2vec 0 (the paper: 32)",
-        least=0,
-        most=1_000,
+        None, "K; default: the checkpoint's, else 4 (vlm2vec: 0)", least=0, most=1_000
     )
     pooling: str | None = flag(
-        None,
-        "mean of the K tokens, or last token; default: the checkpoint's, else mean",
-        ["mean", "last"],
+        None, "of the K tokens, or the last; default: the checkpoint's", ["mean", "last"]
     )
     prompt: str | None = flag(
         None, "its style; default: the checkpoint's, else chat", ["coma", "chat", "vlm2vec"]
