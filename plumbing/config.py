@@ -212,7 +212,7 @@ class ModelFlags(CommandLine):
         None, "K; default: the checkpoint's, else 4 (vlm2vec: 0)", least=0, most=1_000
     )
     pooling: str | None = flag(
-        None, "of the K tokens, or the last; default: the checkpoint's", ["mean", "last"]
+        None, "mean of K tokens, or last; default: the checkpoint's", ["mean", "last"]
     )
     prompt: str | None = flag(
         None, "its style; default: the checkpoint's, else chat", ["coma", "chat", "vlm2vec"]
