@@ -111,6 +111,18 @@ def test_such_a_process_is_one_stage_2(monkeypatch, capsys):
     expect("--steps: invalid int value: 'many'" in (said := capsys.readouterr().err), said, "", "")
 
 
+def test_the_tables_are_those_of_the_studies_that_are_asked_for(monkeypatch, capsys):
+    """A study that is none is named, and what there is."""
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--show", "--study", "weight,wait"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(reproduce.__file__, run_name="__main__")
+    said = capsys.readouterr().err
+    expect("--study: no wait; there are arms, " in said, said, "the name", "reproduce.py")
+    reproduce.show(argparse.Namespace(study="weight,pooling", json=RECORDS))
+    tables = [x for x in capsys.readouterr().out.splitlines() if x.startswith("`")]
+    equal(tables, ["`weight`", "`pooling`"], "show")
+
+
 @pytest.fixture
 def forks(monkeypatch, tmp_path):
     """In the place of `reproduce.call`, with all that this process has imported. -> the scripts."""

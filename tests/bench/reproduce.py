@@ -421,8 +421,9 @@ def show(args):
     from tools.records import read_records
 
     records = read_records(args.json)
-    for study, arms in records.items():
-        print(f"\n`{study}`\n", *rows_of(arms), sep="\n")
+    for study in args.study.split(","):
+        if study in records:
+            print(f"\n`{study}`\n", *rows_of(records[study]), sep="\n")
     print("\nbeside the literature\n", *beside_the_literature(records), sep="\n")
     runs = json.loads(args.json.read_text())["runs"]
     stages = {(r["first"], r["seed"]): r["seconds1"] for r in runs if r["first"] is not None}
@@ -438,10 +439,12 @@ if __name__ == "__main__":
     add("--jobs", type=int, default=2, help="runs at the same time, each on one thread")
     add("--out", type=Path, default=ROOT / "out" / "reproduce", help="stage 1's folders")
     add("--json", type=Path, default=ROOT / "docs" / "reproduce.json", help="the records")
-    add("--show", action="store_true", help="only print the table")
+    add("--show", action="store_true", help="only print the tables")
     add("--run-first", help=argparse.SUPPRESS)
     add("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := set(args.study.split(",")) - set(STUDIES):
+        parser.error(f"--study: no {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
     if args.run_first:
         run_compression(json.loads(args.run_first))
     elif args.run:
