@@ -99,7 +99,7 @@ def refuse_value(field, value):
         is_too_small = 0 < value < SMALLEST
         limits = ""
         if is_too_large or is_too_small:
-            limits = f" (and no number is below {SMALLEST:g} or above {MOST:,})"
+            limits = f" (in all {SMALLEST:g} to {MOST:,})"
         text = f"{name} {brief(value)} must be {range_of(field)}{limits}{default}"
         raise InputError(f"{text} ({field.metadata['description']})")  # which may say why
     choices = field.metadata["choices"]

@@ -1,7 +1,8 @@
-"""How a process of ours ends. At a signal (Ctrl-C, SIGTERM, a closed terminal) a command ends in
-five seconds; a training run first ends its step and saves its state. Both print one line, and their
-exit status is 130, 143 or 129. At an error a process ends at once. It never waits for other ranks
-or for loader processes. (plumbing/start.py switches this on.)"""
+"""How a process of ours ends. At a signal (Ctrl-C, SIGTERM, a closed terminal) a command ends
+within five seconds; a training run first ends its step, or leaves one that takes too long, and
+saves its state. Both print one line, and their exit status is 130, 143 or 129. At an error a
+process ends at once. It never waits for other ranks or for loader processes. (plumbing/start.py
+switches this on.)"""
 
 import os
 import select

@@ -42,7 +42,7 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
         # The Qwen family's "edges" are areas, in pixels.
         areas = hasattr(processor.image_processor, "merge_size") and "longest_edge" in size
         if not areas:
-            text = f"{config.model_type} has one size for all pictures; leave them out"
+            text = f"{config.model_type} takes no range of sizes; leave them out"
             raise InputError(f"--min-pixels, --max-pixels: {text}")
         if max_pixels and min_pixels > max_pixels:
             raise InputError(f"--min-pixels {min_pixels} is above --max-pixels {max_pixels}")

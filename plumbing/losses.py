@@ -1,6 +1,6 @@
-"""Around stage 2's loss: the keys by which a column knows what is no negative of it; and variants
-from other papers, each a few lines and off unless its flag is given. They wrap around InfoNCE as
-contrastive.py has it, and go through GradCache with it."""
+"""Around stage 2's loss: the keys that say which columns are no negatives of a query; and variants
+of the loss from other papers, each a few lines and off unless its flag is given. These wrap around
+InfoNCE as contrastive.py has it, and go through GradCache with it."""
 
 from collections import defaultdict
 from functools import partial

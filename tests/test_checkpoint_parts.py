@@ -316,7 +316,7 @@ def test_under_nohup_a_closed_terminal_ends_nothing(terminal):
     equal(ending.ending_signals(), list(ending.SIGNALS), "in a terminal")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     ending.note_signals()
-    equal(signal.getsignal(signal.SIGHUP), signal.SIG_IGN, "ending.heard")
+    equal(signal.getsignal(signal.SIGHUP), signal.SIG_IGN, "ending.ending_signals")
     equal(set(ending.handlers_before), {signal.SIGINT, signal.SIGTERM}, "ending.note_signals")
     ending.forget_signals()
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checks import close, equal, expect, toy
+from matplotlib.figure import Figure
 from PIL import Image
 
 import evaluate
@@ -394,3 +395,11 @@ def test_figures_are_of_scenes_that_no_model_was_trained_on():
     """And of --seed."""
     got = figures.Sources("x", seed=3).scenes(4)
     equal(got, [Shapes("test", 3).dialogue(i)[0][1][0] for i in range(4)], "Sources.scenes")
+
+
+def test_a_figure_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    """And none that is left out, as one is whose model or records are not there."""
+    monkeypatch.setattr(drawings, "FIGURES", {"a": lambda sources: Figure((1, 1))})
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(InputError, match="a.png"):
+        figures.draw(str(tmp_path))

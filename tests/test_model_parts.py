@@ -311,7 +311,7 @@ def test_the_range_of_picture_sizes_is_one(good, flags, want):
 
 
 def test_a_range_that_is_none_is_refused(good):
-    """The smallest above the largest; a model whose pictures have one size."""
+    """The smallest above the largest; a model that takes no range."""
     config = AutoConfig.from_pretrained(good)
     with pytest.raises(InputError, match="--min-pixels 5000 is above --max-pixels 4999"):
         families.load_processor(good, config, 5000, 4999)

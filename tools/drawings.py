@@ -67,11 +67,15 @@ STYLE = {
 MODELS = ("compressed", "contrastive")  # after stage 1, after stage 2
 
 
-def save_png(figure, path, colors, dpi="figure"):
-    """A Figure as a PNG of so many colours, which are enough for a drawing; whole or not at all."""
+def picture_of(figure, colors, dpi="figure"):
+    """A Figure as a picture of so many colours, which are enough for a drawing."""
     raw = io.BytesIO()
     figure.savefig(raw, format="png", dpi=dpi)
-    picture = Image.open(raw).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+    return Image.open(raw).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+
+
+def save_png(picture, path):
+    """Whole, or not at all: InputError where it cannot be written."""
     with written(path, "the figure") as part:
         picture.save(part, optimize=True)
 

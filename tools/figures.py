@@ -91,7 +91,7 @@ def draw(folder, contrastive="", seed=0, device=None, records_file=RECORDS) -> l
     with needs("matplotlib", "tools.figures"):
         from matplotlib import rc_context
 
-        from tools.drawings import FIGURES, STYLE, save_png
+        from tools.drawings import FIGURES, STYLE, picture_of, save_png
     sources = Sources(contrastive or "out/contrastive", seed, device, records_file)
     refuse_no_folder(folder, "DIR")
     refuse_unwritable(Path(folder, "x.png"), "the figures")
@@ -100,10 +100,11 @@ def draw(folder, contrastive="", seed=0, device=None, records_file=RECORDS) -> l
         path = Path(folder, f"{name}.png")
         try:
             with rc_context(STYLE):
-                save_png(figure(sources), path, colors=256)
+                picture = picture_of(figure(sources), colors=256)
         except InputError as e:
             print(f"left out {path}: {e}")
             continue
+        save_png(picture, path)
         files.append(path)
         print(f"wrote {path}")
     return files

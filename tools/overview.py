@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Arc, FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from tools.drawings import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE, WIDTH, save_png
+from tools.drawings import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE, WIDTH, picture_of, save_png
 from toy.world import IMAGE, INSTRUCT, Shapes
 
 K = 4  # compression tokens, as many as the toy MLLM has
@@ -209,7 +209,8 @@ def draw(folder) -> list:
     for name, figure in FIGURES.items():
         path = Path(folder, f"{name}.png")
         with rc_context(STYLE):
-            save_png(figure(), path, colors=64, dpi=PIXELS_PER_INCH)
+            picture = picture_of(figure(), colors=64, dpi=PIXELS_PER_INCH)
+        save_png(picture, path)
         files.append(path)
         print(f"wrote {path}")
     return files
