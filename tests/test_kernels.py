@@ -140,13 +140,13 @@ def test_a_norm_in_one_kernel_is_the_norm(family, tmp_path):
     for norm in ours:
         norm.weight.data.normal_()
         h = torch.randn(2, 3, len(norm.weight), requires_grad=True)
-        want, got = norm(h), norm.fused(h)  # on a CPU it is the library's
+        want, got = norm(h), norm.ours(h)  # on a CPU it is the library's
         close(got, want, "norm", 1e-6)
         wanted, given = (torch.autograd.grad(z.pow(3).sum(), [h, norm.weight]) for z in (want, got))
         for a, b in zip(given, wanted, strict=True):
             close(a, b, "gradient", 1e-5)
         with torch.autocast("cpu", torch.bfloat16):
-            half = norm.fused(h.detach().bfloat16())
+            half = norm.ours(h.detach().bfloat16())
         equal(half.dtype, torch.bfloat16, "the stream's type")
         close(half.float(), want, "in bfloat16", 0.02)
 
@@ -155,7 +155,7 @@ def test_a_cpu_takes_the_librarys_norm(tmp_path, monkeypatch):
     mllm = AutoModelForImageTextToText.from_pretrained(families.build("qwen2_vl", tmp_path / "m"))
     norm = in_large_calls(in_large_calls(mllm)).get_decoder().norm  # twice is once
     equal(ours_before(type(norm), OneKernel), type(norm), "no class within a class")
-    monkeypatch.setattr(norm, "fused", None)
+    monkeypatch.setattr(norm, "ours", None)
     norm(torch.randn(2, len(norm.weight)))
 
 
@@ -169,7 +169,7 @@ def test_an_mlp_keeps_two_tensors_of_its_full_width_and_gives_the_same_bits(fami
         gate = mlp.gate_proj
         h = torch.randn(2, 3, gate.in_features, requires_grad=True)
         results, kept = [], []
-        for way in (mlp, mlp.lean):  # on a CPU the module itself is the library's
+        for way in (mlp, mlp.ours):  # on a CPU the module itself is the library's
             z = way(h)
             results.append([z, *torch.autograd.grad(z.pow(3).sum(), [h, *mlp.parameters()])])
             kept.append(kept_by(lambda way=way, h=h: way(h), mlp, gate.out_features))
@@ -217,5 +217,5 @@ def test_what_only_looks_like_an_mlp_with_a_gate_stays(tmp_path):
 def test_a_cpu_takes_the_librarys_mlp(tmp_path, monkeypatch):
     mllm = AutoModelForImageTextToText.from_pretrained(families.build("qwen2_vl", tmp_path / "m"))
     mlp = in_large_calls(mllm).get_decoder().layers[0].mlp
-    monkeypatch.setattr(mlp, "lean", None)
+    monkeypatch.setattr(mlp, "ours", None)
     mlp(torch.randn(2, mlp.gate_proj.in_features))
