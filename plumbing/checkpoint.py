@@ -85,8 +85,8 @@ def checkpoints_in(out) -> list:
 
 def remove(folder):
     """A checkpoint goes. Whatever the disk says to that, it costs no run."""
-    # Trap: NFS leaves .nfsXXXX of an open file, and with it the folder; a kill leaves half of it.
-    # By another name nobody takes that for a checkpoint.
+    # Trap: NFS keeps an open file by a hidden name, and so the folder; a kill leaves half of it. By
+    # another name nobody takes that for a checkpoint.
     gone = folder.with_name(f"removed-{folder.name}")
     with suppress(OSError):
         os.replace(folder, gone)

@@ -42,7 +42,6 @@ def digest_of(sets) -> int:
 
 def checked_digest(sets) -> int:
     """`digest_of` data that training can use, see `refuse_unfit`."""
-    sets = list(sets)
     refuse_unfit(sets)
     return digest_of(sets)
 

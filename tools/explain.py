@@ -162,7 +162,7 @@ def explain_contrastive(cfg, device):
     embedder = model.merge(model.load_for(cfg, device))  # as stage 2 does with stage 1's adapter
     model.choose_trained(embedder, TrainingFlags())  # says what training would train
     pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed)
-    refuse_unfit(list(pairs.values()))
+    refuse_unfit(pairs.values())
     for name, examples in pairs.items():
         say(f"  {name:<20} {len(examples):>13,} pairs")
     small = contrastive.Config(seed=cfg.seed, batch=6, block=3)
