@@ -17,6 +17,7 @@ MINE = "tests/test_mine.py"
 PAGE = "tests/test_page.py"
 PICTURES = "tests/test_pictures.py"
 SEARCH = "tests/test_search.py"
+TABLES = "tests/test_study_tables.py"
 
 TOOLS = [
     # ---------------------------------------------------------------------------------- toy/world.py
@@ -220,4 +221,14 @@ TOOLS = [
     ("plumbing/ranks.py", "text, re.IGNORECASE)", "text)", "tests/test_ranks.py -k backend_is_spelled"),
     ("plumbing/retrieval.py", '"Retrieval", "Grounding", "Other")', '"Retrieval", "Grounding")', "tests/test_evaluate.py -k may_name_each"),
     ("plumbing/start.py", 'for name in ("stdout", "stderr"):', 'for name in ("stdout",):', "tests/test_start.py -k closed_stderr"),
+    # ------------------------------------------------------------------------- tools/study_tables.py
+    ("tools/study_tables.py", "STUDENT[min(len(differences), 5)]", "STUDENT[5]", f"{TABLES} -k students_t_of"),
+    ("tools/study_tables.py", "3: 4.30", "3: 3.18", f"{TABLES} -k those_of_students"),
+    ("tools/study_tables.py", 'return f"**{text}**" if shows(differences) else text', "return text", f"{TABLES} -k students_t_of"),
+    ("tools/study_tables.py", "zip(arms[its], arms[other], strict=True)", "zip(arms[other], arms[its], strict=True)", f"{TABLES} -k mean_of_its_contrasts"),
+    ("tools/study_tables.py", "np.mean(differences, axis=0)", "np.sum(differences, axis=0)", f"{TABLES} -k mean_of_its_contrasts"),
+    ("tools/study_tables.py", "if has(records, study, sum(contrasts, ())):", "if study in records:", f"{TABLES} -k has_not_been_run"),
+    ("tools/study_tables.py", '"same direction" if same else "opposite"', '"opposite" if same else "same direction"', f"{TABLES} -k literature"),
+    ("tools/study_tables.py", "        if study in PAIRS:\n", "        if study:\n", f"{TABLES} -k curve"),
+    ("tools/study_tables.py", '(run["overall"], run["ind"], run["ood"],', '(run["overall"], run["ood"], run["ind"],', f"{TABLES} -k all_tables"),
 ]  # fmt: skip

@@ -51,14 +51,6 @@ def test_the_records_are_of_these_studies():
     equal(len(set(runs)), len(runs), "no run twice")
 
 
-def test_the_page_says_what_the_records_say():
-    """docs/results.md has every row of every study, number by number."""
-    page = (reproduce.ROOT / "docs" / "results.md").read_text().replace("**", "")
-    for study, arms in read_records().items():
-        for row in reproduce.rows_of(arms):
-            expect(row in page, "another row", row, f"of `{study}`: --show prints the tables")
-
-
 def test_a_study_begins_with_the_first_seed_that_all_its_arms_have(tmp_path):
     """And goes on with such seeds alone; before there is one, it is left out."""
     arms = {"none": (None, ""), "coma": ("", "")}
@@ -75,20 +67,6 @@ def test_a_study_begins_with_the_first_seed_that_all_its_arms_have(tmp_path):
     equal(seeds((none, 0), (none, 1)), {}, "one arm")
     equal(seeds((none, 0), (coma, 1)), {}, "other seeds")
     equal(seeds((none, 0), (none, 1), (coma, 1)), dict(none=[1], coma=[1]), "one in common")
-
-
-def test_rows_are_means_errors_and_gains_paired_by_seed():
-    """Two arms of two seeds, by hand: the second is 10 ahead, then 20."""
-
-    def run(score):
-        return dict(overall=score, ind=score, ood=score, meta_tasks={"VQA": score / 2})
-
-    arms = {"none": [run(0.5), run(0.6)], "x": [run(0.6), run(0.8)]}
-    want = ["| 2 seed(s) | overall | gain | IND | OOD | VQA |", "|---|---|---|---|---|---|"]
-    low, high = "55.0 ± 5.0", "70.0 ± 10.0"
-    want += [f"| contrastive only | {low} | – | {low} | {low} | 27.5 ± 2.5 |"]
-    want += [f"| x | {high} | +15.0 ± 5.0 | {high} | {high} | 35.0 ± 5.0 |"]
-    equal(reproduce.rows_of(arms), want, "rows_of")
 
 
 def test_a_run_has_a_process_of_its_own_that_is_paid_for_or_told_of():
@@ -119,8 +97,8 @@ def test_the_tables_are_those_of_the_studies_that_are_asked_for(monkeypatch, cap
     said = capsys.readouterr().err
     expect("--study: no wait; there are arms, " in said, said, "the name", "reproduce.py")
     reproduce.show(argparse.Namespace(study="weight,pooling", json=RECORDS))
-    tables = [x for x in capsys.readouterr().out.splitlines() if x.startswith("`")]
-    equal(tables, ["`weight`", "`pooling`"], "show")
+    tables = [x for x in capsys.readouterr().out.splitlines() if x.startswith("## `")]
+    equal(tables, ["## `weight`", "## `pooling`"], "show")
 
 
 @pytest.fixture
@@ -199,23 +177,3 @@ def test_arms_with_larger_pictures_start_from_a_toy_that_has_seen_such(monkeypat
         embedder = model.load(name, device="cpu")
         ids = embedder.collate.row(picture).tokens["input_ids"]
         equal(int((ids == embedder.mllm.config.image_token_id).sum()), tokens, f"of {name}")
-
-
-def test_the_literature_stands_beside_what_was_seen():
-    """By hand: five seeds, one arm surely behind as in the paper, one ahead, one that varies."""
-
-    def runs(*scores):
-        return [dict(overall=score) for score in scores]
-
-    base = runs(0.5, 0.6, 0.5, 0.6, 0.5)
-    dialogues = {
-        "multi-turn": base,
-        "single turn": runs(0.4, 0.5, 0.41, 0.5, 0.4),
-        "long description": runs(0.6, 0.7, 0.61, 0.7, 0.6),
-        "caption": runs(0.6, 0.5, 0.6, 0.5, 0.6),
-    }
-    *_, single, long, caption = reproduce.beside_the_literature({"dialogues": dialogues})
-    ours, paper = "-9.8 ± 0.2 (44.2 ± 2.4)", "-0.7 (64.8)"
-    want = f"| single turn | multi-turn | ours | {ours} | {paper} | same direction |"
-    equal(single, want.replace("ours | ", "", 1), "a row")
-    equal([row.split(" | ")[-1] for row in (long, caption)], ["opposite |", "cannot tell |"], "")

@@ -2,17 +2,17 @@
 
     python tests/bench/reproduce.py                     all studies (hours: docs/results.md)
     python tests/bench/reproduce.py --study arms,K      some of them
-    python tests/bench/reproduce.py --show              only the table of what has been run
+    python tests/bench/reproduce.py --show              only the tables of what has been run
 
 Matched arms start from the same toy MLLM: `none` (contrastive only, the mean of K new tokens),
 `last` (the same with the last token: VLM2Vec), `coma` (compression, then contrastive), `plain` (the
 control that the papers leave out: the same steps on the same dialogues in the same layout with the
 mask off, then contrastive), `both` (an idea beyond the paper: some questions stand before the code,
-some texts are compressed), `condense` (no stage 1, but C must tell the other side's text in the
-first part of stage 2: tools/condense.py), and that after `coma`. Contrastive data, steps, batch and
-learning rates are the same in every arm. An arm is the flags of its two stages; each run is a
-record in --json, and no run is ever repeated: studies share their arms, and the command goes on
-where it was stopped.
+some texts are compressed), `both, no mask` (its control), `condense` (no stage 1, but C must tell
+the other side's text in the first part of stage 2: tools/condense.py), and that after `coma`.
+Contrastive data, steps, batch and learning rates are the same in every arm. An arm is the flags of
+its two stages; each run is a record in --json, and no run is ever repeated: studies share their
+arms, and the command goes on where it was stopped.
 """
 
 import argparse
@@ -57,6 +57,7 @@ ARMS = {  # name: (flags of stage 1, or NONE; flags of stage 2; words of ours as
 }
 PAPER = {arm: ARMS[arm] for arm in ("none", "plain", "coma")}
 BEYOND = {
+    "none": (NONE, ""),
     "coma": (COMA, ""),
     "question first": ("--question-first 0.5", ""),
     "texts too": ("--texts 0.3", ""),
@@ -108,7 +109,7 @@ STUDIES = {
     }),
     "pooling": (5, {"mean of C": (COMA, ""), "last of C": ("--pooling last", "")}),
     "beyond": (3, BEYOND),
-    "beyond-200": (3, with_flags({"none": (NONE, ""), **BEYOND}, second=caps(200))),
+    "beyond-200": (3, with_flags(BEYOND, second=caps(200))),
     "rate": (3, RATES),
     "rate-200": (3, with_flags(RATES, second=caps(200))),
     "weight": (3, {
@@ -144,20 +145,6 @@ STUDIES = {
     }),
 }  # fmt: skip
 
-
-# (study, arm, the arm that it is held against, and the scores of both in the literature)
-PUBLISHED = (
-    ("dialogues", "single turn", "multi-turn", 64.8, 65.5),
-    ("dialogues", "long description", "multi-turn", 64.9, 65.5),
-    ("dialogues", "caption", "multi-turn", 65.2, 65.5),
-    ("objective", "kl", "ce", 64.4, 65.5),
-    ("K", "K=1", "K=16", 64.3, 64.9),
-    ("K", "K=8", "K=16", 64.8, 64.9),
-    ("arms", "coma", "last", 67.5, 60.3),  # VLM2Vec's own run, of another backbone
-    ("arms", "coma", "none", 67.5, 66.4),  # MoCa's run of the same backbone
-    ("arms", "condense", "last", 59.0, 55.4),  # Bottleneck Tokens, MMEB-V2
-)
-CERTAIN = 2.78  # standard errors: 95 % of Student's t with five seeds
 
 PREFIXES = (16, 32)  # of an embedding, scored where a run's flags say "prefixes"
 
@@ -378,53 +365,13 @@ def main(args):
     show(args)
 
 
-def rows_of(arms) -> list:
-    """A study as lines of Markdown: mean and standard error over seeds of each arm, x 100; `gain`:
-    of overall against the study's first arm, paired by seed. arms: {arm: [run, by seed]}."""
-    from tools.records import NAMES, gains, percent
-
-    (first, base), *_ = arms.items()
-    metas = list(base[0]["meta_tasks"])
-    head = f"| {len(base)} seed(s) | overall | gain | IND | OOD | {' | '.join(metas)} |"
-    lines = [head, "|---" * (5 + len(metas)) + "|"]
-    for arm, rows in arms.items():
-        cells = [percent([r[k] for r in rows]) for k in ("overall", "ind", "ood")]
-        cells.insert(1, "–" if arm == first else percent(gains(rows, base), sign=True))
-        cells += [percent([r["meta_tasks"][m] for r in rows]) for m in metas]
-        lines.append(f"| {NAMES.get(arm, arm)} | {' | '.join(cells)} |")
-    return lines
-
-
-def beside_the_literature(records) -> list:
-    """PUBLISHED as lines of Markdown, beside what was seen here, paired by seed."""
-    from tools.records import NAMES, gains, mean_error, percent
-
-    lines = ["| arm | against | ours | published | |", "|---|---|---|---|---|"]
-    for study, arm, other, score, base in PUBLISHED:
-        arms = records.get(study, {})
-        if not {arm, other} <= set(arms):
-            continue
-        gained = gains(arms[arm], arms[other])
-        mean, error = mean_error(gained)
-        verdict = "same direction" if mean * (score - base) > 0 else "opposite"
-        if not abs(mean) > CERTAIN * error:
-            verdict = "cannot tell"
-        ours = f"{percent(gained, sign=True)} ({percent([r['overall'] for r in arms[arm]])})"
-        published = f"{score - base:+.1f} ({score})"
-        names = f"{NAMES.get(arm, arm)} | {NAMES.get(other, other)}"
-        lines.append(f"| {names} | {ours} | {published} | {verdict} |")
-    return lines
-
-
 def show(args):
-    """The tables of docs/results.md, and what they cost."""
+    """What docs/tables.md holds, and what it cost."""
+    from tools import study_tables
     from tools.records import read_records
 
     records = read_records(args.json)
-    for study in args.study.split(","):
-        if study in records:
-            print(f"\n`{study}`\n", *rows_of(records[study]), sep="\n")
-    print("\nbeside the literature\n", *beside_the_literature(records), sep="\n")
+    print(*study_tables.page(records, args.study.split(",")), sep="\n")
     runs = json.loads(args.json.read_text())["runs"]
     stages = {(r["first"], r["seed"]): r["seconds1"] for r in runs if r["first"] is not None}
     hours = (sum(stages.values()) + sum(r["seconds2"] for r in runs)) / 3600

@@ -1,0 +1,159 @@
+"""The study's tables: by hand, and docs/ and README say nothing that is not in them."""
+
+import argparse
+import re
+
+import pytest
+from bench import reproduce
+from checks import close, equal, expect
+
+from tools import study_tables
+from tools.records import RECORDS
+
+DOCS = RECORDS.parent
+MEAN_AND_ERROR = re.compile(r"[+-]?\d+\.\d ± \d+\.\d")
+
+
+def run(score, meta=0.0):
+    """A record of one score everywhere, but for one meta-task."""
+    metas = {"Classification": score, "VQA": meta, "Retrieval": score, "Grounding": score}
+    return dict(overall=score, ind=score, ood=score, meta_tasks=metas)
+
+
+def runs(*scores):
+    return [run(score) for score in scores]
+
+
+# --------------------------------------------------------------------------------------- the pages
+
+
+def test_the_page_of_all_tables_is_what_the_records_say(capsys):
+    """docs/tables.md, line by line."""
+    reproduce.show(argparse.Namespace(study=",".join(reproduce.STUDIES), json=RECORDS))
+    want = capsys.readouterr().out.splitlines()
+    here = (DOCS / "tables.md").read_text().splitlines()
+    for line, other in zip(here, want, strict=False):
+        equal(line, other, "`python tests/bench/reproduce.py --show > docs/tables.md`")
+    equal(len(here), len(want), "its lines")
+
+
+def without_bold(name) -> str:
+    """A page's text."""
+    return (DOCS.parent / name).read_text().replace("**", "")
+
+
+def test_every_row_stands_among_all_tables():
+    """Of docs/results.md."""
+    rows = re.findall(r"^\|.*±.*\|$", without_bold("docs/results.md"), re.M)
+    assert len(rows) > 30, "rows of the study"
+    for row in rows:
+        expect(row in without_bold("docs/tables.md"), "another row", row, "docs/tables.md")
+
+
+@pytest.mark.parametrize("name", ["docs/results.md", "docs/predictions.md", "README.md"])
+def test_no_number_is_without_a_table(name):
+    """Each mean with its error, in sentences too, stands in docs/tables.md."""
+    known = set(MEAN_AND_ERROR.findall(without_bold("docs/tables.md")))
+    numbers = MEAN_AND_ERROR.findall(" ".join(without_bold(name).split()))
+    assert len(numbers) > 5, "numbers of the study"
+    for number in numbers:
+        expect(number in known, "in no table", number, name)
+
+
+# ---------------------------------------------------------------------------------------- by hand
+
+
+def test_rows_are_means_errors_and_gains_paired_by_seed():
+    """Two arms of two seeds: the second is 10 ahead, then 20."""
+    arms = {"none": [run(0.5, 0.25), run(0.6, 0.3)], "x": [run(0.6, 0.3), run(0.8, 0.4)]}
+    low, high = "55.0 ± 5.0", "70.0 ± 10.0"
+    first, line, *rows = study_tables.table(arms)
+    metas = "Classification | VQA | Retrieval | Grounding"
+    equal(first, f"| 2 seeds | overall | over contrastive only | IND | OOD | {metas} |", "head")
+    equal(line, "|---" * 9 + "|", "head")
+    want = [
+        f"| contrastive only | {low} | – | {low} | {low} | {low} | 27.5 ± 2.5 | {low} | {low} |"
+    ]
+    want += [
+        f"| x | {high} | +15.0 ± 5.0 | {high} | {high} | {high} | 35.0 ± 5.0 | {high} | {high} |"
+    ]
+    equal(rows, want, "table")
+
+
+def test_a_difference_shows_by_students_t_of_its_seeds():
+    """So many standard errors are enough with five seeds, and not with three."""
+    three = [0.02, 0.11, 0.05]  # 6.0 ± 2.6: 2.3 standard errors
+    equal(study_tables.difference(three), "+6.0 ± 2.6", "three seeds, 4.30")
+    surely = [0.05, 0.06, 0.08]  # 7.2 standard errors
+    equal(study_tables.difference(surely), "**+6.3 ± 0.9**", "three seeds")
+    four, five = [-0.02, -0.04, -0.04, -0.06], [0.02, 0.02, 0.06, 0.08, 0.02]
+    equal(study_tables.difference(four), "**-4.0 ± 0.8**", "four seeds, 4.9 of 3.18")
+    equal(study_tables.difference(five), "**+4.0 ± 1.3**", "five seeds, 3.2 of 2.78")
+    equal(study_tables.difference(five[1:]), "+4.5 ± 1.5", "four seeds, 3.0 of 3.18")
+    equal(study_tables.difference([0.05, 0.06]), "+5.5 ± 0.5", "two seeds, 11 of 12.71")
+    equal(study_tables.difference([0.5]), "+50.0", "one seed shows nothing")
+
+
+def test_the_intervals_are_those_of_students_t():
+    """Its density, integrated: 95 % lies within so many standard errors."""
+    import torch
+
+    for n, t in study_tables.STUDENT.items():
+        if n > 1:
+            student = torch.distributions.StudentT(float(n - 1))
+            x = torch.linspace(-t, t, 200_001, dtype=torch.float64)
+            inside = torch.trapezoid(student.log_prob(x).exp(), x)
+            close(inside, torch.tensor(0.95, dtype=torch.float64), f"{n} seeds", 2e-4)
+
+
+def test_a_part_is_worth_the_mean_of_its_contrasts():
+    """Two contrasts, two seeds; VQA apart."""
+    arms = {
+        "a": [run(0.5, 0.1), run(0.6, 0.1)],
+        "b": [run(0.4, 0.3), run(0.4, 0.2)],
+        "c": [run(0.9, 0.1), run(0.9, 0.1)],
+        "d": [run(0.7, 0.1), run(0.8, 0.1)],
+    }
+    worth = study_tables.worth(arms, (("a", "b"), ("c", "d")))
+    want = [[0.15, 0.15, -0.1, 0.15, 0.15], [0.15, 0.15, -0.05, 0.15, 0.15]]
+    close(worth, want, "(with - without), the mean of both", 1e-12)
+    records = {"pairs-200": {"coma": arms["a"], "plain": arms["b"]}}
+    *_, row = study_tables.parts(records)
+    part = "| the mask, dialogues of pictures | 200 | 2 |"
+    expect(row.startswith(f"{part} +15.0 ± 5.0 | +15.0 ± 5.0 | -15.0 ± 5.0 |"), row, "", "parts")
+
+
+def test_what_has_not_been_run_has_no_row():
+    """A study without some of the arms; a study of its own."""
+    records = {"arms": {"coma": runs(0.5, 0.6), "none": runs(0.5, 0.5)}, "rate": {}}
+    *_, row = study_tables.parts(records)
+    equal(len(study_tables.parts(records)), 3, "its head, and CoMa")
+    expect(row.startswith("| CoMa, over contrastive only | unlimited | 2 |"), row, "", "the row")
+    *_, row = study_tables.beside_the_literature(records)
+    equal(len(study_tables.beside_the_literature(records)), 3, "its head, and CoMa")
+    expect(row.startswith("| CoMa | contrastive only | +5.0 ± 5.0"), row, "", "the row")
+
+
+def test_a_curve_is_a_mean_over_seeds_at_each_step():
+    """Two steps, two seeds; the page has it where the pairs are the question."""
+    made = [dict(run(0.5), steps=[50, 100], curve=curve) for curve in ([0.1, 0.3], [0.2, 0.3])]
+    head, _, row = study_tables.curves({"none": made})
+    equal(head, "| IND, 2 seeds | after 50 steps | after 100 steps |", "head")
+    equal(row, "| contrastive only | 15.0 ± 5.0 | 30.0 ± 0.0 |", "the means")
+    lines = study_tables.page({"arms": {"none": made}, "rate": {"none": made}}, ["rate", "arms"])
+    equal([x for x in lines if x.startswith("## `")], ["## `rate`", "## `arms`"], "order")
+    equal(lines.count(head), 1, "of `arms` alone")
+
+
+def test_the_literature_stands_beside_what_was_seen():
+    """Five seeds: one arm surely behind as in the paper, one ahead, one that varies."""
+    dialogues = {
+        "multi-turn": runs(0.5, 0.6, 0.5, 0.6, 0.5),
+        "single turn": runs(0.4, 0.5, 0.41, 0.5, 0.4),
+        "long description": runs(0.6, 0.7, 0.61, 0.7, 0.6),
+        "caption": runs(0.6, 0.5, 0.6, 0.5, 0.6),
+    }
+    *_, single, long, caption = study_tables.beside_the_literature({"dialogues": dialogues})
+    ours, paper = "-9.8 ± 0.2 (44.2 ± 2.4)", "-0.7 (64.8)"
+    equal(single, f"| single turn | multi-turn | {ours} | {paper} | same direction |", "a row")
+    equal([row.split(" | ")[-1] for row in (long, caption)], ["opposite |", "cannot tell |"], "")

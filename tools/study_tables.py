@@ -1,0 +1,188 @@
+"""The runs that tests/bench/reproduce.py has kept, as tables in Markdown: docs/tables.md is all of
+them. Scores are Precision@1 x 100, mean and standard error over seeds; differences are paired by
+seed. A difference is bold where it shows: where its 95 % interval leaves out zero."""
+
+import sys
+
+import numpy as np
+
+from tools.records import NAMES, gains, mean_error, percent
+
+HEADING = """# All tables
+
+`python tests/bench/reproduce.py --show` prints them; [results.md](results.md) says what the names
+mean. Precision@1 x 100, mean ± standard error over seeds; differences are paired by seed, and bold
+where they show: zero is outside their 95 % interval (2.78 standard errors for five seeds, 4.30 for
+three). IND and OOD are the sets in and out of distribution."""
+
+# How many standard errors that are, by the number of seeds: Student's t, both sides together.
+STUDENT = {1: np.inf, 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+
+PAIRS = {"pairs-200": "200", "pairs-1000": "1,000", "pairs-5000": "5,000", "arms": "unlimited"}
+RATES = {"rate-200": "200", "rate": "unlimited"}
+BEYOND = {"beyond-200": "200", "beyond": "unlimited"}
+MASK = (("coma", "plain"), ("both", "both, no mask"))
+SLOW_MASK = (("coma, slow", "plain, slow"), ("both, slow", "both, no mask, slow"))
+# part: (its studies, with the number of their pairs; arms with it, each beside one without it)
+PARTS = {
+    "CoMa, over contrastive only": (PAIRS, (("coma", "none"),)),
+    "the last token, over the mean of K new ones": (PAIRS, (("last", "none"),)),
+    "the mask, dialogues of pictures": (PAIRS, MASK[:1]),
+    "the mask, dialogues beyond the paper": (PAIRS, MASK[1:]),
+    "the mask, mean of both": (PAIRS, MASK),
+    "dialogues beyond the paper, with the mask": (PAIRS, (("both", "coma"),)),
+    "dialogues beyond the paper, no mask": (PAIRS, (("both, no mask", "plain"),)),
+    "dialogues beyond the paper, mean of both": (
+        PAIRS, (("both", "coma"), ("both, no mask", "plain")),
+    ),
+    "texts alone, with the mask": (BEYOND, (("texts too", "coma"),)),
+    "questions first alone, with the mask": (BEYOND, (("question first", "coma"),)),
+    "a slow stage 1, CoMa": (RATES, (("coma, slow", "coma"),)),
+    "a slow stage 1, mean of four": (RATES, tuple(
+        (f"{arm}, slow", arm) for arm in ("coma", "plain", "both", "both, no mask")
+    )),
+    "the mask, at slow rates, mean of both": (RATES, SLOW_MASK),
+    "condense, after CoMa": (PAIRS, (("coma, condense", "coma"),)),
+}  # fmt: skip
+
+# (study, arm, the arm that it is held against, and the scores of both in the literature)
+PUBLISHED = (
+    ("dialogues", "single turn", "multi-turn", 64.8, 65.5),
+    ("dialogues", "long description", "multi-turn", 64.9, 65.5),
+    ("dialogues", "caption", "multi-turn", 65.2, 65.5),
+    ("objective", "kl", "ce", 64.4, 65.5),
+    ("K", "K=1", "K=16", 64.3, 64.9),
+    ("K", "K=8", "K=16", 64.8, 64.9),
+    ("arms", "coma", "last", 67.5, 60.3),  # VLM2Vec's own run, of another backbone
+    ("arms", "coma", "none", 67.5, 66.4),  # MoCa's run of the same backbone
+    ("arms", "condense", "last", 59.0, 55.4),  # Bottleneck Tokens, MMEB-V2
+)
+
+
+def shows(differences) -> bool:
+    """Whether zero is outside the 95 % interval of their mean, a difference for each seed."""
+    mean, error = mean_error(differences)
+    return bool(abs(mean) > STUDENT[min(len(differences), 5)] * error)
+
+
+def difference(differences) -> str:
+    """A table's cell: "+2.0 ± 1.1", bold where it shows."""
+    text = percent(differences, sign=True)
+    return f"**{text}**" if shows(differences) else text
+
+
+def row(*cells) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def head(*cells) -> list:
+    """A table's first two lines."""
+    return [row(*cells), "|---" * len(cells) + "|"]
+
+
+def seeds(n) -> str:
+    """How many there are."""
+    return "1 seed" if n == 1 else f"{n} seeds"
+
+
+def table(arms) -> list:
+    """A study's scores; the second column is overall's difference from its first arm's.
+
+    arms: {arm: [run, by seed]}."""
+    (first, base), *_ = arms.items()
+    metas = list(base[0]["meta_tasks"])
+    name = NAMES.get(first, first)
+    lines = head(seeds(len(base)), "overall", f"over {name}", "IND", "OOD", *metas)
+    for arm, runs in arms.items():
+        overall, *others = cells_of(runs)
+        gain = "–" if arm == first else difference(gains(runs, base))
+        lines.append(row(NAMES.get(arm, arm), overall, gain, *others))
+    return lines
+
+
+def cells_of(runs) -> list:
+    """An arm's cells: overall, IND, OOD, and each meta-task."""
+    scores = []
+    for run in runs:
+        scores.append((run["overall"], run["ind"], run["ood"], *run["meta_tasks"].values()))
+    return [percent(column) for column in zip(*scores, strict=True)]
+
+
+def curves(arms) -> list:
+    """A study's scores in distribution on the way."""
+    base, *_ = arms.values()
+    steps = [f"after {step} steps" for step in base[0]["steps"]]
+    lines = head(f"IND, {seeds(len(base))}", *steps)
+    for arm, runs in arms.items():
+        scores = zip(*(run["curve"] for run in runs), strict=True)
+        lines.append(row(NAMES.get(arm, arm), *map(percent, scores)))
+    return lines
+
+
+def scores_of(run) -> np.ndarray:
+    """(1 + meta-tasks,) overall first."""
+    return np.array([run["overall"], *run["meta_tasks"].values()])
+
+
+def worth(arms, contrasts) -> np.ndarray:
+    """What a part is worth: (seeds, 1 + meta-tasks), the mean over contrasts of the arm with it
+    minus the one without it, of the same seed."""
+    differences = []
+    for its, other in contrasts:
+        both = zip(arms[its], arms[other], strict=True)
+        differences.append([scores_of(run) - scores_of(without) for run, without in both])
+    return np.mean(differences, axis=0)
+
+
+def parts(records) -> list:
+    """What each part of an arm is worth, for every number of pairs that has been run."""
+    metas = ("Classification", "VQA", "Retrieval", "Grounding")
+    lines = head("what", "pairs", "seeds", "overall", *metas)
+    for part, (studies, contrasts) in PARTS.items():
+        for study, pairs in studies.items():
+            if has(records, study, sum(contrasts, ())):
+                its = worth(records[study], contrasts)  # (seeds, 5)
+                lines.append(row(part, pairs, str(len(its)), *map(difference, its.T)))
+    return lines
+
+
+def has(records, study, arms) -> bool:
+    """Whether these arms of a study have been run."""
+    return set(arms) <= set(records.get(study, ()))
+
+
+def beside_the_literature(records) -> list:
+    """PUBLISHED, beside what was seen here."""
+    lines = head("arm", "against", "ours", "published", "")
+    for study, arm, other, score, base in PUBLISHED:
+        if not has(records, study, (arm, other)):
+            continue
+        arms = records[study]
+        gained = gains(arms[arm], arms[other])
+        verdict = "cannot tell"
+        if shows(gained):
+            same = np.mean(gained) * (score - base) > 0
+            verdict = "same direction" if same else "opposite"
+        ours = f"{percent(gained, sign=True)} ({percent([run['overall'] for run in arms[arm]])})"
+        published = f"{score - base:+.1f} ({score})"
+        names = NAMES.get(arm, arm), NAMES.get(other, other)
+        lines.append(row(*names, ours, published, verdict))
+    return lines
+
+
+def page(records, studies) -> list:
+    """The lines of docs/tables.md, of these studies: those of them that have been run."""
+    lines = HEADING.splitlines()
+    for study in studies:
+        if study not in records:
+            continue
+        lines += ["", f"## `{study}`", "", *table(records[study])]
+        if study in PAIRS:
+            lines += ["", *curves(records[study])]
+    lines += ["", "## What each part is worth", "", *parts(records)]
+    return [*lines, "", "## Beside the literature", "", *beside_the_literature(records)]
+
+
+if __name__ == "__main__":
+    sys.exit("tools/study_tables.py has no commands: python tests/bench/reproduce.py --show")
