@@ -42,6 +42,8 @@ from plumbing.writing import written
 HARMLESS = "image_root out resume workers save_every keep skip_bad fitting graph_memory".split()
 # These too, and they move the last bits: sums are taken in other pieces.
 ROUNDING = ("chunk_tokens", "checkpointing")
+# This one too, for it is the way out where a row of the data turns out to be too long.
+CUTTING = "max_length"
 # Names of what a digest tells better: a folder may be moved between runs.
 DIGEST_OF = {"model": "model_digest", "data": "data_digest"}
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -432,7 +434,7 @@ def refuse_another_run(state, cfg, but=()):
     changes = []
     for name, value in now.items():
         was = then.get(name, unknown.get(name))
-        if name not in (*HARMLESS, *ROUNDING, *but, *same) and was != value:
+        if name not in (*HARMLESS, *ROUNDING, CUTTING, *but, *same) and was != value:
             changes.append(f"{name} was {brief(repr(was), 60)}, is {brief(repr(value), 60)}")
     if changes:
         changes = ", ".join(changes)
@@ -447,3 +449,5 @@ def say_what_rounds(state, cfg):
     changes += [name for name, version in versions().items() if state.versions[name] != version]
     if changes:
         say(f"the run began with another {', '.join(changes)}: the last bits may differ")
+    if state.flags.get(CUTTING) != getattr(cfg, CUTTING):
+        say(f"the run began with another {option(CUTTING)}: from here on other texts are cut")

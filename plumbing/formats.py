@@ -210,7 +210,7 @@ def parse_caption(raw, images) -> tuple:
     for field in ("file_name", "text"):
         value = raw.get(field)
         if not isinstance(value, str) or not value.strip():
-            has = f"it has {brief(', '.join(map(str, raw)), 60)}"
+            has = f"it has {brief(', '.join(map(repr, raw)), 60)}"
             raise ValueError(f'needs "{field}", a string that is not empty; {has}')
     refuse_unknown(raw, ("file_name", "text", "id", *BESIDE))
     if IMAGE in with_marks(raw["text"]):

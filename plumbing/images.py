@@ -81,18 +81,23 @@ def decode(ref, name) -> Image.Image:
     try:
         is_image = isinstance(ref, Image.Image)
         image = ref if is_image else Image.open(ref, formats=decoded_formats())
-        refuse_size(image.size)
-        if image.format == "EPS":  # a PIL image of the user's; loaded, it would run
-            raise ValueError("EPS is a program; save it as PNG")
-        image.load()
+        load_pixels(image)
         turn = turn_of(image)
         image = to_rgb(image)
         return image.transpose(turn) if turn is not None else image
     except UnidentifiedImageError:
         reason = f"its content is none of {', '.join(FORMATS)} (the last from Pillow 11.3 on)"
     except Exception as e:  # Trap: damaged bytes lead decoders to errors of every type
-        reason = brief(e) or type(e).__name__
+        reason = brief(e) or f"{type(e).__name__}; is its file closed?"
     raise InputError(f"{name}: not a readable picture: {reason}")
+
+
+def load_pixels(image):
+    """A PIL image's, which are read from its file when they are first wanted."""
+    refuse_size(image.size)
+    if image.format == "EPS":  # a PIL image of the user's; loaded, it would run
+        raise ValueError("EPS is a program; save it as PNG")
+    image.load()
 
 
 def refuse_size(size):
@@ -269,7 +274,8 @@ class Images:
         for top in self.tops:  # newer than our list of its folder, or spelled in another case
             if self.is_there(full := os.path.join(top, inner), path):
                 return full
-        self.lost.append(brief(self.root / path))  # for messages
+        shown = self.root / path if path == path.strip() else repr(path)  # blanks are seen
+        self.lost.append(brief(shown))  # for messages
         return str(self.root / path)
 
     def below_root(self, path) -> str:

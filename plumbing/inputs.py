@@ -6,7 +6,7 @@ import numbers
 import os
 import threading
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from plumbing.errors import InputError, brief
 from plumbing.formats import IMAGE, Content, with_marks
+from plumbing.images import load_pixels
 
 FORMS = (
     'a text, Image.open(FILE), pathlib.Path(FILE), {"image": either of them, "text": ...}, a numpy '
@@ -48,7 +49,7 @@ def content_of(x) -> Content:
     """(text with `<image>` marks, pictures) of one input, see FORMS; a tuple of a text and a
     picture is both, in either order."""
     if isinstance(x, str):
-        return Content(str(x))
+        return Content(with_marks(str(x)))
     if is_picture(x):
         return Content(IMAGE, (picture_of(x),))
     if isinstance(x, tuple) and len(x) == 2:
@@ -97,10 +98,28 @@ def listed(items, item_of) -> list:
     single = isinstance(items, str | bytes | dict | Image.Image | os.PathLike | torch.Tensor)
     if isinstance(items, np.ndarray):  # of one picture, a list of its rows
         single = items.ndim == 0 or (items.ndim in (2, 3) and items.dtype == np.uint8)
+    single = single or hasattr(items, "columns")  # a table would give their names
     if single or isinstance(items, set | frozenset) or not hasattr(items, "__iter__"):
         text = f"encode: takes a list; [{brief(repr(items), 80)}] for a single one"
         raise InputError(f"{text}. Each input is {FORMS}")
-    return [item_of(x) for x in items]
+    contents = []
+    for i, x in enumerate(items):
+        try:
+            contents.append(item_of(x))
+        except InputError as e:
+            raise InputError(f"input {i}: {e}") from None
+    read_once(picture for item in contents for picture in item.images)
+    return contents
+
+
+def read_once(pictures):
+    """PIL images' pixels, before anything else reads them. Trap: an image that is not loaded yet
+    has one place in its file, which forked workers and threads would move for each other: pixels
+    of another place, or a file that seems cut off."""
+    for picture in pictures:
+        if isinstance(picture, Image.Image):
+            with one_at_a_time, suppress(Exception):  # what is wrong is told with its row
+                load_pixels(picture)
 
 
 def whole_number(name, value, least):

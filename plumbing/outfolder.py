@@ -1,13 +1,16 @@
 """OUT, the folder that a run writes: found fit before any work, of one run at a time, and marked
 when the run is over."""
 
+import json
 import os
 from pathlib import Path
 
 from plumbing.adapters import bases_beside
 from plumbing.errors import InputError, brief
 from plumbing.folders import TOY, read_json, refuse_foreign
+from plumbing.lines import MOST
 from plumbing.locks import OF_A_RUN, lock
+from plumbing.writing import refuse_other
 
 MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
 
@@ -24,6 +27,7 @@ def take(cfg):
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         if (out / "log.jsonl").is_dir():
             raise IsADirectoryError(f"{out / 'log.jsonl'} is a folder")
+        refuse_other(out / "log.jsonl", "--out", is_log, "log of a run")
         lock(out / OF_A_RUN, out.resolve())
     except InputError:  # which is a ValueError
         raise
@@ -31,6 +35,15 @@ def take(cfg):
         cause = f"{getattr(e, 'filename', None) or out}: {getattr(e, 'strerror', None) or e}"
         text = f"--out {brief(out)} cannot be written ({brief(cause)})"
         raise InputError(f"{text}: name a folder of one's own, on a disk with room") from None
+
+
+def is_log(path) -> bool:
+    """Whether a file begins as plumbing/log.py's do, with the flags of a run."""
+    with open(path, "rb") as file:
+        try:
+            return "config" in json.loads(file.readline(MOST))
+        except (ValueError, TypeError, RecursionError):
+            return False
 
 
 def refuse_own_start(cfg):

@@ -25,7 +25,7 @@ FILES = [
         "tests/test_pictures.py tests/test_data.py",
     ),
     (
-        "plumbing/images.py", "        refuse_size(image.size)\n", "",
+        "plumbing/images.py", "    refuse_size(image.size)\n", "",
         "tests/test_pictures.py",
     ),
     (
@@ -158,8 +158,8 @@ FILES = [
         "tests/test_pictures.py",
     ),
     (
-        "plumbing/images.py", "self.lost.append(brief(self.root / path))",
-        "self.lost.append(self.root / path)",
+        "plumbing/images.py", "self.lost.append(brief(shown))",
+        "self.lost.append(shown)",
         "tests/test_pictures.py tests/test_lists.py",
     ),
     (

@@ -203,6 +203,11 @@ def test_what_is_there_and_is_of_another_kind_is_never_written_over(place, capsy
         refused(lambda n=name: table.refuse_json(evaluate.Config(json=n)), "--json", "so it stays")
         page = SimpleNamespace(html=name, data="shapes")
         refused(lambda page=page: explain.write_html(page, None), "--html", "so it stays")
+        Path("out").mkdir(exist_ok=True)
+        if name != "log.jsonl":
+            shutil.copy(name, "out/log.jsonl")
+            cfg = contrastive.Config(out="out")
+            refused(lambda cfg=cfg: outfolder.take(cfg), "--out out/log.jsonl", "so it stays")
         if name != "pairs.jsonl":
             words = ["pairs.jsonl", "--list-bad", name]
             refused(lambda words=words: check.main(words), "--list-bad", "so it stays")
@@ -212,6 +217,8 @@ def test_what_is_there_and_is_of_another_kind_is_never_written_over(place, capsy
             refused(lambda words=words: mine.main(words), "--out", "so it stays")
             words = ["pairs.jsonl", "--clean", name]
             refused(lambda words=words: check.main(words), "--clean", "so it stays")
+    equal(Path("out/log.jsonl").read_bytes(), before["pairs.jsonl"], "the last that was tried")
+    shutil.rmtree("out")
     equal({path.name: path.read_bytes() for path in place.iterdir()}, before, "nothing is lost")
     Path("scores.json").write_text('{"overall": 0.5}')
     Path("empty.json").touch()

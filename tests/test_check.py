@@ -161,6 +161,16 @@ def mmeb(folder):
     pq.write_table(table, folder / "birds" / "original-0.parquet")
 
 
+def test_a_clean_copy_makes_no_second_list_of_captions(tmp_path):
+    """Of a folder with metadata.csv the copy is metadata.jsonl; beside the first no command would
+    read either."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,red\n")
+    with pytest.raises(InputError, match=r"metadata.csv is beside it.*take another"):
+        check.check(str(tmp_path), outputs=check.Outputs(clean=str(tmp_path)))
+    equal(sorted(x.name for x in tmp_path.iterdir()), ["a.png", "metadata.csv"], "as it was")
+
+
 @pytest.mark.parametrize("make", [captions, mmeb])
 def test_pictures_may_lie_elsewhere(tmp_path, make, capsys):
     """--image-root, of a folder too; and the copy is read with the same one."""

@@ -269,6 +269,12 @@ def test_sharded_weights_are_refused():
         condense.main(cfg)
 
 
+def test_a_length_would_cut_what_is_told():
+    cfg = condense.Config(max_length=64, muon_lr=0.0)
+    with pytest.raises(InputError, match="--max-length: .*leave it out"):
+        condense.main(cfg)
+
+
 def test_without_compression_tokens_there_is_nothing_that_tells(tmp_path, monkeypatch):
     """And the way out is no flag of another stage."""
     monkeypatch.chdir(tmp_path)

@@ -130,6 +130,17 @@ def test_encode_does_not_depend_on_the_chunks(shared, mixed):
     close(shared.encode(passed, workers=1), want, "a loader process")
 
 
+def test_workers_do_not_share_the_place_in_a_picture_s_file(shared, tmp_path):
+    """PIL reads an opened file when its pixels are first wanted. One of 75 KB, which is read in
+    parts, by two workers at the same time; afterwards it is as whole as before."""
+    noise = np.random.default_rng(0).integers(256, size=(160, 160, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    want = shared.encode([Image.fromarray(noise)])
+    opened = Image.open(tmp_path / "a.png")
+    for workers in (2, 0):
+        close(shared.encode([opened] * 6, workers=workers), want.repeat(6, 0), f"workers={workers}")
+
+
 def test_encode_goes_over_more_items_than_one_window(shared):
     """300 items: rows of the second window of 256 stand where they belong."""
     words = [f"{'very ' * (i % 3)}large {i}" for i in range(300)]

@@ -10,6 +10,7 @@ from PIL import Image
 from data import Item
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
+from plumbing.images import open_image
 from plumbing.inputs import checked, content_of, evaluating, in_evaluation, listed, whole_number
 
 PICTURE = Image.new("RGB", (6, 4), "red")
@@ -25,6 +26,7 @@ RGBA = np.asarray(PICTURE.convert("RGBA"))
         ({"text": "a", "image": [PICTURE, RGBA]}, f"{IMAGE}{IMAGE}a", 2),
         ({"text": "a", "image": (PICTURE, "b.png")}, f"{IMAGE}{IMAGE}a", 2),
         ({"text": f"a {IMAGE}", "image": PICTURE}, f"a {IMAGE}", 1),
+        ("<|image_1|> a", f"{IMAGE} a", 0), ({"text": "<|image_1|>a"}, f"{IMAGE}a", 0),
     ],
 )  # fmt: skip
 def test_an_input_is_a_text_with_marks_and_its_pictures(x, text, pictures):
@@ -64,11 +66,43 @@ def test_a_list_is_anything_with_elements_in_an_order():
     pictures = np.stack([RGBA[..., :3]] * 2)
     for items, n in ((["a"], 1), (("a", "b"), 2), (np.array(["a", "b"]), 2), (pictures, 2),
                      ((x for x in "ab"), 2), ({"a": 1, "b": 2}.keys(), 2)):  # fmt: skip
-        equal(len(listed(items, lambda x: x)), n, f"{items}")
+        equal(len(listed(items, content_of)), n, f"{items}")
     for items in ("a", b"a", {"text": "a"}, PICTURE, {"a"}, frozenset("a"), torch.zeros(2), 7,
                   RGBA, RGBA[..., 0], np.array("a")):  # fmt: skip
         with pytest.raises(InputError, match="takes a list"):
-            listed(items, lambda x: x)
+            listed(items, content_of)
+
+
+class Table(dict):
+    """As a data frame, which gives the names of its columns."""
+
+    columns = ("text",)
+
+
+def test_a_table_is_no_list():
+    """Its rows are not what it gives; one of its columns is a list."""
+    table = Table(text=["a", "b"])
+    with pytest.raises(InputError, match="takes a list"):
+        listed(table, content_of)
+    equal(len(listed(table["text"], content_of)), 2, "a column")
+
+
+def test_a_wrong_input_is_named_by_its_number():
+    """From 0, as Python counts."""
+    with pytest.raises(InputError, match="^input 2: encode: an input of type float: nan"):
+        listed(["a", "b", float("nan")], content_of)
+
+
+def test_pictures_are_read_before_processes_and_threads_share_their_files(tmp_path):
+    """The pixels of an opened file are there; where they cannot be, its row says so."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    good, bad = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
+    contents = listed(["a", {"image": [good, "c.png"]}, bad, good], content_of)
+    equal([len(content.images) for content in contents], [0, 2, 1, 1], "listed")
+    assert not good.tile and bad.tile, "what is still to be read"
+    with pytest.raises(InputError, match="not a readable picture"):
+        open_image(bad)
 
 
 def test_a_whole_number_has_a_least_value():

@@ -109,7 +109,7 @@ PAIRS = {
 CAPTIONS = {
     "blanks": (
         {**CAPTION, "text": " "},
-        'needs "text", a string that is not empty; it has file_name, t',
+        "needs \"text\", a string that is not empty; it has 'file_name', 't",
     ),
     "a key that is not read": ({**CAPTION, "captions": ["b"]}, 'unknown key "captions"'),
     "a picture's mark": (
@@ -574,6 +574,19 @@ def test_a_negative_is_a_text_or_a_picture_or_both(place):
     pairs = data.read_pairs(str(place / "neg"), image_root=str(place))["A"]
     texts = [[(x.text, len(x.images)) for x in pair.negatives] for pair in pairs]
     equal(texts, [[("n", 0)], [("<image>", 1)]], "neg_text, neg_image_path")
+
+
+def test_blanks_around_a_name_are_seen(tmp_path):
+    """Of a picture, and of a column: lists made line by line keep the ends of lines."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    captions = tmp_path / "metadata.jsonl"
+    captions.write_text('{"file_name": "a.png\\n", "text": "red"}\n')
+    with pytest.raises(InputError, match=r"'a.png\\n': no such picture"):
+        checked_digest([data.read_dialogues(str(tmp_path))])
+    captions.unlink()
+    (tmp_path / "metadata.csv").write_text("file_name, text\na.png,red\n")
+    with pytest.raises(InputError, match="it has 'file_name', ' text'"):
+        data.read_dialogues(str(tmp_path))
 
 
 def test_of_a_set_that_is_evaluated_only_what_is_scored_is_looked_up(tmp_path):

@@ -881,8 +881,12 @@ def test_a_member_whose_name_is_no_text_costs_no_other_one(tmp_path):
     equal(open_zip(str(path)).read("b.png"), b"2", "zips.decode_name")
 
 
-def test_a_link_to_a_folder_is_not_followed(tmp_path):
-    """It may lead back: every picture would be found forty times."""
+def test_a_link_to_a_folder_is_not_followed(tmp_path, capsys):
+    """It may lead back: every picture would be found forty times. It is named."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "again").symlink_to(".")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "other").symlink_to("..")
     equal(find_pictures(tmp_path), ["a.png"], "find_pictures")
+    left_out = "left out: again: a link to a folder\nleft out: below/other: a link to a folder\n"
+    equal(capsys.readouterr().out, left_out, "find_pictures")

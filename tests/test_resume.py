@@ -340,6 +340,7 @@ def test_a_finished_run_is_not_trained_again(config, runs, tmp_path, capsys):
 # Flags that may be others in the run that goes on.
 FREE = {"out", "resume", "workers", "save_every", "keep", "skip_bad", "graph_memory", "image_root"}
 FREE |= {"chunk_tokens", "checkpointing"}  # they round
+FREE |= {"max_length"}  # the way out where a row is too long
 
 
 @pytest.mark.parametrize("stage", [pretrain, contrastive])
@@ -439,6 +440,14 @@ def test_chunks_and_checkpointing_may_change_and_it_is_said(stopped, capsys):
     line = "the run began with another --chunk-tokens, --checkpointing: the last bits may differ"
     assert line in said, said
     assert "resumed" in said and Path(stopped.out, "finished.json").exists()
+
+
+def test_texts_may_be_cut_from_here_on_and_it_is_said(stopped, capsys):
+    """The advice after a row that is too long is taken by --resume."""
+    train(stopped, max_length=64)
+    line = "the run began with another --max-length: from here on other texts are cut"
+    assert line in (said := capsys.readouterr().out), said
+    assert "resumed" in said and "last bits" not in said, said
 
 
 def test_another_version_of_the_libraries_is_said(stopped, capsys):

@@ -350,6 +350,7 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_loaded(folder, mo
         (dict(images="gone"), "--images gone: no such folder"),
         (dict(image_text="a picture"), "--image-text 'a picture' has 0 <image>; one is wanted"),
         (dict(image_text="<image> <image>"), "--image-text .* has 2 <image>; one is wanted"),
+        (dict(text="<|image_1|>"), "--query-image FILE puts"),
         (dict(text="<image>"), "--text '<image>' has <image>: --query-image FILE puts"),
         (dict(text=""), "a search needs --images"),
     ):

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError, brief
+from plumbing.files import CAPTIONS, captions_in
 from plumbing.first_pass import Listed, read_listed
 from plumbing.folders import read_json
 from plumbing.formats import (
@@ -245,10 +246,19 @@ def refuse_outputs(source, lists, outputs):
             refuse_unwritable(out, "--clean", [file])
             if out.suffix != ".parquet":
                 refuse_other(out, "--clean", holds_lines, "list of examples")
+            refuse_second_list(out)
             taken.append(out)
     if outputs.list_bad:
         refuse_unwritable(outputs.list_bad, "--list-bad", taken)
         refuse_other(outputs.list_bad, "--list-bad", read_listed, "list of bad examples")
+
+
+def refuse_second_list(out):
+    """InputError where other captions would lie beside these: a folder has one list of them."""
+    others = [name for name in captions_in(out.parent) if name != out.name]
+    if out.name in CAPTIONS and others:
+        text = f"{others[0]} is beside it, and a folder has one list of captions"
+        raise InputError(f"--clean {brief(out)}: {text}; take another")
 
 
 def check(source, image_root=None, outputs=Outputs()) -> Count:  # noqa: B008

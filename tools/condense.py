@@ -102,6 +102,8 @@ def main(cfg):
     """Stage 2, with another batch and another step."""
     if cfg.fsdp:
         raise InputError("--fsdp: tools.condense trains whole weights on each rank; leave it out")
+    if cfg.max_length:
+        raise InputError("--max-length: a text that C must tell is never cut; leave it out")
     contrastive.main(cfg, local_batch, partial(condensing_step, cfg))
 
 

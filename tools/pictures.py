@@ -27,7 +27,10 @@ def find_pictures(folder) -> list:
     def unreadable(e):
         left_out.append(f"{brief(os.path.relpath(e.filename, folder))}: {e.strerror}")
 
-    for top, _, names in os.walk(folder, onerror=unreadable, followlinks=False):
+    for top, folders, names in os.walk(folder, onerror=unreadable, followlinks=False):
+        for name in folders:
+            if os.path.islink(link := os.path.join(top, name)):
+                left_out.append(f"{brief(os.path.relpath(link, folder))}: a link to a folder")
         for name in names:
             if name.lower().endswith(endings):
                 path = os.path.normpath(os.path.relpath(os.path.join(top, name), folder))

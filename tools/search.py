@@ -29,7 +29,7 @@ from plumbing.checkpoint import same_model
 from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file, refuse_special
-from plumbing.formats import IMAGE
+from plumbing.formats import IMAGE, with_marks
 from plumbing.images import open_image
 from plumbing.log import versions
 from plumbing.weights import trained_model
@@ -269,7 +269,7 @@ def refuse_no_search(cfg):
     """InputError, before anything is loaded, where there is nothing to search for or in."""
     if not cfg.images or not (cfg.text.strip() or cfg.query_image):
         raise InputError("a search needs --images DIR, and --text TEXT or --query-image FILE")
-    if IMAGE in cfg.text:
+    if IMAGE in with_marks(cfg.text):
         way_out = "--query-image FILE puts a picture in front of the text, without a mark"
         raise InputError(f"--text {brief(cfg.text)!r} has {IMAGE}: {way_out}")
     if cfg.image_text.count(IMAGE) != 1:
