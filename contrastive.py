@@ -87,7 +87,7 @@ def info_nce(q, t, temperature, labels=None, keys=None, reweigh=None):
     labels = labels.view(len(q), -1)  # (B, P)
     keys = keys.view(len(t), -1)  # (M, k)
 
-    def loss_of_rows(q_rows, t, rows):
+    def loss_of_rows(q_rows, t, rows):  # of a block of queries, with a graph of its own
         return info_nce_rows(q_rows, t, labels[rows], keys, temperature, reweigh)
 
     nats, hits = sum_over_blocks(loss_of_rows, q, t)
@@ -114,8 +114,8 @@ def info_nce_rows(q, t, labels, keys, temperature, reweigh=None):
     hit = best > negatives.amax(1)  # (b,) equal is not higher
     if reweigh:
         negatives = reweigh(negatives, best[:, None], temperature)
-    negative = negatives.logsumexp(1, keepdim=True)  # (b, 1)
-    nats = -F.logsigmoid(positive - negative) * valid  # -log(e^p / (e^p + e^n))
+    log_sum = negatives.logsumexp(1, keepdim=True)  # (b, 1) of Eq. (1)'s sum over t-
+    nats = -F.logsigmoid(positive - log_sum) * valid  # (b, P) -log(e^p / (e^p + sum))
     return nats.sum(1) / valid.sum(1), hit.detach()
 
 
@@ -135,7 +135,7 @@ def two_passes(embed, chunks, loss_of, keep=0):
         with torch.set_grad_enabled(i >= len(chunks) - keep):
             parts.append(embed(chunk))  # (len(chunk), D)
 
-    # Between the passes: the loss, and in z.grad what it says to each embedding.
+    # Between the passes: the loss L, and in z.grad dL/dz, the chain rule's first factor.
     order = torch.tensor([row for chunk in chunks for row in chunk])
     z = torch.cat([part.detach() for part in parts])  # (rows, D), in the chunks' order
     z = z[order.argsort()].requires_grad_()  # argsort undoes the order: row i is the batch's row i
@@ -148,16 +148,16 @@ def two_passes(embed, chunks, loss_of, keep=0):
         if not part.requires_grad:
             with replay(rng_states[i]):  # the same dropout as in pass 1
                 part = embed(chunks[i])
-        part.backward(gradients[i])  # the chain rule's other half
+        part.backward(gradients[i])  # the second: adds dL/dz dz/dw to each weight's .grad
     return loss.detach()
 
 
 class Batch(NamedTuple):
-    """One rank's share of a batch. Ranks may differ in all of it."""
+    """One rank's share of a batch; the sizes may differ from rank to rank."""
 
     rows: list  # B queries, then the columns: all their targets and hard negatives
     labels: torch.Tensor  # (B, P) the columns of each query's targets, -1 padded
-    keys: torch.Tensor  # (columns, 2): of its content; of the query whose target it is
+    keys: torch.Tensor  # (columns, 2): one of its content, one of the query whose target it is
     ids: list = ()  # names of the pairs
 
 
@@ -173,7 +173,7 @@ class Step(NamedTuple):
 def loss_over_ranks(z, batch, temperature, reweigh=None):
     """InfoNCE of this rank's B queries against *all ranks'* columns; z (rows, D), see Batch.
 
-    -> (share, (mean, hits, M)): this rank's part of the mean over all N queries; what all saw."""
+    -> (share, (mean, top1, M)): this rank's part of the mean over all N queries; what all saw."""
     B = len(batch.labels)
     N = ranks.all_sum(B)
     keys_of_ranks = ranks.gather_objects(batch.keys.tolist())
@@ -192,11 +192,11 @@ def loss_over_ranks(z, batch, temperature, reweigh=None):
 
 
 def gradcache_step(embedder, batch, temperature, budget, loss_fn=loss_over_ranks) -> Step:
-    """Leaves in `.grad` the gradient of the InfoNCE loss of *all ranks'* batch, exactly as if it
-    had gone through the model at once. budget: plumbing.memory.Budget. Where a chunk does not fit
-    into memory, all ranks begin again with half the chunk_tokens (with --fsdp the run ends)."""
+    """Leaves in `.grad` the gradient of *all ranks'* loss, exactly as if the batch had gone through
+    the model at once. budget: plumbing.memory.Budget; loss_fn: as loss_over_ranks. Where memory is
+    full, all ranks begin again with half the chunk_tokens (with --fsdp the run ends)."""
     lengths = [row.length for row in batch.rows]
-    seen = []  # what loss_of saw: (loss, top1, columns)
+    seen = []  # what loss_fn says beside the share: (mean, top1, M)
 
     def embed(chunk):
         inputs = embedder.collate.pad_rows([batch.rows[i] for i in chunk])
@@ -261,7 +261,7 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
 
 def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     """Stage 2, from flags to a saved folder. tools/condense.py brings its own batch and step."""
-    # 1. The data: a bad list is told of before a large model is loaded.
+    # 1. The data first: a bad list is an error before a large model is loaded.
     device = checkpoint.begin(cfg)  # which also fills in an empty cfg.model
     rank, world = ranks.rank(), ranks.world()
     combinations.refuse_impossible(cfg, world)
@@ -274,7 +274,7 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     if embedder.adapter and cfg.merge:
-        save(merge(embedder), f"{cfg.out}/merged")  # what a new adapter will be an adapter of
+        save(merge(embedder), f"{cfg.out}/merged")  # a new adapter's base
     choose_trained(embedder, cfg)
     embedder.prefixes = losses.lengths_of(cfg.matryoshka, embedder.dim)
     loss_fn = losses.asked_for(cfg, embedder.prefixes, loss_over_ranks, info_nce)

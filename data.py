@@ -90,7 +90,7 @@ class Pair(NamedTuple):
 
 class Task(NamedTuple):
     """One evaluation set. `queries[i]` is (query, candidates); candidate 0 is the right one. Of
-    one's own data the first rights[i] are right; one without others is compared with `pool`."""
+    one's own data the first rights[i] are; a query with no wrong ones is compared with `pool`."""
 
     name: str
     meta_task: str  # Classification, VQA, Retrieval, Grounding, or Other
@@ -110,21 +110,21 @@ def read_dialogues(
 
     source: "shapes" (10^9 toy dialogues), a list in LLaVA's layout, or a folder of pictures with
     captions (metadata.jsonl or .csv). image_root: a folder, or a formats.Place with --skip-bad's
-    list. turns > 0: so many questions at most. caption, texts (toy world): a description as the
+    list. turns > 0: at most so many questions. caption, texts (toy world): a description as the
     answer; the share of dialogues about a description, not the picture. InputError."""
     if source == "shapes":
         toy = partial(Shapes("train", seed).dialogue, caption=caption, texts=texts)
-        plain = Lazy(10**9, toy)  # made when drawn: as many as one likes
+        talks = Lazy(10**9, toy)  # made when drawn: as many as one likes
     elif caption or texts:
         raise InputError("--caption and --texts go with --data shapes; a file brings its own")
     else:
-        plain = formats.read_dialogues(source, image_root)  # the first bad line is named now
+        talks = formats.read_dialogues(source, image_root)  # the first bad line is named now
 
     def dialogue(i):
-        d = Dialogue.of(plain[i])
+        d = Dialogue.of(talks[i])
         return d._replace(turns=d.turns[: turns or None], id=d.id or f"{source}[{i}]")
 
-    return Lazy(len(plain), dialogue, plain.source)
+    return Lazy(len(talks), dialogue, talks.source)
 
 
 def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="original") -> dict:
@@ -134,22 +134,21 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
     folder or hub id in MMEB-train's layout. image_root: see read_dialogues. subsets: names with
     caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or "diverse_instruction"."""
     if source == "shapes":
-        plain = {}
+        sets = {}
         for task, cap in formats.choose(subsets, META_TASK).items():
-            plain[task] = Lazy(cap or 10**9, partial(Shapes(seed=seed).pair, task))
+            sets[task] = Lazy(cap or 10**9, partial(Shapes(seed=seed).pair, task))
     elif formats.is_list(source):
         formats.refuse_subsets(source, subsets)
-        plain = formats.read_pair_sets(source, image_root)
+        sets = formats.read_pair_sets(source, image_root)
     else:
-        plain = mmeb.train_sets(source, image_root, subsets, split)
-    return {name: pairs.map(Pair.of) for name, pairs in plain.items()}
+        sets = mmeb.train_sets(source, image_root, subsets, split)
+    return {name: pairs.map(Pair.of) for name, pairs in sets.items()}
 
 
 def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) -> list:
-    """Evaluation sets: a list of Tasks. source: "shapes" (5 tasks, each in distribution, with
-    combinations and with wordings never trained on), a folder or hub id in MMEB-eval's layout, a
-    JSONL file of pairs, a folder of pictures with captions. limit > 0: so many queries of each at
-    most (0: all; of a toy set its cap, or 100)."""
+    """A list of Tasks. source: "shapes" (5 tasks, each in distribution, with combinations and with
+    wordings never trained on), a folder or hub id in MMEB-eval's layout, a JSONL file of pairs, a
+    folder with captions. limit: most queries of each; 0: all (of a toy set its cap, or 100)."""
     tasks = []
     if source == "shapes":
         toy_sets = evaluation_sets(seed)
@@ -159,14 +158,15 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
             queries = queries.first(limit or cap or 100)
             tasks.append(Task(name, META_TASK[task], ood, queries))
     else:
-        for plain in retrieval.read_tasks(source, image_root, subsets, limit):
-            tasks.append(Task(*plain)._replace(queries=plain.queries.first(limit)))
-    # Candidates repeat: one Item, whose key is computed once. Of one set at a time: they are many.
-    cache_of = lru_cache(1)(lambda name: lru_cache(None)(Item))
+        tasks = [Task(*x) for x in retrieval.read_tasks(source, image_root, subsets, limit)]
+
+    @lru_cache(1)  # one set's Items at a time are in memory: they are many
+    def item_maker(name):  # candidates repeat: each is made once, and its key computed once
+        return lru_cache(None)(Item)
 
     def items(name, plain):
         query, candidates = plain
-        item_of = cache_of(name)
+        item_of = item_maker(name)
         return item_of(*query), [item_of(*content) for content in candidates]
 
     return [task._replace(queries=task.queries.map(partial(items, task.name))) for task in tasks]
@@ -227,8 +227,8 @@ class Collator:
         parts, images = self.content(item, own_turn)
         opening = ["\n"]  # what stands before a question; K = 0: a newline
         if own_turn:
-            answer = template.answer_ids, template.before_answer  # the assistant begins
-            parts += [*(Part(CONTENT, x) for x in answer), Part(COMPRESS, self.compress_ids)]
+            parts += [Part(CONTENT, x) for x in (template.answer_ids, template.before_answer)]
+            parts.append(Part(COMPRESS, self.compress_ids))  # what the assistant answers is C
             opening = [template.after_answer, template.turn_ids, template.before_question]
         for turn, (question, answer) in enumerate(turns, 1):
             parts += [Part(QUESTION, x, turn) for x in opening]

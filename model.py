@@ -111,7 +111,7 @@ class Embedder(nn.Module):
             z = compression_pool(h, inputs["attention_mask"], self.K)  # (B, D)
         else:
             z = last_token_pool(h, inputs["attention_mask"])  # (B, D)
-        z = sharding.touch_tower(self, z, inputs)  # as it is: only FSDP needs this
+        z = sharding.touch_tower(self, z, inputs)  # z, unchanged: only FSDP needs this
         return F.normalize(z[:, : self.dim], dim=-1)
 
     @in_evaluation  # no dropout, no gradient
@@ -128,21 +128,21 @@ class Embedder(nn.Module):
         workers = whole_number("workers", workers, 0)
         z = np.full((len(items), self.dim), np.nan, np.float32)  # NaN: not read
 
-        def rows_of(window):  # made in workers
-            return window, try_each(self.collate.row, [items[i] for i in window], bad is not None)
+        def rows_of(window):  # made in workers; {number of an item: its row, or an error}
+            rows = try_each(self.collate.row, [items[i] for i in window], bad is not None)
+            return dict(zip(window, rows, strict=True))
 
         windows = Windows([len(item.images) for item in items])  # as many items as fit
         with tqdm(total=len(z), desc=progress, disable=not progress or None, leave=False) as bar:
-            for window, rows in prefetch(rows_of, windows, workers, self.device):
-                windows.saw(window, rows)
-                readable = [i for i, row in enumerate(rows) if isinstance(row, Row)]
+            for rows in prefetch(rows_of, windows, workers, self.device):
+                windows.saw(rows.keys(), rows.values())
+                readable = [i for i, row in rows.items() if isinstance(row, Row)]
                 if len(readable) < len(rows):  # the others are errors
-                    bad.extend(str(row) for row in rows if not isinstance(row, Row))
-                lengths = [rows[i].length for i in readable]
-                for chunk in token_chunks(lengths, chunk_tokens):
-                    places = [readable[i] for i in chunk]  # in the window
-                    inputs = self.collate.pad_rows([rows[i] for i in places])
-                    z[[window[i] for i in places]] = self(inputs).float().cpu().numpy()
+                    bad.extend(str(row) for row in rows.values() if not isinstance(row, Row))
+                for chunk in token_chunks([rows[i].length for i in readable], chunk_tokens):
+                    numbers = [readable[k] for k in chunk]  # of the chunk's items
+                    inputs = self.collate.pad_rows([rows[i] for i in numbers])
+                    z[numbers] = self(inputs).float().cpu().numpy()
                     bar.update(len(chunk))
         return z
 
@@ -181,9 +181,9 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
     InputError. A model that is no embedder yet gets K new tokens. device: None takes the GPU if
     there is one. options: attn ("sdpa"), max_length, min_pixels, max_pixels, dim."""
     device = weights.device_of(device)
-    path, options = folders.place(name), weights.Options(**options).checked()
+    path, options = folders.local_folder(name), weights.Options(**options).checked()
     asked = weights.Settings(compress_tokens, pooling, prompt)
-    settings = weights.settings(name, path, asked)  # K, pooling, style
+    settings = weights.settings(name, path, asked)  # K, pooling, style, prefixes
     mllm, processor, has_adapter = weights.load_mllm(path, name, options)
     with folders.reading(path, "config.json", "tokenizer*.json", "*processor_config.json"):
         weights.refuse_lost_tokens(path, mllm, processor.tokenizer, settings.K)

@@ -84,8 +84,8 @@ def answer_labels(input_ids, roles) -> torch.Tensor:
 
 
 def answer_loss(logits, labels) -> torch.Tensor:
-    """Next-token cross-entropy over answer tokens only: their *sum*, in nats (a mean over chunks
-    and ranks of unequal answers would not be the mean over tokens). logits (n, V), labels (n,)."""
+    """-log P(A | C, Q): cross-entropy of the answer tokens alone, their *sum*, in nats (the mean of
+    chunks' or ranks' means would not be the mean over tokens). logits (n, V), labels (n,)."""
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
@@ -177,7 +177,7 @@ def teacher(embedder):
 
 def main(cfg):
     """Stage 1, from flags to a saved folder."""
-    # 1. The data: a bad list is told of before a large model is loaded.
+    # 1. The data first: a bad list is an error before a large model is loaded.
     device = checkpoint.begin(cfg)
     rank, world = ranks.rank(), ranks.world()
     combinations.refuse_idle_ranks(cfg, world)

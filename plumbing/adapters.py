@@ -11,8 +11,8 @@ from plumbing.errors import InputError, brief, needs
 from plumbing.families import LANGUAGE_ATTENTION, RENAMED
 from plumbing.folders import (
     digest_of_weights,
+    local_folder,
     numbers_in,
-    place,
     read_json,
     reading,
     shapes_of_weights,
@@ -68,27 +68,28 @@ def find_base(path, adapter) -> Origin:
     stored, here = read_json(path, "nanocoma.json"), bases_beside(path, adapter)
     name = adapter["base_model_name_or_path"]
     if name in ("toy", "toy-random"):
-        return right_base(path, stored, [Origin.of(name, place(name))])
-    if there := [Origin.of(folder, place(folder)) for folder in here if os.path.isdir(folder)]:
-        return right_base(path, stored, there)
+        return right_base(path, stored, [Origin.of(name, local_folder(name))])
+    origins = [Origin.of(folder, local_folder(folder)) for folder in here if os.path.isdir(folder)]
+    if origins:
+        return right_base(path, stored, origins)
     # Trap: a folder's name, as out/pretrain, may be anyone's on the hub. Ours say which it is;
     # those of others, as VLM2Vec's, mean the hub.
     if stored and stored.get("base_is_hub") is not True:
         text = f"its base is not there, neither {brief(here[0])} nor {brief(name)}"
         hint = 'Copy it there; of a hub id say "base_is_hub": true in its nanocoma.json'
         raise InputError(f"--model {path}: {text}. {hint}")
-    return right_base(path, stored, [Origin.of(name, place(name))])
+    return right_base(path, stored, [Origin.of(name, local_folder(name))])
 
 
-def right_base(path, stored, there) -> Origin:
+def right_base(path, stored, origins) -> Origin:
     """The first of these that holds the weights that the adapter was trained on; of adapters that
     do not say, which old ones and other programs' do not, the first."""
     want = stored.get("base_digest")
-    for origin in there:
+    for origin in origins:
         if want in (None, origin.digest):
             return origin
-    text = f"its base {there[0].folder} has other weights than it was trained on"
-    digests = f"digest {there[0].digest}, not {brief(want)}"
+    text = f"its base {origins[0].folder} has other weights than it was trained on"
+    digests = f"digest {origins[0].digest}, not {brief(want)}"
     hint = "was another model saved there? Restore it, or train the adapter anew"
     raise InputError(f"--model {path}: {text} ({digests}): {hint}")
 

@@ -41,9 +41,9 @@ def together(work):
         result = work()
     except InputError as e:
         error = str(e)
-    for number, (there, text) in enumerate(gather_objects((socket.gethostname(), error))):
+    for number, (host, text) in enumerate(gather_objects((socket.gethostname(), error))):
         if text:
-            raise InputError(f"rank {number} ({there}): {text}" if number else text)
+            raise InputError(f"rank {number} ({host}): {text}" if number else text)
     return result
 
 

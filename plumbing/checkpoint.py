@@ -29,7 +29,7 @@ from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
 from plumbing.files import on_the_disk, refuse_special
 from plumbing.first_pass import digest_of_listed
-from plumbing.folders import CHECKPOINTS, digest_of_weights, place, read_json
+from plumbing.folders import CHECKPOINTS, digest_of_weights, local_folder, read_json
 from plumbing.log import versions
 from plumbing.outfolder import MARK, take
 from plumbing.ranks import all_sum, gather_objects, rank, say, world
@@ -152,8 +152,8 @@ def finish(save, embedder, cfg, **options):
 def not_saved(cause, embedder, cfg) -> InputError:
     """The error of a model that cannot be written: why, the room that it needs, the way out."""
     way = "there is no checkpoint: lower --save-every"
-    if there := checkpoints_in(cfg.out):
-        way = f"free some, and the same command with --resume finishes from {there[-1].name}"
+    if saved := checkpoints_in(cfg.out):
+        way = f"free some, and the same command with --resume finishes from {saved[-1].name}"
     room = f"{weight_of(embedder) / 2**20:.1f} MiB are needed in {cfg.out}"
     return InputError(f"the model is not saved: {cause}. {room}; {way}")
 
@@ -232,7 +232,7 @@ def digest_of_model(name) -> str:
     """Changes with the weights that a run starts from; of an adapter, with its base's, too."""
     if name == "toy-random":  # drawn, not read from the toy's folder
         return name
-    folder = place(name)
+    folder = local_folder(name)
     digest = digest_of_weights(folder)
     if adapter := read_json(folder, "adapter_config.json"):
         return f"{digest} on {find_base(folder, adapter).digest}"
@@ -242,20 +242,20 @@ def digest_of_model(name) -> str:
 def refuse_taken(cfg):
     """Raises InputError where OUT holds an unfinished run and --resume is not given, or it is given
     and the run is another one: before the model is loaded, and OUT/merged written."""
-    there, finished = checkpoints_in(cfg.out), Path(cfg.out, MARK).exists()
-    if there and not finished and not cfg.resume:
-        where = f"{cfg.out} holds {there[-1].name} of an unfinished run"
+    saved, finished = checkpoints_in(cfg.out), Path(cfg.out, MARK).exists()
+    if saved and not finished and not cfg.resume:
+        where = f"{cfg.out} holds {saved[-1].name} of an unfinished run"
         raise InputError(f"{where}: --resume goes on with it; or take another --out, or remove it")
-    if cfg.resume and not there and not finished and Path(cfg.out, "config.json").exists():
+    if cfg.resume and not saved and not finished and Path(cfg.out, "config.json").exists():
         where = f"--resume: {cfg.out} holds a model, and no checkpoint to go on from"
         raise InputError(f"{where}: without --resume it is replaced; or take another --out")
     if not cfg.resume:
         return
-    states = [(folder, "state.json") for folder in there]
+    states = [(folder, "state.json") for folder in saved]
     if finished:
         states = [(cfg.out, MARK)]
     for folder, name in states:
-        with suppress(Damaged):  # told when it is read
+        with suppress(Damaged):  # reported when it is loaded
             # The data are not read yet.
             refuse_another_run(read_state(folder, name), cfg, but=("data", "data_digest"))
 

@@ -119,7 +119,7 @@ def is_unicode(text) -> bool:
 # ------------------------------------------------------------------------------ the command line
 
 
-def plain(kind):
+def in_plain_digits(kind):
     """int or float of a text in plain digits. Trap: to Python "1_0" is a number, and so are the
     digits of any script."""
 
@@ -153,7 +153,7 @@ def add_flag(parser, field):
         parser.add_argument(name, default=field.default, help=text, action=action)
     else:
         choices = field.metadata["choices"]
-        kind = kind if kind is str else plain(kind)
+        kind = kind if kind is str else in_plain_digits(kind)
         parser.add_argument(name, default=field.default, help=text, type=kind, choices=choices)
 
 

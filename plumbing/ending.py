@@ -217,5 +217,5 @@ def output_is_read() -> bool:
     """Whether both outputs still have a reader."""
     poll = select.poll()
     for fd in (1, 2):
-        poll.register(fd, 0)  # errors are told unasked
+        poll.register(fd, 0)  # POLLERR is reported unasked
     return not any(event & select.POLLERR for _, event in poll.poll(0))

@@ -171,7 +171,7 @@ def first_pass(name, length, tries) -> Tally:
     batches = [windows[i : i + share] for i in range(0, len(windows), share)]
 
     def tried(k):
-        # Trap: what is not shared out by `each`, every worker does.
+        # Trap: only `each` divides the work; whatever else stands here, every worker does.
         return each(partial(try_window, tries), batches[k])
 
     parts = chain.from_iterable(prefetch(tried, range(len(batches)), workers))

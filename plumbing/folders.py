@@ -63,7 +63,7 @@ LONGEST_EDGE = 10_000
 # -------------------------------------------------------------------------------------- where it is
 
 
-def place(name) -> str:
+def local_folder(name) -> str:
     """The folder of a model: the toy's, one's own, or what of a hub id a model needs, downloaded:
     its weights as safetensors, no pickles and no code."""
     if not isinstance(name, str | os.PathLike) or not str(name):
@@ -120,8 +120,8 @@ def digest_of_weights(folder) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            for place in range(0, size, max(size // 256, SAMPLE)):
-                file.seek(place)
+            for start in range(0, size, max(size // 256, SAMPLE)):
+                file.seek(start)
                 digest.update(file.read(SAMPLE))
     return digest.hexdigest()
 
@@ -299,9 +299,9 @@ def stale_files(path) -> list:
 
 def refuse_folders(part, path):
     """An error, before anything is replaced, where a folder stands in the place of a file."""
-    for place in [*stale_files(path), *(path / file for file in files_of(part))]:
-        if place.is_dir():
-            raise IsADirectoryError(f"{place} is a folder")
+    for file in [*stale_files(path), *(path / file for file in files_of(part))]:
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder")
 
 
 def put_in_place(part, path):

@@ -340,9 +340,12 @@ def caption_pairs(file, image_root) -> dict:
     bad = captions.source.skipped
     texts_of = {}  # a picture's captions are all right, and no negatives of each other
     for i, caption in enumerate(captions.source.read(range(len(captions)))):
-        if not isinstance(caption, InputError):  # else --skip-bad lists it
-            texts = texts_of.setdefault(caption[0], [])
-            texts += [] if i in bad else [caption[1]]
+        if isinstance(caption, InputError):  # --skip-bad lists it
+            continue
+        path, text = caption
+        texts = texts_of.setdefault(path, [])
+        if i not in bad:
+            texts.append(text)
     paths = list(texts_of)
 
     def picture_to_text(i):

@@ -254,8 +254,15 @@ class Blocks:
             if self.at < len(self.text) or not self.more():
                 return self.text[self.at : self.at + 1]
 
+    def take(self) -> str:
+        """The same, and `at` moves behind it."""
+        character = self.peek()
+        self.at += 1
+        return character
+
     def value(self):
-        """The next JSON value; JSONDecodeError."""
+        """The next JSON value, behind any blanks; JSONDecodeError."""
+        self.peek()
         while True:
             try:
                 value, self.at = DECODER.raw_decode(self.text, self.at)
@@ -273,17 +280,15 @@ def array_elements(path):
     with open(path, encoding="utf-8-sig") as file:
         blocks, number = Blocks(file), 0
         try:
-            blocks.peek()
-            blocks.at += 1  # the "["
+            blocks.take()  # the "["
             ended = blocks.peek() == "]"
             while not ended:
                 number += 1
                 yield number, json.dumps(blocks.value()).encode() + b"\n"
-                ended = blocks.peek() == "]"
-                if not ended and blocks.peek() != ",":
+                separator = blocks.take()
+                if separator not in (",", "]"):
                     raise ValueError('no "," or "]" after it')
-                blocks.at += 1
-                blocks.peek()
+                ended = separator == "]"
             if number and blocks.peek():
                 raise ValueError("something stands after the array's end")
         except (ValueError, RecursionError) as e:

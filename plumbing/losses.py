@@ -15,7 +15,7 @@ from plumbing.errors import InputError, brief
 
 def asked_for(cfg, prefixes, loss_over_ranks, info_nce):
     """The loss that the flags ask for, made of contrastive.py's two functions: loss(z, batch,
-    temperature) -> (this rank's share; mean nats, share of hits, columns). prefixes: lengths."""
+    temperature) -> (this rank's share, (mean nats, top1, columns)). prefixes: lengths."""
     reweigh = None
     if cfg.hardness or cfg.margin:
         reweigh = partial(weighed, hardness=cfg.hardness, margin=cfg.margin)
@@ -37,8 +37,8 @@ def keys_that_differ(n, rank) -> torch.Tensor:
 
 
 def note_equals(keys, columns, queries, positives):
-    """Keys for what is no negative, in place: the first of a column is its content's; the second,
-    where it is a target, its query's: what is right for an equal query is right for this one.
+    """Writes keys in place: a column's first key is that of its content, a target's second that of
+    its query, for what is right for an equal query is right for this one.
 
     keys (columns, 2); columns, queries: Items; positives: of each query the columns it has."""
     keys[:, 0] = torch.tensor([item.key for item in columns])
@@ -69,9 +69,9 @@ def weighed(negatives, best, temperature, hardness=0.0, margin=0.0):
 
 def both_directions(loss, info_nce, z, batch, temperature):
     """The mean of the loss and of its mirror image (CLIP, arXiv 2103.00020, figure 3)."""
-    share, (mean, hits, columns) = loss(z, batch, temperature)
+    share, (mean, top1, columns) = loss(z, batch, temperature)
     mirrored_share, mirrored_mean = targets_look_for_queries(info_nce, z, batch, temperature)
-    return (share + mirrored_share) / 2, ((mean + mirrored_mean) / 2, hits, columns)
+    return (share + mirrored_share) / 2, ((mean + mirrored_mean) / 2, top1, columns)
 
 
 def targets_look_for_queries(info_nce, z, batch, temperature):
@@ -82,10 +82,10 @@ def targets_look_for_queries(info_nce, z, batch, temperature):
     -> (this rank's share of the mean over all targets; that mean)."""
     own = [row[row >= 0] for row in batch.labels]  # of each query of this rank: its columns
     keys = batch.keys.view(len(batch.keys), -1)  # (columns, k)
-    mine = [keys[columns].flatten().tolist() for columns in own]
-    keys_of_queries = ranks.gather_objects(mine)
+    mine = [keys[columns].flatten().tolist() for columns in own]  # of each query: its keys
+    keys_of_ranks = ranks.gather_objects(mine)  # the same, of each rank
     queries_of_key = defaultdict(list)  # over all ranks: N queries
-    for query, keys_of_query in enumerate(sum(keys_of_queries, [])):
+    for query, keys_of_query in enumerate(sum(keys_of_ranks, [])):
         for key in set(keys_of_query):
             queries_of_key[key].append(query)
 
@@ -96,7 +96,7 @@ def targets_look_for_queries(info_nce, z, batch, temperature):
         positives.append(torch.tensor(sorted(queries)))
     labels = pad_sequence(positives, True, -1).to(z.device)  # (targets, P)
     B = len(own)
-    q = ranks.gather_rows(z[:B], [len(part) for part in keys_of_queries])  # (N, D), with a gradient
+    q = ranks.gather_rows(z[:B], [len(part) for part in keys_of_ranks])  # (N, D), with a gradient
     t = z[B:][columns]  # (targets, D)
     nats, _ = info_nce(t, q, temperature, labels)
     total = ranks.all_sum(len(columns))
@@ -109,23 +109,25 @@ def targets_look_for_queries(info_nce, z, batch, temperature):
 
 def over_prefixes(loss, lengths, z, batch, temperature):
     """The mean loss of the embeddings and of their prefixes, each of unit length (Matryoshka
-    representation learning, arXiv 2205.13147, Eq. 1, all weights equal). Hits are those of the
-    whole embeddings."""
-    share, (mean, hits, columns) = loss(z, batch, temperature)
+    representation learning, arXiv 2205.13147, Eq. 1, all weights equal). top1 is that of the whole
+    embeddings."""
+    share, (mean, top1, columns) = loss(z, batch, temperature)
     for length in lengths:
         prefix = F.normalize(z[:, :length], dim=-1)  # (rows, length)
         prefix_share, (prefix_mean, *_) = loss(prefix, batch, temperature)
         share, mean = share + prefix_share, mean + prefix_mean
     n = 1 + len(lengths)
-    return share / n, (mean / n, hits, columns)
+    return share / n, (mean / n, top1, columns)
 
 
 def lengths_of(text, width) -> tuple:
     """Of prefixes of embeddings of `width` numbers: "32,64" -> (32, 64). InputError otherwise."""
     words = [word.strip() for word in text.split(",")] if text.strip() else []
     lengths = tuple(int(word) for word in words if word.isdecimal() and word.isascii())
-    rising = list(lengths) == sorted(set(lengths)) and len(lengths) == len(words)
-    if not rising or any(not 0 < length < width for length in lengths):
+    are_numbers = len(lengths) == len(words)
+    are_rising = list(lengths) == sorted(set(lengths))
+    are_shorter = all(0 < length < width for length in lengths)
+    if not (are_numbers and are_rising and are_shorter):
         text = f"must be rising lengths below {width}, the embedding's own, as 32,64"
         raise InputError(f"--matryoshka {brief(','.join(words))}: {text}")
     return lengths

@@ -240,7 +240,7 @@ def look_at_sets(sets, images):
 
 def look_at_rows(rows, content):
     """Parses the queries of a set, and its candidates; these repeat from row to row, and a distinct
-    one is parsed once: millions of them are told apart by arrow. content: see contents_of."""
+    one is parsed once: arrow finds the distinct among millions. content: see contents_of."""
     table = rows.source.raw.load().slice(0, len(rows))
     counts = [pyarrow().compute.list_value_length(table[name]).to_pylist() for name in EVAL_LISTS]
     for i, (texts, paths) in enumerate(zip(*counts, strict=True)):
@@ -309,8 +309,8 @@ def refuse_missing_parts(files):
     there: its scores, or its share of the training, would be those of a part."""
     numbers = [PART.search(file.name) for file in files]
     parts = [(int(number[1]), int(number[2])) for number in numbers if number]
-    wanted = [(i, count) for _, count in parts[:1] for i in range(count)]
-    if parts != wanted:
+    count = parts[0][1] if parts else 0
+    if parts != [(i, count) for i in range(count)]:
         names = ", ".join(file.name for file in files)
         hint = "copy what is missing, and remove what is of another version"
         raise InputError(f"{files[0].parent}: holds {brief(names)}, no whole set: {hint}")
@@ -335,9 +335,9 @@ def what_else(root) -> str:
 def refuse_part_of_mix(source, files_of):
     """InputError where some of the 20 sets are not there, with the words for those that are."""
     words = training_mix().split(",")
-    there = [word for word in words if word.partition(":")[0] in files_of]
-    if len(there) < len(words):
-        others = ", ".join(w.partition(":")[0] for w in words if w not in there)
-        way = f"--subsets {','.join(there)}" if there else "their names"
+    present = [word for word in words if word.partition(":")[0] in files_of]
+    if len(present) < len(words):
+        others = ", ".join(w.partition(":")[0] for w in words if w not in present)
+        way = f"--subsets {','.join(present)}" if present else "their names"
         text = f"--subsets mmeb20: of its 20 sets {brief(source)} lacks {brief(others)}. Take"
         raise InputError(f"{text} those that are there: {way}")

@@ -46,7 +46,7 @@ def read_tasks(source, image_root, subsets, limit=0) -> list:
         formats.refuse_subsets(source, subsets)
         pair_sets = formats.read_pair_sets(source, image_root)
         agree({"data (its digest)": formats.checked_digest(pair_sets.values())}, note)
-        return [own_task(name, pairs) for name, pairs in pair_sets.items()]
+        return [own_task(name, pairs, limit) for name, pairs in pair_sets.items()]
     named = read_named(source)
     sets, tasks = mmeb.eval_sets(source, image_root, subsets, limit), []
     digests = {}
@@ -82,10 +82,10 @@ def all_rights(lines) -> dict:
     return rights
 
 
-def own_task(name, pairs) -> PlainTask:
+def own_task(name, pairs, limit) -> PlainTask:
     """Pairs as an evaluation set. Their hard negatives, where a line has some, are its candidates;
     all other queries are compared with the distinct targets of the whole file. Of a query that
-    stands on several lines all of their targets are right."""
+    stands on several lines all of their targets are right. limit > 0: so many queries at most."""
     lines = [(content, targets) for content, targets, _ in pairs]  # each is read once
     rights_of = all_rights(lines)
     pool = dict.fromkeys(target for _, targets in lines for target in targets)  # in their order
@@ -96,7 +96,8 @@ def own_task(name, pairs) -> PlainTask:
         return content, [*rights, *(wrong for wrong in negatives if wrong not in rights)]
 
     rights = [len(rights_of[content]) for content, _ in lines]
-    return PlainTask(name, "Retrieval", False, Lazy(len(pairs), query), rights, list(pool))
+    queries = Lazy(len(pairs), query).first(limit)
+    return PlainTask(name, "Retrieval", False, queries, rights, list(pool))
 
 
 # ------------------------------------------------------------------------- where the right one is

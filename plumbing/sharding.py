@@ -32,7 +32,7 @@ def sharded(embedder) -> bool:
 
 def touch_tower(embedder, z, inputs):
     """z, unchanged. Trap: FSDP reduces what has a gradient; ranks whose chunk has no picture would
-    send less than the others, so that they give the tower a gradient of zero."""
+    send less than the others, so they give the tower a gradient of zero."""
     if not sharded(embedder) or "pixel_values" in inputs:
         return z
     return z + 0 * sum(p.flatten()[0] for p in vision_tower(embedder.mllm).parameters())

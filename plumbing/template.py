@@ -36,14 +36,14 @@ class Template:
     that a user's text never becomes. behind: the name of one of them, put in front of a text while
     it is tokenized, so that the tokenizer does not take it for the beginning of a row."""
 
-    head_ids: list
-    before_text: str
-    after_text: str
-    answer_ids: list
-    end_ids: list
-    turn_ids: list
-    before_question: str
-    picture: str
+    head_ids: list = field(default_factory=list)
+    before_text: str = ""
+    after_text: str = ""
+    answer_ids: list = field(default_factory=list)
+    end_ids: list = field(default_factory=list)
+    turn_ids: list = field(default_factory=list)
+    before_question: str = ""
+    picture: str = ""
     before_answer: str = ""
     after_answer: str = ""
     before_picture: str = ""
@@ -184,9 +184,10 @@ class SpecialTokens:
 def read_template(processor, style) -> Template:
     """What the model's chat template writes before, between and after two questions and answers."""
     special = SpecialTokens(processor)
-    known = {"special": special.names_of_ids, "behind": special.behind}
-    if style == "vlm2vec":
-        return Template([], "", "", [], [], [], "", processor.image_token, **known)
+    if style == "vlm2vec":  # nothing stands around the user's words
+        return Template(
+            picture=processor.image_token, special=special.names_of_ids, behind=special.behind
+        )
     written = write_marks(processor)
     after_answer, end, turn = end_and_turn(special, written, processor.tokenizer.eos_token)
     head, before_text = special.cut_behind_last(without_system(special, written.head, turn))
@@ -195,7 +196,8 @@ def read_template(processor, style) -> Template:
     turn, before_question = special.cut_behind_last(turn)
     # Some write less where a picture comes first: "User:" in the place of "User: ".
     shared = len(os.path.commonprefix([written.before_one, written.before_picture]))
-    before_picture = before_text[: len(before_text) - len(written.before_one[shared:])]
+    unshared = len(written.before_one) - shared  # characters that it leaves out at the end
+    before_picture = before_text[: len(before_text) - unshared]
     head_ids, start_ids, end_ids = special.ids_of(head), special.own_start(), special.ids_of(end)
     return Template(
         head_ids=head_ids,
@@ -210,7 +212,8 @@ def read_template(processor, style) -> Template:
         after_answer=after_answer,
         before_picture=before_picture,
         start_ids=[] if head_ids[: len(start_ids)] == start_ids else start_ids,
-        **known,
+        special=special.names_of_ids,
+        behind=special.behind,
     )
 
 
@@ -331,11 +334,13 @@ def spells_special(template, text, tokens) -> bool:
 
 def cut_apart(parts, tokens) -> list:
     """Parts with the tokens of their texts, which were tokenized as one."""
-    cuts, place = [0], 0
+    cuts, border = [0], 0  # in tokens; in characters
     for part in parts[:-1]:
-        place += len(part.content)
-        by_user = part.by_user
-        cut = bisect_left(tokens.starts, place) if by_user else bisect_right(tokens.ends, place)
+        border += len(part.content)
+        if part.by_user:  # a token across the border is this part's
+            cut = bisect_left(tokens.starts, border)
+        else:  # it is the next part's
+            cut = bisect_right(tokens.ends, border)
         cuts.append(max(cut, cuts[-1]))
     cuts.append(len(tokens.ids))
     borders = itertools.pairwise(cuts)

@@ -132,11 +132,11 @@ def agreed(key, asked, stored, name):
     return asked
 
 
-def first_model(*folders) -> str:
+def first_model(*names) -> str:
     """The first of these folders that holds a model, else "toy"."""
-    for folder in folders:
-        if Path(folder, "config.json").exists():
-            return folder
+    for name in names:
+        if Path(name, "config.json").exists():
+            return name
     return "toy"
 
 
@@ -157,26 +157,27 @@ def stage_1_model() -> str:
 
 
 def load_mllm(path, name, options) -> tuple:
-    """Model and processor of a folder, `path = place(name)`; of an adapter's folder, those of its
-    base. -> (the transformers model, its processor, whether `path` holds an adapter)."""
+    """Model and processor of `path`, the local folder of `name`; of an adapter's folder, those of
+    its base. -> (the transformers model, its processor, whether `path` holds an adapter)."""
     adapter = read_json(path, "adapter_config.json")
     origin = find_base(path, adapter) if adapter else Origin.of(name, path)
     base = origin.folder
     # An adapter's folder may bring a tokenizer of its own, with the K tokens.
     own = os.path.exists(os.path.join(path, "tokenizer_config.json"))
+    processor_folder = path if own else base
     for folder in {path, base}:
         folders.refuse_hostile(folder)
     folders.refuse_absurd_config(base)
-    folders.refuse_absurd_processor(path if own else base)
+    folders.refuse_absurd_processor(processor_folder)
     with reading(base, "config.json"):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         refuse_other_kinds(base, config)
         refuse_larger_than_its_files(base, config)
     # The tokenizer looks into config.json, too.
     kinds = ("config.json", "*token*.json", "*processor_config.json", "*.jinja")
-    with reading(path if own else base, *kinds):
+    with reading(processor_folder, *kinds):
         small, large = options.min_pixels, options.max_pixels
-        processor = load_processor(path if own else base, config, small, large)
+        processor = load_processor(processor_folder, config, small, large)
         if template := read_json(path, "nanocoma.json").get("chat_template"):
             # The folder's other one is for sentence-transformers.
             processor.chat_template = processor.tokenizer.chat_template = template
@@ -242,15 +243,15 @@ def refuse_lost_tokens(path, mllm, tokenizer, K):
     none is; and what the tokenizer knows has rows of weights. Trap: rows that are missing would be
     made anew, at random, without a word."""
     vocabulary = tokenizer.get_vocab()
-    there = sum(re.fullmatch(r"<\|compress_\d+\|>", token) is not None for token in vocabulary)
+    present = sum(re.fullmatch(r"<\|compress_\d+\|>", token) is not None for token in vocabulary)
     stored = "compress_tokens" in read_json(path, "nanocoma.json")
-    if K and there and not stored:
-        text = f"its tokenizer has {there} compression tokens, and no nanocoma.json says so"
-        if there != K:
+    if K and present and not stored:
+        text = f"its tokenizer has {present} compression tokens, and no nanocoma.json says so"
+        if present != K:
             raise InputError(f"--model {path}: {text}. Copy the file that was saved with it")
         say(f"{path}: {text}: pooling and prompt are those of the flags, or the defaults")
-    if stored and there != K:
-        text = f"K = {K} by its nanocoma.json, but its tokenizer has {there} compression tokens"
+    if stored and present != K:
+        text = f"K = {K} by its nanocoma.json, but its tokenizer has {present} compression tokens"
         raise InputError(f"--model {path}: {text}. Copy the tokenizer that was saved with it")
     rows = mllm.get_input_embeddings().weight.shape[0]
     known = set(range(rows))
@@ -339,7 +340,7 @@ def write_folder(embedder, path, weights, is_embedder):
         write_settings(embedder, part, path, is_embedder)
         if not embedder.adapter:
             refuse_in_place_of_base(part, path)
-    if not embedder.adapter:  # what a new adapter will be an adapter of
+    if not embedder.adapter:  # the base of an adapter that is added later
         embedder.mllm.origin = Origin.of(os.path.abspath(path), path)
 
 

@@ -19,7 +19,7 @@ def refuse_unwritable(path, name, read=()):
     one of `read`, which the command reads. name: what the message calls it, as "--json"."""
     if os.path.realpath(path) in map(os.path.realpath, read):
         raise InputError(f"{name} {brief(path)}: would be written over what is read; take another")
-    with told(path, name):
+    with naming_errors(path, name):
         part = part_of(path, name)
         open(part, "ab").close()
         os.unlink(part)
@@ -66,7 +66,7 @@ def holds_lines(path) -> bool:
 def written(path, name):
     """Gives the path of a new file to write. When all is well it is renamed to `path`; where it is
     not (a full disk), what was there before stays whole, and InputError says so."""
-    with told(path, name):
+    with naming_errors(path, name):
         part = part_of(path, name)
         try:
             yield part
@@ -99,8 +99,8 @@ def is_part(name) -> bool:
 
 
 @contextmanager
-def told(path, name):
-    """What stands in the way of a file becomes an InputError with its name."""
+def naming_errors(path, name):
+    """Inside, an OSError becomes an InputError that names the file."""
     try:
         yield
     except OSError as e:
@@ -112,7 +112,7 @@ def told(path, name):
 def append_whole(path, line, name):
     """One more line at the end of a file, or none of it: a half-written one is cut off again."""
     # Without a buffer: what is left in one would be written when the file is closed.
-    with told(path, name), open(path, "ab", buffering=0) as file:
+    with naming_errors(path, name), open(path, "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             if file.write(line) < len(line):

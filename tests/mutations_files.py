@@ -495,8 +495,8 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/lines.py", 'if not ended and blocks.peek() != ",":',
-        "if not ended and not blocks.peek():",
+        "plumbing/lines.py", 'if separator not in (",", "]"):',
+        "if not separator:",
         "tests/test_lists.py",
     ),
     (
@@ -864,7 +864,7 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/mmeb.py", "for w in words if w not in there)", "for w in there)",
+        "plumbing/mmeb.py", "for w in words if w not in present)", "for w in present)",
         "tests/test_lists.py",
     ),
     (
@@ -904,7 +904,7 @@ FILES = [
     ),
     (
         "plumbing/parquet.py", "if kinds is not None and columns != kinds:",
-        "if kinds and these.keys() < kinds.keys():",
+        "if kinds and columns.keys() < kinds.keys():",
         "tests/test_lists.py",
     ),
     (
@@ -1294,7 +1294,7 @@ FILES = [
     ),
     (
         "plumbing/template.py",
-        "before_text[: len(before_text) - len(written.before_one[shared:])]",
+        "before_text[: len(before_text) - unshared]",
         "before_text",
         "tests/test_one_piece.py",
     ),
@@ -1357,8 +1357,8 @@ FILES = [
     ),
     (
         "plumbing/template.py",
-        "cut = bisect_left(tokens.starts, place) if by_user else bisect_right(tokens.ends, place)",
-        "cut = bisect_right(tokens.ends, place)",
+        "cut = bisect_left(tokens.starts, border)",
+        "cut = bisect_right(tokens.ends, border)",
         "tests/test_template.py",
     ),
     (
@@ -1428,7 +1428,7 @@ FILES = [
         "tests/test_settings.py",
     ),
     (
-        "plumbing/weights.py", 'Path(folder, "config.json").exists()', "Path(folder).exists()",
+        "plumbing/weights.py", 'Path(name, "config.json").exists()', "Path(name).exists()",
         "tests/test_settings.py",
     ),
     (
@@ -1449,8 +1449,8 @@ FILES = [
         "tests/test_folders.py",
     ),
     (
-        "plumbing/weights.py", "path if own else base, config, small, large)",
-        "base, config, small, large)",
+        "plumbing/weights.py", "load_processor(processor_folder, config, small, large)",
+        "load_processor(base, config, small, large)",
         "tests/test_folders.py",
     ),
     (
@@ -1485,7 +1485,7 @@ FILES = [
         "tests/test_folders.py",
     ),
     (
-        "plumbing/weights.py", "if stored and there != K:",
+        "plumbing/weights.py", "if stored and present != K:",
         "if False:",
         "tests/test_folders.py",
     ),

@@ -11,7 +11,7 @@ FRESH = [
     ("plumbing/sampling.py", "@lru_cache(2)\ndef", "@lru_cache(1)\ndef",
      "tests/test_sampling.py -k two_orders"),
     # ------------------------------------------------------------------- memory grows with the data
-    ("model.py", "                windows.saw(window, rows)\n", "",
+    ("model.py", "                windows.saw(rows.keys(), rows.values())\n", "",
      "tests/test_embedder.py -k how_large"),
     ("plumbing/blocks.py", "SCORES = 800_000", "SCORES = 800_000_000_000",
      "tests/test_infonce.py -k without_a_block"),

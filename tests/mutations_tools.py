@@ -194,7 +194,7 @@ TOOLS = [
     ("plumbing/checkpoint.py", 'flags.get("steps"), flags.get("fitting", 0)]', 'flags.get("steps")]', f"{CHECKPOINT} -k what_fitted_is_a_number"),
     ("plumbing/checkpoint.py", 'for file in (folder / "weights.safetensors", path):', 'for file in (folder / "weights.safetensors",):',
      f"{CHECKPOINT} -k pipe_in_the_optimisers"),
-    ("plumbing/checkpoint.py", "with suppress(Damaged):  # told", "with suppress():  # told", f"{CHECKPOINT} -k told_when_it_is_read"),
+    ("plumbing/checkpoint.py", "with suppress(Damaged):  # reported", "with suppress():  # reported", f"{CHECKPOINT} -k told_when_it_is_read"),
     ("plumbing/folders.py", '    (re.compile(r"_(patches|tiles|crops|splits)$"), 1_000),\n', "", f"{FOLDERS} -k each_number_of_a_processor"),
     ("plumbing/folders.py", '    (re.compile(r"_(tokens|seq_len|seq_length)$"), 100_000),\n', "", f"{FOLDERS} -k each_number_of_a_processor"),
     ("plumbing/folders.py", "^(height|width|image_size|crop_size|image_grid_pinpoints)$", "^(image_grid_pinpoints)$",

@@ -179,7 +179,7 @@ def test_a_key_or_a_name_that_is_wrong_ends_the_run_and_other_trouble_does_not(m
 
     monkeypatch.setattr(generator.urllib.request, "urlopen", refused)
     with pytest.raises(InputError, match="because") as error:
-        generator.fetch(None, config(server="http://h/v1"))
+        generator.post(None, config(server="http://h/v1"))
     equal(isinstance(error.value, generator.NotTheServer), code in (401, 403, 404), f"{code}")
 
 
@@ -265,7 +265,7 @@ def test_a_server_that_hangs_up_is_asked_again(monkeypatch, error):
 
     monkeypatch.setattr(generator.urllib.request, "urlopen", hang_up)
     with pytest.raises(InputError, match="hung up") as caught:
-        generator.fetch(None, config(server="http://h/v1"))
+        generator.post(None, config(server="http://h/v1"))
     equal(isinstance(caught.value, generator.NotTheServer), False, "generate.fetch")
 
 
@@ -275,7 +275,7 @@ def test_no_more_of_an_answer_is_read_than_an_answer_has(monkeypatch):
     answer = io.BytesIO()
     answer.read = lambda size=-1: asked.append(size) or b""
     monkeypatch.setattr(generator.urllib.request, "urlopen", lambda *_, **__: answer)
-    generator.fetch(None, config(server="http://h/v1"))
+    generator.post(None, config(server="http://h/v1"))
     equal(asked, [generator.LONGEST_REPLY], "bytes")
 
 

@@ -46,14 +46,14 @@ class Batch(NamedTuple):
     examples: list  # of pretrain.Example; none after the first steps
 
 
-class Telling(NamedTuple):
-    """What pretrain.accumulate asks of its flags."""
+class TextFlags(NamedTuple):
+    """The flags that pretrain.accumulate reads."""
 
     chunk_tokens: int
     compress: bool = True
 
 
-def told(pair: Pair):
+def side_and_text(pair: Pair):
     """-> (the side that is compressed, the text that its C must tell), or None: see above."""
     query, target = pair.query, pair.targets[0]
     if not target.images:
@@ -66,32 +66,37 @@ def told(pair: Pair):
 def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
     """contrastive.local_batch, and the rows of its pairs that have a text to tell."""
     batch = contrastive.local_batch(pairs, collate, cfg, step, rank, world)
-    sides, ids = [], []
+    chosen, ids = [], []
     if step < cfg.condense_share * cfg.steps:
         share = cfg.batch // world
         for name, i in contrastive.draw(pairs, cfg, step)[rank * share : (rank + 1) * share]:
-            side = told(pairs[name][i])
+            side = side_and_text(pairs[name][i])
             if side:
-                sides.append(side)
+                chosen.append(side)
                 ids.append(f"{name}[{i}]")
-    rows = each(lambda side: collate.row(side[0], [("", side[1])]), sides)
+
+    def row_of(side):
+        item, text = side
+        return collate.row(item, [("", text)])  # no question: the text is the answer
+
+    rows = each(row_of, chosen)
     examples = [pretrain.Example(row, id=name) for row, name in zip(rows, ids, strict=True)]
     return Batch(*batch, examples)
 
 
-def condensing_step(cfg, embedder, batch, temperature, budget, loss) -> contrastive.Step:
+def condensing_step(cfg, embedder, batch, temperature, budget, loss_fn) -> contrastive.Step:
     """contrastive.gradcache_step, and cfg.condense times the gradient of the texts' loss, the mean
     over *all ranks'* tokens."""
     if not embedder.K:
         raise InputError("K = 0, as the model or its --prompt has it: condense trains K tokens")
-    step = contrastive.gradcache_step(embedder, batch, temperature, budget, loss)
+    step = contrastive.gradcache_step(embedder, batch, temperature, budget, loss_fn)
     if not ranks.all_sum(len(batch.examples)):
         return step
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     matching = [p.grad for p in parameters]
     embedder.zero_grad(set_to_none=True)
-    told_as = Telling(step.chunk_tokens)  # which may be half of the flag's by now
-    nats, _, _ = pretrain.accumulate(embedder, batch.examples, told_as)
+    flags = TextFlags(step.chunk_tokens)  # which may be half of the flag's by now
+    nats, _, _ = pretrain.accumulate(embedder, batch.examples, flags)
     ranks.sum_gradients(parameters)
     for p, matched in zip(parameters, matching, strict=True):
         p.grad.mul_(cfg.condense).add_(matched)

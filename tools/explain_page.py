@@ -65,14 +65,14 @@ def marked(code) -> str:
     return "".join([*pieces, html.escape(code[at:])])
 
 
-def plain(x):
+def for_json(x):
     """NamedTuples as dicts, at any depth: what JSON can say."""
     if isinstance(x, dict):
-        return {str(key): plain(value) for key, value in x.items()}
+        return {str(key): for_json(value) for key, value in x.items()}
     if hasattr(x, "_asdict"):
-        return plain(x._asdict())
+        return for_json(x._asdict())
     if isinstance(x, list | tuple):
-        return [plain(value) for value in x]
+        return [for_json(value) for value in x]
     return x
 
 
@@ -95,7 +95,7 @@ def write_page(content) -> str:
             raise LookupError(f"{TEMPLATE}: {mark} is missing")
         page = page.replace(mark, source(function))
     # "</" would end the script that holds it.
-    numbers = json.dumps(plain(content), separators=(",", ":")).replace("</", "<\\/")
+    numbers = json.dumps(for_json(content), separators=(",", ":")).replace("</", "<\\/")
     return page.replace("/* numbers */ null", numbers)
 
 

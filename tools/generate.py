@@ -39,7 +39,7 @@ from plumbing.adapters import load_adapter, origin_of
 from plumbing.config import CommandLine, flag
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file
-from plumbing.folders import place, reading
+from plumbing.folders import local_folder, reading
 from plumbing.formats import IMAGE, parse_turn
 from plumbing.images import open_image
 from plumbing.lines import parse_json
@@ -48,10 +48,10 @@ from plumbing.template import starts_itself, write_prompt
 from plumbing.weights import Options, load_mllm
 from plumbing.writing import (
     append_whole,
+    naming_errors,
     refuse_no_list,
     refuse_other,
     refuse_unwritable,
-    told,
     written,
 )
 from tools.conversations import as_conversations
@@ -120,7 +120,7 @@ def mark_in(text) -> str:
     return token[1] if token else ""
 
 
-def plain(reply, kind) -> str:
+def checked_text(reply, kind) -> str:
     """A question or an answer of a model, which may not ask for a picture that is not there.
     InputError where nothing is left of it."""
     refuse_template(reply)
@@ -144,9 +144,9 @@ def interview(questions=()):
             raise InputError(f"wanted 3 to 5 numbered questions, got {brief(repr(reply), 80)}")
     chat = []
     for question in questions:
-        chat.append(("user", plain(question, "question")))
+        chat.append(("user", checked_text(question, "question")))
         reply = yield chat
-        chat.append(("assistant", plain(reply, f"answer to {brief(question)!r}")))
+        chat.append(("assistant", checked_text(reply, f"answer to {brief(question)!r}")))
     texts = [text for _, text in chat]
     return list(zip(texts[::2], texts[1::2], strict=True))
 
@@ -187,7 +187,7 @@ def converse(replies, talks) -> dict:
 
 def load_asked(args) -> tuple:
     """-> (the MLLM that is asked in this process, its processor)."""
-    path, options = place(args.model), Options(max_pixels=args.max_pixels)
+    path, options = local_folder(args.model), Options(max_pixels=args.max_pixels)
     mllm, processor, has_adapter = load_mllm(path, args.model, options)
     if has_adapter:  # which may have taught the rows of new tokens
         add_compression_tokens(mllm, processor.tokenizer, 0)
@@ -270,12 +270,12 @@ def ask_server(args):
         body = json.dumps(asks | {"temperature": args.temperature}).encode()
         # The standard library: the hub's client refuses every server under HF_HUB_OFFLINE.
         request = urllib.request.Request(url, body, headers)
-        return [read_reply(fetch(request, args))]
+        return [read_reply(post(request, args))]
 
     return replies
 
 
-def fetch(request, args) -> bytes:
+def post(request, args) -> bytes:
     """What the server answers; NotTheServer where it is not there, or knows neither the key nor the
     model."""
     try:
@@ -484,7 +484,7 @@ def is_cut_off(line) -> bool:
 @contextmanager
 def alone(out):
     """No other process writes OUT meanwhile: both would ask about the same pictures."""
-    with told(out, "--out"):
+    with naming_errors(out, "--out"):
         file = open(out, "ab")
     with file:
         try:
