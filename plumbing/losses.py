@@ -76,10 +76,25 @@ def both_directions(loss, info_nce, z, batch, temperature):
 
 def targets_look_for_queries(info_nce, z, batch, temperature):
     """InfoNCE of this rank's targets against *all ranks'* queries. z (rows, D), see
-    contrastive.Batch. A target's positives are all queries that have it among theirs, or one that
-    shares a key with it; hard negatives look for nobody.
+    contrastive.Batch. Hard negatives look for nobody.
 
     -> (this rank's share of the mean over all targets; that mean)."""
+    columns, labels, sizes = queries_of_targets(batch)
+    B = len(batch.labels)
+    q = ranks.gather_rows(z[:B], sizes)  # (N, D), with a gradient
+    t = z[B:][columns]  # (targets, D)
+    nats, _ = info_nce(t, q, temperature, labels.to(z.device))
+    total = ranks.all_sum(len(columns))
+    mean = ranks.all_sum(nats.item() * len(columns)) / total
+    return nats * len(columns) / total, mean
+
+
+def queries_of_targets(batch):
+    """The positives of this rank's targets: all queries, of all ranks, that have the target among
+    theirs, or one that shares a key with it.
+
+    -> (columns (targets,) of the targets; labels (targets, P), see contrastive.info_nce; how many
+    queries each rank has)."""
     own = [row[row >= 0] for row in batch.labels]  # of each query of this rank: its columns
     keys = batch.keys.view(len(batch.keys), -1)  # (columns, k)
     mine = [keys[columns].flatten().tolist() for columns in own]  # of each query: its keys
@@ -88,20 +103,12 @@ def targets_look_for_queries(info_nce, z, batch, temperature):
     for query, keys_of_query in enumerate(sum(keys_of_ranks, [])):
         for key in set(keys_of_query):
             queries_of_key[key].append(query)
-
-    columns = torch.cat(own)  # this rank's targets
-    positives = []
+    columns, positives = torch.cat(own), []
     for keys_of_target in keys[columns].tolist():
         queries = set().union(*(queries_of_key[key] for key in keys_of_target))
         positives.append(torch.tensor(sorted(queries)))
-    labels = pad_sequence(positives, True, -1).to(z.device)  # (targets, P)
-    B = len(own)
-    q = ranks.gather_rows(z[:B], [len(part) for part in keys_of_ranks])  # (N, D), with a gradient
-    t = z[B:][columns]  # (targets, D)
-    nats, _ = info_nce(t, q, temperature, labels)
-    total = ranks.all_sum(len(columns))
-    mean = ranks.all_sum(nats.item() * len(columns)) / total
-    return nats * len(columns) / total, mean
+    labels = pad_sequence(positives, True, -1)
+    return columns, labels, [len(queries) for queries in keys_of_ranks]
 
 
 # ----------------------------------------------------------------------------------- Matryoshka

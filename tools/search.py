@@ -14,6 +14,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -151,39 +152,48 @@ def embed_pictures(embedder, items, cfg, progress, errors) -> np.ndarray:
     return z
 
 
+class Seldom:
+    """A call that is left out where all of them would take more than a twentieth of the time."""
+
+    def __init__(self, call):
+        self.call = call
+        self.ended, self.cost = 0.0, 0.0  # the last one: when, and how many seconds it took
+
+    def __call__(self, at_once):
+        if at_once or time.time() - self.ended > 20 * self.cost:
+            began = time.time()
+            self.call()
+            self.ended = time.time()
+            self.cost = self.ended - began
+
+
 def index_pictures(embedder, cfg) -> tuple:
-    """-> (paths below --images, embeddings (n, D)). Only new and changed files are embedded. The
-    index is written as it grows, but so seldom that this takes at most a twentieth of the time. A
-    file that is no readable picture is named."""
+    """-> (paths below --images, embeddings (n, D)). Only new and changed files are embedded, and
+    the index is written as it grows. A file that is no readable picture is named."""
     folder, key = Path(cfg.images), fingerprint(embedder, cfg.image_text)
     store, errors = index_path(folder, key), []
     # Rank 0's, for all: a picture may come in between, and an index lie on its disk alone.
     paths = by_rank_0(lambda: list_files(folder, cfg.out, errors))
     old = by_rank_0(lambda: read_index(store, embedder.dim))
-    known = {f: old[f] for f in paths if f in old}
-    new = [f for f in paths if f not in known]
+    known = {file: old[file] for file in paths if file in old}
+    new = [file for file in paths if file not in known]
     ranks.say(f"{len(paths):,} pictures in {folder}, {len(new):,} of them new or changed")
-    last_written, cost = 0.0, 0.0  # when the index was written, and how many seconds that took
+    write = Seldom(partial(write_index, store, known))
     for i in range(0, len(new), WINDOW):
         part = new[i : i + WINDOW]
-        items = [Item(cfg.image_text, (str(folder / paths[f]),)) for f in part]
+        items = [Item(cfg.image_text, (str(folder / paths[file]),)) for file in part]
         progress = f"embedding {i:,} of {len(new):,}"
         z = embed_pictures(embedder, items, cfg, progress, errors)
-        for f, v in zip(part, z, strict=True):
-            if np.isfinite(v).all():
-                known[f] = v
-        is_last = i + WINDOW >= len(new)
-        due = is_last or time.time() - last_written > 20 * cost
-        if ranks.rank() == 0 and known and due:
-            began = time.time()
-            write_index(store, known)
-            last_written = time.time()
-            cost = last_written - began
+        for file, vector in zip(part, z, strict=True):
+            if np.isfinite(vector).all():
+                known[file] = vector
+        if ranks.rank() == 0 and known:
+            write(at_once=i + WINDOW >= len(new))
     for error in errors:
         ranks.say(f"left out: {error}")
     if not known:
         raise InputError(f"--images {folder}: none of its pictures could be embedded")
-    return [paths[f] for f in known], np.array(list(known.values()))
+    return [paths[file] for file in known], np.array(list(known.values()))
 
 
 # --------------------------------------------------------------------------------------- the search
