@@ -147,6 +147,17 @@ def test_an_error_of_one_rank_is_an_error_of_all(monkeypatch, culprit):
         assert str(told.value).startswith("rank 1 (" if culprit else "pairs.jsonl")
 
 
+def test_a_message_names_the_machine_of_the_rank_that_it_is_about(monkeypatch):
+    """Whichever rank says it: of several nodes that one is to be mended."""
+    everyone = [("node-a", {"--lr": 1}), ("node-b", {"--lr": 2})]
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: everyone)
+    with pytest.raises(InputError, match=r"^rank 1 \(node-b\) has --lr 2 .* \(rank 0: node-a\)"):
+        agreement.agree({"--lr": 1})
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: [("node-a", None), ("node-b", "x")])
+    with pytest.raises(InputError, match=r"^rank 1 \(node-b\): x"):
+        agreement.together(lambda: "fine")
+
+
 def test_what_rank_0_alone_does_the_others_are_told(monkeypatch):
     """And do not do: only its disk counts."""
     done = []

@@ -155,6 +155,7 @@ def test_encode_learns_how_large_pictures_are(shared, monkeypatch):
     made = []
 
     def watched(rows_of, windows, workers, device):
+        equal(device, shared.device, "to a GPU pictures travel in half the bytes")
         for window in windows:
             made.append(len(window))
             yield rows_of(window)

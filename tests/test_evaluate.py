@@ -194,6 +194,23 @@ def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monk
         expect(warning in got.get("warning", ""), got, warning, "the reader must see it")
 
 
+@pytest.mark.parametrize(("rank", "shown"), [(0, "a set"), (1, "")])
+def test_of_several_ranks_one_draws_a_bar(monkeypatch, rank, shown):
+    """Eight would be drawn over each other on one screen."""
+    seen = []
+
+    def encode(items, chunk_tokens, workers, progress, bad):
+        seen.append(progress)
+        return np.zeros((len(items), 2), np.float32)
+
+    monkeypatch.setattr(evaluate.ranks, "rank", lambda: rank)
+    monkeypatch.setattr(evaluate.ranks, "world", lambda: 2)
+    monkeypatch.setattr(evaluate.ranks, "gather_objects", lambda mine: [mine, mine])
+    embedder, items = SimpleNamespace(encode=encode), [Item("a"), Item("b")]
+    evaluate.encode_sharded(embedder, items, evaluate.Config(), "a set")
+    equal(seen, [shown], "evaluate.encode_sharded")
+
+
 # ------------------------------------------------------------------------------ one's own data
 
 

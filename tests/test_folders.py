@@ -178,14 +178,14 @@ def test_the_digest_changes_with_any_weight(tmp_path):
     """Of a large file it takes samples, from its first byte to its last; with its name and size."""
     path = tmp_path / "a.safetensors"
     digests = set()
-    for place in (None, 0, 500_000, 999_999):
-        path.write_bytes(bytes(1_000_000))
-        if place is not None:
+    for start in (None, 0, 1_500_000, 2_999_999):
+        path.write_bytes(bytes(3_000_000))
+        if start is not None:
             with open(path, "r+b") as file:
-                file.seek(place)
+                file.seek(start)
                 file.write(b"x")
         digests.add(folders.digest_of_weights(tmp_path))
-    path.write_bytes(bytes(1_000_001))
+    path.write_bytes(bytes(3_000_001))
     digests.add(folders.digest_of_weights(tmp_path))
     path.rename(tmp_path / "b.safetensors")
     digests.add(folders.digest_of_weights(tmp_path))

@@ -266,7 +266,7 @@ def test_a_server_that_hangs_up_is_asked_again(monkeypatch, error):
     monkeypatch.setattr(generator.urllib.request, "urlopen", hang_up)
     with pytest.raises(InputError, match="hung up") as caught:
         generator.post(None, config(server="http://h/v1"))
-    equal(isinstance(caught.value, generator.NotTheServer), False, "generate.fetch")
+    equal(isinstance(caught.value, generator.NotTheServer), False, "generate.post")
 
 
 def test_no_more_of_an_answer_is_read_than_an_answer_has(monkeypatch):

@@ -706,6 +706,23 @@ def test_a_part_of_mmeb_is_told_with_the_words_that_take_it(tmp_path):
     assert len(training_mix().split(",")) == 20
 
 
+@pytest.mark.parametrize("hub", [False, True])
+def test_mmeb20_takes_its_20_sets_with_their_caps_and_asks_the_hub_for_no_others(
+    tmp_path, monkeypatch, hub
+):
+    """By their names in MMEB-train; a set of one's own beside them stays out."""
+    mix = dict(word.split(":") for word in training_mix().split(","))
+    for name in (*mix, "mine"):
+        write(tmp_path / name / "original-0.parquet", TRAIN)
+    asked = []
+    monkeypatch.setattr(mmeb, "fetch", lambda *words: asked.append(words) or str(tmp_path))
+    source = "org/name" if hub else str(tmp_path)
+    _, found = mmeb.find_subsets(source, "mmeb20", "original-*.parquet")
+    equal({name: str(rows) for name, (rows, _) in found.items()}, mix, "sets and caps")
+    lists = [need for *_, need in asked]
+    equal(lists, [[f"{name}/original-*.parquet" for name in mix]] if hub else [], "hub.fetch")
+
+
 # -------------------------------------------------------------------- a loss that would say nothing
 
 

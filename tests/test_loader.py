@@ -220,6 +220,9 @@ def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
     class Row:
         images = {"pixel_values": torch.zeros(50, dtype=torch.uint8)}
 
+    class Small:
+        images = {"pixel_values": torch.zeros(10, dtype=torch.uint8)}
+
     windows = loader.Windows([0] * 300 + [1] * 40 + [30])
     sizes = []
     for window in windows:
@@ -233,6 +236,11 @@ def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
         windows.saw(window, [InputError("a bad row"), *[Row()] * (len(window) - 1)])
     equal(sizes[5:], [5, 20], "five rows of two by the guess; then of two in 50 bytes")
     equal(list(map(len, loader.Windows([30, 30, 1]))), [1, 1, 1], "each is too much by itself")
+    windows = loader.Windows([1] * 50)
+    for window in windows:
+        sizes.append(len(window))
+        windows.saw(window, [Small() if i else Row() for i in window])
+    equal(sizes[7:], [10, 20, 20], "the largest so far counts, and not the last one")
 
 
 def test_the_first_window_holds_no_more_large_pictures_than_a_machine_bears():

@@ -215,9 +215,21 @@ def test_in_the_mirror_equal_queries_are_right_for_each_others_targets():
     close(share, (2 * first + third) / 3, "loops", rel=1e-6)
 
 
-# -------------------------------------------------------------------------- ranks, chunks, dropout
-
 EVERYTHING = dict(symmetric=True, matryoshka="3", **LOUD)
+
+
+@pytest.mark.parametrize("flags", [dict(symmetric=True), dict(matryoshka="2,3"), EVERYTHING])
+def test_top1_and_columns_in_the_log_are_those_of_whole_queries(flags):
+    """`top1` and `chance` can be compared between runs: no prefix's, and no mirror image's."""
+    batch, z = batch_and_z()
+    _, (_, want, columns) = loss_over_ranks(z, batch, TAU)
+    _, (_, short, _) = loss_over_ranks(F.normalize(z[:, :3], dim=-1), batch, TAU)
+    expect(short != want, short, f"not {want}", "too easy: a prefix hits as often")
+    _, (_, top1, seen) = chosen(**flags)(z, batch, TAU)
+    equal((top1, seen), (want, columns), "losses.over_prefixes, losses.both_directions")
+
+
+# -------------------------------------------------------------------------- ranks, chunks, dropout
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -297,6 +309,14 @@ def test_stage_1_trains_no_prefixes(trained, tmp_path):
     """What it makes of a model that had some has none: --dim is warned of again."""
     flags = dict(steps=1, batch=2, turns=1, muon_lr=0.0, workers=0, out=str(tmp_path))
     pretrain.main(pretrain.Config(model=str(trained), **flags))
+    equal(model.load(tmp_path, device="cpu").prefixes, (), "nanocoma.json")
+
+
+def test_stage_2_trains_the_prefixes_of_its_flag_and_not_those_of_its_model(trained, tmp_path):
+    """Without --matryoshka the lengths of a model that is trained on are as little trained as all
+    others: it says none."""
+    flags = dict(steps=0, batch=2, block=2, workers=0, out=str(tmp_path))
+    contrastive.main(contrastive.Config(model=str(trained), **flags))
     equal(model.load(tmp_path, device="cpu").prefixes, (), "nanocoma.json")
 
 

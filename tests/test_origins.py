@@ -15,8 +15,10 @@ from checks import equal, expect
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import model
 from plumbing import adapters, folders, locks
 from plumbing.adapters import Origin, find_base, origin_of
+from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.families import RENAMED
 
@@ -106,7 +108,7 @@ def test_a_base_is_looked_for_beside_the_adapter_and_then_where_it_was(adapter, 
 def test_a_name_is_asked_for_on_the_hub_only_where_that_is_meant(adapter, monkeypatch, tmp_path):
     """A folder's name that is gone may be anyone's; other programs' adapters mean the hub."""
     base, asked = weights_in(tmp_path / "cache"), []
-    monkeypatch.setattr(adapters, "place", lambda name: asked.append(name) or str(base))
+    monkeypatch.setattr(adapters, "local_folder", lambda name: asked.append(name) or str(base))
     for said in ({"base_is_hub": False}, {"prompt": "chat"}):
         with pytest.raises(InputError, match='its base is not there, .*"base_is_hub": true'):
             find_base(*adapter("team/base", **said))
@@ -119,6 +121,19 @@ def test_a_name_is_asked_for_on_the_hub_only_where_that_is_meant(adapter, monkey
     for name in (None, "", 5):
         with pytest.raises(InputError, match="its adapter names no base model"):
             find_base(folder, {"base_model_name_or_path": name})
+
+
+def test_an_adapter_of_a_hub_id_is_saved_as_one(embedder, good, tmp_path, monkeypatch):
+    """Else it could not be loaded: a name that is no folder is asked for at the hub only where our
+    own adapters say that it is one."""
+    digest = folders.digest_of_weights(good)
+    embedder.mllm.origin = Origin("team/base", str(good), digest, is_hub=True)
+    model.choose_trained(embedder, TrainingFlags(lora_rank=2, out=str(tmp_path / "lora")))
+    model.save(embedder, tmp_path / "lora")
+    monkeypatch.setattr(adapters, "local_folder", lambda name: str(good))
+    config = folders.read_json(tmp_path / "lora", "adapter_config.json")
+    got = find_base(str(tmp_path / "lora"), config)
+    equal((got.name, got.digest), ("team/base", digest), "weights.write_settings")
 
 
 # --------------------------------------------------------------------------- what a folder claims

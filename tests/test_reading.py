@@ -202,8 +202,12 @@ def test_a_caption_is_the_answer_to_a_request_to_describe(birds):
 
 
 def test_captions_are_found_by_pictures_and_pictures_by_captions(birds):
-    """All captions of a picture are right for it, and no negatives of each other."""
+    """All captions of a picture are right for it, and no negatives of each other. A query says what
+    is looked for, as MMEB's do."""
     pairs = read_pairs(birds)
+    equal({x.query.text for x in pairs["birds_i2t"]}, {formats.FIND_CAPTION}, "i2t's instruction")
+    asked = [f"{formats.FIND_PICTURE}{text}" for text in ("one", "two", "three")]
+    equal([x.query.text for x in pairs["birds_t2i"]], asked, "t2i's instruction")
     a, b = f"{birds}/a.png", f"{birds}/b.png"
     to_text = [(x.query.images, [t.text for t in x.targets]) for x in pairs["birds_i2t"]]
     equal(to_text, [((a,), ["one", "three"]), ((b,), ["two"])], "picture to text")

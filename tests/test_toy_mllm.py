@@ -90,10 +90,11 @@ def test_weights_that_are_there_are_not_replaced_by_random_ones(tmp_path):
 def test_lessons_are_about_objects_that_are_alike_and_true():
     """Often all of one colour or shape, mostly about places; each answer is the scene's, the same
     whenever it is drawn, and no combination that is held out for tests is ever seen."""
-    world, kinds, alike = Shapes(), Counter(), 0
+    world, kinds, alike, sizes = Shapes(), Counter(), 0, Counter()
     for i in range(300):
         (_, (scene,)), turns, name = lessons.lesson(world, i)
         equal(lessons.lesson(world, i), ((IMAGE, (scene,)), turns, name), "a pure function of i")
+        sizes[len(scene.objects)] += 1
         names = {(o.color, o.shape) for o in scene.objects}
         assert not names & HELD_OUT and len(dict(turns)) == len(turns) > 0
         few = [len({getattr(o, part) for o in scene.objects}) for part in ("color", "shape")]
@@ -104,6 +105,7 @@ def test_lessons_are_about_objects_that_are_alike_and_true():
                 places = {o.place for o in scene.objects if question == f"where is the {o.name}?"}
                 equal({answer}, places, question)
             kinds["all"] += 1
+    expect(sizes[1] + sizes[2] > 50, sizes, "a quarter of 300", "--least: in half of the pictures")
     expect(30 < alike < 90, alike, "about 17 % of 300, of one colour or shape", "few")
     expect(kinds["place"] > 0.1 * kinds["all"], kinds, "half of the places' share", "kinds")
 
