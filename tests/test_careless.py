@@ -65,13 +65,13 @@ def test_numbers_are_of_plain_digits(name, text, capsys):
     """To Python `1_0` is ten, and so are the digits of any script; a slip of a hand to us."""
     with pytest.raises(SystemExit) as end:
         contrastive.Config.parse([name, text])
-    equal((end.value.code, "invalid" in capsys.readouterr().err), (2, True), "config.in_plain_digits")
+    equal((end.value.code, "invalid" in capsys.readouterr().err), (2, True), "in_plain_digits")
     refused(lambda: data.read_pairs(subsets=f"classify:{text}"), "--subsets")
 
 
 def test_plain_digits_are_taken_with_a_sign_or_an_exponent():
     cfg = contrastive.Config.parse(["--steps", "+7", "--lr", "1e-3", "--seed", "007"])
-    equal((cfg.steps, cfg.lr, cfg.seed), (7, 1e-3, 7), "config.in_plain_digits")
+    equal((cfg.steps, cfg.lr, cfg.seed), (7, 1e-3, 7), "in_plain_digits")
 
 
 def test_an_environment_whose_numbers_are_none_is_one_line(monkeypatch):
