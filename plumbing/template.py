@@ -189,11 +189,11 @@ def read_template(processor, style) -> Template:
             picture=processor.image_token, special=special.names_of_ids, behind=special.behind
         )
     written = write_marks(processor)
-    after_answer, end, turn = end_and_turn(special, written, processor.tokenizer.eos_token)
-    head, before_text = special.cut_behind_last(without_system(special, written.head, turn))
-    after_text, answer = special.cut_before_first(written.middle)
-    answer, before_answer = special.cut_behind_last(answer)
-    turn, before_question = special.cut_behind_last(turn)
+    after_answer, end, opening = end_and_turn(special, written, processor.tokenizer.eos_token)
+    head, before_text = special.cut_behind_last(without_system(special, written.head, opening))
+    after_text, header = special.cut_before_first(written.middle)
+    answer, before_answer = special.cut_behind_last(header)
+    turn, before_question = special.cut_behind_last(opening)
     # Some write less where a picture comes first: "User:" in the place of "User: ".
     shared = len(os.path.commonprefix([written.before_one, written.before_picture]))
     unshared = len(written.before_one) - shared  # characters that it leaves out at the end
