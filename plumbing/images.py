@@ -88,7 +88,8 @@ def decode(ref, name) -> Image.Image:
     except UnidentifiedImageError:
         reason = f"its content is none of {', '.join(FORMATS)} (the last from Pillow 11.3 on)"
     except Exception as e:  # Trap: damaged bytes lead decoders to errors of every type
-        reason = brief(e) or f"{type(e).__name__}; is its file closed?"
+        closed = "; is its file closed?" if isinstance(e, AssertionError) else ""  # Pillow's
+        reason = brief(e) or f"{type(e).__name__}{closed}"
     raise InputError(f"{name}: not a readable picture: {reason}")
 
 

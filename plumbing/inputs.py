@@ -98,7 +98,9 @@ def listed(items, item_of) -> list:
     single = isinstance(items, str | bytes | dict | Image.Image | os.PathLike | torch.Tensor)
     if isinstance(items, np.ndarray):  # of one picture, a list of its rows
         single = items.ndim == 0 or (items.ndim in (2, 3) and items.dtype == np.uint8)
-    single = single or hasattr(items, "columns")  # a table would give their names
+    if hasattr(items, "columns"):  # it would give their names
+        text = 'encode: takes a list; of a table one column, as table["text"]'
+        raise InputError(f"{text}. Each input is {FORMS}")
     if single or isinstance(items, set | frozenset) or not hasattr(items, "__iter__"):
         text = f"encode: takes a list; [{brief(repr(items), 80)}] for a single one"
         raise InputError(f"{text}. Each input is {FORMS}")

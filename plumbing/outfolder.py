@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plumbing.adapters import bases_beside
 from plumbing.errors import InputError, brief
-from plumbing.folders import TOY, read_json, refuse_foreign
+from plumbing.folders import CHECKPOINTS, TOY, read_json, refuse_foreign
 from plumbing.lines import MOST
 from plumbing.locks import OF_A_RUN, lock
 from plumbing.writing import refuse_other
@@ -24,10 +24,11 @@ def take(cfg):
     try:
         refuse_own_start(cfg)
         refuse_foreign(out)
+        if not any(out.glob(CHECKPOINTS)):  # the log of a run that goes on is made whole again
+            refuse_other(out / "log.jsonl", "--out", is_log, "log of a run")
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         if (out / "log.jsonl").is_dir():
             raise IsADirectoryError(f"{out / 'log.jsonl'} is a folder")
-        refuse_other(out / "log.jsonl", "--out", is_log, "log of a run")
         lock(out / OF_A_RUN, out.resolve())
     except InputError:  # which is a ValueError
         raise
@@ -41,9 +42,10 @@ def is_log(path) -> bool:
     """Whether a file begins as plumbing/log.py's do, with the flags of a run."""
     with open(path, "rb") as file:
         try:
-            return "config" in json.loads(file.readline(MOST))
-        except (ValueError, TypeError, RecursionError):
+            first = json.loads(file.readline(MOST))
+        except (ValueError, RecursionError):
             return False
+    return isinstance(first, dict) and "config" in first
 
 
 def refuse_own_start(cfg):

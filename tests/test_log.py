@@ -11,7 +11,7 @@ import transformers
 from checks import equal, expect
 from threads import on_ranks
 
-from plumbing import log, ranks
+from plumbing import log, outfolder, ranks
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 
@@ -100,8 +100,10 @@ def test_the_file_says_how_many_ranks_there_were(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("torn", ["", "{", '{"config": {"st'])
 def test_a_log_whose_first_line_is_lost_has_one_again(tmp_path, torn):
-    """A kill, or a full disk, may have cost it."""
+    """A kill, or a full disk, may have cost it; the run goes on."""
     (tmp_path / "log.jsonl").write_text(torn)
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    outfolder.take(TrainingFlags(out=str(tmp_path), resume=True))
     header, *lines = run(tmp_path, 3, start=2)
     equal((header["config"]["steps"], [x["step"] for x in lines]), (3, [3]), "earlier_lines")
 

@@ -2,7 +2,8 @@
 also tell the text of the other (Bottleneck Tokens, arXiv 2604.11095).
 
     python -m tools.condense                                       the toy world, no stage 1
-    torchrun --nproc-per-node 2 -m tools.condense --data MMEB-train     with all flags of stage 2
+    torchrun --nproc-per-node 2 -m tools.condense --data MMEB-train     with the flags of stage 2,
+                                                                   but --fsdp and --max-length
 
 The loss is InfoNCE + --condense x the next-token loss of that text, read from head and C alone,
 under stage 1's mask: of each pair the target's text, from the query's C; where the target has a
@@ -108,7 +109,8 @@ def main(cfg):
     if cfg.fsdp:
         raise InputError("--fsdp: tools.condense trains whole weights on each rank; leave it out")
     if cfg.max_length:
-        raise InputError("--max-length: a text that C must tell is never cut; leave it out")
+        text = "a text that C must tell is never cut; leave it out, and too long pairs, too"
+        raise InputError(f"--max-length: {text}")
     contrastive.main(cfg, local_batch, partial(condensing_step, cfg))
 
 

@@ -14,10 +14,10 @@ from plumbing.writing import is_part
 SHOWN = 5  # files that are left out, by name
 
 
-def find_pictures(folder) -> list:
+def find_pictures(folder, quiet=False) -> list:
     """The pictures below a folder, by their names' endings: relative paths, sorted. Left out, and
-    named: what is no ordinary file (a pipe would wait for ever), and what has a name that is not
-    UTF-8, which no list of pictures can hold."""
+    named unless `quiet`: a link to a folder, what is no ordinary file (a pipe would wait for ever),
+    and what has a name that is not UTF-8, which no list of pictures can hold."""
     if not os.path.isdir(folder):
         reason = "is no folder" if os.path.lexists(folder) else "no such folder"
         raise InputError(f"--images {brief(folder)}: {reason}; name one that holds pictures")
@@ -38,13 +38,19 @@ def find_pictures(folder) -> list:
                     left_out.append(f"{brief(path)}: {reason}")
                 else:
                     pictures.append(path)
+    if not quiet:
+        say_left_out(left_out)
+    if not pictures:
+        raise InputError(f"--images {brief(folder)}: no pictures in it")
+    return sorted(pictures)
+
+
+def say_left_out(left_out):
+    """The first ones by name."""
     for line in left_out[:SHOWN]:
         say(f"left out: {line}")
     if len(left_out) > SHOWN:
         say(f"left out: {len(left_out) - SHOWN:,} more")
-    if not pictures:
-        raise InputError(f"--images {brief(folder)}: no pictures in it")
-    return sorted(pictures)
 
 
 def why_not(folder, name) -> str:

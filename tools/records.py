@@ -26,6 +26,8 @@ NAMES = {  # of the arms
     "both, slow": "CoMa, beyond the paper; slow stage 1",
     "condense 1": "contrastive only, condense at weight 1",
     "condense 0.2": "contrastive only, condense at weight 0.2",
+    "question first": "CoMa, questions first",
+    "texts too": "CoMa, texts too",
     "ce": "CoMa, cross-entropy",
     "kl": "CoMa, KL to the uncompressed model",
     "mean of C": "CoMa, mean of the K tokens",

@@ -291,7 +291,7 @@ def refuse_no_search(cfg):
     if kind is None or kind not in Image.SAVE:
         raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
     by_rank_0(lambda: refuse_place(cfg))
-    find_pictures(cfg.images)
+    find_pictures(cfg.images, quiet=True)  # they are listed, and what is left out, further on
 
 
 def main(cfg):

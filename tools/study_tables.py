@@ -15,6 +15,9 @@ mean. Precision@1 x 100, mean ± standard error over seeds; differences are pair
 where they show: zero is outside their 95 % interval (2.78 standard errors for five seeds, 4.30 for
 three). IND and OOD are the sets in and out of distribution."""
 
+WORTH = """The arm with it minus the arm without it. Dialogues beyond the paper, and their parts,
+are held against dialogues of pictures, which are the paper's."""
+
 # How many standard errors that are, by the number of seeds: Student's t, both sides together.
 STUDENT = {1: np.inf, 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
@@ -38,6 +41,9 @@ PARTS = {
     "texts alone, with the mask": (BEYOND, (("texts too", "coma"),)),
     "questions first alone, with the mask": (BEYOND, (("question first", "coma"),)),
     "a slow stage 1, CoMa": (RATES, (("coma, slow", "coma"),)),
+    "a slow stage 1, dialogues beyond the paper": (
+        RATES, (("both, slow", "both"), ("both, no mask, slow", "both, no mask")),
+    ),
     "a slow stage 1, mean of four": (RATES, tuple(
         (f"{arm}, slow", arm) for arm in ("coma", "plain", "both", "both, no mask")
     )),
@@ -180,7 +186,7 @@ def page(records, studies) -> list:
         lines += ["", f"## `{study}`", "", *table(records[study])]
         if study in PAIRS:
             lines += ["", *curves(records[study])]
-    lines += ["", "## What each part is worth", "", *parts(records)]
+    lines += ["", "## What each part is worth", "", WORTH, "", *parts(records)]
     return [*lines, "", "## Beside the literature", "", *beside_the_literature(records)]
 
 
