@@ -74,7 +74,9 @@ def row_digest(row) -> str:
 
 
 def rows_of(batch) -> list:
-    """Digests of a training batch's rows, of either stage."""
+    """Digests of a batch's rows, of either stage or of evaluation."""
+    if isinstance(batch, dict):
+        return list(map(row_digest, batch.values()))
     if isinstance(batch, contrastive.Batch):
         return [*map(row_digest, batch.rows), batch.labels.tolist(), batch.keys.tolist()]
     rows = [x.row for x in batch] + [x.plain for x in batch if x.plain]
@@ -116,8 +118,7 @@ def watch(stage, patch, calls, noted):
     def watched(make, numbers, workers, device):
         noted["workers"] = workers
         for batch in prefetch(make, numbers, 0, device):
-            found = map(row_digest, batch[1]) if stage == "evaluate" else rows_of(batch)
-            noted["rows"] = digest(noted["rows"], list(found))
+            noted["rows"] = digest(noted["rows"], rows_of(batch))
             yield batch
 
     patch.setattr(module, "load_for", load_for)
