@@ -29,6 +29,11 @@ def wrong_input(x, why) -> InputError:
     return InputError(f"encode: {why}: {brief(repr(x), 80)}; each input is {FORMS}")
 
 
+def no_list(way) -> InputError:
+    """The error for what holds no inputs one after the other: the way out, and the forms."""
+    return InputError(f"encode: takes a list; {way}. Each input is {FORMS}")
+
+
 def is_picture(x) -> bool:
     """Whether it is opened as a picture where it stands alone: a string would be a text."""
     return isinstance(x, Image.Image | os.PathLike | np.ndarray) or hasattr(x, "render")
@@ -99,11 +104,9 @@ def listed(items, item_of) -> list:
     if isinstance(items, np.ndarray):  # of one picture, a list of its rows
         single = items.ndim == 0 or (items.ndim in (2, 3) and items.dtype == np.uint8)
     if hasattr(items, "columns"):  # it would give their names
-        text = 'encode: takes a list; of a table one column, as table["text"]'
-        raise InputError(f"{text}. Each input is {FORMS}")
+        raise no_list('of a table one column, as table["text"]')
     if single or isinstance(items, set | frozenset) or not hasattr(items, "__iter__"):
-        text = f"encode: takes a list; [{brief(repr(items), 80)}] for a single one"
-        raise InputError(f"{text}. Each input is {FORMS}")
+        raise no_list(f"[{brief(repr(items), 80)}] for a single one")
     contents = []
     for i, x in enumerate(items):
         try:

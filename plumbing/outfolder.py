@@ -1,16 +1,14 @@
 """OUT, the folder that a run writes: found fit before any work, of one run at a time, and marked
 when the run is over."""
 
-import json
 import os
 from pathlib import Path
 
 from plumbing.adapters import bases_beside
 from plumbing.errors import InputError, brief
 from plumbing.folders import CHECKPOINTS, TOY, read_json, refuse_foreign
-from plumbing.lines import MOST
 from plumbing.locks import OF_A_RUN, lock
-from plumbing.writing import refuse_other
+from plumbing.writing import first_record, refuse_other
 
 MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
 
@@ -40,12 +38,7 @@ def take(cfg):
 
 def is_log(path) -> bool:
     """Whether a file begins as plumbing/log.py's do, with the flags of a run."""
-    with open(path, "rb") as file:
-        try:
-            first = json.loads(file.readline(MOST))
-        except (ValueError, RecursionError):
-            return False
-    return isinstance(first, dict) and "config" in first
+    return "config" in (first_record(path) or {})
 
 
 def refuse_own_start(cfg):

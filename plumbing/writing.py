@@ -53,13 +53,19 @@ def refuse_other(path, name, is_ours, kind):
         raise InputError(f"{name} {brief(path)}: {text}")
 
 
-def holds_lines(path) -> bool:
-    """Whether a file begins with a line that is an object of JSON."""
+def first_record(path):
+    """The object of JSON that is a file's first line; None where that is none."""
     with open(path, "rb") as file:
         try:
-            return isinstance(json.loads(file.readline(MOST)), dict)
+            first = json.loads(file.readline(MOST))
         except (ValueError, RecursionError):
-            return False
+            return None
+    return first if isinstance(first, dict) else None
+
+
+def holds_lines(path) -> bool:
+    """Whether a file begins with a line that is an object of JSON."""
+    return first_record(path) is not None
 
 
 @contextmanager

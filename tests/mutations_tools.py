@@ -225,10 +225,10 @@ TOOLS = [
     ("tools/study_tables.py", "STUDENT[min(len(differences), 5)]", "STUDENT[5]", f"{TABLES} -k students_t_of"),
     ("tools/study_tables.py", "3: 4.30", "3: 3.18", f"{TABLES} -k those_of_students"),
     ("tools/study_tables.py", 'return f"**{text}**" if shows(differences) else text', "return text", f"{TABLES} -k students_t_of"),
-    ("tools/study_tables.py", "zip(arms[its], arms[other], strict=True)", "zip(arms[other], arms[its], strict=True)", f"{TABLES} -k mean_of_its_contrasts"),
+    ("tools/study_tables.py", "scores_of(arms[its]) - scores_of(arms[other])", "scores_of(arms[other]) - scores_of(arms[its])", f"{TABLES} -k mean_of_its_contrasts"),
     ("tools/study_tables.py", "np.mean(differences, axis=0)", "np.sum(differences, axis=0)", f"{TABLES} -k mean_of_its_contrasts"),
     ("tools/study_tables.py", "if has(records, study, sum(contrasts, ())):", "if study in records:", f"{TABLES} -k has_not_been_run"),
     ("tools/study_tables.py", '"same direction" if same else "opposite"', '"opposite" if same else "same direction"', f"{TABLES} -k literature"),
     ("tools/study_tables.py", "        if study in PAIRS:\n", "        if study:\n", f"{TABLES} -k curve"),
-    ("tools/study_tables.py", '(run["overall"], run["ind"], run["ood"],', '(run["overall"], run["ood"], run["ind"],', f"{TABLES} -k all_tables"),
+    ("tools/study_tables.py", '("overall", "ind", "ood")', '("overall", "ood", "ind")', f"{TABLES} -k all_tables"),
 ]  # fmt: skip

@@ -265,6 +265,16 @@ def test_a_query_whose_embedding_is_not_finite_finds_nothing(folder, shared, mon
     assert not (folder.parent / "found.png").exists() and not indices(folder)
 
 
+def test_what_is_left_out_is_not_said_before_it_is_listed(folder, capsys):
+    """Or a link to a folder would be named twice: the look at the flags finds it, too."""
+    (folder / "linked").symlink_to(folder.parent)
+    cfg = search.Config(images=str(folder), text="two", out=str(folder.parent / "found.png"))
+    search.refuse_no_search(cfg)
+    equal(capsys.readouterr().out, "", "search.refuse_no_search")
+    search.list_files(folder, cfg.out, [])
+    equal(capsys.readouterr().out, "left out: linked: a link to a folder\n", "search.list_files")
+
+
 def test_a_picture_whose_embedding_is_not_finite_is_named_and_left_out(
     folder, shared, capsys, monkeypatch
 ):

@@ -4,6 +4,7 @@ import argparse
 import re
 
 import pytest
+import torch
 from bench import reproduce
 from checks import close, equal, expect
 
@@ -46,8 +47,9 @@ def test_every_row_stands_among_all_tables():
     """Of docs/results.md."""
     rows = re.findall(r"^\|.*±.*\|$", without_bold("docs/results.md"), re.M)
     assert len(rows) > 30, "rows of the study"
+    tables = without_bold("docs/tables.md")
     for row in rows:
-        expect(row in without_bold("docs/tables.md"), "another row", row, "docs/tables.md")
+        expect(row in tables, "another row", row, "docs/tables.md")
 
 
 @pytest.mark.parametrize("name", ["docs/results.md", "docs/predictions.md", "README.md"])
@@ -96,8 +98,6 @@ def test_a_difference_shows_by_students_t_of_its_seeds():
 
 def test_the_intervals_are_those_of_students_t():
     """Its density, integrated: 95 % lies within so many standard errors."""
-    import torch
-
     for n, t in study_tables.STUDENT.items():
         if n > 1:
             student = torch.distributions.StudentT(float(n - 1))

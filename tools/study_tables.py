@@ -24,8 +24,11 @@ STUDENT = {1: np.inf, 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 PAIRS = {"pairs-200": "200", "pairs-1000": "1,000", "pairs-5000": "5,000", "arms": "unlimited"}
 RATES = {"rate-200": "200", "rate": "unlimited"}
 BEYOND = {"beyond-200": "200", "beyond": "unlimited"}
+# An arm with a part of its own, beside the one without it.
 MASK = (("coma", "plain"), ("both", "both, no mask"))
-SLOW_MASK = (("coma, slow", "plain, slow"), ("both, slow", "both, no mask, slow"))
+DIALOGUES = (("both", "coma"), ("both, no mask", "plain"))
+SLOW = tuple((f"{arm}, slow", arm) for arm in ("coma", "plain", "both", "both, no mask"))
+SLOW_MASK = tuple((f"{arm}, slow", f"{other}, slow") for arm, other in MASK)
 # part: (its studies, with the number of their pairs; arms with it, each beside one without it)
 PARTS = {
     "CoMa, over contrastive only": (PAIRS, (("coma", "none"),)),
@@ -33,23 +36,17 @@ PARTS = {
     "the mask, dialogues of pictures": (PAIRS, MASK[:1]),
     "the mask, dialogues beyond the paper": (PAIRS, MASK[1:]),
     "the mask, mean of both": (PAIRS, MASK),
-    "dialogues beyond the paper, with the mask": (PAIRS, (("both", "coma"),)),
-    "dialogues beyond the paper, no mask": (PAIRS, (("both, no mask", "plain"),)),
-    "dialogues beyond the paper, mean of both": (
-        PAIRS, (("both", "coma"), ("both, no mask", "plain")),
-    ),
+    "dialogues beyond the paper, with the mask": (PAIRS, DIALOGUES[:1]),
+    "dialogues beyond the paper, no mask": (PAIRS, DIALOGUES[1:]),
+    "dialogues beyond the paper, mean of both": (PAIRS, DIALOGUES),
     "texts alone, with the mask": (BEYOND, (("texts too", "coma"),)),
     "questions first alone, with the mask": (BEYOND, (("question first", "coma"),)),
-    "a slow stage 1, CoMa": (RATES, (("coma, slow", "coma"),)),
-    "a slow stage 1, dialogues beyond the paper": (
-        RATES, (("both, slow", "both"), ("both, no mask, slow", "both, no mask")),
-    ),
-    "a slow stage 1, mean of four": (RATES, tuple(
-        (f"{arm}, slow", arm) for arm in ("coma", "plain", "both", "both, no mask")
-    )),
+    "a slow stage 1, CoMa": (RATES, SLOW[:1]),
+    "a slow stage 1, dialogues beyond the paper": (RATES, SLOW[2:]),
+    "a slow stage 1, mean of four": (RATES, SLOW),
     "the mask, at slow rates, mean of both": (RATES, SLOW_MASK),
     "condense, after CoMa": (PAIRS, (("coma, condense", "coma"),)),
-}  # fmt: skip
+}
 
 # (study, arm, the arm that it is held against, and the scores of both in the literature)
 PUBLISHED = (
@@ -92,27 +89,31 @@ def seeds(n) -> str:
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
+def name_of(arm) -> str:
+    """As a reader knows it."""
+    return NAMES.get(arm, arm)
+
+
+def scores_of(runs, keys=("overall",)) -> np.ndarray:
+    """(seeds, keys and meta-tasks)."""
+    scores = []
+    for run in runs:
+        scores.append([run[key] for key in keys] + list(run["meta_tasks"].values()))
+    return np.array(scores)
+
+
 def table(arms) -> list:
     """A study's scores; the second column is overall's difference from its first arm's.
 
     arms: {arm: [run, by seed]}."""
     (first, base), *_ = arms.items()
     metas = list(base[0]["meta_tasks"])
-    name = NAMES.get(first, first)
-    lines = head(seeds(len(base)), "overall", f"over {name}", "IND", "OOD", *metas)
+    lines = head(seeds(len(base)), "overall", f"over {name_of(first)}", "IND", "OOD", *metas)
     for arm, runs in arms.items():
-        overall, *others = cells_of(runs)
+        overall, *others = map(percent, scores_of(runs, ("overall", "ind", "ood")).T)
         gain = "–" if arm == first else difference(gains(runs, base))
-        lines.append(row(NAMES.get(arm, arm), overall, gain, *others))
+        lines.append(row(name_of(arm), overall, gain, *others))
     return lines
-
-
-def cells_of(runs) -> list:
-    """An arm's cells: overall, IND, OOD, and each meta-task."""
-    scores = []
-    for run in runs:
-        scores.append((run["overall"], run["ind"], run["ood"], *run["meta_tasks"].values()))
-    return [percent(column) for column in zip(*scores, strict=True)]
 
 
 def curves(arms) -> list:
@@ -122,22 +123,14 @@ def curves(arms) -> list:
     lines = head(f"IND, {seeds(len(base))}", *steps)
     for arm, runs in arms.items():
         scores = zip(*(run["curve"] for run in runs), strict=True)
-        lines.append(row(NAMES.get(arm, arm), *map(percent, scores)))
+        lines.append(row(name_of(arm), *map(percent, scores)))
     return lines
-
-
-def scores_of(run) -> np.ndarray:
-    """(1 + meta-tasks,) overall first."""
-    return np.array([run["overall"], *run["meta_tasks"].values()])
 
 
 def worth(arms, contrasts) -> np.ndarray:
     """What a part is worth: (seeds, 1 + meta-tasks), the mean over contrasts of the arm with it
     minus the one without it, of the same seed."""
-    differences = []
-    for its, other in contrasts:
-        both = zip(arms[its], arms[other], strict=True)
-        differences.append([scores_of(run) - scores_of(without) for run, without in both])
+    differences = [scores_of(arms[its]) - scores_of(arms[other]) for its, other in contrasts]
     return np.mean(differences, axis=0)
 
 
@@ -172,8 +165,7 @@ def beside_the_literature(records) -> list:
             verdict = "same direction" if same else "opposite"
         ours = f"{percent(gained, sign=True)} ({percent([run['overall'] for run in arms[arm]])})"
         published = f"{score - base:+.1f} ({score})"
-        names = NAMES.get(arm, arm), NAMES.get(other, other)
-        lines.append(row(*names, ours, published, verdict))
+        lines.append(row(name_of(arm), name_of(other), ours, published, verdict))
     return lines
 
 
