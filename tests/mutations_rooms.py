@@ -37,7 +37,7 @@ ROOMS = [
     ("plumbing/outfolder.py", "        refuse_foreign(out)\n", "", CARELESS),
     ("plumbing/writing.py", "not os.path.isfile(path) or not os.path.getsize(path)", "not os.path.isfile(path)", CARELESS),
     ("plumbing/writing.py", "ours = ours or is_ours(path)", "ours = True", CARELESS),
-    ("plumbing/writing.py", "return first if isinstance(first, dict) else None", "return first or None", CARELESS),
+    ("plumbing/writing.py", "return first if isinstance(first, dict) else None", "return first or None", "tests/test_writing.py -k begins_with_an_object"),
     ("plumbing/writing.py", "if os.path.lexists(path) and not os.path.isdir(path):", "if not os.path.isdir(path):", "tests/test_tools.py -k export_writes"),
     ("plumbing/writing.py", "if not str(path).strip():", "if not str(path):", "tests/test_tools_refuse.py -k no_folder"),
     ("plumbing/writing.py", "    if str(path) and os.path.splitext(path)", "    if not str(path) and os.path.splitext(path)", "tests/test_mine.py -k cannot_be_mined"),

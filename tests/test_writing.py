@@ -112,3 +112,11 @@ def test_a_file_of_nothing_but_brackets_is_no_list(tmp_path):
     """It is refused, as any other file of a person's is, and not a stack trace."""
     (tmp_path / "deep.jsonl").write_bytes(b'{"a": ' * 100_000)
     equal(writing.holds_lines(tmp_path / "deep.jsonl"), False, "writing.holds_lines")
+
+
+@pytest.mark.parametrize(("line", "is_record"), [("{}", True), ('{"a": 1}', True), ("[1]", False),
+                                                 ("7", False), ('"config"', False)])  # fmt: skip
+def test_a_list_begins_with_an_object(tmp_path, line, is_record):
+    """A number, a string or an array is a file of another kind, and not written over."""
+    (tmp_path / "a.jsonl").write_text(f"{line}\n")
+    equal(writing.holds_lines(tmp_path / "a.jsonl"), is_record, "writing.holds_lines")
