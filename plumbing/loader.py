@@ -75,6 +75,9 @@ class Share:
     def __init__(self, number, workers, halve):
         self.number, self.workers, self.halve = number, workers, halve
         self.count, self.made = 0, {}  # rows so far; {number of a row: the row} of mine
+        # Descriptors of the newest blocks. Whoever lets go of a block last gives its pages back to
+        # the system, which takes a while: the worker does, for a step would wait for its rank.
+        self.sent = []
 
     def take(self, make, x) -> Slot:
         """The next row: made, if it is mine."""
@@ -250,7 +253,9 @@ def answer(make, share, pipe):
         frame = frame if share.number == 0 else None  # the rank needs one worker's
         packed = (rows, pack(frame, tensors))
         share.made = {}
-        file = write_block(tensors)
+        if len(share.sent) > AHEAD:  # the rank is done with the oldest
+            os.close(share.sent.pop(0))
+        share.sent.append(write_block(tensors))
     except InputError as e:
         pipe.send(Failure(share.count, e))
     except MemoryError:
@@ -261,8 +266,7 @@ def answer(make, share, pipe):
         pipe.send(Failure(share.count, error))
     else:
         pipe.send(packed)
-        reduction.send_handle(pipe, file, None)
-        os.close(file)
+        reduction.send_handle(pipe, share.sent[-1], None)
     finally:
         making.pop()
 

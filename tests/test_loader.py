@@ -142,8 +142,19 @@ def test_the_workers_hold_no_more_with_each_batch():
     for made in loader.prefetch(held, range(12), 3):
         theirs.append([count for count, _ in made])
         ours.append(holdings()[0])
-    equal(theirs[-1], theirs[2], "answer: os.close")
+    equal(theirs[-1], theirs[loader.AHEAD + 1], "answer: os.close")
     expect(ours[-1] <= ours[2], ours, "no more than at first", "Team.share_of: os.close")
+
+
+def test_a_worker_gives_the_pages_back_and_not_its_rank():
+    """It lets go of a block last: when its rank is done with that, and before it makes another."""
+
+    def blocks(_):
+        files = [os.path.realpath(f"/proc/self/fd/{i}") for i in os.listdir("/proc/self/fd")]
+        return sum("memfd:batch" in file for file in files), torch.zeros(9)
+
+    counts = [count for count, _ in loader.prefetch(blocks, range(7), 1)]
+    equal(counts, [0, 1, 2, 3, 3, 3, 3], "of the two ahead, and of the one that the rank had")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
