@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import Collator, Item, Row
 from plumbing import adapters, combinations, families, folders, ranks, sharding, weights
 from plumbing.config import CHUNK_TOKENS, by_device
-from plumbing.inputs import in_evaluation, listed, whole_number
+from plumbing.inputs import in_evaluation, listed, row_of, whole_number
 from plumbing.kernels import in_large_calls
 from plumbing.loader import Windows, prefetch, try_each
 from plumbing.memory import to_device, token_chunks
@@ -129,7 +129,7 @@ class Embedder(nn.Module):
         z = np.full((len(items), self.dim), np.nan, np.float32)  # NaN: not read
 
         def rows_of(window):  # made in workers; {number of an item: its row, or an error}
-            rows = try_each(self.collate.row, [items[i] for i in window], bad is not None)
+            rows = try_each(lambda i: row_of(self.collate, items, i), window, bad is not None)
             return dict(zip(window, rows, strict=True))
 
         windows = Windows([len(item.images) for item in items])  # as many items as fit

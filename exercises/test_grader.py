@@ -324,6 +324,39 @@ def test_a_part_of_an_exercise_is_a_part_of_its_points(tmp_path, monkeypatch):
     equal(grade.grade(tmp_path / "a.py", only="ex10"), ({"ex10": points * 2 / 3}, ""), "grade")
 
 
+@pytest.mark.parametrize("single", [True, False])
+def test_a_file_is_given_the_seconds_of_the_command_line(tmp_path, monkeypatch, single):
+    """Alone, or as one of a class."""
+    asked = []
+
+    def note(path, seconds=300, only="", report=None):
+        asked.append((path.name, seconds, only))
+        return {"ex10": 0}, ""
+
+    (tmp_path / "a.py").touch()
+    words = [str(tmp_path / "a.py" if single else tmp_path), "--seconds", "7", "--only", "ex10"]
+    monkeypatch.setattr(grade, "grade", note)
+    monkeypatch.setattr(grade, "heed_signals", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["grade", *words])
+    grade.main()
+    equal(asked, [("a.py", 7.0, "ex10")], "grade.main")
+
+
+def test_a_score_is_in_the_table_before_the_next_submission_runs(tmp_path, monkeypatch):
+    """A grading of hours may be killed."""
+    seen = []
+
+    def note(*_):
+        seen.append((tmp_path / "scores-ex10.csv").read_text().count("\n"))
+        return {"ex10": 0}, ""
+
+    for name in "ab":
+        (tmp_path / f"{name}.py").touch()
+    monkeypatch.setattr(grade, "grade", note)
+    grade.grade_class(SimpleNamespace(path=tmp_path, only="ex10", seconds=1))
+    equal(seen[1], 2, "the head, and a.py")
+
+
 @pytest.mark.parametrize("word", ["0", "-1", "nan", "inf"])
 def test_a_grading_takes_some_time_and_ends(word):
     """--seconds 0 would stop each submission before its first test: no points for anybody."""

@@ -74,7 +74,7 @@ def runs_of(folder) -> list:
 
 def is_of(folder, noted) -> bool:
     """Whether the model_digest that was noted is that of the weights that are in a folder today."""
-    digest = str(noted.get("model_digest")).partition(" on ")[0]  # of an adapter its base's follows
+    digest = str(noted.get("model_digest")).partition(" ")[0]  # see digest_of_model
     return digest == digest_of_weights(folder)
 
 

@@ -29,7 +29,13 @@ from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
 from plumbing.files import on_the_disk, refuse_special
 from plumbing.first_pass import digest_of_listed
-from plumbing.folders import CHECKPOINTS, digest_of_weights, local_folder, read_json
+from plumbing.folders import (
+    CHECKPOINTS,
+    digest_of_settings,
+    digest_of_weights,
+    local_folder,
+    read_json,
+)
 from plumbing.log import versions
 from plumbing.outfolder import MARK, take
 from plumbing.ranks import all_sum, gather_objects, rank, say, world
@@ -72,7 +78,7 @@ def save_checkpoint(embedder, optimizers, cfg, step):
         on_the_disk(part)
         os.replace(part, whole)
     except (OSError, RuntimeError, SafetensorError) as e:
-        say(f"no checkpoint at step {step}: {e}. Older ones stay and the run goes on; disk full?")
+        say(f"no checkpoint at step {step}: {e}. Older ones stay; disk full?")
         shutil.rmtree(part, ignore_errors=True)
         return
     # The new one is safe: only now may older ones go.
@@ -106,7 +112,7 @@ def saved_after(embedder, optimizers, cfg, step):
         # Nothing of the step is in the weights yet: only gradients are lost.
         if step:  # Trap: optimisers that have taken no step have no state to be saved
             save_checkpoint(embedder, optimizers, cfg, step)
-        stop(f"stopped by a signal: step {step + 1} is left, as if it had not begun")
+        stop(f"stopped by a signal: step {step + 1} is left, as if it had not begun", cfg)
     except BaseException:
         forget_signals()  # the run is over, and signals do again what they did before it
         raise
@@ -116,12 +122,16 @@ def saved_after(embedder, optimizers, cfg, step):
     if asked or due:
         save_checkpoint(embedder, optimizers, cfg, done)
     if asked:
-        stop(f"stopped by a signal after step {done}")
+        stop(f"stopped by a signal after step {done}", cfg)
 
 
-def stop(reason):
-    """Ends the run, whose state is saved."""
-    say(f"{reason}; --resume goes on from there")
+def stop(reason, cfg):
+    """Ends the run, and says where --resume goes on: a full disk may have cost it its state."""
+    # Trap: at the end of one rank torchrun ends the others, and rank 0 may still be saving.
+    gather_objects(None)
+    saved = checkpoints_in(cfg.out)
+    place = f"goes on from {saved[-1].name}" if saved else "begins anew, for there is no checkpoint"
+    say(f"{reason}; --resume {place}")
     number = stop_asked[0].number if stop_asked else signal.SIGTERM
     forget_signals()
     sys.exit(128 + number)  # what a shell expects of a process that was told to end
@@ -218,7 +228,7 @@ def begin(cfg) -> torch.device:
 def same_model(name) -> str:
     """The digest of a model, which all ranks have alike; InputError on all where they do not."""
     digest = together(lambda: digest_of_model(name))
-    agree({"the weights": digest}, f"--model {brief(name, 60)}")
+    agree({"the model's files": digest}, f"--model {brief(name, 60)}")
     return digest
 
 
@@ -229,13 +239,15 @@ def same_data(cfg):
 
 
 def digest_of_model(name) -> str:
-    """Changes with the weights that a run starts from; of an adapter, with its base's, too."""
+    """Changes with the weights that a run starts from, and with how they are read; of an adapter,
+    with its base's weights, too."""
     if name == "toy-random":  # drawn, not read from the toy's folder
         return name
     folder = local_folder(name)
-    digest = digest_of_weights(folder)
-    if adapter := read_json(folder, "adapter_config.json"):
-        return f"{digest} on {find_base(folder, adapter).digest}"
+    adapter = read_json(folder, "adapter_config.json")
+    digest = f"{digest_of_weights(folder)} with {digest_of_settings(folder, adapter)}"
+    if adapter:
+        digest += f" on {find_base(folder, adapter).digest}"
     return digest
 
 
@@ -267,7 +279,7 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
     note_signals()
     same_data(cfg)
     if same_model(cfg.model) != cfg.model_digest:  # reading the data took its time
-        text = "its weights were replaced since this command began; begin it again"
+        text = "its files were replaced since this command began; begin it again"
         raise InputError(f"--model {brief(cfg.model, 60)}: {text}")
     shapes = {name: p.shape for name, p in embedder.named_parameters() if p.requires_grad}
     layout = (embedder.K, embedder.pooling, embedder.style, len(shapes))
@@ -448,6 +460,7 @@ def say_what_rounds(state, cfg):
     changes = [option(name) for name in names]
     changes += [name for name, version in versions().items() if state.versions[name] != version]
     if changes:
-        say(f"the run began with another {', '.join(changes)}: the last bits may differ")
+        text = "the last bits may differ; with dropout, all that is drawn for it"
+        say(f"the run began with another {', '.join(changes)}: {text}")
     if state.flags.get(CUTTING) != getattr(cfg, CUTTING):
         say(f"the run began with another {option(CUTTING)}: from here on other texts are cut")

@@ -122,29 +122,37 @@ def skip(rows) -> Lazy:
 
 class Tally(NamedTuple):
     """What the first pass has seen in a list, or in a part of it: its lost pictures, and its
-    distinct targets, two at most: it only matters whether there is more than one."""
+    distinct targets and queries, two at most of each: it only matters whether there are more than
+    one."""
 
     lost: Lost = Lost()
     targets: frozenset = frozenset()
+    queries: frozenset = frozenset()
 
     def join(self, other) -> "Tally":
         """Of two parts, in their order."""
         lost = Lost(self.lost.count + other.lost.count, self.lost.first or other.lost.first)
-        return Tally(lost, frozenset(islice(self.targets | other.targets, 2)))
+        targets = frozenset(islice(self.targets | other.targets, 2))
+        return Tally(lost, targets, frozenset(islice(self.queries | other.queries, 2)))
 
 
-def one_of(targets):
-    """The target, where there is exactly one; else None."""
-    return next(iter(targets)) if len(targets) == 1 else None
+def all_the_same(targets, queries) -> str:
+    """Why a list's pairs have no negatives among each other: all of its targets are one, or all of
+    its queries, for which all targets are right. "" where both differ."""
+    for side, distinct in (("target", targets), ("query", queries)):
+        if len(distinct) == 1:
+            return f"every {side} of its list is the same, {next(iter(distinct))}"
+    return ""
 
 
 class Tries(NamedTuple):
     """How the examples of a list are tried. source: of the list; bad: indices that are skipped;
-    targets_of: example -> its targets and negatives."""
+    sides: example -> its targets, and its query; negatives are in both, for a query that has some
+    is told from them."""
 
     source: Source
     bad: frozenset = frozenset()
-    targets_of: Callable = lambda example: ()
+    sides: Callable = lambda example: ((), ())
 
 
 def try_window(tries, indices) -> Tally:
@@ -157,8 +165,9 @@ def try_window(tries, indices) -> Tally:
                 raise example
             if lost:
                 tally = tally.join(Tally(Lost(len(lost), f"{tries.source.where(i)}: {lost[0]}")))
-            if len(tally.targets) < 2:
-                tally = tally.join(Tally(targets=frozenset(tries.targets_of(example))))
+            if len(tally.targets) < 2 or len(tally.queries) < 2:
+                targets, queries = tries.sides(example)
+                tally = tally.join(Tally(Lost(), frozenset(targets), frozenset(queries)))
         lost.clear()
     return tally
 

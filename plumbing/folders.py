@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from plumbing.errors import InputError, brief
-from plumbing.files import on_the_disk, open_file
+from plumbing.files import digest_of_content, on_the_disk, open_file
 from plumbing.hub import fetch
 from plumbing.images import MOST_PIXELS
 from plumbing.locks import OF_A_MODEL, OF_A_RUN, locked, refuse_locked
@@ -22,6 +22,7 @@ TOY = Path(__file__).parent.parent / "toy" / "mllm"
 SAMPLE = 4096  # bytes, see digest_of_weights
 LONGEST_JSON = 50_000_000  # bytes; an index has some 100 of them for each weight
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+SETTINGS = ["config.json", "nanocoma.json", "tokenizer*", "*processor_config.json", "*.jinja"]
 CARD = "README.md"  # a model's licence is in it; nothing is loaded from it
 WEIGHTS = "*.safetensors"
 # What an older run or export may have left that `load`, or another library, would believe.
@@ -69,9 +70,9 @@ def local_folder(name) -> str:
     if not isinstance(name, str | os.PathLike) or not str(name):
         text = f'{brief(repr(name))} is no name of a model; load("toy"), a folder, or a hub id'
         raise InputError(f"--model: {text}")
-    if name in ("toy", "toy-random"):
-        return str(TOY)
     folder = str(name)
+    if folder in ("toy", "toy-random"):
+        return str(TOY)
     if not os.path.isdir(folder):
         folder = fetch(folder, "model", [*MODEL_FILES, CARD], [WEIGHTS])
     refuse_unreadable(folder)
@@ -123,6 +124,18 @@ def digest_of_weights(folder) -> str:
             for start in range(0, size, max(size // 256, SAMPLE)):
                 file.seek(start)
                 digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def digest_of_settings(folder, adapter) -> str:
+    """Eight characters that change with all that is read of a model beside its weights: its sizes,
+    tokenizer, template, what is done to its pictures, and its adapter's flags (but not with where
+    the base lies, for a folder may be moved)."""
+    flags = {name: x for name, x in adapter.items() if name != "base_model_name_or_path"}
+    digest = hashlib.blake2b(json.dumps(flags, sort_keys=True).encode(), digest_size=4)
+    for pattern in SETTINGS:
+        for path in sorted(Path(folder).glob(pattern)):
+            digest.update(f"{path.name} {digest_of_content(path)}".encode())
     return digest.hexdigest()
 
 
@@ -234,7 +247,7 @@ def written_beside(path):
     stood there stays, and an InputError says why."""
     refuse_foreign(path)
     path = Path(path)
-    is_new = not path.exists()
+    is_new = not os.path.exists(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Of two commands at once each would take away the other's files.
@@ -273,6 +286,8 @@ def part_in(path):
 def refuse_foreign(path):
     """An InputError where a folder is no model's, and holds files of names that a model's has: they
     are another program's or a person's, and would be replaced."""
+    if not os.path.isdir(path):
+        return
     theirs = sorted(file.name for pattern in STALE for file in Path(path).glob(pattern))
     # With .part a model was being written, when its run was killed.
     if not theirs or Path(path, ".part").exists():
@@ -325,7 +340,7 @@ def put_in_place(part, path):
 
 def way_out(path) -> str:
     """What to do where a folder could not be written."""
-    above = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    above = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.exists(p))
     free = f"{shutil.disk_usage(above).free / 1e6:,.1f} MB are free on that disk"
     return f"What stood there is as it was; {free}. Free some, or take another folder"
 
@@ -341,7 +356,10 @@ def ordinary_permissions(folder):
 def refuse_unwritable_folder(path):
     """An InputError, before any work, where no folder can be written at `path`."""
     path = Path(path)
-    above = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
+    try:
+        above = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
+    except OSError as e:  # a name that no file can have
+        raise InputError(f"{brief(path)!r} cannot be written: {e.strerror}") from None
     if not str(path).strip(". ") or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{brief(path)!r} cannot be written: {above} is no folder that you may "
                          "write into. Take another one")  # fmt: skip

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from plumbing.combinations import NO_SETS
 from plumbing.errors import InputError, brief
 from plumbing.files import captions_in, names_a_list
-from plumbing.first_pass import Known, Place, Tries, first_pass, one_of, skip, skipped_in
+from plumbing.first_pass import Known, Place, Tries, all_the_same, first_pass, skip, skipped_in
 from plumbing.images import Images
 from plumbing.lines import ARRAY, Lazy, Lost, Source, attempts, open_lines, parse_json
 from plumbing.once import once_a_node
@@ -48,17 +48,17 @@ def checked_digest(sets) -> int:
 
 def refuse_unfit(sets):
     """InputError, before any training, where data name pictures that are not there, or where a loss
-    has nothing to tell apart: all targets are the same. Says how many examples are skipped."""
+    has nothing to tell apart. Says how many examples are skipped."""
     for examples in sets:
         examples.source.lost.refuse("`python -m tools.check` lists them")
         if skipped := examples.source.skipped:
             say(f"--skip-bad: {len(skipped):,} of {len(examples):,} examples are skipped")
-    same = [x.source for x in sets if x.source.only_target is not None]
-    for source in same:
-        text = f"{source.where(0)}: every target of its list is the same, {source.only_target}"
-        if len({x.only_target for x in same}) == 1 and len(same) == len(sets):
-            raise InputError(f"{brief(text)}: a loss that compares targets says nothing of it")
-        say(f"{brief(text)}: only other lists have its negatives")
+    one_sided = [x.source for x in sets if x.source.same]
+    for source in one_sided:
+        text = brief(f"{source.where(0)}: {source.same}")
+        if len({x.same for x in one_sided}) == 1 and len(one_sided) == len(sets):
+            raise InputError(f"{text}: there is nothing to tell apart")
+        say(f"{text}: only other lists have its negatives")
 
 
 def choose(subsets, names) -> dict:
@@ -258,15 +258,15 @@ def read_lines(path, parse, image_root) -> Lazy:
     return Lazy(len(lines), get, source)
 
 
-def read_tried_lines(path, parse, image_root, targets_of=lambda example: ()) -> Lazy:
+def read_tried_lines(path, parse, image_root, sides=lambda example: ((), ())) -> Lazy:
     """`read_lines`, each tried once now: the first bad one is named before any training, unless
     --skip-bad lists it. What is skipped is known of the sequence, and still in it: see `skip`."""
     lines, name = read_lines(path, parse, image_root), Path(path).name
     known = {name: Known(lines.source.digest, len(lines))}
     bad = frozenset(skipped_in(Place.of(image_root), known)[name])
-    tries = Tries(lines.source, bad, targets_of)
-    tally = once_a_node(lambda: first_pass(path, len(lines), tries))
-    return lines.about(lost=tally.lost, only_target=one_of(tally.targets), skipped=bad)
+    tries = Tries(lines.source, bad, sides)
+    lost, targets, queries = once_a_node(lambda: first_pass(path, len(lines), tries))
+    return lines.about(lost=lost, same=all_the_same(targets, queries), skipped=bad)
 
 
 def read_dialogues(source, image_root) -> Lazy:
@@ -288,13 +288,13 @@ def read_pair_sets(source, image_root) -> dict:
     if captions_file(source):
         return caption_pairs(captions_file(source), image_root)
     refuse_folder(source)
-    return {Path(source).stem: skip(read_tried_lines(source, parse_pair, image_root, compared))}
+    return {Path(source).stem: skip(read_tried_lines(source, parse_pair, image_root, sides))}
 
 
-def compared(pair) -> tuple:
-    """What the loss of a pair compares: its targets and negatives."""
-    _, targets, negatives = pair
-    return *targets, *negatives
+def sides(pair) -> tuple:
+    """A pair as `Tries` wants it: its targets, and its query, both with the negatives."""
+    query, targets, negatives = pair
+    return (*targets, *negatives), (query, *negatives)
 
 
 def refuse_folder(source):
@@ -362,7 +362,7 @@ def caption_pairs(file, image_root) -> dict:
     without = frozenset(i for i, path in enumerate(paths) if not texts_of[path])
     name = Path(file).parent.name
     return {
-        f"{name}_i2t": skip(pictures.about(skipped=without, only_target=one_of(texts))),
+        f"{name}_i2t": skip(pictures.about(skipped=without, same=all_the_same(texts, paths))),
         # The same file: it counts once.
-        f"{name}_t2i": skip(words.about(digest=0, lost=Lost(), only_target=one_of(paths))),
+        f"{name}_t2i": skip(words.about(digest=0, lost=Lost(), same=all_the_same(paths, texts))),
     }

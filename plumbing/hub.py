@@ -40,6 +40,8 @@ def fetch_here(name, kind, wanted, need) -> str:
     flag, choices, path = "--model", "toy", ""
     if kind == "dataset":
         flag, choices, path = "--data", "shapes, a .jsonl", "datasets/"
+    if os.path.isfile(name):
+        raise InputError(f"{flag} {brief(name)}: is a file; name the folder that it is in")
     # A path that is not there must not be asked for at the hub.
     if name.count("/") != 1 or name[0] in "./":
         way = f"choose {choices}, a folder, or a hub id"

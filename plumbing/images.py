@@ -24,6 +24,7 @@ from plumbing.files import is_url, open_file
 from plumbing.zips import open_zip
 
 MOST_PIXELS, MOST_STRETCHED = 100_000_000, 200  # beyond: a bomb; a line that no model takes
+DEEPEST = 200  # folders of a name that are listed one by one, each by a call in a call
 # Trap: Pillow reads 40 formats, and starts a program (Ghostscript) for one of them, by the content.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 TURNS = {  # EXIF's orientation -> what sets the picture upright
@@ -181,22 +182,25 @@ class Folder(NamedTuple):
     path: str  # without links
     names: array  # sorted
     links: array  # sorted; those of the names that are symbolic links
+    others: array  # sorted; those that are no files either: folders, pipes
 
 
 def list_folder(path):
     """The Folder at a path without links; None where there is none that can be listed."""
-    names, links = array("q"), array("q")
+    names, links, others = array("q"), array("q"), array("q")
     try:
         with os.scandir(path) as entries:
             for entry in entries:
                 names.append(hash(entry.name))
                 if entry.is_symlink():
                     links.append(names[-1])
+                elif not entry.is_file():
+                    others.append(names[-1])
     except OSError:
         return None
-    for hashes in (names, links):
+    for hashes in (names, links, others):
         np.frombuffer(hashes, np.int64).sort()  # in place
-    return Folder(path, names, links)
+    return Folder(path, names, links, others)
 
 
 def holds(hashes, name) -> bool:
@@ -241,7 +245,7 @@ class Images:
 
     def __init__(self, root):
         self.root = Path(root)
-        if not self.root.is_dir():
+        if not os.path.isdir(root):  # Path.is_dir raises for a name that is too long
             raise InputError(f"--image-root {brief(root)}: no such folder")
         self.lost = []  # pictures that were looked for and are nowhere
         zips = [*self.root.glob("images_zip/*.zip"), *self.root.glob("images.zip")]
@@ -262,7 +266,7 @@ class Images:
         cut = path.rfind("/") + 1
         name = path[cut:]
         for folder in self.folders(path[:cut]):
-            if holds(folder.names, name):
+            if holds(folder.names, name) and not holds(folder.others, name):
                 full = f"{folder.path}/{name}"
                 if not holds(folder.links, name) or self.is_there(full, path):
                     return full
@@ -296,6 +300,8 @@ class Images:
     def look_up_folders(self, head) -> list:
         """The Folders that the beginning of a path may stand for: one below each top, where there
         is one that may be read."""
+        if head.count("/") > DEEPEST:
+            return []
         try:
             inner = self.below_root(head)
         except InputError:  # it will be raised again, with the whole path
@@ -317,11 +323,11 @@ class Images:
         return list_folder(real) if self.is_inside(real) else None
 
     def is_there(self, full, path) -> bool:
-        """Is there something at `full`? An InputError where it lies outside of all places."""
+        """Is there a file at `full`? An InputError where it lies outside of all places."""
         if not os.path.lexists(full):
             return False
         self.refuse_outside(full, path)
-        return os.path.exists(full)
+        return os.path.isfile(full)
 
     def is_inside(self, real) -> bool:
         """Does a path without links lie in one of the places?"""

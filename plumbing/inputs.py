@@ -117,6 +117,16 @@ def listed(items, item_of) -> list:
     return contents
 
 
+def row_of(collate, items, i):
+    """The row of items[i]. Of a picture that has no name an error says which input it is."""
+    try:
+        return collate.row(items[i])
+    except InputError as e:
+        if all(isinstance(x, str | os.PathLike) for x in items[i].images):
+            raise
+        raise InputError(f"input {i}: {e}") from None
+
+
 def read_once(pictures):
     """PIL images' pixels, before anything else reads them. Trap: an image that is not loaded yet
     has one place in its file, which forked workers and threads would move for each other: pixels

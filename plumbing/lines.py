@@ -63,7 +63,7 @@ class Source(NamedTuple):
     read: Callable | None = None  # indices -> yields of each an example or its InputError
     lost: Lost = Lost()
     skipped: frozenset = frozenset()  # indices that --skip-bad lists
-    only_target: object = None  # the target of all examples, where there is but one
+    same: str = ""  # why its pairs have no negatives among each other, see `all_the_same`
 
 
 class Lazy(Sequence):
@@ -219,7 +219,8 @@ def parse_json(line):
 def csv_rows(path):
     """Yields (line number, the row as a line of JSON) of a csv file."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)  # else an open quote swallows the rest
+        # strict: else an open quote swallows the rest. Trap: a blank before a quote makes it text.
+        reader = csv.DictReader(file, strict=True, skipinitialspace=True)
         try:
             names = reader.fieldnames or []
             if len(set(names)) < len(names):

@@ -4,6 +4,7 @@ All workers make every batch together, each its share of the rows, so that no mo
 batches wait, however many workers there are. A worker's rows come in one block of shared memory
 that has no name: nothing is copied on arrival, /dev/shm may be small, and nothing stays behind."""
 
+import errno
 import io
 import itertools
 import mmap
@@ -161,9 +162,9 @@ class Team:
     def __init__(self, make, workers, halve):
         self.processes, self.pipes = [], []
         for number in range(workers):
-            mine, its = Pipe()
-            self.pipes.append(mine)
             try:
+                mine, its = Pipe()
+                self.pipes.append(mine)
                 process = os.fork()
             except OSError as e:
                 self.close()
@@ -199,7 +200,12 @@ class Team:
             if isinstance(share, Failure):
                 return share
             file = reduction.recv_handle(self.pipes[number])
-        except (EOFError, OSError):
+        except (EOFError, OSError, RuntimeError) as e:
+            # Trap: where no descriptor is free, a block's is an OSError, or does not come with it.
+            is_full = getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE)
+            if is_full or isinstance(e, RuntimeError):
+                text = "too many open files: raise `ulimit -n`, or try fewer --workers"
+                raise InputError(text) from None
             self.explain_end_of(number)
         size = os.fstat(file).st_size
         mapped = mmap.mmap(file, size) if size else None  # freed with the last of its tensors

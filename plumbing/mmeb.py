@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing.errors import InputError, brief
-from plumbing.first_pass import Known, Place, Tries, first_pass, one_of, skip, skipped_in
-from plumbing.formats import choose, compared, located, parse_content
+from plumbing.first_pass import Known, Place, Tries, all_the_same, first_pass, skip, skipped_in
+from plumbing.formats import choose, located, parse_content, sides
 from plumbing.hub import fetch
 from plumbing.images import Images
 from plumbing.lines import Lazy, Lost, Source, attempts
@@ -179,8 +179,9 @@ def train_sets(source, image_root, subsets, split) -> dict:
     bad = bad_rows(place, root, {name: rows.source.raw for name, rows in sets.items()})
     tallies = once_a_node(lambda: try_sets(sets, bad))
     for name, rows in sets.items():
-        lost, only = tallies[name].lost, one_of(tallies[name].targets)
-        sets[name] = skip(rows.about(lost=lost, only_target=only, skipped=bad[name]))
+        lost, targets, queries = tallies[name]
+        same = all_the_same(targets, queries)
+        sets[name] = skip(rows.about(lost=lost, same=same, skipped=bad[name]))
     return sets
 
 
@@ -188,7 +189,7 @@ def try_sets(sets, bad) -> dict:
     """The first pass over each set: {name: Tally}."""
     tallies = {}
     for name, rows in sets.items():
-        tries = Tries(rows.source, bad[name], compared)
+        tries = Tries(rows.source, bad[name], sides)
         tallies[name] = first_pass(name, len(rows), tries)
     return tallies
 

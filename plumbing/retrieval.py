@@ -3,6 +3,7 @@ with all targets of the set, or with their own candidates where the file gives t
 
 Top to bottom: what is read - where the right one stands among the others."""
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_named(folder) -> dict:
         if not known or set(x) - {"meta_task", "ood"} or not isinstance(x.get("ood", False), bool):
             wanted = f'{{"meta_task": one of {", ".join(KINDS)}, "ood": true or false}}'
             raise InputError(f"{file}: {brief(name)} must be {wanted}")
-        if not Path(folder, name).is_dir():
+        if not os.path.isdir(os.path.join(folder, name)):
             raise InputError(f"{file}: names {brief(name)}, and there is no folder {brief(name)}")
         named[name] = (x["meta_task"], x.get("ood", False))
     return named

@@ -69,7 +69,9 @@ def device_of(name) -> torch.device:
     """A device by its name; None: the GPU, if there is one."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, TypeError) as e:
+        if device.type != "cuda":  # which has its own line, below
+            torch.empty(0, device=device)  # an "mps" or "xpu" may not be here
+    except (AssertionError, RuntimeError, TypeError) as e:
         raise InputError(f"device {brief(repr(name))}: {brief(e)}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device}: PyTorch finds no GPU here; device='cpu' runs anywhere")

@@ -142,6 +142,17 @@ def test_the_distillation_check_fails_for_the_reversed_divergence():
             check_distillation(wrong)
 
 
+def test_the_teacher_is_asked_in_the_style_of_the_model():
+    """Without a template where the model has none: else it would answer another dialogue."""
+    settings = dict(compress_tokens=2, prompt="vlm2vec", pooling="mean", device="cpu")
+    embedder = model.load("toy-random", **settings)
+    plain, _ = pretrain.teacher(embedder)
+    item, turns = Item("red"), (("which?", "blue"),)
+    ids = plain.row(item, turns).tokens["input_ids"].tolist()
+    tokens = embedder.processor.tokenizer
+    equal(ids, tokens("red\nwhich?").input_ids + tokens("blue").input_ids, "no template")
+
+
 def test_the_teacher_answers_the_same_tokens_with_the_picture_in_view(embedder):
     """teacher: one row of logits for each answer token of the rows with C, in their order, from the
     model as it was, with the picture visible; it does not follow the training."""

@@ -54,6 +54,29 @@ def test_twenty_errors_are_shown_and_the_others_counted(tmp_path, capsys):
     expect("28 examples, 27 bad" in said, said, "all of them", "check")
 
 
+def test_of_twenty_errors_no_other_is_left(tmp_path, capsys):
+    """As many as are shown."""
+    path = tmp_path / "p.jsonl"
+    good = listed(path, ("x",))
+    path.write_text("{\n" * 20 + path.read_text())
+    check.main([good])
+    said = capsys.readouterr().out
+    equal((said.count("  bad: "), said.count(" more")), (20, 0), f"all of them: {said}")
+
+
+def test_a_list_without_a_good_line_is_told_as_what_it_was_meant_to_be(tmp_path, capsys):
+    """Dialogues that all have one mistake are no pairs."""
+    talk = {"image": "a.png", "video": "x", "conversations": [{"from": "human", "value": "q"}]}
+    for record, says in ((talk, 'unknown key "video"'), ({"query": "a"}, 'needs "query" and')):
+        path = tmp_path / "p.jsonl"
+        path.write_text(json.dumps(record) + "\n")
+        equal(check.main([str(path)]), 1, "bad")
+        said = capsys.readouterr().out
+        expect(f"line 1: {says}" in said, said, says, "check.read_list")
+    path.write_text("[1]\n{\n")
+    equal(check.main([str(path)]), 1, "no object at all")
+
+
 def test_the_place_of_a_bad_line_is_said_once(tmp_path, capsys):
     """Most errors bring it with them; one of a picture does not."""
     path = listed(tmp_path / "p.jsonl", ("a",))
@@ -169,6 +192,17 @@ def test_a_clean_copy_makes_no_second_list_of_captions(tmp_path):
     with pytest.raises(InputError, match=r"metadata.csv is beside it.*take another"):
         check.check(str(tmp_path), outputs=check.Outputs(clean=str(tmp_path)))
     equal(sorted(x.name for x in tmp_path.iterdir()), ["a.png", "metadata.csv"], "as it was")
+
+
+def test_the_copy_s_pictures_are_said_to_be_beside_the_list_or_in_the_folder(tmp_path, capsys):
+    """Where no --image-root was given."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    path = listed(tmp_path / "p.jsonl", ("<image>", "a.png"))
+    captions(tmp_path)
+    for data, copy in ((path, "c.jsonl"), (str(tmp_path), "c")):
+        equal(check.main([data, "--clean", str(tmp_path / copy)]), 0, data)
+        said = capsys.readouterr().out
+        expect(f"0 bad; --image-root {tmp_path}\n" in said, said, tmp_path, "what reads the copy")
 
 
 @pytest.mark.parametrize("make", [captions, mmeb])

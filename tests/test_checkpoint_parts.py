@@ -132,6 +132,20 @@ def test_a_run_from_the_start_begins_with_step_0(cfg, capsys):
     checkpoint.forget_signals()
 
 
+def test_a_run_that_is_ended_says_where_it_goes_on(cfg, capsys, monkeypatch):
+    """A full disk may have cost it its last checkpoint, or all of them. And all ranks end together:
+    at the end of one of them torchrun ends the others, of which rank 0 may still be saving."""
+    met = []
+    monkeypatch.setattr(checkpoint, "gather_objects", met.append)
+    for saves, says in ((0, "why; --resume begins anew"), (2, "goes on from step-00000002")):
+        for step in range(1, saves + 1):
+            saved(cfg, step)
+        with pytest.raises(SystemExit):
+            checkpoint.stop("why", cfg)
+        assert says in capsys.readouterr().out, says
+    equal(len(met), 2, "checkpoint.stop: gather_objects")
+
+
 def test_the_newest_ones_stay_and_the_others_go_once_it_is_there(cfg):
     """--keep of them."""
     for keep, want in ((2, [5, 7]), (1, [9])):
@@ -395,14 +409,14 @@ def test_a_run_begins_with_a_model_that_has_a_name_and_a_digest(cfg, monkeypatch
     cfg = dataclasses.replace(cfg, model="")
     equal(checkpoint.begin(cfg), torch.device("cpu"), "this rank's device")
     equal((cfg.model, cfg.model_digest), ("toy-random", "toy-random"), "begin")
-    equal(agreed[-1], ({"the weights": "toy-random"}, "--model toy-random"), "the weights")
+    equal(agreed[-1], ({"the model's files": "toy-random"}, "--model toy-random"), "the weights")
     cfg.data_digest = 12345
     net = Small()
     checkpoint.start_or_resume(net, [stepped(net)], cfg)
     checkpoint.forget_signals()
     data = {"data (their digest)": 12345, "--skip-bad": ""}
     equal(agreed[-3], (data, "--data shapes"), "the data")
-    equal(agreed[-2], ({"the weights": "toy-random"}, "--model toy-random"), "still the same")
+    equal(agreed[-2], ({"the model's files": "toy-random"}, "--model toy-random"), "still the same")
     layout = (4, "mean", "chat", 2)
     want = {"K, pooling, prompt, trained weights": layout}, "--model toy-random"
     equal(agreed[-1], want, "the layout")
@@ -549,7 +563,7 @@ def test_other_words_of_the_same_number_are_other_data(tmp_path):
     def read(folder, text):
         file = tmp_path / folder / "pairs.jsonl"
         file.parent.mkdir()
-        rows = [{"query": {"text": "q"}, "target": {"text": x}} for x in (text, "z")]
+        rows = [{"query": {"text": x}, "target": {"text": x}} for x in (text, "z")]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return contrastive.read_pairs(str(file))["pairs"]
 
@@ -570,7 +584,7 @@ def test_a_model_that_was_replaced_while_the_data_were_read_is_refused(cfg, monk
     """Ranks would train different weights, and the run's digest would be of others."""
     monkeypatch.setattr(checkpoint, "digest_of_model", lambda name: "another")
     net = Small()
-    with pytest.raises(InputError, match="--model toy-random: its weights were replaced since"):
+    with pytest.raises(InputError, match="--model toy-random: its files were replaced since"):
         checkpoint.start_or_resume(net, [stepped(net)], cfg)
     checkpoint.forget_signals()
 

@@ -139,6 +139,28 @@ def test_other_flags_and_versions_are_said(tmp_path, reference, capsys):
     expect("--batch 32 (64), torch 2.14 (2.13)" in capsys.readouterr().out, "", "both", "")
 
 
+def test_of_a_whole_run_beside_whole_seeds_all_steps_are_known(tmp_path, capsys):
+    """Nothing lies beyond the last step."""
+    write(tmp_path / "whole-seed1.jsonl", curve(1), seed=1)
+    whole = write(tmp_path / "whole.jsonl", curve(0))
+    equal(compare(tmp_path, whole, whole), 0, "itself")
+    said, want = capsys.readouterr().out, "steps 1 to 100\n"
+    expect(want in said, said, want, "verdict: no word about further steps")
+
+
+@pytest.mark.parametrize("name", ["ref", "ref-seed1"])
+def test_the_picture_is_written_over_no_log(tmp_path, name):
+    """Whatever the logs are called; a seed's either."""
+    mine = write(tmp_path / "m.jsonl", curve(0))
+    for seed in ("ref", "ref-seed1"):
+        write(tmp_path / f"{seed}.png", curve(1))
+    before = (tmp_path / f"{name}.png").read_bytes()
+    with pytest.raises(InputError, match="would be written over what is read"):
+        words = [mine, str(tmp_path / "ref.png"), "--out", str(tmp_path / f"{name}.png")]
+        compare_logs.main(words)
+    equal((tmp_path / f"{name}.png").read_bytes(), before, "as it was")
+
+
 def test_a_short_run_is_compared_as_far_as_it_goes(tmp_path, reference, capsys):
     """Twenty steps."""
     equal(compare(tmp_path, write(tmp_path / "m.jsonl", curve(0)[:20]), reference), 0, "short")
@@ -174,6 +196,11 @@ HEADER = '{"config": {"steps": 9, "batch": 2}}\n'
         (HEADER + '{"step": 0, "loss": 1}\n', "not the log of a stage"),
         (HEADER + '{"step": 1, "loss": 1}\n' * 2, "not the log of a stage"),
         (HEADER + '{"step": 1, "loss": 1}\n{"step": 1e300, "loss": 1}\n', "not the log of a stage"),
+        (
+            '{"config": {"steps": 1e13, "batch": 2}}\n{"step": 1, "loss": 1}\n'
+            '{"step": 1000000000000, "loss": 1}\n',
+            "not the log of a stage",
+        ),
         ('{"config": {"steps": 1, "batch": 2}}\n', "not the log of a stage"),
         ('{"config": {"steps": 1, "batch": 2}}\n{"step": 1}\n', "not the log of a stage"),
         (

@@ -15,7 +15,7 @@ from PIL import Image
 import data
 import pretrain
 from data import Item
-from plumbing import mmeb
+from plumbing import files, mmeb
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE, checked_digest
 from plumbing.images import Images, open_image
@@ -346,6 +346,19 @@ def test_other_rows_of_the_same_size_are_other_data(tmp_path):
         write_pairs(file, query)
         digests.append(mmeb.train_rows([file], "s", Images(tmp_path)).source.digest)
     assert digests[0] == digests[2] != digests[1]
+
+
+@pytest.mark.parametrize("place", [0, 7, 9])
+def test_a_digest_is_of_all_of_a_file(tmp_path, monkeypatch, place):
+    """Which is read in blocks; here of four bytes: in the first, the second and the last of them a
+    byte is another one."""
+    monkeypatch.setattr(files, "BLOCK", 4)
+    content = bytearray(b"0123456789")
+    (tmp_path / "a").write_bytes(content)
+    content[place] ^= 1
+    (tmp_path / "b").write_bytes(content)
+    one, other = (files.digest_of_content(tmp_path / name) for name in "ab")
+    assert one != other, "digest_of_content"
 
 
 def test_a_column_without_a_value_in_the_first_file_has_those_of_the_others(tmp_path):

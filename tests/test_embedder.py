@@ -119,6 +119,12 @@ def test_encode_keeps_the_order_and_takes_strings_pictures_paths_and_items(share
     equal(shared.encode([]).shape, (0, 128), "nothing in, nothing out")
 
 
+def test_no_bar_is_drawn_where_nobody_looks(shared, capsys):
+    """A cluster's log would hold a line for each of its updates."""
+    shared.encode(["a", "b"], progress="embedding")
+    equal(capsys.readouterr().err, "", "stderr is no terminal here")
+
+
 def test_encode_does_not_depend_on_the_chunks(shared, mixed):
     """chunk_tokens 1 (each item alone), 60, everything; items in another order; with a worker."""
     passed, _ = mixed

@@ -1,6 +1,7 @@
 """tools.explain prints what the functions that train compute, and leaves nothing behind."""
 
 import json
+import math
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from checks import close, equal, expect, shorten, toy
 
 import contrastive
 import model
-from data import read_dialogues, read_pairs
+from data import Item, Pair, read_dialogues, read_pairs
 from plumbing.errors import InputError
 from tools import explain, look
 from tools.measured import gap
@@ -87,6 +88,24 @@ def test_stage_2_is_walked_through(capsys, place):
     assert "\n  0.0 MiB kept for the backward pass" in said, "pass 1 keeps nothing"
     titles = re.findall(r"^(\d)\. ", said, re.MULTILINE)
     assert titles == list("123456"), "each step once, and in its order"
+
+
+def test_chance_counts_hard_negatives_and_places_count_padding(capsys):
+    """Two pairs with a negative each: four columns, and rows of one to some ten tokens."""
+    texts = ["red", "a red circle and a blue square", "a", "green", "two words", "b c d"]
+    items = [Item(text) for text in texts]
+    pairs = {"a": [Pair(items[i], (items[i + 1],), (items[i + 2],)) for i in (0, 3)]}
+    cfg, embedder = contrastive.Config(batch=2, block=2), toy()
+    batch = contrastive.local_batch(pairs, embedder.collate, cfg, 0, 0, 1)
+    explain.walk_batch(embedder, batch, 0.03, 60)
+    said = capsys.readouterr().out
+    expect(f"(ln 4 = {math.log(4):.4f} by chance)" in said, said, "ln M", "Aloud.loss_of")
+    lengths = [row.length for row in batch.rows]
+    chunks = re.findall(r"rows \[(.*)\]: (\d+) tokens in (\d+) places", said)
+    for rows, real, places in chunks:
+        own = [lengths[int(row)] for row in rows.split(",")]
+        equal((int(real), int(places)), (sum(own), len(own) * max(own)), f"rows {rows}")
+    expect(any(real != places for _, real, places in chunks), chunks, "some padding", "the rows")
 
 
 def test_stage_2_runs_the_function_that_trains(capsys, monkeypatch):

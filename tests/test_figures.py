@@ -172,6 +172,16 @@ def test_pair_cosines_compare_within_a_task_only():
     equal(nearest, sum(b == i for i, b in enumerate(best)), "argmax over the task's targets")
 
 
+def test_a_query_looks_for_its_target_and_no_target_for_its_query():
+    """Target 0 is the nearest of both queries, and query 0 of target 0 alone."""
+    q = np.array([[1.0, 0.0], [0.8, 0.6]])
+    t = np.array([[0.9, 0.1], [0.1, 0.2]])  # query 1's own is its second; of target 1 it is first
+    same = np.array(["a", "a"])
+    equal((q @ t.T).argmax(1).tolist(), [0, 0], "of each query the nearest target")
+    equal((q @ t.T).argmax(0).tolist(), [0, 1], "of each target the nearest query")
+    equal(numbers.pair_cosines(q, t, same).nearest, 1, "pair_cosines: query 0 alone")
+
+
 def test_attention_is_that_of_the_embedding(shared):
     """Rows sum to 1, nothing looks ahead, eager and sdpa embed alike, and sdpa is back after."""
     scenes = figures.Sources("nowhere").scenes(3)

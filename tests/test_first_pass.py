@@ -1,34 +1,39 @@
 """What the first look at a list finds, joined from its parts: lost pictures, and whether targets
-differ. (Whole lists: test_lists.py; lists of bad examples: test_skip_bad.py.)"""
+and queries differ. (Whole lists: test_lists.py; lists of bad examples: test_skip_bad.py.)"""
 
 import itertools
 
 import pytest
 from checks import equal
 
-from plumbing.first_pass import Lost, Tally, one_of, skip
+from plumbing.first_pass import Lost, Tally, all_the_same, skip
 from plumbing.formats import Lazy
 
 
-def joined(parts) -> Tally:
-    """Of parts whose targets are these."""
+def joined(side, parts) -> frozenset:
+    """What parts whose targets (or queries) are these have together."""
     found = Tally()
-    for targets in parts:
-        found = found.join(Tally(targets=frozenset(targets)))
-    return found
+    for distinct in parts:
+        found = found.join(Tally(**{side: frozenset(distinct)}))
+    return getattr(found, side)
 
 
-def test_targets_that_differ_are_seen_wherever_they_stand():
+@pytest.mark.parametrize("side", ["targets", "queries"])
+def test_what_differs_is_seen_wherever_it_stands(side):
     """In the same part, in different ones, beside one that was seen before; in any order."""
     for parts in ([[0], [0, 1]], [[0], [], [1]], [[0], [0], [0, 1, 2]], [[], [1, 0], [0]]):
         for order in itertools.permutations(parts):
-            found = joined(order)
-            equal(
-                (one_of(found.targets), len(found.targets)), (None, 2), f"{order}: two are enough"
-            )
+            equal(len(joined(side, order)), 2, f"{order}: two are enough")
     for parts in ([[7]], [[7], [7]], [[], [7], []], [[7], [], [7], [7]]):
-        equal(one_of(joined(parts).targets), 7, f"{parts}: one")
-    equal(one_of(Tally().targets), None, "none at all")
+        equal(joined(side, parts), {7}, f"{parts}: one")
+
+
+def test_pairs_have_no_negatives_where_one_side_of_them_is_always_the_same():
+    """And the line says which, and what it is."""
+    equal(all_the_same({"a", "b"}, {"q", "r"}), "", "both differ")
+    equal(all_the_same({"a"}, {"q", "r"}), "every target of its list is the same, a", "")
+    equal(all_the_same({"a", "b"}, {"q"}), "every query of its list is the same, q", "")
+    equal(all_the_same((), ()), "", "a list that has no sides, dialogues")
 
 
 def test_lost_pictures_are_counted_and_the_first_is_named():

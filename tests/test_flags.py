@@ -382,6 +382,14 @@ def test_explain_takes_the_flags_of_its_stage_only(stage):
     refused(lambda: explain.main(["evaluate" * 100]), "the stage is pretrain or contrastive")
 
 
+@pytest.mark.parametrize("words", ["--chunk-tokens 9", "--subsets vqa"])
+def test_explain_pretrain_takes_no_flag_of_the_other_walk(words):
+    """Its one row is one chunk, its dialogues are of no set: they would do nothing, unsaid."""
+    name = words.split()[0]
+    says = f"{words}: pretrain has none; explain contrastive has"
+    refused(lambda: explain.main(["pretrain", *words.split()]), name, says)
+
+
 # ---------------------------------------------------------------------------------- hints that help
 
 
@@ -399,6 +407,14 @@ def test_the_batch_that_is_proposed_is_a_good_one(batch, block, world):
         refuse_impossible(dataclasses.replace(cfg, batch=proposed), world)
     else:
         equal((batch % block, batch % world), (0, 0), "what blocks and ranks divide")
+
+
+@pytest.mark.parametrize(
+    ("batch", "block", "world"), [(128, 32, 8), (128, 32, 16), (12, 4, 6), (4, 4, 4)]
+)
+def test_a_block_may_lie_on_several_ranks(batch, block, world):
+    """Both divide the batch, and that is all; the default batch goes onto 8 GPUs."""
+    refuse_impossible(contrastive.Config(batch=batch, block=block), world)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import contrastive
 import model
 import pretrain
 from data import Item
-from plumbing import folders, hub
+from plumbing import folders, hub, images
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
@@ -430,6 +430,25 @@ def test_a_path_is_never_asked_for_on_the_hub(name, monkeypatch):
     """What is no id, an owner and a name."""
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
     refused(name, "no such folder; choose toy, a folder, or a hub id")
+
+
+def test_a_file_is_no_model_and_not_asked_for_on_the_hub(tmp_path, monkeypatch):
+    """As whoever names the weights; `toy` may be a Path."""
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/model.safetensors").write_text("x")
+    for name in ("out/model.safetensors", str(tmp_path / "out" / "model.safetensors")):
+        refused(name, "model.safetensors: is a file; name the folder that it is in")
+    equal(folders.local_folder(Path("toy")), str(folders.TOY), "Path")
+
+
+def test_a_name_that_no_file_can_have_is_one_line(shared, tmp_path):
+    """Longer than a disk's names are."""
+    for write in (model.save, lambda _, path: folders.refuse_unwritable_folder(path)):
+        with pytest.raises(InputError, match="not written|cannot be written"):
+            write(shared, tmp_path / ("x" * 300) / "m")
+    with pytest.raises(InputError, match="--image-root x*…?.*: no such folder"):
+        images.Images("x" * 300)
 
 
 def test_an_adapter_cannot_replace_its_base(folder):

@@ -1,6 +1,8 @@
 """What `encode` takes becomes a text and its pictures; what is none is refused. (With a model:
 test_folders.py.)"""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,15 @@ from data import Item
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
 from plumbing.images import open_image
-from plumbing.inputs import checked, content_of, evaluating, in_evaluation, listed, whole_number
+from plumbing.inputs import (
+    checked,
+    content_of,
+    evaluating,
+    in_evaluation,
+    listed,
+    row_of,
+    whole_number,
+)
 
 PICTURE = Image.new("RGB", (6, 4), "red")
 RGBA = np.asarray(PICTURE.convert("RGBA"))
@@ -97,6 +107,20 @@ def test_a_wrong_input_is_named_by_its_number():
     """From 0, as Python counts."""
     with pytest.raises(InputError, match="^input 2: encode: an input of type float: nan"):
         listed(["a", "b", float("nan")], content_of)
+
+
+def test_an_error_of_a_picture_without_a_name_says_which_input_it_is_of(tmp_path):
+    """Where it has one, that says more."""
+
+    def row(item):
+        raise InputError("broken")
+
+    collate = SimpleNamespace(row=row)
+    items = [Item(IMAGE, ("a.png",)), Item("a"), Item(IMAGE * 2, ("a.png", PICTURE))]
+    for i, says in enumerate(("^broken", "^broken", "^input 2: broken")):
+        with pytest.raises(InputError, match=says):
+            row_of(collate, items, i)
+    equal(row_of(SimpleNamespace(row=str.upper), ["a", "b"], 1), "B", "its row")
 
 
 def test_pictures_are_read_before_processes_and_threads_share_their_files(tmp_path):

@@ -252,6 +252,13 @@ def test_a_csv_loses_nothing(place, text, says):
         data.read_pairs(str(place))
 
 
+def test_a_csv_s_text_keeps_its_own_ends_of_lines(place):
+    """Inside of quotes: as its program wrote them."""
+    (place / "x.csv").write_bytes(b'file_name,text\r\na.png,"a dog\r\nin snow"\r\n')
+    ((_, line),) = lines.csv_rows(place / "x.csv")
+    equal(json.loads(line)["text"], "a dog\r\nin snow", "csv_rows")
+
+
 def test_two_lists_in_one_folder_are_refused(place):
     """metadata.jsonl would be read, and metadata.csv not."""
     jsonl(place, CAPTION, name="metadata.jsonl")
@@ -577,16 +584,38 @@ def test_a_negative_is_a_text_or_a_picture_or_both(place):
 
 
 def test_blanks_around_a_name_are_seen(tmp_path):
-    """Of a picture, and of a column: lists made line by line keep the ends of lines."""
+    """Of a picture, and of a column: lists made line by line keep the ends of lines. In a csv file
+    one behind a comma means nothing."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     captions = tmp_path / "metadata.jsonl"
     captions.write_text('{"file_name": "a.png\\n", "text": "red"}\n')
     with pytest.raises(InputError, match=r"'a.png\\n': no such picture"):
         checked_digest([data.read_dialogues(str(tmp_path))])
     captions.unlink()
-    (tmp_path / "metadata.csv").write_text("file_name, text\na.png,red\n")
-    with pytest.raises(InputError, match="it has 'file_name', ' text'"):
+    (tmp_path / "metadata.csv").write_text("file_name,text \na.png,red\n")
+    with pytest.raises(InputError, match="it has 'file_name', 'text '"):
         data.read_dialogues(str(tmp_path))
+    (tmp_path / "metadata.csv").write_text('file_name, text\na.png, "red, or blue"\na.png, x\n')
+    texts = [turns[0][1] for _, turns, _ in data.read_dialogues(str(tmp_path))]
+    equal(texts, ["red, or blue", "x"], "csv_rows: skipinitialspace")
+
+
+@pytest.mark.parametrize("name", [".", "sub", "sub.png", "pipe.png", "/".join(["a"] * 900)])
+def test_what_is_no_file_is_no_picture(place, name):
+    """A folder, a pipe, a path of more folders than calls fit into each other: known before any
+    training, as whatever is missing."""
+    (place / "sub").mkdir()
+    (place / "sub.png").mkdir()
+    os.mkfifo(place / "pipe.png")
+    pairs = jsonl(place, {**PAIR, "query": {"image": name}}, {**PAIR, "target": {"text": "z"}})
+    with pytest.raises(InputError, match="line 1: .*no such picture"):
+        checked_digest(data.read_pairs(pairs).values())
+    link = place / "link.png"
+    link.symlink_to(place / "a.png")
+    pairs = jsonl(
+        place, {**PAIR, "query": {"image": "link.png"}}, {**PAIR, "target": {"text": "z"}}
+    )
+    checked_digest(data.read_pairs(pairs).values())
 
 
 def test_of_a_set_that_is_evaluated_only_what_is_scored_is_looked_up(tmp_path):
@@ -728,12 +757,25 @@ def test_mmeb20_takes_its_20_sets_with_their_caps_and_asks_the_hub_for_no_others
 
 def test_a_list_whose_targets_are_all_one_is_refused(place):
     """Every target equals the query's own: there is no negative, and the loss is 0."""
-    one = data.read_pairs(jsonl(place, *[PAIR] * 3))
+    queries = [{**PAIR, "query": {"text": x}} for x in "abc"]
+    one = data.read_pairs(jsonl(place, *queries))
     with pytest.raises(InputError, match="line 1: every target of its list is the same"):
         checked_digest(one.values())
-    checked_digest(data.read_pairs(jsonl(place, PAIR, {**PAIR, "target": {"text": "z"}})).values())
+    queries[1]["target"] = {"text": "z"}
+    checked_digest(data.read_pairs(jsonl(place, *queries)).values())
     with_negative = {**PAIR, "negatives": [{"text": "z"}]}
     checked_digest(data.read_pairs(jsonl(place, with_negative)).values())
+
+
+def test_a_list_whose_queries_are_all_one_is_refused(place):
+    """As where the pictures were forgotten: all targets are right for it, and the loss is 0."""
+    pairs = [{**PAIR, "target": {"text": str(i)}} for i in range(3)]
+    with pytest.raises(InputError, match="line 1: every query of its list is the same, "):
+        checked_digest(data.read_pairs(jsonl(place, *pairs)).values())
+    with pytest.raises(InputError, match="nothing to tell apart"):
+        data.read_tasks(jsonl(place, *pairs))
+    pairs[1]["negatives"] = [{"text": "z"}]
+    checked_digest(data.read_pairs(jsonl(place, *pairs)).values())
 
 
 def test_one_such_list_among_others_is_said(tmp_path, capsys):
@@ -751,9 +793,9 @@ def test_one_such_list_among_others_is_said(tmp_path, capsys):
     "files, texts, says",
     [
         (["a.png", "b.png"], ["a dog", "a cat"], []),
-        (["a.png", "b.png"], ["a dog", "a dog"], ["is the same, a dog"]),
-        (["a.png", "a.png"], ["a dog", "a cat"], ["is the same, /"]),
-        (["a.png", "a.png"], ["a dog", "a dog"], ["same, a dog", "same, /"]),
+        (["a.png", "b.png"], ["a dog", "a dog"], ["target .* same, a dog", "query .* same, a dog"]),
+        (["a.png", "a.png"], ["a dog", "a cat"], ["query .* same, /", "target .* same, /"]),
+        (["a.png", "a.png"], ["a dog", "a dog"], ["target .* same, a dog", "target .* same, /"]),
     ],
 )
 def test_captions_that_leave_nothing_to_tell_apart_are_said(place, files, texts, says, capsys):
@@ -857,7 +899,7 @@ def test_targets_of_two_parts_are_two_where_one_of_them_is_in_both():
     """A list whose second pair has the first one's target and a negative compares something."""
     one, two = first_pass.Tally(targets=frozenset([1])), first_pass.Tally(targets=frozenset([1, 2]))
     for joined in (one.join(two), two.join(one)):
-        equal((joined.targets, first_pass.one_of(joined.targets)), ({1, 2}, None), "Tally.join")
+        equal(joined.targets, {1, 2}, "Tally.join")
 
 
 def test_one_evaluation_set_at_a_time_is_in_memory(tmp_path):

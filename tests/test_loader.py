@@ -1,6 +1,7 @@
 """Batches made ahead: the same for any number of workers, few at a time, and nothing is left of
 them. (What ends a worker, or its rank: test_ending.py.)"""
 
+import errno
 import gc
 import os
 import signal
@@ -191,6 +192,31 @@ def test_no_workers_are_left_where_one_cannot_be_forked(monkeypatch):
     with pytest.raises(InputError, match="no loader process 3: no more .*; fewer --workers"):
         next(loader.prefetch(batch, range(3), 4))
     equal(holdings()[1], there[1], "Team.close")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "too many"), RuntimeError("received 0 items of ancdata")]
+)
+def test_a_process_without_a_free_descriptor_waits_for_no_worker(error, monkeypatch):
+    """Its worker is alive, and would never end."""
+
+    def receive(pipe):
+        raise error
+
+    monkeypatch.setattr(loader.reduction, "recv_handle", receive)
+    with pytest.raises(InputError, match="too many open files: raise `ulimit -n`, or .* --workers"):
+        next(loader.prefetch(batch, range(3), 1))
+
+
+def test_a_pipe_that_cannot_be_opened_is_one_clear_line(monkeypatch):
+    """As a process that cannot be forked."""
+
+    def refused():
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(loader, "Pipe", refused)
+    with pytest.raises(InputError, match="no loader process 1: .*too many open files; fewer"):
+        next(loader.prefetch(batch, range(3), 1))
 
 
 @pytest.mark.parametrize(("what", "says"), [("make", "out of memory in a"), ("send", "no memory")])

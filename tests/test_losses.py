@@ -131,6 +131,15 @@ def check(flags, oracle, loss=None):
     close(loss(z, batch, TAU)[1][0], want.item(), "what the log says", rel=1e-12)
 
 
+def test_no_two_columns_of_any_ranks_share_a_key():
+    """Of unequal numbers of columns, as hard negatives make them; else they would be no negatives
+    of each other, under --no-mask-false-negatives."""
+    counts = [7, 2, 5, 1]
+    keys = [losses.keys_that_differ(n, rank) for rank, n in enumerate(counts)]
+    equal([tuple(x.shape) for x in keys], [(n, 2) for n in counts], "two keys a column")
+    equal(len(torch.cat(keys)[:, 0].unique()), sum(counts), "keys_that_differ")
+
+
 @pytest.mark.parametrize("name", list(ORACLES))
 def test_each_variant_is_its_loop_over_single_scores(name):
     """Value, gradient, and the mean that the log shows: several positives, equal targets, hard

@@ -21,6 +21,7 @@ import pretrain
 from data import ANSWER, CONTENT, read_dialogues, read_pairs
 from plumbing.errors import InputError
 from tools import explain, explain_numbers, explain_page
+from tools.measured import eager
 
 ROOT = Path(__file__).parent.parent
 MODEL = "toy-random"
@@ -93,6 +94,23 @@ def test_the_attention_adds_up_and_is_nowhere_where_the_mask_is(content):
                 hidden = [x for j, x in enumerate(row) if story["may"][name][i][j] == "0"]
                 equal(sum(hidden), 0, f"{name}, token {i}: looks at what is hidden")
     expect(story["attention"]["masked"] != story["attention"]["unmasked"], "alike", "not", "")
+
+
+def test_the_attention_is_the_mean_over_all_heads():
+    """As the library gives it out, of a model whose heads look to different places."""
+    embedder = toy()
+    inputs = row_of(embedder)
+    L = inputs["roles"].shape[1]
+    causal = torch.ones(1, 1, L, L, dtype=torch.bool).tril()
+    with torch.no_grad(), eager(embedder.mllm):
+        layers = embedder.outputs(inputs, output_attentions=True).attentions
+    shown = explain_numbers.attention(embedder, inputs, causal)
+    for number, rows in zip(explain_numbers.shown_layers(embedder), shown, strict=True):
+        heads = 1000 * layers[number - 1][0]  # (heads, L, L)
+        expect((heads[0] - heads.mean(0)).abs().max() > 10, "alike", "different heads", number)
+        pairs = zip(rows, heads.mean(0), strict=True)
+        apart = [(torch.tensor(x) - y[: len(x)]).abs().max() for x, y in pairs]
+        expect(max(apart) < 1, max(apart), "below one thousandth", f"layer {number}")
 
 
 def test_the_loss_is_the_functions(content, embedder):

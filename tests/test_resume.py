@@ -433,6 +433,30 @@ def test_the_digest_of_an_adapter_changes_with_its_base(tmp_path, runs, monkeypa
     assert checkpoint.digest_of_model("toy-random") == drawn, "its weights are drawn, and not read"
 
 
+def test_the_digest_of_a_model_changes_with_all_that_is_read_of_it(tmp_path):
+    """Its sizes, tokenizer, template, what is done to pictures, the adapter's flags; but neither
+    with its card, nor with where it or its base lies."""
+    folder = tmp_path / "m"
+    shutil.copytree(folders.TOY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file({"w": torch.zeros(3)}, folder / "model.safetensors")
+    digests = [checkpoint.digest_of_model(str(folder))]
+    files = ("config.json", "nanocoma.json", "tokenizer.json", "processor_config.json", "x.jinja")
+    for name in files:
+        before = folder / name
+        text = before.read_text() if before.exists() else ""
+        before.write_text(text + " ")
+        digests.append(checkpoint.digest_of_model(str(folder)))
+        assert digests[-1] not in digests[:-1], name
+    (folder / "README.md").write_text("a card")
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert checkpoint.digest_of_model(str(moved)) == digests[-1], "the same model"
+    one, two, three = (
+        folders.digest_of_settings(moved, {"base_model_name_or_path": base, "lora_alpha": alpha})
+        for base, alpha in (("a", 1), ("b", 1), ("a", 2))
+    )
+    assert one == two != three
+
+
 def test_chunks_and_checkpointing_may_change_and_it_is_said(stopped, capsys):
     """The advice after running out of memory is taken by --resume."""
     train(stopped, chunk_tokens=128, checkpointing=True)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,13 +127,25 @@ def test_an_index_of_another_model_is_never_used(folder, shared, capsys):
     resized.processor.image_processor.__class__ = type(
         "Other", (type(shared.processor.image_processor),), {}
     )
-    others = [bit, swapped, resized]
+    # With the same weights: another configuration, tokenizer, adapter.
+    norm, words, scaled = shorten(toy()), shorten(toy()), shorten(toy())
+    norm.mllm.config = copy.deepcopy(norm.mllm.config)
+    norm.mllm.config.text_config.rms_norm_eps = 0.5
+    words.processor.tokenizer = copy.deepcopy(words.processor.tokenizer)
+    words.processor.tokenizer.add_tokens(["another"])
+    noted = {"lora_alpha": 9, "target_modules": {"q", "k"}, "base_model_name_or_path": "there"}
+    adapter = SimpleNamespace(active_peft_config=SimpleNamespace(to_dict=lambda: dict(noted)))
+    object.__setattr__(scaled, "adapter", adapter)
+    others = [bit, swapped, resized, norm, words, scaled]
     for flags in settings:
         others.append(model.load("toy-random", **dict(compress_tokens=4) | flags, device="cpu"))
     for other in others:
         keys.add(search.fingerprint(other))
     keys.add(search.fingerprint(shared, "<image> Represent the picture."))
     assert len(keys) == 2 + len(others), "two of them have one key"
+    key = search.fingerprint(scaled)
+    noted["base_model_name_or_path"] = "elsewhere"  # it was moved
+    equal(search.fingerprint(scaled), key, "a folder that was moved")
     run(folder, shared, capsys, text="a red circle")
     said = run(folder, bit, capsys, text="a red circle")
     assert "12 of them new" in said and len(indices(folder)) == 2
@@ -357,6 +370,7 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_loaded(folder, mo
         (dict(query_image="gone.png"), "--query-image gone.png: no such picture$"),
         (dict(out="x.xyz"), "no kind of picture; end it with .png"),
         (dict(out="x"), "no kind of picture; end it with .png"),
+        (dict(out="x.blp"), "no kind of picture; end it with .png"),
         (dict(images="gone"), "--images gone: no such folder"),
         (dict(image_text="a picture"), "--image-text 'a picture' has 0 <image>; one is wanted"),
         (dict(image_text="<image> <image>"), "--image-text .* has 2 <image>; one is wanted"),
@@ -476,6 +490,29 @@ def test_a_sheet_is_read_as_a_text_is():
         equal(sheet.getpixel(middle), picture.getpixel((0, 0)), colours[n])
 
 
+def test_no_weight_of_a_large_matrix_is_left_out_of_the_fingerprint():
+    """Summed in parts of 4 million numbers, of which a toy has one: in the first part and in the
+    last one, at their beginning and at their end."""
+    p = torch.zeros(2**22 + 3, dtype=torch.bfloat16)
+    places, sums = (0, 1, 2**22 - 1, 2**22, 2**22 + 2), {search.weight_sum(p)}
+    for i in places:
+        other = p.clone()
+        other[i] = 2.0
+        sums.add(search.weight_sum(other))
+    equal(len(sums), 1 + len(places), "each change is another sum")
+
+
+def test_a_small_picture_grows_pixel_by_pixel():
+    """A smoothed toy picture would be a blur."""
+    picture = Image.new("RGB", (2, 1), "red")
+    picture.putpixel((1, 0), (0, 0, 255))
+    sheet = search.draw_sheet("", [picture], [""])
+    size = search.SIDE - 10  # its longer side
+    cell = sheet.crop((5, search.HEAD, 5 + size, search.HEAD + size // 2))
+    colours = {colour for _, colour in cell.getcolors(2**16)}
+    equal(colours, {(255, 0, 0), (0, 0, 255)}, "its own colours alone")
+
+
 def test_the_last_stage_that_is_there_searches_alike_on_all_ranks(folder, tmp_path, monkeypatch):
     """Stage 2's model, else stage 1's, else the toy; its weights are compared before it is read."""
     monkeypatch.chdir(tmp_path)
@@ -513,12 +550,12 @@ def test_the_index_is_rank_0s_and_so_is_the_sheet(folder, shared, monkeypatch, c
     equal(drawn, [0], "draw_sheet")
 
 
-def test_a_sheet_of_a_kind_that_can_be_read_and_not_written_is_refused(folder):
+def test_a_sheet_of_a_kind_that_can_be_read_and_not_written_is_refused(folder, monkeypatch):
     """Before anything is embedded."""
-    kinds = Image.registered_extensions().items()
-    ending = next(ending for ending, kind in kinds if kind not in Image.SAVE)
+    Image.registered_extensions()  # fills SAVE
+    monkeypatch.delitem(Image.SAVE, "WEBP")
     with pytest.raises(InputError, match="no kind of picture; end it with .png"):
-        search.refuse_no_search(search.Config(images=str(folder), text="x", out=f"x{ending}"))
+        search.refuse_no_search(search.Config(images=str(folder), text="x", out="x.webp"))
 
 
 def test_the_sheet_of_an_earlier_search_is_none_of_the_pictures(tmp_path):

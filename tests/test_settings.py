@@ -83,6 +83,7 @@ def test_a_device_is_one_of_this_machine():
     """Without a name the best there is."""
     equal((device_of(None).type, device_of("cpu").type), ("cpu", "cpu"), "no GPU in these tests")
     for name, says in (("cuda:0", "PyTorch finds no GPU here"), ("tpu!", "device 'tpu!': "),
+                       ("mps", "device 'mps': "), ("xpu", "device 'xpu': "),
                        ([1], r"device \[1\]: ")):  # fmt: skip
         with pytest.raises(InputError, match=says):
             device_of(name)

@@ -103,6 +103,25 @@ def test_the_seed_is_set_before_the_model_is_loaded(tmp_path, monkeypatch, stage
     equal(seeds, [3, 4], "torch.manual_seed")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_drawn_anew_is_the_same_on_all_ranks(tmp_path, monkeypatch, as_rank, stage):
+    """LoRA's matrices: only gradients are summed, so ranks that began apart would stay apart, and
+    what is saved would be rank 0's alone."""
+    seeds = []
+
+    def load_for(cfg, device):
+        seeds.append(torch.initial_seed())
+        raise Enough
+
+    monkeypatch.setattr(stage.checkpoint, "begin", lambda cfg: torch.device("cpu"))
+    monkeypatch.setattr(stage, "load_for", load_for)
+    for rank in (0, 1):
+        as_rank(rank, 2)
+        with pytest.raises(Enough):
+            stage.main(config(stage, tmp_path, seed=3))
+    equal(seeds, [3, 3], "torch.manual_seed, rank by rank")
+
+
 def test_the_flags_of_the_data_reach_both_stages(watched, monkeypatch):
     """Source, pictures and --skip-bad's list, seed, and what is a stage's own."""
     read = []
@@ -271,6 +290,12 @@ def test_a_model_without_a_code_is_saved_as_no_embedder(monkeypatch, tmp_path):
     flags = dict(compress_tokens=0, compress=False, steps=1)
     _, calls, _, _ = trained(monkeypatch, pretrain, tmp_path / "out", **flags)
     equal(calls[-1], ("finish", {"is_embedder": False}), "checkpoint.finish")
+
+
+def test_a_model_with_a_code_is_an_embedder_without_the_mask_too(monkeypatch, tmp_path):
+    """--no-compress keeps the K tokens: stage 2 finds them in nanocoma.json."""
+    _, calls, _, _ = trained(monkeypatch, pretrain, tmp_path / "out", compress=False, steps=1)
+    equal(calls[-1], ("finish", {"is_embedder": True}), "checkpoint.finish")
 
 
 def test_what_a_step_of_stage_2_found_goes_into_the_log_and_the_next_step(monkeypatch, tmp_path):

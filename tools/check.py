@@ -73,12 +73,15 @@ def read_list(path, image_root):
     """A list of dialogues or of pairs, all read as its first good line: training takes a list of
     one kind, and the lines of the other one are bad to it."""
     plain = read_lines(path, lambda raw, images: (raw, images), image_root)
+    parsers = (parse_talk, parse_pair)
     for i in range(min(len(plain), WINDOW)):
-        for parse in (parse_talk, parse_pair):
+        for parse in parsers:
             with suppress(ValueError, LookupError, TypeError):
                 parse(*plain[i])
                 return read_lines(path, parse, image_root)
-    return read_lines(path, parse_pair, image_root)
+    # None is good: its errors are told as those of the list that it was meant to be.
+    is_talk = isinstance(plain[0][0], dict) and "conversations" in plain[0][0]
+    return read_lines(path, parse_talk if is_talk else parse_pair, image_root)
 
 
 def parse_talk(raw, images) -> tuple:
@@ -288,7 +291,7 @@ def copy_sets(source, clean):
     """sets.json of a folder in MMEB's layout, for those of its sets that have a copy."""
     sets = {}
     for name, kind in read_json(source, SETS).items():
-        if Path(clean, name).is_dir():
+        if os.path.isdir(os.path.join(clean, name)):
             sets[name] = kind
     if sets:
         with written(Path(clean, SETS), "--clean") as part:

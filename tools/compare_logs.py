@@ -29,6 +29,7 @@ from tools.figure_numbers import smooth
 
 IN_A_ROW = 10  # steps outside of the band, before a run is called outside
 LEAST = 2  # runs of which a spread can be said
+MOST_STEPS = 10**8  # of a run; beyond it a log is damaged, and would take the memory
 # Flags that change no loss, or that are what is compared.
 OTHERWISE = set(
     "seed out workers save_every keep resume fitting model"
@@ -95,7 +96,7 @@ def read_log(path) -> Run:
 def of_every_step(steps, loss, last) -> tuple:
     """A full disk costs a log some of its lines: there the loss is that of the step before. Raises
     ValueError where they do not rise from 1 on, to `last` at most. -> (1 to n, their losses)."""
-    if steps[0] != 1 or np.diff(steps).min(initial=1) < 1 or steps[-1] > last:
+    if steps[0] != 1 or np.diff(steps).min(initial=1) < 1 or steps[-1] > min(last, MOST_STEPS):
         raise ValueError
     every = np.arange(1, int(steps[-1]) + 1)
     return every, loss[steps.searchsorted(every, "right") - 1]

@@ -12,8 +12,8 @@ names: --out belongs beside the list, unless --image-root is given to both comma
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import json
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -139,7 +139,7 @@ def main(argv):
         raise InputError(f"--first {cfg.first} is beyond --last {cfg.last}")
     if not cfg.data.lower().endswith(".jsonl"):
         raise InputError(f"--data {brief(cfg.data)}: mining takes a .jsonl of pairs")
-    if Path(cfg.data).resolve() == Path(cfg.out).resolve():
+    if os.path.realpath(cfg.data) == os.path.realpath(cfg.out):
         raise InputError(f"--out {brief(cfg.out)}: the list itself; give it another name")
     refuse_unwritable(cfg.out, "--out")
     refuse_other(cfg.out, "--out", holds_lines, "list of pairs")

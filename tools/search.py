@@ -10,6 +10,7 @@ they depend on. Prints the best matches with their cosines, and draws them as on
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import hashlib
+import json
 import os
 import time
 from contextlib import suppress
@@ -31,7 +32,7 @@ from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file, refuse_special
 from plumbing.formats import IMAGE, with_marks
-from plumbing.images import open_image
+from plumbing.images import FORMATS, open_image
 from plumbing.log import versions
 from plumbing.weights import trained_model
 from plumbing.writing import refuse_unwritable, written
@@ -74,6 +75,9 @@ def fingerprint(embedder, image_text=None) -> str:
         embedder.device.type,  # a GPU computes in bfloat16
         embedder.mllm.config._attn_implementation,
         template,
+        embedder.mllm.config.to_dict() | {"_name_or_path": ""},  # a folder may be moved
+        flags_of(embedder.adapter),
+        embedder.processor.tokenizer.backend_tokenizer.to_str(),
         image_processor.to_json_string(),
         type(image_processor).__name__,  # with torchvision it resizes otherwise
     ]
@@ -83,6 +87,13 @@ def fingerprint(embedder, image_text=None) -> str:
         total = weight_sum(p)
         digest.update(f"{name} {tuple(p.shape)} {p.dtype} {total}".encode())
     return digest.hexdigest()
+
+
+def flags_of(adapter) -> str:
+    """All that peft notes of an adapter, but where its base lies. Sets in order: repr has none."""
+    flags = adapter.active_peft_config.to_dict() if adapter else {}
+    flags.pop("base_model_name_or_path", None)
+    return json.dumps(flags, sort_keys=True, default=lambda x: sorted(x, key=str))
 
 
 def weight_sum(p) -> int:
@@ -254,7 +265,10 @@ def search(embedder, cfg):
     with written(cfg.out, "--out") as part:
         mark = Image.Exif()
         mark[ExifTags.Base.Software] = SHEET
-        draw_sheet(title, pictures, captions).save(part, exif=mark)
+        try:
+            draw_sheet(title, pictures, captions).save(part, exif=mark)
+        except ValueError as e:  # a WebP is at most 16,383 pixels high
+            raise InputError(f"--out {brief(cfg.out)}: {e}; end it with .png") from None
     ranks.say(f"wrote {cfg.out}")
 
 
@@ -288,7 +302,7 @@ def refuse_no_search(cfg):
     if cfg.query_image:
         refuse_special(cfg.query_image, f"--query-image {brief(cfg.query_image)}", "picture")
     kind = Image.registered_extensions().get(Path(cfg.out).suffix.lower())
-    if kind is None or kind not in Image.SAVE:
+    if kind not in FORMATS or kind not in Image.SAVE:
         raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
     by_rank_0(lambda: refuse_place(cfg))
     find_pictures(cfg.images, quiet=True)  # they are listed, and what is left out, further on
