@@ -74,12 +74,12 @@ def paper_info_nce(q, t, temperature):
 
 def info_nce(q, t, temperature, labels=None, keys=None, reweigh=None):
     """Eq. (1) for any columns: several positives a query, hard negatives, targets that are right
-    for more than one query. At most ln M where all cosines are equal.
+    for more than one query. Where all cosines are equal the loss is at most ln M.
 
-    q (B, D) local queries, t (M, D) *all* targets, labels (B,) or (B, P) columns of the positives
-    (default: i for query i), keys (M,) or (M, k): columns that share a key are no negatives of each
-    other (default: all differ), reweigh: gives negatives other weights (see plumbing/losses.py).
-    -> (loss: nats, mean over queries; share of hits)."""
+    q (B, D) this rank's queries; t (M, D) *all ranks'* targets and hard negatives, the columns;
+    labels (B,) or (B, P): each query's positives, by column (default: i for query i); keys (M,) or
+    (M, k): what shares a key with a query's positive is not its negative (default: no two share
+    one); reweigh: see plumbing/losses.py. -> (loss: nats, mean over queries; share of hits)."""
     if labels is None:
         labels = torch.arange(len(q), device=q.device)
     if keys is None:
@@ -101,7 +101,8 @@ def info_nce_rows(q, t, labels, keys, temperature, reweigh=None):
     keys (M, k): a column that shares a key with one of my positives is not my negative.
     -> (nats (b,), mean over positives; hit (b,), whether a positive beats all negatives)."""
     scores = products(q, t) / temperature  # (b, M); never bfloat16 or TF32: they have 3 digits
-    valid, own = labels >= 0, labels.clamp(min=0)  # (b, P)
+    valid = labels >= 0  # (b, P)
+    own = labels.clamp(min=0)  # (b, P) -1, which gather refuses, becomes column 0
     is_no_negative = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
     for key in keys.T:  # (M,)
         for p in range(labels.shape[1]):
@@ -166,7 +167,7 @@ class Step(NamedTuple):
 
     loss: float  # mean nats
     top1: float  # share of queries that are nearest to a target of their own
-    columns: int  # targets and hard negatives
+    columns: int  # M, targets and hard negatives
     chunk_tokens: int  # what fitted into memory
 
 
@@ -209,9 +210,10 @@ def gradcache_step(embedder, batch, temperature, budget, loss_fn=loss_over_ranks
 
     def attempt(chunk_tokens):
         chunks = token_chunks(lengths, chunk_tokens)
-        embed_chunk = remember_tower(leavable(embed, embedder), embedder.mllm, budget.vision_cache)
-        embed_chunk, chunks = sharding.in_lockstep(embedder, embed_chunk, chunks)
-        two_passes(embed_chunk, chunks, meeting(loss_of), budget.keep_graphs)
+        embed_chunk = leavable(embed, embedder)  # between two chunks, at a signal
+        embed_chunk = remember_tower(embed_chunk, embedder.mllm, budget.vision_cache)  # if frozen
+        embed_chunk, chunks = sharding.in_lockstep(embedder, embed_chunk, chunks)  # with FSDP only
+        two_passes(embed_chunk, chunks, meeting(loss_of), budget.keep_graphs)  # if all ranks fit
 
     chunk_tokens = budget.chunk_tokens
     if sharding.sharded(embedder):  # FSDP reduces by itself; no rank can leave the others' forward
@@ -230,12 +232,12 @@ def draw(pairs, cfg, step) -> list:
     same for any number of ranks. Blocks of `cfg.block` come from one data set each, which is drawn
     in proportion to its size; a set smaller than a block repeats itself in it."""
     rng = random.Random(f"{cfg.seed}/{step}")
-    chosen, sizes = [], [len(p) for p in pairs.values()]
+    chosen = []
+    sizes = [len(examples) for examples in pairs.values()]
     for name in rng.choices(list(pairs), sizes, k=cfg.batch // cfg.block):
         n = len(pairs[name])
         sample = rng.sample(range(n), min(n, cfg.block))
-        for i in range(cfg.block):
-            chosen.append((name, sample[i % len(sample)]))
+        chosen += [(name, sample[i % len(sample)]) for i in range(cfg.block)]
     return chosen
 
 
@@ -250,7 +252,7 @@ def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
         queries.append(pair.query)
         positives.append(torch.arange(len(pair.targets)) + len(columns))
         columns += [*pair.targets, *pair.negatives]
-    labels = pad_sequence(positives, True, -1)  # (B, P)
+    labels = pad_sequence(positives, batch_first=True, padding_value=-1)  # (B, P)
     keys = losses.keys_that_differ(len(columns), rank)  # every other column is a negative
     if cfg.mask_false_negatives:
         losses.note_equals(keys, columns, queries, positives)
@@ -266,7 +268,7 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     rank, world = ranks.rank(), ranks.world()
     combinations.refuse_impossible(cfg, world)
     pairs = read_pairs(cfg.data, Place.of(cfg), cfg.subsets, cfg.seed, cfg.split)
-    cfg.data_digest = checked_digest(pairs.values())
+    cfg.data_digest = checked_digest(pairs.values())  # refuses unfit data; --resume compares it
     for name, examples in pairs.items():
         ranks.say(f"  {name:<20} {len(examples):>13,} pairs")
 

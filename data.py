@@ -50,10 +50,8 @@ class Item:
     @cached_property
     def key(self) -> int:
         """63 bits, equal for equal texts and equal paths of pictures, on every rank."""
-        pictures = []
-        for x in self.images:
-            # A PIL image has no name: what a model sees of it counts.
-            pictures.append(pixels_of(x) if isinstance(x, Image.Image) else repr(x))
+        # A PIL image has no name: what a model sees of it counts.
+        pictures = [pixels_of(x) if isinstance(x, Image.Image) else repr(x) for x in self.images]
         digest = hashlib.blake2b(repr((self.text, pictures)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1  # torch's integers have a sign
 
@@ -89,8 +87,8 @@ class Pair(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One evaluation set. `queries[i]` is (query, candidates); candidate 0 is the right one. Of
-    one's own data the first rights[i] are; a query with no wrong ones is compared with `pool`."""
+    """One evaluation set. `queries[i]` is (query, candidates); candidate 0 is right. In one's own
+    data the first rights[i] are right, and a query without wrong ones is compared with `pool`."""
 
     name: str
     meta_task: str  # Classification, VQA, Retrieval, Grounding, or Other
@@ -110,8 +108,8 @@ def read_dialogues(
 
     source: "shapes" (10^9 toy dialogues), a list in LLaVA's layout, or a folder of pictures with
     captions (metadata.jsonl or .csv). image_root: a folder, or a formats.Place with --skip-bad's
-    list. turns > 0: at most so many questions. caption, texts (toy world): a description as the
-    answer; the share of dialogues about a description, not the picture. InputError."""
+    list. turns: at most so many questions; 0: all. In the toy world only: caption, one description
+    in place of the dialogue; texts, the share of dialogues about a text. Raises InputError."""
     if source == "shapes":
         toy = partial(Shapes("train", seed).dialogue, caption=caption, texts=texts)
         talks = Lazy(10**9, toy)  # made when drawn: as many as one likes
@@ -209,7 +207,7 @@ class Collator:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.compress_ids, self.style, self.max_length = list(compress_ids), style, max_length
         self.template = read_template(processor, style)  # what stands around the user's words
-        self.pad = self.tokenizer.pad_token_id or 0  # any id will do: it is masked
+        self.pad_id = self.tokenizer.pad_token_id or 0  # any id will do: it is masked
         self.encode_picture = PictureEncoder(processor, self.template.picture)
         self.token_keys = list(dict.fromkeys(["input_ids", "roles", *self.encode_picture.columns]))
 
@@ -237,7 +235,7 @@ class Collator:
             parts += [Part(QUESTION, x, turn) for x in closing]
             parts.append(Part(ANSWER, answer, turn, by_user=True))
             parts += [Part(ANSWER, x, turn) for x in (template.after_answer, template.end_ids)]
-            # An answer brings its own end_ids; only the turn after C begins with them.
+            # turn_ids begin with end_ids, which close C's turn; an answer has brought its own.
             opening = [template.turn_ids[len(template.end_ids) :], template.before_question]
         parts = [Part(HEAD, template.start_ids), *spell(self.tokenizer, template, parts)]
         parts, cut = shorten(parts, self.max_length, item)
@@ -247,13 +245,13 @@ class Collator:
         return Row(tokens, images, cut)
 
     def content(self, item, own_turn) -> tuple:
-        """-> (parts: head, text, picture, ...; image tensors). own_turn: the turn ends with it."""
+        """-> (parts: head, text, picture, ...; image tensors). own_turn: with the turn's end."""
         texts, template = item.text.split(IMAGE), self.template
         if len(texts) - 1 != len(item.images):
             count = f"{len(texts) - 1} {IMAGE} for {len(item.images)} pictures"
             raise InputError(f"{count} in {brief(item)}: put one where each goes")
         pictures = [self.picture(open_image(x)) for x in item.images]  # opened here, and no earlier
-        before = template.before_text if texts[0] or not pictures else template.before_picture
+        before = template.before_picture if pictures and not texts[0] else template.before_text
         parts = [Part(HEAD, template.head_ids), Part(HEAD, before)]
         for i, text in enumerate(texts):
             parts.append(Part(CONTENT, text, by_user=True))
@@ -278,9 +276,9 @@ class Collator:
         L), and the image tensors of all rows end to end."""
         inputs = {}
         for key in self.token_keys:
-            pad = self.pad if key == "input_ids" else 0
+            padding = self.pad_id if key == "input_ids" else 0
             column = [row.tokens[key] for row in rows]
-            inputs[key] = pad_sequence(column, batch_first=True, padding_value=pad)  # (B, L)
+            inputs[key] = pad_sequence(column, batch_first=True, padding_value=padding)  # (B, L)
         inputs["attention_mask"] = (inputs["roles"] != PAD).long()  # (B, L)
         inputs.update(join_images([row.images for row in rows]))  # (n, ...), see Row
         return inputs

@@ -6,9 +6,8 @@
     python evaluate.py --data pairs.jsonl                    your own pairs, or DIR with captions
     torchrun --nproc-per-node 8 evaluate.py --data MMEB-eval --json scores.json
 
-Each query is compared with its own candidates (of your own data: its negatives, or all targets); a
-hit is a query whose right candidate is nearer than every other one. Reads a model folder and tasks;
-prints a table; writes --json.
+Each query is compared with its own candidates (in your own data: its negatives, or all targets); it
+is a hit where the right one is the nearest. Reads a model and tasks; prints a table; writes --json.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
@@ -81,7 +80,7 @@ def summary(sets) -> dict:
 # --------------------------------------------------------------------------------- from a model
 
 
-def encode_sharded(embedder, items, cfg, progress, bad=None) -> np.ndarray:
+def encode_over_ranks(embedder, items, cfg, progress, bad=None) -> np.ndarray:
     """Embeddings of `items`, made by all ranks together; every rank gets all: (len(items), D).
 
     bad: a list for errors of items that cannot be read (their rows are NaN); None: they raise."""
@@ -100,19 +99,20 @@ def encode_sharded(embedder, items, cfg, progress, bad=None) -> np.ndarray:
 
 def score(embedder, task, cfg) -> dict:
     """Encodes a set, each item once. -> {"p_at_1", "chance", "queries", "meta_task", "ood", ...}"""
-    items, row_of = {}, {}  # of an item's key the item, and its row of z
+    items, row_of = [], {}  # the distinct items; an item's key -> its row of z
 
     def row_number(item):
-        key = item.key
-        items.setdefault(key, item)
-        return row_of.setdefault(key, len(row_of))
+        if item.key not in row_of:
+            row_of[item.key] = len(items)
+            items.append(item)
+        return row_of[item.key]
 
     queries, candidates = [], []  # as rows of z
     for query, choices in task.queries:
         queries.append(row_number(query))
         candidates.append([row_number(choice) for choice in choices])
     pool = [row_number(Item(*content)) for content in task.pool]
-    z = encode_sharded(embedder, list(items.values()), cfg, task.name)  # (items, D)
+    z = encode_over_ranks(embedder, items, cfg, task.name)  # (items, D)
     if task.rights:  # one's own data: several may be right, and Recall@5 and 10 count too
         result = retrieval.measures(z[queries], z, candidates, task.rights, pool)
     else:

@@ -37,7 +37,7 @@ def compression_pool(h, attention_mask, K):
     h (B, L, D), attention_mask (B, L) with 1 for real tokens, either padding -> (B, D), float32."""
     from_end = attention_mask.flip(1).argmax(1)  # (B,) padding behind the last real token
     last = attention_mask.shape[1] - 1 - from_end  # (B,) its position
-    positions = last[:, None] - torch.arange(K - 1, -1, -1, device=last.device)  # (B, K)
+    positions = last[:, None] + torch.arange(1 - K, 1, device=last.device)  # (B, K)
     index = to_device(positions, h.device)[..., None].expand(-1, -1, h.shape[-1])  # (B, K, D)
     return at_least_float32(h.gather(1, index)).mean(1)  # (B, D)
 
@@ -135,9 +135,9 @@ class Embedder(nn.Module):
         windows = Windows([len(item.images) for item in items])  # as many items as fit
         with tqdm(total=len(z), desc=progress, disable=not progress or None, leave=False) as bar:
             for rows in prefetch(rows_of, windows, workers, self.device):
-                windows.saw(rows.keys(), rows.values())
+                windows.saw(rows)
                 readable = [i for i, row in rows.items() if isinstance(row, Row)]
-                if len(readable) < len(rows):  # the others are errors
+                if bad is not None:  # without it the first error was raised
                     bad.extend(str(row) for row in rows.values() if not isinstance(row, Row))
                 for chunk in token_chunks([rows[i].length for i in readable], chunk_tokens):
                     numbers = [readable[k] for k in chunk]  # of the chunk's items
@@ -181,7 +181,8 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
     InputError. A model that is no embedder yet gets K new tokens. device: None takes the GPU if
     there is one. options: attn ("sdpa"), max_length, min_pixels, max_pixels, dim."""
     device = weights.device_of(device)
-    path, options = folders.local_folder(name), weights.Options(**options).checked()
+    path = folders.local_folder(name)
+    options = weights.Options(**options).checked()
     asked = weights.Settings(compress_tokens, pooling, prompt)
     settings = weights.settings(name, path, asked)  # K, pooling, style, prefixes
     mllm, processor, has_adapter = weights.load_mllm(path, name, options)
@@ -206,10 +207,9 @@ def load_for(cfg, device) -> Embedder:
 def save(embedder, path, is_embedder=True):
     """A plain transformers folder, or the adapter in peft's format; nanocoma.json, with K, pooling
     and prompt style, where is_embedder. All ranks must call this; rank 0 writes."""
-    whole = sharding.whole_weights(embedder)  # a collective: before any rank returns
-    if ranks.rank() > 0:
-        return
-    weights.write_folder(embedder, path, whole, is_embedder)
+    whole = sharding.whole_weights(embedder)  # a collective: all ranks take part
+    if ranks.rank() == 0:
+        weights.write_folder(embedder, path, whole, is_embedder)
 
 
 def merge(embedder):

@@ -49,8 +49,8 @@ class Config(TrainingFlags):
     question_first: float = flag(
         0.0, "beyond the paper: share of dialogues with Q_1 before C", least=0, most=1
     )
-    texts: float = flag(0.0, "our idea: share about a text, not a picture (toy)", least=0, most=1)
-    objective: str = flag("ce", "targets: the answers, or the uncompressed model", ["ce", "kl"])
+    texts: float = flag(0.0, "beyond the paper: share about texts (toy world)", least=0, most=1)
+    objective: str = flag("ce", "ce: learn the answers; kl: the uncompressed model", ["ce", "kl"])
 
 
 # ---------------------------------------------------------------------------------------- the idea
@@ -112,13 +112,13 @@ def exact_answers(logits, labels, inputs) -> tuple:
     Each step of greedy decoding picks the argmax; it writes the answer if and only if the argmax is
     right at every position of it, given the right words before."""
     is_answer = inputs["roles"] == ANSWER  # (B, L)
-    starts = is_answer.clone()  # (B, L) its first token
+    starts = is_answer.clone()  # (B, L) the first token of each answer
     starts[:, 1:] &= ~is_answer[:, :-1]
-    answer_of = starts[is_answer].cumsum(0)  # (n,) which answer; logits stand in the same order
+    answer_of = starts[is_answer].cumsum(0)  # (n,) each token's answer, numbered, as logits stand
     is_wrong = (logits.argmax(-1) != labels).cpu()  # (n,)
-    wrong = answer_of[is_wrong].unique()
+    wrong_answers = answer_of[is_wrong].unique()
     total = int(starts.sum())
-    return total - len(wrong), total
+    return total - len(wrong_answers), total
 
 
 # ------------------------------------------------------------------------------ one training step
@@ -128,7 +128,7 @@ class Example(NamedTuple):
     """A dialogue as model inputs."""
 
     row: Row
-    plain: Row | None = None  # the same without C, for the KL objective
+    teacher_row: Row | None = None  # the same without C, for the KL objective
     id: str = ""  # of the dialogue
 
 
@@ -136,18 +136,18 @@ def accumulate(embedder, examples, cfg, teacher_logits=None):
     """Adds to `.grad` the gradient of the mean loss over *all ranks'* answer tokens, a chunk at a
     time: exact for any chunks and ranks, however long their answers.
 
-    examples: this rank's; teacher_logits: function(rows) -> (n, V), for the KL objective.
+    examples: this rank's; teacher_logits: see `teacher`, for the KL objective.
     -> (mean loss in nats, share of answers that are right word for word, answer tokens)."""
     rows = [example.row for example in examples]
     my_tokens = sum(int((row.tokens["roles"] == ANSWER).sum()) for row in rows)
-    tokens = ranks.all_sum(my_tokens)  # of all ranks: a sum over chunks and ranks is then the mean
+    tokens = ranks.all_sum(my_tokens)  # all ranks': sums over chunks, divided by it, make the mean
     loss_sum, right, answers = 0.0, 0, 0
     chunk_tokens = by_device(cfg.chunk_tokens, CHUNK_TOKENS, embedder.device)
     for chunk in unless_stopped(token_chunks([row.length for row in rows], chunk_tokens)):
         inputs = embedder.collate.pad_rows([rows[i] for i in chunk])
         logits, labels = answer_logits(embedder, inputs, cfg.compress)
         if teacher_logits:
-            loss = distillation_loss(logits, teacher_logits([examples[i].plain for i in chunk]))
+            loss = distillation_loss(logits, teacher_logits([examples[i] for i in chunk]))
         else:
             loss = answer_loss(logits, labels)
         chunk_right, chunk_answers = exact_answers(logits.detach(), labels, inputs)
@@ -161,15 +161,15 @@ def accumulate(embedder, examples, cfg, teacher_logits=None):
 
 
 def teacher(embedder):
-    """The KL objective's frozen teacher: the model as it is now, the picture visible, the same
-    dialogue without C. -> (its collator, function(rows) -> logits (n, V))."""
+    """The KL objective's frozen teacher: the model as it is now, which reads the same dialogues
+    without C, the picture visible. -> (its collator, function(Examples) -> logits (n, V))."""
     frozen = copy.deepcopy(embedder.mllm).eval().requires_grad_(False)
     # K = 0: its rows have no code, and its mask is off.
     uncompressed = Embedder(frozen, embedder.processor, Settings(0, "last", embedder.style))
 
     @torch.no_grad()
-    def logits(rows):
-        inputs = uncompressed.collate.pad_rows(rows)
+    def logits(examples):
+        inputs = uncompressed.collate.pad_rows([x.teacher_row for x in examples])
         return answer_logits(uncompressed, inputs, compress=False)[0]
 
     return uncompressed.collate, logits
@@ -182,13 +182,13 @@ def main(cfg):
     rank, world = ranks.rank(), ranks.world()
     combinations.refuse_idle_ranks(cfg, world)
     dialogues = read_dialogues(cfg.data, Place.of(cfg), cfg.seed, cfg.turns, cfg.caption, cfg.texts)
-    cfg.data_digest = checked_digest([dialogues])  # a run is not resumed with other data
+    cfg.data_digest = checked_digest([dialogues])  # refuses unfit data; --resume compares it
 
     # 2. The model, and what of it is trained.
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     # Before LoRA is added: the teacher is the model as it comes.
-    plain_collate, teacher_logits = teacher(embedder) if cfg.objective == "kl" else (None, None)
+    teacher_collate, teacher_logits = teacher(embedder) if cfg.objective == "kl" else (None, None)
     choose_trained(embedder, cfg)
     embedder.prefixes = ()  # stage 1 trains no Matryoshka lengths, so it saves none
     optimizers = optim.make_optimizers(embedder, cfg)
@@ -196,10 +196,10 @@ def main(cfg):
     # 3. Train. Dialogues are made into model inputs in the loader's workers.
     def examples_of(step):
         def example(i):
-            d = ask_first(dialogues[i], cfg, step)
+            d = ask_first(dialogues[i], cfg, step)  # the same, without --question-first
             row = embedder.collate.row(d.item, d.turns)
-            plain_row = plain_collate.row(d.item, d.turns) if plain_collate else None
-            return Example(row, plain_row, d.id)
+            teacher_row = teacher_collate.row(d.item, d.turns) if teacher_collate else None
+            return Example(row, teacher_row, d.id)
 
         return each(example, epoch_batch(len(dialogues), cfg, step, rank, world))
 

@@ -1,5 +1,5 @@
-"""Gradients that are known before the backward pass: a sum over blocks of rows that fits into
-memory, each computed once, its gradient with it."""
+"""A sum over many rows, one block of them in memory at a time: each block's gradient is computed
+together with its value, and handed out when the backward pass asks for it."""
 
 import torch
 
@@ -20,9 +20,9 @@ class KnownGradient(torch.autograd.Function):
 
 
 def sum_over_blocks(loss_of_rows, q, t):
-    """The sums over all rows of what loss_of_rows(q[rows], t, rows) -> (nats (b,), hits (b,)) says
-    of a block of them at a time. q (B, D), t (M, D) -> (nats, with a gradient; hits). Memory is
-    that of one block, SCORES numbers, and never (B, M)."""
+    """Sums the two results of loss_of_rows(q[rows], t, rows) -> (nats (b,), hits (b,)) over all
+    rows, a block at a time: never more than about SCORES of the (B, M) scores are in memory.
+    q (B, D), t (M, D) -> (nats, with a gradient; hits)."""
     block = max(1, SCORES // len(t))
     grad_q, grad_t = torch.zeros_like(q), torch.zeros_like(t)
     nats, hits = 0.0, 0

@@ -42,10 +42,16 @@ from plumbing.ranks import all_sum, gather_objects, rank, say, world
 from plumbing.weights import stage_1_model
 from plumbing.writing import written
 
-# What may change in between: where the pictures are, where and how often it is saved, who reads the
-# data, which pictures are skipped, what is kept and not made again. (`fitting` is no flag: the run
-# goes on from what the checkpoint says.)
-HARMLESS = "image_root out resume workers save_every keep skip_bad fitting graph_memory".split()
+# What may change before --resume, and changes no bit of what follows.
+HARMLESS = (
+    "resume",
+    *("image_root", "out"),  # where the pictures are, and where it is saved
+    *("save_every", "keep"),  # how often, and how many checkpoints stay
+    "workers",  # who reads the data
+    "skip_bad",  # which examples are passed over
+    "graph_memory",  # what is kept, and not made again
+    "fitting",  # no flag: the run goes on from what the checkpoint says
+)
 # These too, and they move the last bits: sums are taken in other pieces.
 ROUNDING = ("chunk_tokens", "checkpointing")
 # This one too, for it is the way out where a row of the data turns out to be too long.
@@ -438,15 +444,16 @@ def refuse_another_run(state, cfg, but=()):
     is not known yet."""
     then = dict(state.flags, world=state.world)
     now = dict(dataclasses.asdict(cfg), world=world())
-    # What an older version did not know yet was as it is by default, or was not computed.
-    unknown = {}
+    # A folder may have been moved: where its digest is the same, its name does not count.
+    moved = [name for name, x in DIGEST_OF.items() if now[x] and then.get(x) == now[x]]
+    # An older version's state lacks newer flags, which were at their defaults then; what it did not
+    # compute is not compared.
     for field in dataclasses.fields(cfg):
-        unknown[field.name] = field.default if field.init else now[field.name]
-    same = [name for name, x in DIGEST_OF.items() if now[x] and then.get(x) == now[x]]
+        then.setdefault(field.name, field.default if field.init else now[field.name])
     changes = []
     for name, value in now.items():
-        was = then.get(name, unknown.get(name))
-        if name not in (*HARMLESS, *ROUNDING, CUTTING, *but, *same) and was != value:
+        was = then[name]
+        if name not in (*HARMLESS, *ROUNDING, CUTTING, *but, *moved) and was != value:
             changes.append(f"{name} was {brief(repr(was), 60)}, is {brief(repr(value), 60)}")
     if changes:
         changes = ", ".join(changes)

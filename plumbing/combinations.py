@@ -143,9 +143,11 @@ def refuse_impossible(cfg, world):
     # A batch that both the blocks and the ranks divide.
     unit = math.lcm(cfg.block, world)
     if cfg.batch % unit:
-        what = f"--block {cfg.block}" if cfg.batch % cfg.block else f"the number of ranks, {world}"
+        divisor = f"the number of ranks, {world}"
+        if cfg.batch % cfg.block:
+            divisor = f"--block {cfg.block}"
         next_size = (cfg.batch // unit + 1) * unit
-        raise InputError(f"--batch {cfg.batch} is not a multiple of {what}; try {next_size}")
+        raise InputError(f"--batch {cfg.batch} is not a multiple of {divisor}; try {next_size}")
     if cfg.fsdp and (cfg.lora_rank or cfg.muon_lr or world == 1):
         raise InputError("--fsdp is for full fine-tuning on several ranks, with --muon-lr 0")
 

@@ -102,13 +102,13 @@ def with_marks(text) -> str:
     return text.replace("<|image_1|>", IMAGE)
 
 
-CONTENT = '{"text": ..., "image": ...}, at least one of them not empty'
+CONTENT_FORM = '{"text": ..., "image": ...}, at least one of them not empty'
 
 
 def parse_content(raw, images, subset="") -> Content:
     """{"text", "image"}, either of which may be missing; `image`: one path or more. ValueError."""
     if not isinstance(raw, dict):
-        raise ValueError(f"needs {CONTENT}, not a {type(raw).__name__}")
+        raise ValueError(f"needs {CONTENT_FORM}, not a {type(raw).__name__}")
     refuse_unknown(raw, ("text", "image"))
     text, paths = raw.get("text"), raw.get("image")
     text = "" if text is None else text
@@ -119,7 +119,7 @@ def parse_content(raw, images, subset="") -> Content:
     if not isinstance(text, str) or not strings:
         raise ValueError('"text" must be a string, "image" a path or a list of paths')
     if not paths and not text.strip():
-        raise ValueError(f"needs {CONTENT}")
+        raise ValueError(f"needs {CONTENT_FORM}")
     # A picture without a text is the picture alone.
     text = with_marks(text) if text else IMAGE * len(paths)
     if (n := text.count(IMAGE)) != len(paths):

@@ -375,7 +375,7 @@ def encode_picture(processor, marker, image) -> EncodedPicture:
     return EncodedPicture(columns, images)
 
 
-class Known(NamedTuple):
+class OfOneSize(NamedTuple):
     """What pictures of one size have in common."""
 
     columns: dict  # their token columns
@@ -414,12 +414,12 @@ class PictureEncoder:
             if alone.keys() == encoded.images.keys() and all(
                 torch.equal(tensor, encoded.images[key]) for key, tensor in alone.items()
             ):
-                self.known[image.size] = Known(encoded.columns, shapes_of(alone))
+                self.known[image.size] = OfOneSize(encoded.columns, shapes_of(alone))
 
     def tensors(self, image, keys) -> dict:
         """Those of the image processor that the model takes."""
-        made = self.processor.image_processor(images=[image], return_tensors="pt")
-        return {key: made[key] for key in keys if key in made}
+        tensors = self.processor.image_processor(images=[image], return_tensors="pt")
+        return {key: tensors[key] for key in keys if key in tensors}
 
 
 def shapes_of(images) -> dict:

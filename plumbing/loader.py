@@ -130,8 +130,8 @@ class Alone:
         self.asked.append(index)
 
     def receive(self):
-        made = self.make(self.asked.pop(0))
-        return tree_map_only(torch.Tensor, halved, made) if self.halve else made
+        batch = self.make(self.asked.pop(0))
+        return tree_map_only(torch.Tensor, halved, batch) if self.halve else batch
 
     def close(self):
         pass
@@ -307,7 +307,7 @@ def pack(x, tensors) -> bytes:
 
 
 class Packer(pickle.Pickler):
-    """Writes (first byte, numbers, shape, type) for a tensor, a row's number for a Slot."""
+    """Writes (first byte, count, shape, type) for a tensor, a row's number for a Slot."""
 
     def __init__(self, file, tensors):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
@@ -330,13 +330,13 @@ class Unpacker(pickle.Unpickler):
         super().__init__(io.BytesIO(packed))
         self.mapped, self.rows = mapped, rows
 
-    def persistent_load(self, what):
-        if isinstance(what, int):
-            return self.rows[what]
-        first, numbers, shape, dtype = what
-        if not numbers:
+    def persistent_load(self, written):
+        if isinstance(written, int):  # a Slot's
+            return self.rows[written]
+        first, count, shape, dtype = written
+        if not count:
             return torch.empty(shape, dtype=dtype)
-        x = torch.frombuffer(self.mapped, dtype=dtype, count=numbers, offset=first)
+        x = torch.frombuffer(self.mapped, dtype=dtype, count=count, offset=first)
         return x.view(shape)
 
 
@@ -369,9 +369,9 @@ class Windows:
             yield range(first, end)
             first = end
 
-    def saw(self, window, rows):
-        """Learns from what came: rows, or errors in their place."""
-        for i, row in zip(window, rows, strict=True):
+    def saw(self, rows):
+        """Learns from what came: {number of an item: its row, or an error}."""
+        for i, row in rows.items():
             if self.pictures[i] and not isinstance(row, InputError):
                 size = sum(x.nbytes for x in row.images.values())
                 self.largest = max(self.largest, size // self.pictures[i])

@@ -107,7 +107,7 @@ def queries_of_targets(batch):
     for keys_of_target in keys[columns].tolist():
         queries = set().union(*(queries_of_key[key] for key in keys_of_target))
         positives.append(torch.tensor(sorted(queries)))
-    labels = pad_sequence(positives, True, -1)
+    labels = pad_sequence(positives, batch_first=True, padding_value=-1)  # (targets, P)
     return columns, labels, [len(queries) for queries in keys_of_ranks]
 
 

@@ -21,13 +21,14 @@ from plumbing.lines import no_twins
 SETS = "sets.json"  # of a folder in MMEB's layout: what kinds of sets are in it
 DEPTHS = (5, 10)  # of Recall@k, for one's own data
 BLOCK = 256  # queries whose scores against all targets are computed at a time
-KINDS = ("Classification", "VQA", "Retrieval", "Grounding", "Other")
+META_TASKS = ("Classification", "VQA", "Retrieval", "Grounding", "Other")
 
 
 class PlainTask(NamedTuple):
-    """One evaluation set: its name, meta-task, whether it is out of distribution, its (query,
-    candidates); of one's own data also `rights`, how many of a query's candidates are right (the
-    first ones), and `pool`: what a query is compared with that has right candidates only."""
+    """One evaluation set, of which data.py makes a Task: its name, its meta-task, whether it is out
+    of distribution, its (query, candidates). For one's own data also `rights`, how many of a
+    query's first candidates are right, and `pool`, which a query without wrong ones is compared
+    with."""
 
     name: str
     meta_task: str
@@ -64,9 +65,9 @@ def read_named(folder) -> dict:
     """{set: (meta-task, out of distribution?)} of a folder's sets.json; {} where there is none."""
     file, named = Path(folder, SETS), {}
     for name, x in read_json(folder, file.name, no_twins).items():
-        known = isinstance(x, dict) and x.get("meta_task") in KINDS
+        known = isinstance(x, dict) and x.get("meta_task") in META_TASKS
         if not known or set(x) - {"meta_task", "ood"} or not isinstance(x.get("ood", False), bool):
-            wanted = f'{{"meta_task": one of {", ".join(KINDS)}, "ood": true or false}}'
+            wanted = f'{{"meta_task": one of {", ".join(META_TASKS)}, "ood": true or false}}'
             raise InputError(f"{file}: {brief(name)} must be {wanted}")
         if not os.path.isdir(os.path.join(folder, name)):
             raise InputError(f"{file}: names {brief(name)}, and there is no folder {brief(name)}")

@@ -239,8 +239,8 @@ FILES = [
         "tests/test_picture_encoder.py",
     ),
     (
-        "plumbing/images.py", "{key: made[key] for key in keys if key in made}",
-        "dict(made)",
+        "plumbing/images.py", "{key: tensors[key] for key in keys if key in tensors}",
+        "dict(tensors)",
         "tests/test_picture_encoder.py",
     ),
     (

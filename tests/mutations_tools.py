@@ -180,7 +180,7 @@ TOOLS = [
     ("exercises/questions.py", "def mean_over_ranks(world=4, n=3):", "def mean_over_ranks(world=3, n=4):", f"{GRADER} -k the_stub_asks"),
     ("exercises/questions.py", "[QUESTION] * 3 + [ANSWER] * 2", "[QUESTION] * 3 + [ANSWER] * 4", f"{GRADER} -k the_stub_asks"),
     # ----------------------------------------------------------- whose lines no mistake had touched
-    ("pretrain.py", "plain_collate.row(d.item, d.turns) if", "plain_collate.row(dialogues[i].item, dialogues[i].turns) if",
+    ("pretrain.py", "teacher_collate.row(d.item, d.turns) if", "teacher_collate.row(dialogues[i].item, dialogues[i].turns) if",
      "tests/test_stage_parts.py -k what_the_model_is_asked"),
     ("plumbing/card.py", 'str(value).replace("|", "\\\\|")', "str(value)", f"{LIBRARIES} -k hold_a_bar"),
     ("plumbing/card.py", "while len(runs) < 10:", "while True:", f"{LIBRARIES} -k own_tail"),

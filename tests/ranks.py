@@ -190,12 +190,12 @@ def answers(embedder, rank=0, world=1, sum_gradients=sum_gradients) -> Result:
 
 
 def encodings(embedder) -> Result:
-    """evaluate.encode_sharded of a few items, in the place of a gradient."""
+    """evaluate.encode_over_ranks of a few items, in the place of a gradient."""
     items = []
     for i in range(3):
         pair = picture_pair(i)
         items += [pair.query, *pair.targets]
-    z = evaluate.encode_sharded(embedder, items, evaluate.Config(), "")
+    z = evaluate.encode_over_ranks(embedder, items, evaluate.Config(), "")
     return Result(0.0, 0.0, torch.from_numpy(z))
 
 

@@ -160,12 +160,12 @@ def test_the_teacher_answers_the_same_tokens_with_the_picture_in_view(embedder):
     examples = [example(embedder, i, plain=plain) for i in range(2)]
     inputs = embedder.collate.pad_rows([x.row for x in examples])
     labels = pretrain.answer_logits(embedder, inputs)[1]
-    got = reference([x.plain for x in examples])
+    got = reference(examples)
     equal(len(got), len(labels), "the same answer tokens on both sides")
     want, plain_labels = [], []
     for x in examples:  # each alone, by the model itself, which sees everything
         with torch.no_grad():
-            one = embedder.collate.pad_rows([x.plain])
+            one = embedder.collate.pad_rows([x.teacher_row])
             logits, labels_of_one = pretrain.answer_logits(embedder, one, compress=False)
         want.append(logits)
         plain_labels.append(labels_of_one)
@@ -174,7 +174,7 @@ def test_the_teacher_answers_the_same_tokens_with_the_picture_in_view(embedder):
     expect(not got.requires_grad, "a gradient", "none", "the teacher is frozen")
     for p in embedder.parameters():
         p.data.mul_(1.1)
-    close(reference([x.plain for x in examples]), got, "it must be a copy")
+    close(reference(examples), got, "it must be a copy")
 
 
 # ---------------------------------------------------------------------------------------- gradient

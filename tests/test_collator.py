@@ -108,7 +108,7 @@ def test_padding_is_on_the_right_and_nothing_but_zeros(shared):
     """The pad token, which a text may hold as well; role PAD, attention 0, no picture's token."""
     short, long = Item("a"), Item("a much longer text, of many more words than the other one has")
     collate = copy.copy(shared.collate)
-    collate.pad = 7  # of the toy it is 0, as all other padding
+    collate.pad_id = 7  # of the toy it is 0, as all other padding
     inputs = collate([short, long])
     n, L = shared.collate.row(short).length, shared.collate.row(long).length
     equal(inputs["input_ids"].shape, (2, L), "as long as the longest")
@@ -123,7 +123,7 @@ def test_a_pad_token_within_a_row_is_a_token(shared):
     """What is padding is said by the role, and not by the id."""
     row = shared.collate.row(Item("red green"))
     tokens = {key: x.clone() for key, x in row.tokens.items()}
-    tokens["input_ids"][1] = shared.collate.pad
+    tokens["input_ids"][1] = shared.collate.pad_id
     inputs = shared.collate.pad_rows([row._replace(tokens=tokens)])
     equal(inputs["attention_mask"].tolist(), [[1] * row.length], "all of them real")
 

@@ -174,13 +174,13 @@ def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monk
         queries.append((Item(word), [Item(word), *others, Item(word)]))
     task = Task("words", "Classification", False, queries)
     seen = []
-    encode = evaluate.encode_sharded
+    encode = evaluate.encode_over_ranks
 
     def counting(embedder, items, cfg, progress):
         seen.extend(items)
         return encode(embedder, items, cfg, progress)
 
-    monkeypatch.setattr(evaluate, "encode_sharded", counting)
+    monkeypatch.setattr(evaluate, "encode_over_ranks", counting)
     cfg = evaluate.Config(workers=0)
     got = evaluate.score(shared, task, cfg)
     equal(len(seen), 3, "queries and candidates are the same three items")
@@ -188,7 +188,7 @@ def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monk
     close(got["chance"], 1 / 3, "three distinct candidates", 1e-9)
     alike, nan = unit(np.ones((3, 4))), np.full((3, 4), np.nan)
     for z, warning in ((alike, "collapsed"), (nan, "NaN")):
-        monkeypatch.setattr(evaluate, "encode_sharded", lambda *_, z=z: z)
+        monkeypatch.setattr(evaluate, "encode_over_ranks", lambda *_, z=z: z)
         got = evaluate.score(shared, task, cfg)
         equal(got["p_at_1"], 0.0, warning)
         expect(warning in got.get("warning", ""), got, warning, "the reader must see it")
@@ -207,8 +207,8 @@ def test_of_several_ranks_one_draws_a_bar(monkeypatch, rank, shown):
     monkeypatch.setattr(evaluate.ranks, "world", lambda: 2)
     monkeypatch.setattr(evaluate.ranks, "gather_objects", lambda mine: [mine, mine])
     embedder, items = SimpleNamespace(encode=encode), [Item("a"), Item("b")]
-    evaluate.encode_sharded(embedder, items, evaluate.Config(), "a set")
-    equal(seen, [shown], "evaluate.encode_sharded")
+    evaluate.encode_over_ranks(embedder, items, evaluate.Config(), "a set")
+    equal(seen, [shown], "evaluate.encode_over_ranks")
 
 
 # ------------------------------------------------------------------------------ one's own data
@@ -433,7 +433,7 @@ def test_sets_json_may_name_each_meta_task(tmp_path, kind):
     """Also "Other", so that such a set can be out of distribution."""
     (tmp_path / "A").mkdir()
     (tmp_path / "sets.json").write_text(json.dumps({"A": {"meta_task": kind, "ood": True}}))
-    equal(retrieval.read_named(tmp_path), {"A": (kind, True)}, "retrieval.KINDS")
+    equal(retrieval.read_named(tmp_path), {"A": (kind, True)}, "retrieval.META_TASKS")
 
 
 def test_a_right_target_that_stands_twice_is_one(tmp_path, shared):

@@ -79,7 +79,7 @@ def rows_of(batch) -> list:
         return list(map(row_digest, batch.values()))
     if isinstance(batch, contrastive.Batch):
         return [*map(row_digest, batch.rows), batch.labels.tolist(), batch.keys.tolist()]
-    rows = [x.row for x in batch] + [x.plain for x in batch if x.plain]
+    rows = [x.row for x in batch] + [x.teacher_row for x in batch if x.teacher_row]
     return list(map(row_digest, rows))
 
 
@@ -159,7 +159,7 @@ def train(stage, out, flags) -> Seen:
 def score(out, flags) -> Seen:
     """Evaluation's main."""
     calls, noted, sums = dict(passes=0, looks=0), dict(rows=""), []
-    encode = evaluate.encode_sharded
+    encode = evaluate.encode_over_ranks
 
     def summed(*args):
         z = encode(*args)
@@ -168,7 +168,7 @@ def score(out, flags) -> Seen:
 
     with pytest.MonkeyPatch.context() as patch:
         watch("evaluate", patch, calls, noted)
-        patch.setattr(evaluate, "encode_sharded", summed)
+        patch.setattr(evaluate, "encode_over_ranks", summed)
         evaluate.main(evaluate.Config(**SHORT["evaluate"] | flags, json=str(out)))
     scores = json.loads(out.read_text())
     sets = [(name, row["queries"]) for name, row in scores["sets"].items()]

@@ -645,7 +645,7 @@ def test_the_rank_check_fails_for_a_mean_and_for_a_gradient_that_stays(ranks_of,
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_stage_1_and_evaluation_are_the_same_on_several_ranks(ranks_of, world):
-    """pretrain.accumulate (ranks with unequal answers) and evaluate.encode_sharded, to 1e-5."""
+    """pretrain.accumulate (ranks with unequal answers) and evaluate.encode_over_ranks, to 1e-5."""
     check_rank(ranks_of(world), "stage 1", 1e-5)
     check_rank(ranks_of(world), "encode", 1e-5)
 

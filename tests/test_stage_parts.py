@@ -190,7 +190,7 @@ def test_the_teacher_is_asked_what_the_model_is_asked(watched):
     seen = watched(pretrain, start=embedder, objective="kl", question_first=1.0)
     for example in seen.make(0):
         question, _ = read_dialogues()[int(example.id.rpartition("-")[2])].turns[0]
-        for tokens in (example.row.tokens, example.plain.tokens):
+        for tokens in (example.row.tokens, example.teacher_row.tokens):
             content = tokens["input_ids"][tokens["roles"] == pretrain.CONTENT]
             said = embedder.processor.tokenizer.decode(content)
             expect(question in said, said, question, "sampling.ask_first, of both rows")
@@ -484,7 +484,7 @@ def test_json_that_cannot_be_written_is_refused_before_anything_is_loaded(monkey
 def scored(monkeypatch, z, ood=False, meta_task="VQA"):
     """evaluate.score of one query and three candidates, whose embeddings are the rows of z."""
     items = [Item(str(i)) for i in range(len(z))]
-    monkeypatch.setattr(evaluate, "encode_sharded", lambda *_: z)
+    monkeypatch.setattr(evaluate, "encode_over_ranks", lambda *_: z)
     task = Task("t", meta_task, ood, [(items[0], items)])
     return evaluate.score(None, task, evaluate.Config())
 

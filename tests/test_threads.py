@@ -268,7 +268,7 @@ def test_items_that_ranks_share_are_put_back_in_their_order(monkeypatch, world):
 
     def work(rank):
         numbers, bad = Numbers(), []
-        z = evaluate.encode_sharded(numbers, list(range(7)), cfg, "set", bad)
+        z = evaluate.encode_over_ranks(numbers, list(range(7)), cfg, "set", bad)
         return z.tolist(), sorted(bad), numbers.asked
 
     want = [[i, i] for i in range(7)]
@@ -280,5 +280,5 @@ def test_items_that_ranks_share_are_put_back_in_their_order(monkeypatch, world):
     with pytest.raises(InputError, match="item 3|item 4"):
         on_ranks(
             monkeypatch, world,
-            lambda rank: evaluate.encode_sharded(Numbers(), list(range(7)), cfg, "set"),
+            lambda rank: evaluate.encode_over_ranks(Numbers(), list(range(7)), cfg, "set"),
         )  # fmt: skip

@@ -101,8 +101,8 @@ def refuse_not_finite(z, places, name):
     each row is, as "pairs.jsonl, line 7: its query"; name: of the model."""
     bad = np.flatnonzero(~np.isfinite(z).all(1))
     if len(bad):
-        more = f" (and {len(bad) - 1:,} more are not)" if len(bad) > 1 else ""
-        text = f"{places[bad[0]]} has an embedding that is not finite{more}"
+        others = f" (and {len(bad) - 1:,} more are not)" if len(bad) > 1 else ""
+        text = f"{places[bad[0]]} has an embedding that is not finite{others}"
         way_out = "take another model, or leave it out"
         raise InputError(f"{text}, by --model {brief(name)}; {way_out}")
 

@@ -24,7 +24,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 import model
 from data import Item
-from evaluate import encode_sharded
+from evaluate import encode_over_ranks
 from plumbing import ranks
 from plumbing.agreement import by_rank_0, join
 from plumbing.checkpoint import same_model
@@ -155,7 +155,7 @@ def index_path(folder, key) -> Path:
 def embed_pictures(embedder, items, cfg, progress, errors) -> np.ndarray:
     """Embeddings (n, D) of Items, of all ranks together. What could not be read, and what has no
     finite embedding, is NaN, and goes to errors."""
-    z = encode_sharded(embedder, items, cfg, progress, errors)
+    z = encode_over_ranks(embedder, items, cfg, progress, errors)
     for i in np.flatnonzero(~np.isfinite(z).all(1)):
         with suppress(InputError):  # it could not be read, and is in errors
             embedder.collate.row(items[i])
