@@ -208,7 +208,7 @@ BAD_FILES = {
     "lostpicture.jsonl": pair(text="<image> a", image="lost.png"),
     "outside.jsonl": pair(text="<image> a", image="../p.png"),
     "badpicture.jsonl": pair(text="<image> a", image="bad.png") * 15
-    + pair(text="<image> a", image="bad.png").replace('"b"', '"c"'),  # not all targets one
+    + pair(text="<image> c", image="bad.png").replace('"b"', '"c"'),  # neither side is all one
     "surrogate.jsonl": pair(text="\ud800"),
     "oneturn.jsonl": talk("human"),
     "wrongfrom.jsonl": talk("gpt", "human"),
