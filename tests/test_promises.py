@@ -22,7 +22,7 @@ INPUTS = {
     "pictures": "no program is started; whatever a decoder raises",
     "lists": "bad data are one clear line",
     "folders of models": "damaged, another family's, of absurd size, or not finite",
-    "checkpoints": "a checkpoint that is damaged in any way is said",
+    "checkpoints": "a checkpoint that is damaged (cut off, unreadable, of other shapes) is said",
     "disks": "a full disk (a real one)",
     "what is written": "refused before the work where it cannot be written",
     "load and encode": "`load` and `encode` take what sentence-transformers' users pass",
