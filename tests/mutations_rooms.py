@@ -373,7 +373,7 @@ ROOMS = [
     ("tools/compare_logs.py", "min(last, MOST_STEPS)", "last", "tests/test_compare_logs.py"),
     ("tools/mine.py", "if os.path.realpath(cfg.data) == os.path.realpath(cfg.out):", "if cfg.data == cfg.out:", "tests/test_mine.py -k cannot_be_mined"),
     ("tools/check.py", "parse_talk if is_talk else parse_pair", "parse_pair", "tests/test_check.py -k without_a_good"),
-    ("tools/search.py", "if kind not in FORMATS or kind", "if kind is None or kind", "tests/test_search.py -k read_and_not_written"),
+    ("tools/search.py", "if kind not in FORMATS or kind", "if kind is None or kind", "tests/test_search.py -k search_that_cannot_be"),
     ("tools/search.py", ".to_dict() | {", ".to_dict() and {", "tests/test_search.py -k another_model"),
     ("tools/search.py", "        flags_of(embedder.adapter),\n", "", "tests/test_search.py -k another_model"),
     ("tools/search.py", "        embedder.processor.tokenizer.backend_tokenizer.to_str(),\n", "", "tests/test_search.py -k another_model"),

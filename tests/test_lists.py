@@ -774,8 +774,10 @@ def test_a_list_whose_queries_are_all_one_is_refused(place):
         checked_digest(data.read_pairs(jsonl(place, *pairs)).values())
     with pytest.raises(InputError, match="nothing to tell apart"):
         data.read_tasks(jsonl(place, *pairs))
-    pairs[1]["negatives"] = [{"text": "z"}]
+    pairs.append({**pairs[0], "query": {"text": "another, behind two targets"}})
     checked_digest(data.read_pairs(jsonl(place, *pairs)).values())
+    pairs[1]["negatives"] = [{"text": "z"}]
+    checked_digest(data.read_pairs(jsonl(place, *pairs[:3])).values())
 
 
 def test_one_such_list_among_others_is_said(tmp_path, capsys):

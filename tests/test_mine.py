@@ -123,7 +123,6 @@ def test_a_list_gets_negatives_and_keeps_all_else(listed):
         ("--data pairs.jsonl --out pairs.jsonl", "the list itself"),
         ("--data pairs.jsonl --out ../toy/pairs.jsonl", "the list itself"),
         ("--data loop.jsonl --out out.jsonl", "loop.jsonl"),
-        ("--data pairs.jsonl --out loop.jsonl", "loop.jsonl"),
         ("--data shapes --out out.jsonl", "takes a .jsonl"),
         ("--out out.jsonl", "takes a .jsonl"),
         ("--data pairs.jsonl", "an empty name"),

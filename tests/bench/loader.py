@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,9 +87,9 @@ def held() -> float:
     """GiB of this process and its children, shared pages once."""
     total = 0
     processes = [child.pid for child in multiprocessing.active_children()]
-    me = Path("/proc/self/task").iterdir()
-    for task in me:
-        processes += (task / "children").read_text().split()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has just ended
+            processes += (task / "children").read_text().split()
     for process in {"self", *map(str, processes)}:
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
