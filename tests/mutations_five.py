@@ -132,7 +132,7 @@ FIVE = [
     ("model.py", "@in_evaluation  # no dropout, no gradient", "@torch.no_grad()",
      "tests/test_embedder.py -k no_trace"),
     ("model.py", "items, i), window, bad is not None)",
-     "[items[i] for i in window], bool(bad))", "tests/test_search.py tests/test_embedder.py"),
+     "items, i), window, bool(bad))", "tests/test_search.py tests/test_embedder.py"),
     ("model.py", "chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, self.device)",
      "chunk_tokens = by_device(None, CHUNK_TOKENS, self.device)",
      "tests/test_every_flag.py -k evaluate-chunk_tokens"),

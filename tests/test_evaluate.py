@@ -327,7 +327,8 @@ def test_ranks_that_read_other_data_embed_nothing(tmp_path, monkeypatch):
     compared, file = [], tmp_path / "own.jsonl"
     monkeypatch.setattr(retrieval, "agree", lambda mine, note: compared.append(mine))
     for target in ("b", "b", "c"):
-        lines = [{"query": {"text": "a"}, "target": {"text": text}} for text in ("x", target)]
+        texts = (("a", "x"), ("b", target))
+        lines = [{"query": {"text": query}, "target": {"text": text}} for query, text in texts]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         read_tasks(str(file))
     first, again, other = compared

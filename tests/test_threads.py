@@ -197,7 +197,7 @@ def test_the_teacher_has_no_code(embedder):
             lambda e, x, mask: seen.append((mask, e.mllm.training)) or 1 / 0,
         )
         with pytest.raises(ZeroDivisionError):
-            reference([collate.row(d.item, d.turns)])
+            reference([pretrain.Example(None, collate.row(d.item, d.turns))])
     equal(seen, [(None, False)], "the picture is in view, and no dropout")
 
 

@@ -15,7 +15,7 @@ from data import Item
 DIFFER = {  # case of two_nodes.py -> what both nodes are told
     "rate": r"rank 1 \(.*\) has --lr 0.002 where rank 0 has 0.001 .*the same command",
     "rank of LoRA": "rank 1 .* has --lora-rank 2 where rank 0 has 0",
-    "default model": r"rank 1 \(.*, --model toy\) has the weights .* --model out/pretrain",
+    "default model": r"rank 1 \(.*, --model toy\) has the model's files .* --model out/pretrain",
     "data": "rank 1 .*--data pairs.jsonl.* has data .* where rank 0 has",
     "no model": r"rank 1 \(.*\): --model ./nowhere: no such folder",
     "out": "^--out file cannot be written",

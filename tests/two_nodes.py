@@ -53,10 +53,10 @@ def crashing(cfg, out) -> str:
     return ended
 
 
-def write_pairs(file, query, target):
-    """Two pairs with one query: a list whose targets are all one is refused."""
+def write_pairs(file, queries, target):
+    """Two pairs: a list whose queries, or whose targets, are all one is refused."""
     lines = []
-    for text in (target, "u"):
+    for query, text in zip(queries, (target, "u"), strict=True):
         lines.append(json.dumps(dict(query={"text": query}, target={"text": text})))
     Path(file).write_text("\n".join(lines))
 
@@ -65,8 +65,9 @@ def main():
     """On every node."""
     ranks.setup()
     me = ranks.rank()
-    write_pairs("pairs.jsonl", "q", f"{me}")
-    write_pairs("shared.jsonl", "a red circle " * 20, "t")  # longer than --max-length lets it be
+    write_pairs("pairs.jsonl", ("q", "r"), f"{me}")
+    long = "a red circle " * 20, "a red square " * 20  # longer than --max-length lets them be
+    write_pairs("shared.jsonl", long, "t")
     said = {}
     for name, cfg in (("full", PAIRS), ("adapter", LORA), ("sharded", SHARDED)):
         said[f"{name} whole"] = run(cfg, out=f"{name}-whole")
