@@ -22,7 +22,10 @@ TOY = Path(__file__).parent.parent / "toy" / "mllm"
 SAMPLE = 4096  # bytes, see digest_of_weights
 LONGEST_JSON = 50_000_000  # bytes; an index has some 100 of them for each weight
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-SETTINGS = ["config.json", "nanocoma.json", "tokenizer*", "*processor_config.json", "*.jinja"]
+SETTINGS = [  # what `load` reads beside the weights and an adapter's flags; no scores, no marks
+    *("config.json", "nanocoma.json", "*processor_config.json", "*.jinja", "chat_template.json"),
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+]
 CARD = "README.md"  # a model's licence is in it; nothing is loaded from it
 WEIGHTS = "*.safetensors"
 # What an older run or export may have left that `load`, or another library, would believe.

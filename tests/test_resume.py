@@ -441,6 +441,7 @@ def test_the_digest_of_a_model_changes_with_all_that_is_read_of_it(tmp_path):
     save_file({"w": torch.zeros(3)}, folder / "model.safetensors")
     digests = [checkpoint.digest_of_model(str(folder))]
     files = ("config.json", "nanocoma.json", "tokenizer.json", "processor_config.json", "x.jinja")
+    files += ("vocab.json", "merges.txt", "added_tokens.json", "chat_template.json")
     for name in files:
         before = folder / name
         text = before.read_text() if before.exists() else ""
@@ -448,6 +449,7 @@ def test_the_digest_of_a_model_changes_with_all_that_is_read_of_it(tmp_path):
         digests.append(checkpoint.digest_of_model(str(folder)))
         assert digests[-1] not in digests[:-1], name
     (folder / "README.md").write_text("a card")
+    (folder / "scores.json").write_text("{}")
     moved = folder.rename(tmp_path / "elsewhere")
     assert checkpoint.digest_of_model(str(moved)) == digests[-1], "the same model"
     one, two, three = (

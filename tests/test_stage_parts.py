@@ -86,39 +86,38 @@ def test_the_data_have_a_digest_that_a_checkpoint_will_hold(watched, stage):
     expect(one == other and one, one, "a number", "cfg.data_digest")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_seed_is_set_before_the_model_is_loaded(tmp_path, monkeypatch, stage):
-    """LoRA's matrices are drawn."""
-    seeds = []
+@pytest.fixture
+def seed_of_loading(tmp_path, monkeypatch):
+    """Of a stage and --seed: torch's seed when the model is loaded."""
 
     def load_for(cfg, device):
-        seeds.append(torch.initial_seed())
         raise Enough
 
-    monkeypatch.setattr(stage.checkpoint, "begin", lambda cfg: torch.device("cpu"))
-    monkeypatch.setattr(stage, "load_for", load_for)
-    for seed in (3, 4):
+    def seed_of(stage, seed):
+        monkeypatch.setattr(stage.checkpoint, "begin", lambda cfg: torch.device("cpu"))
+        monkeypatch.setattr(stage, "load_for", load_for)
         with pytest.raises(Enough):
             stage.main(config(stage, tmp_path, seed=seed))
+        return torch.initial_seed()
+
+    return seed_of
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_seed_is_set_before_the_model_is_loaded(seed_of_loading, stage):
+    """LoRA's matrices are drawn."""
+    seeds = [seed_of_loading(stage, seed) for seed in (3, 4)]
     equal(seeds, [3, 4], "torch.manual_seed")
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_drawn_anew_is_the_same_on_all_ranks(tmp_path, monkeypatch, as_rank, stage):
+def test_what_is_drawn_anew_is_the_same_on_all_ranks(seed_of_loading, as_rank, stage):
     """LoRA's matrices: only gradients are summed, so ranks that began apart would stay apart, and
     what is saved would be rank 0's alone."""
     seeds = []
-
-    def load_for(cfg, device):
-        seeds.append(torch.initial_seed())
-        raise Enough
-
-    monkeypatch.setattr(stage.checkpoint, "begin", lambda cfg: torch.device("cpu"))
-    monkeypatch.setattr(stage, "load_for", load_for)
     for rank in (0, 1):
         as_rank(rank, 2)
-        with pytest.raises(Enough):
-            stage.main(config(stage, tmp_path, seed=3))
+        seeds.append(seed_of_loading(stage, 3))
     equal(seeds, [3, 3], "torch.manual_seed, rank by rank")
 
 
