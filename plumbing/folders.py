@@ -22,7 +22,7 @@ TOY = Path(__file__).parent.parent / "toy" / "mllm"
 SAMPLE = 4096  # bytes, see digest_of_weights
 LONGEST_JSON = 50_000_000  # bytes; an index has some 100 of them for each weight
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-SETTINGS = [  # what `load` reads beside the weights and an adapter's flags; no scores, no marks
+SETTING_FILES = [  # what `load` reads beside the weights and an adapter's flags; no scores, no marks
     *("config.json", "nanocoma.json", "*processor_config.json", "*.jinja", "chat_template.json"),
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
 ]
@@ -136,7 +136,7 @@ def digest_of_settings(folder, adapter) -> str:
     the base lies, for a folder may be moved)."""
     flags = {name: x for name, x in adapter.items() if name != "base_model_name_or_path"}
     digest = hashlib.blake2b(json.dumps(flags, sort_keys=True).encode(), digest_size=4)
-    for pattern in SETTINGS:
+    for pattern in SETTING_FILES:
         for path in sorted(Path(folder).glob(pattern)):
             digest.update(f"{path.name} {digest_of_content(path)}".encode())
     return digest.hexdigest()

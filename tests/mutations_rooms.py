@@ -353,7 +353,7 @@ ROOMS = [
     ("plumbing/folders.py", "    shutil.rmtree(part, ignore_errors=True)  # it is empty\n", "    pass\n", "tests/test_origins.py -k between_two"),
     ("plumbing/folders.py", "folder = str(name)\n    if folder in (", "folder = str(name)\n    if name in (", FOLDERS),
     ("plumbing/folders.py", "except OSError as e:  # a name that", "except MemoryError as e:  # a name that", FOLDERS),
-    ("plumbing/folders.py", "for pattern in SETTINGS:", "for pattern in SETTINGS[1:]:", RESUME),
+    ("plumbing/folders.py", "for pattern in SETTING_FILES:", "for pattern in SETTING_FILES[1:]:", RESUME),
     ("plumbing/folders.py", 'if name != "base_model_name_or_path"}', "}", RESUME),
     ("plumbing/folders.py", "json.dumps(flags, sort_keys=True)", "json.dumps({})", RESUME),
     ("plumbing/checkpoint.py", " with {digest_of_settings(folder, adapter)}", "", RESUME),
