@@ -22,7 +22,7 @@ TOY = Path(__file__).parent.parent / "toy" / "mllm"
 SAMPLE = 4096  # bytes, see digest_of_weights
 LONGEST_JSON = 50_000_000  # bytes; an index has some 100 of them for each weight
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-SETTING_FILES = [  # what `load` reads beside the weights and an adapter's flags; no scores, no marks
+SETTING_FILES = [  # that `load` reads, beside the weights and an adapter's flags
     *("config.json", "nanocoma.json", "*processor_config.json", "*.jinja", "chat_template.json"),
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
 ]
