@@ -107,6 +107,9 @@ STUDIES = {
     "K": (5, {
         f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
     }),
+    "K-alone": (5, {
+        f"none, K={k}": (NONE, f"--compress-tokens {k}" if k != 4 else "") for k in (1, 4, 16)
+    }),
     "pooling": (5, {"mean of C": (COMA, ""), "last of C": ("--pooling last", "")}),
     "beyond": (3, BEYOND),
     "beyond-200": (3, with_flags(BEYOND, second=caps(200))),
