@@ -1,7 +1,6 @@
 """What a run says: one aligned line on the screen every few steps, every step in log.jsonl."""
 
 import dataclasses
-import errno
 import json
 import os
 import time
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from plumbing.agreement import together
 from plumbing.errors import InputError
 from plumbing.ranks import rank, say, world
+from plumbing.writing import write_whole
 
 FORMS = {"lr": ".1e", "cut": ",d", "skipped": ",d"}  # of numbers on the screen
 
@@ -63,13 +63,8 @@ class Log:
 
     def write(self, record):
         """A line of log.jsonl, whole or not at all. What the disk says to that ends no run."""
-        line = (json.dumps(record) + "\n").encode()
         try:
-            written = self.file.write(line)
-            if written < len(line):  # a disk that is nearly full takes a part
-                self.file.seek(-written, os.SEEK_END)
-                self.file.truncate()
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_whole(self.file, (json.dumps(record) + "\n").encode())
         except OSError as e:
             if not self.complaint:
                 say(f"{self.file.name} lacks lines from here on: {e}. The run goes on")

@@ -116,14 +116,19 @@ def naming_errors(path, name):
 
 
 def append_whole(path, line, name):
-    """One more line at the end of a file, or none of it: a half-written one is cut off again."""
-    # Without a buffer: what is left in one would be written when the file is closed.
+    """`write_whole` for a file that is not open."""
     with naming_errors(path, name), open(path, "ab", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        try:
-            if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            with suppress(OSError):
-                os.truncate(path, size)
-            raise
+        write_whole(file, line)
+
+
+def write_whole(file, line):
+    """One more line at the end of a file, or an OSError and none of it: a half-written one is cut
+    off again. The file has no buffer: what is left in one would be written when it is closed."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(line) < len(line):  # a disk that is nearly full takes a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with suppress(OSError):
+            file.truncate(size)
+        raise

@@ -1586,8 +1586,12 @@ FILES = [
         "tests/test_writing.py",
     ),
     (
-        "plumbing/writing.py", "                os.truncate(path, size)\n",
-        "                pass\n",
+        "plumbing/writing.py", "            file.truncate(size)\n",
+        "            pass\n",
+        "tests/test_writing.py tests/test_log.py",
+    ),
+    (
+        "plumbing/writing.py", 'open(path, "ab", buffering=0)', 'open(path, "wb", buffering=0)',
         "tests/test_writing.py",
     ),
     (

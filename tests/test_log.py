@@ -131,8 +131,8 @@ class Nearly:
     def seek(self, *where):
         return self.file.seek(*where)
 
-    def truncate(self):
-        return self.file.truncate()
+    def truncate(self, size):
+        return self.file.truncate(size)
 
 
 def test_a_line_that_is_half_written_is_taken_back(tmp_path, capsys):
