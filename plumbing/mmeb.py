@@ -200,9 +200,8 @@ def bad_rows(place, root, tables) -> dict:
     for name, table in tables.items():
         for k, file in enumerate(table.files):
             path = Path(file).relative_to(root).as_posix()
-            start = table.ends[k - 1] if k else 0
-            known[path] = Known(table.digests[k], table.ends[k] - start)
-            spans[path] = (name, start)
+            known[path] = Known(table.digests[k], table.starts[k + 1] - table.starts[k])
+            spans[path] = (name, table.starts[k])
     others = {path.relative_to(root).as_posix() for path in root.glob("*/*.parquet")}
     bad = {name: set() for name in tables}
     for path, rows in skipped_in(place, known, others).items():

@@ -100,8 +100,8 @@ class Table:
     and that the files agree; `load` reads them."""
 
     def __init__(self, files, layout):
-        self.files, self.ends, self.digests = tuple(map(str, files)), [], []
-        kinds = None
+        self.files, self.digests, kinds = tuple(map(str, files)), [], None
+        self.starts = [0]  # the first row of each file, and the one behind the last
         for file in self.files:
             with readable(file):
                 self.digests.append(digest_of_content(file))
@@ -112,7 +112,7 @@ class Table:
                 differ = ", ".join(sorted(columns.keys() ^ kinds.keys()))
                 raise InputError(f"{file}: has other columns than {self.files[0]}: {differ}")
             kinds = columns
-            self.ends.append(rows + (self.ends[-1] if self.ends else 0))
+            self.starts.append(self.starts[-1] + rows)
         self.kinds = kinds
 
     @property
@@ -121,12 +121,12 @@ class Table:
         return sum(self.digests)
 
     def __len__(self):
-        return self.ends[-1]
+        return self.starts[-1]
 
     def where(self, i) -> str:
         """The place of row i, as messages name it."""
-        k = bisect_right(self.ends, i)
-        return f"{self.files[k]}, row {i + 1 - (self.ends[k - 1] if k else 0)}"
+        k = bisect_right(self.starts, i) - 1
+        return f"{self.files[k]}, row {i + 1 - self.starts[k]}"
 
     def load(self):
         """All rows, as pyarrow has them."""

@@ -780,8 +780,7 @@ FILES = [
         "tests/test_skip_bad.py",
     ),
     (
-        "plumbing/mmeb.py", "Known(table.digests[k], table.ends[k] - start)",
-        "Known(table.digests[k], table.ends[k])",
+        "plumbing/mmeb.py", "table.starts[k + 1] - table.starts[k])", "table.starts[k + 1])",
         "tests/test_skip_bad.py",
     ),
     (
@@ -918,20 +917,20 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/parquet.py", "rows + (self.ends[-1] if self.ends else 0)",
-        "rows + sum(self.ends)",
+        "plumbing/parquet.py", "self.starts[-1] + rows", "sum(self.starts) + rows",
         "tests/test_lists.py",
     ),
     (
-        "plumbing/parquet.py", "        return self.ends[-1]\n", "        return self.ends[0]\n",
+        "plumbing/parquet.py", "        return self.starts[-1]\n",
+        "        return self.starts[1]\n",
         "tests/test_lists.py",
     ),
     (
-        "plumbing/parquet.py", "row {i + 1 - (self", "row {i - (self",
+        "plumbing/parquet.py", "row {i + 1 - self", "row {i - self",
         "tests/test_lists.py",
     ),
     (
-        "plumbing/parquet.py", "bisect_right(self.ends, i)", "bisect_right(self.ends, i + 1)",
+        "plumbing/parquet.py", "bisect_right(self.starts, i)", "bisect_right(self.starts, i + 1)",
         "tests/test_lists.py",
     ),
     (
