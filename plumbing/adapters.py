@@ -10,6 +10,7 @@ from typing import NamedTuple
 from plumbing.errors import InputError, brief, needs
 from plumbing.families import LANGUAGE_ATTENTION, RENAMED
 from plumbing.folders import (
+    TOYS,
     digest_of_weights,
     local_folder,
     numbers_in,
@@ -33,7 +34,7 @@ class Origin(NamedTuple):
     @staticmethod
     def of(name, folder) -> "Origin":
         """Of the model `name`, whose files are in `folder`."""
-        if str(name) in ("toy", "toy-random"):
+        if str(name) in TOYS:
             digest = digest_of_weights(folder) if str(name) == "toy" else None
             return Origin(str(name), folder, digest)
         is_hub = not os.path.isdir(name)
@@ -65,20 +66,17 @@ def bases_beside(path, adapter) -> list:
 def find_base(path, adapter) -> Origin:
     """What an adapter is an adapter of: a folder, or a hub id. Where the adapter says which weights
     it was trained on, no others are taken."""
-    stored, here = read_json(path, "nanocoma.json"), bases_beside(path, adapter)
+    stored, places = read_json(path, "nanocoma.json"), bases_beside(path, adapter)
     name = adapter["base_model_name_or_path"]
-    if name in ("toy", "toy-random"):
-        return right_base(path, stored, [Origin.of(name, local_folder(name))])
-    origins = [Origin.of(folder, local_folder(folder)) for folder in here if os.path.isdir(folder)]
-    if origins:
-        return right_base(path, stored, origins)
+    names = [name] if name in TOYS else [place for place in places if os.path.isdir(place)]
     # Trap: a folder's name, as out/pretrain, may be anyone's on the hub. Ours say which it is;
     # those of others, as VLM2Vec's, mean the hub.
-    if stored and stored.get("base_is_hub") is not True:
-        text = f"its base is not there, neither {brief(here[0])} nor {brief(name)}"
+    if not names and stored and stored.get("base_is_hub") is not True:
+        text = f"its base is not there, neither {brief(places[0])} nor {brief(name)}"
         hint = 'Copy it there; of a hub id say "base_is_hub": true in its nanocoma.json'
         raise InputError(f"--model {path}: {text}. {hint}")
-    return right_base(path, stored, [Origin.of(name, local_folder(name))])
+    origins = [Origin.of(x, local_folder(x)) for x in names or [name]]
+    return right_base(path, stored, origins)
 
 
 def right_base(path, stored, origins) -> Origin:

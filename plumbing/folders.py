@@ -19,6 +19,7 @@ from plumbing.images import MOST_PIXELS
 from plumbing.locks import OF_A_MODEL, OF_A_RUN, locked, refuse_locked
 
 TOY = Path(__file__).parent.parent / "toy" / "mllm"
+TOYS = ("toy", "toy-random")  # names of models that are made of it
 SAMPLE = 4096  # bytes, see digest_of_weights
 LONGEST_JSON = 50_000_000  # bytes; an index has some 100 of them for each weight
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -74,7 +75,7 @@ def local_folder(name) -> str:
         text = f'{brief(repr(name))} is no name of a model; load("toy"), a folder, or a hub id'
         raise InputError(f"--model: {text}")
     folder = str(name)
-    if folder in ("toy", "toy-random"):
+    if folder in TOYS:
         return str(TOY)
     if not os.path.isdir(folder):
         folder = fetch(folder, "model", [*MODEL_FILES, CARD], [WEIGHTS])
