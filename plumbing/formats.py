@@ -35,15 +35,11 @@ ELSEWHERE = {
 }
 
 
-def digest_of(sets) -> int:
-    """A number that changes with the data, so that a run is not resumed with others."""
-    return sum(len(x) + x.source.digest for x in sets) % 2**32
-
-
 def checked_digest(sets) -> int:
-    """`digest_of` data that training can use, see `refuse_unfit`."""
+    """A number that changes with the data, so that a run is not resumed with others; InputError
+    where training cannot use them, see `refuse_unfit`."""
     refuse_unfit(sets)
-    return digest_of(sets)
+    return sum(len(x) + x.source.digest for x in sets) % 2**32
 
 
 def refuse_unfit(sets):

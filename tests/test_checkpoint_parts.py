@@ -573,7 +573,7 @@ def test_other_words_of_the_same_number_are_other_data(tmp_path):
         checked_digest([one]) != checked_digest([other]),
         checked_digest([one]),
         "another",
-        "digest_of",
+        "checked_digest",
     )
     expect(
         checked_digest([one, one]) != checked_digest([one, other]), "", "another", "the second list"

@@ -24,7 +24,7 @@ FOLDERS = 100
 CHILD = """
 import resource, sys, time
 import data
-from plumbing.formats import digest_of
+from plumbing.formats import checked_digest
 
 def resident():
     with open("/proc/self/status") as file:
@@ -36,7 +36,7 @@ def cpu():
 
 before, began, spent = resident(), time.time(), cpu()
 pairs = data.read_pairs(sys.argv[1])
-digest = digest_of(pairs.values())
+digest = checked_digest(pairs.values())
 after = resident()
 print(f"{sum(map(len, pairs.values())):,} pairs: {time.time() - began:.1f} s, "
       f"{cpu() - spent:.1f} s of CPU, {after['VmRSS:'] - before['VmRSS:']:.0f} MB more, "
