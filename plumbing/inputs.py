@@ -7,8 +7,8 @@ import os
 import threading
 import weakref
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import wraps
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -145,7 +145,8 @@ def whole_number(name, value, least):
     return value
 
 
-class Inside(NamedTuple):
+@dataclass
+class Inside:
     """Of a module that evaluates: how many threads are at it, and the modes of its parts before."""
 
     count: int
@@ -164,16 +165,14 @@ def evaluating(module):
         if module not in inside:
             inside[module] = Inside(0, [(part, part.training) for part in module.modules()])
             module.eval()
-        inside[module] = inside[module]._replace(count=inside[module].count + 1)
+        inside[module].count += 1
     try:
         yield
     finally:
         with one_at_a_time:
-            count, modes = inside.pop(module)
-            if count > 1:
-                inside[module] = Inside(count - 1, modes)
-            else:
-                for part, mode in modes:
+            inside[module].count -= 1
+            if not inside[module].count:
+                for part, mode in inside.pop(module).modes:
                     part.training = mode
 
 

@@ -358,7 +358,7 @@ FILES = [
         "tests/test_inputs.py",
     ),
     (
-        "plumbing/inputs.py", "part.training = mode", "part.training = modes[0][1]",
+        "plumbing/inputs.py", "part.training = mode", "part.training = True",
         "tests/test_inputs.py",
     ),
     (

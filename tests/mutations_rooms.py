@@ -52,7 +52,7 @@ ROOMS = [
     ("plumbing/ending.py", "    if unsaid:\n", "    if not unsaid:\n", CARELESS),
     ("plumbing/families.py", "positions.max() >= most:", "L >= most:", CARELESS),
     ("plumbing/inputs.py", "if module not in inside:", "if True:", CARELESS),
-    ("plumbing/inputs.py", "if count > 1:", "if count > 2:", CARELESS),
+    ("plumbing/inputs.py", "if not inside[module].count:", "if inside[module].count < 2:", CARELESS),
     ("plumbing/weights.py", 'Image.new("RGB", (70, 50), "white"), []', 'Image.new("RGB", (64, 64), "white"), []', CARELESS),
     # ---------------------------------------------------------------------------- plumbing/adapters
     ("plumbing/blocks.py", "grad_t += grad", "grad_t = grad", "tests/test_infonce.py -k block"),
