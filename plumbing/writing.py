@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from plumbing.errors import InputError, brief
+from plumbing.files import open_file
 from plumbing.lines import MOST
 
 
@@ -55,11 +56,11 @@ def refuse_other(path, name, is_ours, kind):
 
 def first_record(path):
     """The object of JSON that is a file's first line; None where that is none."""
-    with open(path, "rb") as file:
-        try:
+    try:
+        with open_file(path) as file:
             first = json.loads(file.readline(MOST))
-        except (ValueError, RecursionError):
-            return None
+    except (ValueError, RecursionError):  # or an InputError, of a file that may not be read
+        return None
     return first if isinstance(first, dict) else None
 
 

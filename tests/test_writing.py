@@ -7,7 +7,7 @@ import resource
 import pytest
 from checks import equal, expect
 
-from plumbing import writing
+from plumbing import files, writing
 from plumbing.errors import InputError
 from plumbing.writing import append_whole, refuse_unwritable, written
 
@@ -112,6 +112,18 @@ def test_a_file_of_nothing_but_brackets_is_no_list(tmp_path):
     """It is refused, as any other file of a person's is, and not a stack trace."""
     (tmp_path / "deep.jsonl").write_bytes(b'{"a": ' * 100_000)
     equal(writing.holds_lines(tmp_path / "deep.jsonl"), False, "writing.holds_lines")
+
+
+def test_a_file_that_may_not_be_read_stays(tmp_path, monkeypatch):
+    """Another user's, in a folder that both write into: one line, and not a stack trace."""
+    (tmp_path / "a.jsonl").write_text("{}\n")
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "open", refused, raising=False)
+    with pytest.raises(InputError, match="--out .*a.jsonl: is there already, and is no list of"):
+        writing.refuse_other(tmp_path / "a.jsonl", "--out", writing.holds_lines, "list of pairs")
 
 
 @pytest.mark.parametrize(("line", "is_record"), [("{}", True), ('{"a": 1}', True), ("[1]", False),
