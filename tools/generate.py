@@ -48,6 +48,7 @@ from plumbing.template import starts_itself, write_prompt
 from plumbing.weights import Options, load_mllm
 from plumbing.writing import (
     append_whole,
+    first_record,
     naming_errors,
     refuse_no_list,
     refuse_other,
@@ -441,11 +442,7 @@ def picture_of(line) -> str:
 
 def holds_failures(path) -> bool:
     """Whether a file begins as OUT.failed.jsonl does."""
-    try:
-        with open_file(path) as file:
-            return set(parse_json(file.readline())) == {"image", "error"}
-    except (ValueError, TypeError, RecursionError):
-        return False
+    return set(first_record(path) or ()) == {"image", "error"}
 
 
 def read_done(out) -> set:
