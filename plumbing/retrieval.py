@@ -20,6 +20,7 @@ from plumbing.lines import no_twins
 
 SETS = "sets.json"  # of a folder in MMEB's layout: what kinds of sets are in it
 DEPTHS = (5, 10)  # of Recall@k, for one's own data
+TIE = 1e-6  # between cosines, as evaluate.precision_at_1 has it
 BLOCK = 256  # queries whose scores against all targets are computed at a time
 META_TASKS = ("Classification", "VQA", "Retrieval", "Grounding", "Other")
 
@@ -105,9 +106,9 @@ def own_task(name, pairs, limit) -> PlainTask:
 # ------------------------------------------------------------------------- where the right one is
 
 
-def ranks_of_right(q, c, candidates, rights, pool, tie=1e-6) -> np.ndarray:
+def ranks_of_right(q, c, candidates, rights, pool) -> np.ndarray:
     """The rank, from 0, of each query's best right candidate: how many wrong ones score as high, up
-    to `tie`, or higher. 0 is a hit. A right one that is NaN ranks last; a wrong one counts. (n,)
+    to TIE, or higher. 0 is a hit. A right one that is NaN ranks last; a wrong one counts. (n,)
 
     q (n, D) and c (m, D) unit-length. candidates[i]: rows of c, the first rights[i] right; where
     there are no others, all rows of `pool` but the right ones are wrong candidates."""
@@ -124,7 +125,7 @@ def ranks_of_right(q, c, candidates, rights, pool, tie=1e-6) -> np.ndarray:
                 wrong = c[[row for row in dict.fromkeys(others) if row not in right]] @ q[i]
             else:
                 wrong = np.delete(scores, [column[row] for row in right])
-            not_beaten = ~(best > wrong + tie)
+            not_beaten = ~(best > wrong + TIE)
             ranks[i] = not_beaten.sum() if np.isfinite(best) else len(c)
     return ranks
 

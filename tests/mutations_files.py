@@ -1125,8 +1125,8 @@ FILES = [
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/retrieval.py", "not_beaten = ~(best > wrong + tie)",
-        "not_beaten = ~(best > wrong - tie)",
+        "plumbing/retrieval.py", "not_beaten = ~(best > wrong + TIE)",
+        "not_beaten = ~(best > wrong - TIE)",
         "tests/test_evaluate.py",
     ),
     (
