@@ -43,7 +43,7 @@ TOOLS = [
     ("tools/search.py", "        embedder.device.type,  # a GPU computes in bfloat16\n", "", f"{SEARCH} -k another_device"),
     ("tools/search.py", "        embedder.mllm.config._attn_implementation,\n", "", f"{SEARCH} -k another_device"),
     ("tools/search.py", "        template,\n        embedder", "        embedder", f"{SEARCH} -k another_device"),
-    ("tools/search.py", "repr((settings, instruction, versions()))", "repr((settings, instruction))", f"{SEARCH} -k another_device"),
+    ("tools/search.py", "repr((settings, (image_text,), versions()))", "repr((settings, (image_text,)))", f"{SEARCH} -k another_device"),
     ("tools/search.py", "        embedder.pooling,\n", "", f"{SEARCH} -k another_model"),
     ("tools/search.py", "|{stat.st_size}|{stat.st_mtime_ns}", "|{stat.st_size}", f"{SEARCH} -k size_and_its_time"),
     ("tools/search.py", "|{stat.st_size}|{stat.st_mtime_ns}", "|{stat.st_mtime_ns}", f"{SEARCH} -k size_and_its_time"),

@@ -61,7 +61,7 @@ class Config(ModelFlags):
 # ---------------------------------------------------------------------------------------- the index
 
 
-def fingerprint(embedder, image_text=None) -> str:
+def fingerprint(embedder, image_text=IMAGE) -> str:
     """Changes with any bit of the weights, and with all else that an embedding depends on: prompt,
     K, pooling, pixels, library versions. What was indexed under another one is never used."""
     collate, template = embedder.collate, embedder.collate.template
@@ -81,8 +81,7 @@ def fingerprint(embedder, image_text=None) -> str:
         image_processor.to_json_string(),
         type(image_processor).__name__,  # with torchvision it resizes otherwise
     ]
-    instruction = () if image_text is None else (image_text,)
-    digest = hashlib.blake2b(repr((settings, instruction, versions())).encode(), digest_size=8)
+    digest = hashlib.blake2b(repr((settings, (image_text,), versions())).encode(), digest_size=8)
     for name, p in embedder.named_parameters():
         total = weight_sum(p)
         digest.update(f"{name} {tuple(p.shape)} {p.dtype} {total}".encode())
@@ -212,12 +211,9 @@ def index_pictures(embedder, cfg) -> tuple:
 
 def query_of(cfg) -> Item:
     """What is searched for: text, picture, or "<image> text"."""
-    words = []
-    if cfg.query_image:
-        words.append(IMAGE)
-    if cfg.text:
-        words.append(cfg.text)
-    return Item(" ".join(words), (cfg.query_image,) if cfg.query_image else ())
+    if not cfg.query_image:
+        return Item(cfg.text)
+    return Item(f"{IMAGE} {cfg.text}" if cfg.text else IMAGE, (cfg.query_image,))
 
 
 def title_of(query, cfg) -> str:
