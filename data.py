@@ -152,8 +152,7 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
         toy_sets = evaluation_sets(seed)
         for name, cap in formats.choose(subsets, toy_sets).items():
             task, ood, shapes = toy_sets[name]
-            queries = Lazy(cap or 10**9, partial(shapes.query, task))
-            queries = queries.first(limit or cap or 100)
+            queries = Lazy(cap or 10**9, partial(shapes.query, task)).first(limit or cap or 100)
             tasks.append(Task(name, META_TASK[task], ood, queries))
     else:
         tasks = [Task(*x) for x in retrieval.read_tasks(source, image_root, subsets, limit)]

@@ -40,7 +40,7 @@ FIVE = [
      "tests/test_reading.py"),
     ("data.py", "toy_sets = evaluation_sets(seed)", "toy_sets = evaluation_sets(0)",
      "tests/test_every_flag.py -k evaluate-seed"),
-    ("data.py", "queries.first(limit or cap or 100)", "queries.first(limit or 100)",
+    ("data.py", ".first(limit or cap or 100)", ".first(limit or 100)",
      "tests/test_evaluate.py -k cap"),
     ("data.py", "task, ood, shapes = toy_sets[name]",
      "task, ood, shapes = toy_sets[name.split('-')[0]]",
