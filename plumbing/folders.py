@@ -292,7 +292,7 @@ def refuse_foreign(path):
     are another program's or a person's, and would be replaced."""
     if not os.path.isdir(path):
         return
-    theirs = sorted(file.name for pattern in STALE for file in Path(path).glob(pattern))
+    theirs = sorted(file.name for file in stale_files(Path(path)))
     # With .part a model was being written, when its run was killed.
     if not theirs or Path(path, ".part").exists():
         return

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from plumbing.combinations import option
 from plumbing.config import CommandLine, flag, word
 from plumbing.errors import InputError, brief, needs
 from plumbing.files import open_file
@@ -154,7 +155,7 @@ def differences(mine, reference) -> str:
     for name in sorted({*mine.config, *reference.config} - OTHERWISE):
         ours, theirs = mine.config.get(name), reference.config.get(name)
         if ours != theirs:
-            words.append(f"--{name.replace('_', '-')} {ours} ({theirs})")
+            words.append(f"{option(name)} {ours} ({theirs})")
     for name in versions():
         ours, theirs = mine.header.get(name), reference.header.get(name)
         if ours != theirs:

@@ -38,10 +38,7 @@ SOURCES = (
 
 def source(function) -> str:
     """A function's source as HTML: where it stands, and its words, comments and strings marked."""
-    file = Path(inspect.getsourcefile(function))
-    place = (
-        file.name if file.parent == TEMPLATE.parent.parent else f"{file.parent.name}/{file.name}"
-    )
+    place = Path(inspect.getsourcefile(function)).relative_to(TEMPLATE.parent.parent)
     code = inspect.getsource(function)
     return (
         f"<details class=source><summary><code>{place}: {function.__name__}</code></summary>"
