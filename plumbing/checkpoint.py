@@ -88,7 +88,7 @@ def save_checkpoint(embedder, optimizers, cfg, step):
         shutil.rmtree(part, ignore_errors=True)
         return
     # The new one is safe: only now may older ones go.
-    for old in checkpoints_in(cfg.out)[: -max(1, cfg.keep)]:
+    for old in checkpoints_in(cfg.out)[: -cfg.keep]:
         remove(old)
 
 

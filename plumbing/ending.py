@@ -115,8 +115,6 @@ def watch_signals():
     pipes.extend((inside, outside))
     for number in ending_signals():
         signal.signal(number, on_signal)
-    if not hasattr(os, "register_at_fork"):
-        return
     # Blocked around a fork: a child must not answer a signal in its parent's place.
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),

@@ -148,7 +148,7 @@ ROOMS = [
     ("plumbing/folders.py", "                on_the_disk(part)\n", "", "tests/test_origins.py -k files_are_on"),
     ("plumbing/files.py", "os.path.join(top, name)", "os.path.join(folder, name)", "tests/test_origins.py -k files_are_on"),
     ("plumbing/checkpoint.py", "except (OSError, RuntimeError, SafetensorError) as e:\n        say(", "except (RuntimeError, SafetensorError) as e:\n        say(", "tests/test_checkpoint_parts.py"),
-    ("plumbing/checkpoint.py", "checkpoints_in(cfg.out)[: -max(1, cfg.keep)]", "checkpoints_in(cfg.out)[:-1]", RESUME),
+    ("plumbing/checkpoint.py", "checkpoints_in(cfg.out)[: -cfg.keep]", "checkpoints_in(cfg.out)[:-1]", RESUME),
     ("plumbing/checkpoint.py", "return sorted(Path(out).glob(CHECKPOINTS))", "return sorted(Path(out).glob(CHECKPOINTS), reverse=True)", RESUME),
     ("plumbing/checkpoint.py", "os.replace(folder, gone)", "pass", DISK),
     ("plumbing/checkpoint.py", "save_checkpoint(embedder, optimizers, cfg, step)\n        stop(", "stop(", "tests/test_checkpoint_parts.py"),
