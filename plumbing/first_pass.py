@@ -151,8 +151,8 @@ class Tries(NamedTuple):
     is told from them."""
 
     source: Source
-    bad: frozenset = frozenset()
-    sides: Callable = lambda example: ((), ())
+    bad: frozenset
+    sides: Callable
 
 
 def try_window(tries, indices) -> Tally:

@@ -256,7 +256,7 @@ class Images:
         self.folder = lru_cache(10_000)(self.read_folder)
         self.folders = lru_cache(10_000)(self.look_up_folders)
 
-    def prepare(self, subset=""):
+    def prepare(self, subset):
         """Indexes a subset's zip file, for all the processes that will be forked."""
         if archive := self.zips.get(subset) or self.zips.get("images"):
             open_zip(archive)

@@ -217,7 +217,7 @@ def not_empty(rows) -> Lazy:
     return rows
 
 
-def eval_sets(source, image_root, subsets, limit=0) -> dict:
+def eval_sets(source, image_root, subsets, limit) -> dict:
     """{name: Lazy of (query, candidates)} of a folder in MMEB-eval's layout; limit > 0: at most so
     many of each. Their pictures are looked up now."""
     root, chosen = find_subsets(source, subsets, "test-*.parquet")

@@ -892,7 +892,8 @@ def test_each_example_of_a_long_list_is_tried_by_one_worker(tmp_path, monkeypatc
         return iter(indices)
 
     source = Source(images=Images(tmp_path), read=read)
-    first_pass.first_pass("list", 58, first_pass.Tries(source))
+    tries = first_pass.Tries(source, frozenset(), lambda example: ((), ()))
+    first_pass.first_pass("list", 58, tries)
     tried = sorted(map(int, (tmp_path / "tried").read_text().split()))
     equal(tried, list(range(58)), "each example")
 

@@ -149,7 +149,7 @@ def export_tasks(out, n):
     write_text(json.dumps(kinds, indent=1) + "\n", Path(out, SETS))
 
 
-def export(out, n=100):
+def export(out, n):
     """All of it, n examples of each kind."""
     refuse_no_folder(out, "DIR")
     refuse_unwritable(Path(out, MARK), "the lists")
