@@ -55,9 +55,9 @@ def prefetch(make, indices, workers, device=None):
         team.close()
 
 
-def halved(x):
-    """A tensor's floats, which are pictures, in bfloat16."""
-    return x.bfloat16() if x.is_floating_point() else x
+def halved(made):
+    """A row or a batch, its floats, which are pictures, in bfloat16."""
+    return tree_map_only(torch.Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, made)
 
 
 # ------------------------------------------------------------------------------------ shared work
@@ -86,7 +86,7 @@ class Share:
         self.count += 1
         if number % self.workers == self.number:
             row = make(x)
-            self.made[number] = tree_map_only(torch.Tensor, halved, row) if self.halve else row
+            self.made[number] = halved(row) if self.halve else row
         return Slot(number)
 
 
@@ -131,7 +131,7 @@ class Alone:
 
     def receive(self):
         batch = self.make(self.asked.pop(0))
-        return tree_map_only(torch.Tensor, halved, batch) if self.halve else batch
+        return halved(batch) if self.halve else batch
 
     def close(self):
         pass
