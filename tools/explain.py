@@ -294,14 +294,13 @@ def write_html(cfg, device):
 
 def main(argv):
     """The command line: a stage, then flags."""
-    stage, flags = "pretrain", argv
-    if argv and not argv[0].startswith("-"):
-        stage, *flags = argv
+    is_named = bool(argv) and not argv[0].startswith("-")
+    stage, *flags = argv if is_named else ["pretrain", *argv]
     walks = {"pretrain": explain_pretrain, "contrastive": explain_contrastive}
     if stage not in walks:
         raise InputError(f"{brief(stage)}: the stage is pretrain or contrastive")
     cfg = Config.parse(flags)
-    if cfg.html and argv and not argv[0].startswith("-"):
+    if cfg.html and is_named:
         raise InputError(f"--html shows both stages; leave {stage} out")
     for name in given(cfg):
         if not cfg.html and STAGE_OF.get(name, stage) != stage:
