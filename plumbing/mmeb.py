@@ -247,12 +247,9 @@ def look_at_rows(rows, content):
         if not texts or texts != paths:
             rows.get(i)  # raises what is wrong with it
 
-    def parse(pair):
-        return content(*pair)
-
     queries = zip(*(table[name].to_pylist() for name in EVAL), strict=True)
     for i, pair in chain(enumerate(queries), distinct_candidates(table, counts[0])):
-        located(rows.source.where(i), parse, pair)
+        located(rows.source.where(i), lambda x: content(*x), pair)
 
 
 def distinct_candidates(table, counts):

@@ -15,8 +15,7 @@ from plumbing import formats, mmeb
 from plumbing.agreement import agree
 from plumbing.errors import InputError, brief
 from plumbing.folders import read_json
-from plumbing.formats import Lazy
-from plumbing.lines import no_twins
+from plumbing.lines import Lazy, no_twins
 
 SETS = "sets.json"  # of a folder in MMEB's layout: what kinds of sets are in it
 DEPTHS = (5, 10)  # of Recall@k, for one's own data
