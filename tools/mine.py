@@ -66,18 +66,18 @@ class Targets:
         self.items, self.raw = [], []  # as Items, and as the list has them
         self.pair_of = []  # of each the first pair that names it
         self.own = []  # of each pair: the rows of its query's targets and of its own negatives
-        self.row_of = {}  # an item's key -> its row
+        row_of = {}  # an item's key -> its row
         for i, targets in enumerate(raw_targets):
             for item, raw in targets.items():
-                if item.key not in self.row_of:
-                    self.row_of[item.key] = len(self.items)
+                if item.key not in row_of:
+                    row_of[item.key] = len(self.items)
                     self.items.append(item)
                     self.raw.append(raw)
                     self.pair_of.append(i)
         rights_of = all_rights((pair.query, pair.targets) for pair in pairs)
         for pair in pairs:
             keys = [item.key for item in (*rights_of[pair.query], *pair.negatives)]
-            self.own.append({self.row_of[key] for key in keys if key in self.row_of})
+            self.own.append({row_of[key] for key in keys if key in row_of})
 
 
 def as_written(line, images) -> dict:

@@ -33,7 +33,7 @@ def find_pictures(folder, quiet=False) -> list:
                 left_out.append(f"{brief(os.path.relpath(link, folder))}: a link to a folder")
         for name in names:
             if name.lower().endswith(endings):
-                path = os.path.normpath(os.path.relpath(os.path.join(top, name), folder))
+                path = os.path.relpath(os.path.join(top, name), folder)
                 if reason := why_not(top, name):
                     left_out.append(f"{brief(path)}: {reason}")
                 else:
