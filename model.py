@@ -84,14 +84,14 @@ class Embedder(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
 
     def outputs(self, inputs, mask=None, **extra):
-        """All that the model returns; extra: what else is asked of it, as `output_attentions`."""
+        """All that the model returns; extra: what else it is told, as `output_attentions=True`."""
         arguments = {key: x for key, x in inputs.items() if key != "roles"}  # ours, not the model's
         sequential = self.style == "vlm2vec"
         arguments["position_ids"] = families.position_ids(self.mllm, inputs, sequential)
         arguments["attention_mask"] = families.attention_mask(self.mllm, inputs, mask)
-        arguments = to_device(arguments, self.device)  # built on the host, without the GPU
+        arguments = to_device(arguments | extra, self.device)  # built on the host, without the GPU
         with self.autocast():  # .model: all but the head that makes logits
-            return self.mllm.model(**arguments, **extra, use_cache=False)
+            return self.mllm.model(**arguments, use_cache=False)
 
     def hidden(self, inputs, mask=None):
         """Hidden states of the last layer, after the final norm: (B, L, D).

@@ -113,7 +113,7 @@ FIVE = [
      "tests/test_embedder.py -k vlm2vec"),
     ("model.py", "families.attention_mask(self.mllm, inputs, mask)",
      "families.attention_mask(self.mllm, inputs, None)", "tests/test_mask.py"),
-    ("model.py", "**extra, use_cache=False)", "use_cache=False)",
+    ("model.py", "to_device(arguments | extra, self.device)", "to_device(arguments, self.device)",
      "tests/test_figures.py -k attention"),
     ("model.py", "return self.outputs(inputs, mask).last_hidden_state",
      "return self.outputs(inputs).last_hidden_state", "tests/test_mask.py"),

@@ -168,12 +168,8 @@ def attention(embedder, inputs, mask) -> list:
     """Where each token looks, [layer][row][column up to the row] in thousandths, mean over heads.
     Only the eager kernel gives it out, which *adds* its mask."""
     added = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)
-    arguments = {name: x for name, x in inputs.items() if name != "roles"}
-    sequential = embedder.style == "vlm2vec"
-    arguments["position_ids"] = position_ids(embedder.mllm, inputs, sequential)
-    arguments["attention_mask"] = added
-    with eager(embedder.mllm), embedder.autocast():
-        out = embedder.mllm.model(**arguments, output_attentions=True, use_cache=False)
+    with eager(embedder.mllm):
+        out = embedder.outputs(inputs, attention_mask=added, output_attentions=True)
     # Families with masks of their own (Gemma 3) would show what they do not do.
     h = embedder.hidden(inputs, mask).float()
     apart = (out.last_hidden_state - h).norm() / h.norm()
