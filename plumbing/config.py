@@ -97,9 +97,8 @@ def refuse_value(field, value):
         default = "" if field.default is None else f"; the default is {field.default}"
         is_too_large = value > MOST and not field.metadata["most"]
         is_too_small = 0 < value < SMALLEST
-        limits = ""
-        if is_too_large or is_too_small:
-            limits = f" (in all {SMALLEST:g} to {MOST:,})"
+        is_slip = is_too_large or is_too_small
+        limits = f" (in all {SMALLEST:g} to {MOST:,})" if is_slip else ""
         text = f"{name} {brief(value)} must be {range_of(field)}{limits}{default}"
         raise InputError(f"{text} ({field.metadata['description']})")  # which may say why
     choices = field.metadata["choices"]
@@ -142,8 +141,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_flag(parser, field):
     """One field of a Config as an argument of the parser."""
-    shown = "" if field.default in (None, "") else f" (default: {field.default})"
-    text = (field.metadata["description"] + shown).replace("%", "%%")  # argparse formats it
+    default = "" if field.default in (None, "") else f" (default: {field.default})"
+    text = (field.metadata["description"] + default).replace("%", "%%")  # argparse formats it
     kind, name = kind_of(field), option(field.name)
     if field.default is dataclasses.MISSING:
         shown = field.metadata["shown"]

@@ -60,7 +60,7 @@ def refuse_unfit(sets):
 def choose(subsets, names) -> dict:
     """ "A:1000,B" -> {"A": 1000, "B": None}; "" -> all there are. InputError for other names."""
     if not subsets:
-        return {name: None for name in names}
+        return dict.fromkeys(names)
     chosen = {}
     for word in subsets.split(","):
         name, colon, rows = word.strip().partition(":")

@@ -370,8 +370,8 @@ def write_settings(embedder, folder, path, is_embedder=True):
     stored = {}
     if is_embedder:
         stored.update(compress_tokens=embedder.K, pooling=embedder.pooling, prompt=embedder.style)
-    if is_embedder and embedder.prefixes:
-        stored.update(matryoshka=list(embedder.prefixes))
+        if embedder.prefixes:
+            stored.update(matryoshka=list(embedder.prefixes))
     if embedder.adapter:
         origin = origin_of(embedder.mllm)
         stored.update(base_digest=origin.digest, base_is_hub=origin.is_hub)
