@@ -7,6 +7,7 @@ nodes only its disk counts.
 Top to bottom: saving - ending - beginning - going on - what is the same run."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -31,14 +32,15 @@ from plumbing.files import on_the_disk, refuse_special
 from plumbing.first_pass import digest_of_listed
 from plumbing.folders import (
     CHECKPOINTS,
+    MARK,
     digest_of_settings,
     digest_of_weights,
     local_folder,
     read_json,
 )
 from plumbing.log import versions
-from plumbing.outfolder import MARK, take
-from plumbing.ranks import all_sum, gather_objects, rank, say, world
+from plumbing.outfolder import take
+from plumbing.ranks import all_sum, gather_objects, known_reason, rank, say, world
 from plumbing.weights import stage_1_model
 from plumbing.writing import written
 
@@ -394,9 +396,22 @@ def read_tensors(folder, shapes) -> tuple:
         if sorted(named) != sorted(shapes):
             raise ValueError("the optimisers' states are of other weights")
     except Exception as e:  # whatever a damaged file makes of the libraries
+        if is_of_machine(e):
+            text = f"{folder} cannot be read now: {type(e).__name__}: {brief(e)}"
+            raise InputError(f"{text}. It stays; --resume goes on from it when it can") from None
         text = f"{folder}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
         raise Damaged(text) from None
     return weights, optimizer
+
+
+def is_of_machine(error) -> bool:
+    """Whether it tells of the machine, and not of the file that was read: no memory, too many open
+    files, a network's disk that was away."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    codes = (errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.ESTALE)
+    # torch raises a RuntimeError where its own allocator gets nothing.
+    return getattr(error, "errno", None) in codes or "can't allocate memory" in str(error)
 
 
 def load_checkpoint(embedder, optimizers, newest):
@@ -409,6 +424,8 @@ def load_checkpoint(embedder, optimizers, newest):
         dcp.set_optimizer_state_dict(embedder, optimizers, states, options=options)
         dcp.set_model_state_dict(embedder, weights, options=options)
     except Exception as e:  # as in `read_tensors`
+        if known_reason(e):  # a rank that is gone, a full GPU: no fault of the checkpoint
+            raise
         where = newest.folder if newest else "the checkpoint"
         text = f"{where}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
         raise InputError(f"{text}. Remove it, and --resume goes on from the one before") from None

@@ -22,6 +22,7 @@ FAILURES = {
     errno.ELOOP: "is a symbolic link that leads to itself",
     errno.ENAMETOOLONG: "is longer than a file's name can be",
     errno.ENOTDIR: "lies below a file, which is no folder",
+    errno.EMFILE: "cannot be opened: this process has too many files open (ulimit -n)",
     errno.EACCES: "may not be read by this user (permissions)",
     errno.EPERM: "may not be read by this user (permissions)",
 }

@@ -27,6 +27,7 @@ SETTING_FILES = [  # that `load` reads, beside the weights and an adapter's flag
     *("config.json", "nanocoma.json", "*processor_config.json", "*.jinja", "chat_template.json"),
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
 ]
+MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
 CARD = "README.md"  # a model's licence is in it; nothing is loaded from it
 WEIGHTS = "*.safetensors"
 # What an older run or export may have left that `load`, or another library, would believe.
@@ -37,7 +38,7 @@ STALE = [
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    *("compression_pooling.py", "[123]_*/config.json", "finished.json"),
+    *("compression_pooling.py", "[123]_*/config.json", MARK),
 ]
 # Without one of these no library takes a folder for a model, or an adapter.
 LAST = ("modules.json", "adapter_config.json", "config.json")  # in this order
@@ -104,9 +105,9 @@ def read_json(folder, name, members=dict) -> dict:
         return {}
     try:
         with open_file(file) as opened:  # a pipe in its place would be waited for
-            text = opened.read(LONGEST_JSON + 1)
-        if len(text) > LONGEST_JSON:
-            raise InputError(f"{file}: longer than {LONGEST_JSON:,} bytes")
+            if os.fstat(opened.fileno()).st_size > LONGEST_JSON:
+                raise InputError(f"{file}: longer than {LONGEST_JSON:,} bytes")
+            text = opened.read()
         value = json.loads(text, object_pairs_hook=members)
     except InputError:
         raise
@@ -177,10 +178,14 @@ def refuse_hostile(folder):
             if os.path.basename(file) != file:
                 raise InputError(f"{index}: the weights in {brief(repr(file))} lie outside of "
                                  "the folder")  # fmt: skip
-    if not any(Path(folder).glob(WEIGHTS)):
+    has_weights = any(Path(folder).glob(WEIGHTS))
+    if any(Path(folder).glob(CHECKPOINTS)) and not Path(folder, MARK).exists():
+        text = "its run is not finished: the command that began it, with --resume, finishes it"
+        if has_weights:
+            text += f". The model in it is an earlier run's; without {folder}/checkpoints it counts"
+        raise InputError(f"--model {folder}: {text}")
+    if not has_weights:
         text = "no *.safetensors in it, and pickles are not opened"
-        if any(Path(folder).glob(CHECKPOINTS)):
-            text = "its run is not finished: the command that began it, with --resume, finishes it"
         raise InputError(f"--model {folder}: {text}")
 
 

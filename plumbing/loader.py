@@ -292,7 +292,10 @@ def write_block(tensors) -> int:
                 block.write(bytes(-x.nbytes % ALIGNED))
     except OSError as e:
         os.close(file)
-        raise InputError(f"no memory for a batch ({e}): try fewer --workers") from None
+        way = "fewer --workers"
+        if e.errno == errno.EFBIG:
+            way = "a higher ulimit -f, or --workers 0"
+        raise InputError(f"no memory for a batch ({e}): try {way}") from None
     return file
 
 

@@ -30,7 +30,7 @@ class Log:
 
     def __init__(self, cfg, start):
         self.cfg, self.start = cfg, start
-        self.began, self.waited = time.time(), 0.0  # seconds
+        self.began, self.waited = time.monotonic(), 0.0  # seconds
         self.count = 0  # of what a step's speed is counted in, since `start`
         self.complaint = ""  # of the disk, said once
         self.every = max(1, min(20, cfg.steps // 10))  # steps between two lines on the screen
@@ -40,10 +40,10 @@ class Log:
     def steps(self, batches):
         """Yields (step, batch), and counts the time that a step waits for its batch."""
         for step in range(self.start, self.cfg.steps):
-            asked = time.time()
+            asked = time.monotonic()
             batch = next(batches)
             if step > self.start:  # the first batch is not made ahead
-                self.waited += time.time() - asked
+                self.waited += time.monotonic() - asked
             yield step, batch
         self.bar.close()
 
@@ -72,7 +72,7 @@ class Log:
 
     def line(self, step, unit, numbers) -> str:
         """The line on the screen; its speed is the mean since `start`."""
-        passed = time.time() - self.began
+        passed = time.monotonic() - self.began
         seconds = passed / (step + 1 - self.start)  # a step
         words = [f"step {step + 1:>5}/{self.cfg.steps}"]
         for name, x in numbers.items():

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from plumbing.adapters import bases_beside
 from plumbing.errors import InputError, brief
+from plumbing.files import absence
 from plumbing.folders import CHECKPOINTS, TOY, read_json, refuse_foreign
 from plumbing.locks import OF_A_RUN, lock
 from plumbing.writing import first_record, refuse_other
-
-MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
 
 
 def take(cfg):
@@ -31,7 +30,10 @@ def take(cfg):
     except InputError:  # which is a ValueError
         raise
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have
-        cause = f"{getattr(e, 'filename', None) or out}: {getattr(e, 'strerror', None) or e}"
+        name, reason = getattr(e, "filename", None) or out, getattr(e, "strerror", None) or e
+        if os.path.islink(name) and not os.path.exists(name):
+            reason = absence(name, "folder")
+        cause = f"{name}: {reason}"
         text = f"--out {brief(out)} cannot be written ({brief(cause)})"
         raise InputError(f"{text}: name a folder of one's own, on a disk with room") from None
 

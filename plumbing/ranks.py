@@ -5,6 +5,8 @@ import errno
 import os
 import re
 import sys
+import threading
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -127,6 +129,7 @@ def sum_gradients(parameters, bucket=25_000_000):
 
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MINUTE = 60  # seconds, until a line says what is waited for
 PATIENCE = timedelta(minutes=30)  # of a rank for the others; one of them may fetch a model
 
 
@@ -142,12 +145,27 @@ def setup() -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if together and not dist.is_initialized():
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:  # torchrun's environment says the rest
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+            with said_while_waiting(f"rank {os.environ['RANK']} waits for the others at {where}"):
+                dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as e:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise InputError(f"cannot join the other ranks at {where}: {brief(e)}") from None
     return device
+
+
+@contextmanager
+def said_while_waiting(text):
+    """A line where what is inside takes longer than a minute: another node's command, mistyped,
+    ended before it could say so to this one."""
+    words = f"{text}: did their commands begin, did one end with an error?"
+    timer = threading.Timer(MINUTE, say, [words])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def check_environment(devices):

@@ -62,7 +62,9 @@ def render_here(request, sender):
     if os.path.exists("/proc/self/statm"):  # beyond what it has from its parent
         with open("/proc/self/statm") as file:
             has = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (has + MEMORY, has + MEMORY))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # may have been set before us
+        most = has + MEMORY if hard == resource.RLIM_INFINITY else min(has + MEMORY, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     request = json.loads(request)
     answers = [render_one(request, chat) for chat in request["chats"]]
     sender.send_bytes(json.dumps(answers).encode())

@@ -49,7 +49,7 @@ TOOLS = [
     ("tools/search.py", "|{stat.st_size}|{stat.st_mtime_ns}", "|{stat.st_mtime_ns}", f"{SEARCH} -k size_and_its_time"),
     ("tools/search.py", "    return [paths[file] for file in known], np", "    return list(paths.values()), np", f"{SEARCH} -k own_vector"),
     ("tools/search.py", "i + WINDOW >= len(new)", "i + WINDOW > len(new)", f"{SEARCH} -k kept_on_the_way"),
-    ("tools/search.py", "time.time() - self.ended > 20 * self.cost", "time.time() - self.ended > 20 + self.cost", f"{SEARCH} -k kept_on_the_way"),
+    ("tools/search.py", "time.monotonic() - self.ended > 20 * self.cost", "time.monotonic() - self.ended > 20 + self.cost", f"{SEARCH} -k kept_on_the_way"),
     ("tools/search.py", "Item(cfg.image_text, (str(folder / paths[file]),))", "Item(IMAGE, (str(folder / paths[file]),))", f"{SEARCH} -k instruction_that"),
     ("tools/search.py", "row, column = divmod(n, columns)", "column, row = divmod(n, rows)", f"{SEARCH} -k read_as_a_text"),
     ("tools/search.py", "cfg.model or trained_model()", 'cfg.model or "toy"', f"{SEARCH} -k alike_on_all"),

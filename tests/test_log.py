@@ -20,7 +20,7 @@ from plumbing.errors import InputError
 def clock(monkeypatch):
     """A clock that stands still: clock[0] is the time in seconds."""
     now = [1000.0]
-    monkeypatch.setattr(log.time, "time", lambda: now[0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
     return now
 
 

@@ -457,7 +457,7 @@ def test_an_index_is_kept_on_the_way_and_whole_in_the_end(folder, shared, monkey
     monkeypatch.setattr(search, "WINDOW", 4)
     monkeypatch.setattr(search, "embed_pictures", embed)
     monkeypatch.setattr(search, "write_index", write)
-    monkeypatch.setattr(search.time, "time", lambda: now[0])
+    monkeypatch.setattr(search.time, "monotonic", lambda: now[0])
     search.index_pictures(shared, search.Config(images=str(folder), text="two"))
     equal(written, kept, "pictures in the index, each time")
 

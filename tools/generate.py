@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import resource
 import time
 import urllib.error
 import urllib.request
@@ -59,6 +60,7 @@ from tools.conversations import as_conversations
 from tools.pictures import find_pictures
 
 ATTEMPTS = 3
+MOST_FILES = 4096  # that are open at a time; a --batch has two each
 HOPELESS = 50  # failures without one success: it is not the pictures
 LONGEST_REPLY = 10_000_000  # bytes of a server's answer
 # What a chat template writes, and no answer: a server with another template lets it through.
@@ -258,6 +260,9 @@ def reply_reader(mllm, tokenizer):
 def ask_server(args):
     """-> function([(picture, chat)]) -> replies, of any server that speaks OpenAI's protocol
     (vLLM does); one picture a request."""
+    # A thread has a socket and a picture open, and many a shell lets a process have 1,024 files.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
     url = args.server.rstrip("/") + "/chat/completions"
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {args.api_key}"}
 
@@ -496,7 +501,7 @@ def alone(out):
             yield
         finally:
             if is_at(out, file) and not os.fstat(file.fileno()).st_size:  # nothing came of it
-                Path(out).unlink()
+                os.unlink(os.path.realpath(out))  # a link stays one
 
 
 def is_at(path, file) -> bool:

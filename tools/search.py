@@ -170,10 +170,10 @@ class Seldom:
         self.ended, self.cost = 0.0, 0.0  # the last one: when, and how many seconds it took
 
     def __call__(self, at_once):
-        if at_once or time.time() - self.ended > 20 * self.cost:
-            began = time.time()
+        if at_once or time.monotonic() - self.ended > 20 * self.cost:
+            began = time.monotonic()
             self.call()
-            self.ended = time.time()
+            self.ended = time.monotonic()
             self.cost = self.ended - began
 
 
