@@ -24,7 +24,7 @@ from plumbing import formats, mmeb, retrieval
 from plumbing.errors import InputError, brief
 from plumbing.formats import IMAGE, Lazy
 from plumbing.images import PictureEncoder, join_images, open_image, pixels_of
-from plumbing.inputs import checked, content_of
+from plumbing.inputs import checked, content_of, whole_number
 from plumbing.template import STYLES, Part, picture_parts, read_template, shorten, spell
 from toy.world import META_TASK, Shapes, evaluation_sets
 
@@ -110,6 +110,7 @@ def read_dialogues(
     captions (metadata.jsonl or .csv). image_root: a folder, or a formats.Place with --skip-bad's
     list. turns: at most so many questions; 0: all. In the toy world only: caption, one description
     in place of the dialogue; texts, the share of dialogues about a text. Raises InputError."""
+    turns = whole_number("turns", turns, 0)
     if source == "shapes":
         toy = partial(Shapes("train", seed).dialogue, caption=caption, texts=texts)
         talks = Lazy(10**9, toy)  # made when drawn: as many as one likes
@@ -147,7 +148,7 @@ def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) ->
     """A list of Tasks. source: "shapes" (5 tasks, each in distribution, with combinations and with
     wordings never trained on), a folder or hub id in MMEB-eval's layout, a JSONL file of pairs, a
     folder with captions. limit: most queries of each; 0: all (of a toy set its cap, or 100)."""
-    tasks = []
+    tasks, limit = [], whole_number("limit", limit, 0)
     if source == "shapes":
         toy_sets = evaluation_sets(seed)
         for name, cap in formats.choose(subsets, toy_sets).items():

@@ -55,7 +55,7 @@ def refuse_special(path, name=None, kind="file"):
 def names_a_list(source) -> bool:
     """Whether data are one file of examples: it is there, or its name says so."""
     is_file = os.path.lexists(source) and not os.path.isdir(source)
-    return is_file or source.lower().endswith((".jsonl", ".json", ".csv"))
+    return is_file or str(source).lower().endswith((".jsonl", ".json", ".csv"))
 
 
 def captions_in(folder) -> list:

@@ -82,6 +82,8 @@ def refuse_unknown(raw, known):
     if unknown := raw.keys() - known:
         key = min(unknown)
         close = get_close_matches(key, known, 1, 0.6)
+        if not key:  # pandas' index, or a comma at the end of a line
+            raise ValueError("a column has no name, and would be lost; name it, or leave it out")
         hint = f'did you mean "{close[0]}"?' if close else f"it takes {', '.join(known)}"
         raise ValueError(f'unknown key "{brief(key)}", which would be lost; {hint}')
 
@@ -167,7 +169,7 @@ def parse_dialogue(raw, images) -> tuple:
     # What is compressed is the picture alone; the rest of the first turn is its question.
     pictures = {"text": IMAGE * values[0].count(IMAGE), "image": raw.get("image")}
     content = parse_content(pictures, images)
-    values[0] = values[0].replace(IMAGE, "").strip("\n")
+    values[0] = values[0].replace(IMAGE, "").strip()
     turns = zip(values[::2], values[1::2], strict=True)
     return content, tuple(turns), str(name or "")
 

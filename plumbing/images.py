@@ -87,7 +87,8 @@ def decode(ref, name) -> Image.Image:
         image = to_rgb(image)
         return image.transpose(turn) if turn is not None else image
     except UnidentifiedImageError:
-        reason = f"its content is none of {', '.join(FORMATS)} (the last from Pillow 11.3 on)"
+        kinds = f"{', '.join(FORMATS)} (the last from Pillow 11.3 on)"
+        reason = f"its content is none of {kinds}, or it is cut off"
     except Exception as e:  # Trap: damaged bytes lead decoders to errors of every type
         closed = "; is its file closed?" if isinstance(e, AssertionError) else ""  # Pillow's
         reason = brief(e) or f"{type(e).__name__}{closed}"

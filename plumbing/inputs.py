@@ -47,7 +47,7 @@ def picture_of(x):
     if x.dtype != np.uint8 or not colours or not x.size:
         raise InputError(f"encode: an array {x.shape} of {x.dtype}; a picture is (H, W, 3) of "
                          "uint8, 0 to 255")  # fmt: skip
-    return Image.fromarray(x)
+    return Image.fromarray(x.copy())  # a camera's buffer may hold the next picture by then
 
 
 def content_of(x) -> Content:
@@ -75,7 +75,7 @@ def both(x) -> Content:
     text, pictures = x.get("text"), x.get("image")
     if not isinstance(text, str | None):
         raise wrong_input(x, f'its "text" is of type {type(text).__name__}')
-    if pictures is None:
+    if pictures is None or (isinstance(pictures, str) and not pictures):  # as in files
         pictures = []
     elif not isinstance(pictures, list | tuple):
         pictures = [pictures]
@@ -118,11 +118,12 @@ def listed(items, item_of) -> list:
 
 
 def row_of(collate, items, i):
-    """The row of items[i]. Of a picture that has no name an error says which input it is."""
+    """The row of items[i]. Where no picture's name tells, an error says which input it is."""
     try:
         return collate.row(items[i])
     except InputError as e:
-        if all(isinstance(x, str | os.PathLike) for x in items[i].images):
+        pictures = items[i].images
+        if pictures and all(isinstance(x, str | os.PathLike) for x in pictures):
             raise
         raise InputError(f"input {i}: {e}") from None
 

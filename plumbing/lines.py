@@ -3,6 +3,7 @@ kept. A million lines cost 16 MB; a line is read from the disk when it is asked 
 
 Top to bottom: lazy sequences - the lines of a file - .jsonl, .json, .csv."""
 
+import codecs
 import csv
 import json
 import os
@@ -76,9 +77,8 @@ class Lazy(Sequence):
         return self.length
 
     def __getitem__(self, i):
-        if not 0 <= i < self.length:
-            raise IndexError(i)
-        return self.get(i)
+        where = range(self.length)[i]  # as of a list: slices, and numbers from the end
+        return [self.get(k) for k in where] if isinstance(i, slice) else self.get(where)
 
     def __iter__(self):
         # Trap: by Sequence's own an IndexError of `get` would be taken for the end.
@@ -231,9 +231,25 @@ def csv_rows(path):
                     hint = 'a text with a comma needs "quotes"'
                     raise InputError(f"{path}, line {reader.line_num}: {count}; {hint}")
                 yield reader.line_num, json.dumps(row).encode() + b"\n"
-        except (csv.Error, UnicodeDecodeError) as e:
-            hint = f"is it UTF-8, each quote closed, and no text longer than {MOST // 2**20} MB?"
+        except UnicodeDecodeError:
+            raise InputError(f"{path}, {first_bad_byte(path)}") from None
+        except csv.Error as e:
+            hint = f"is each quote closed, and no text longer than {MOST // 2**20} MB?"
             raise InputError(f"{path}, after line {reader.line_num}: {e}; {hint}") from None
+
+
+def first_bad_byte(path) -> str:
+    """Where in a file the first byte is that is not UTF-8. (Who decodes it reads ahead by blocks,
+    and can only say how far he was.)"""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with open(path, "rb") as file:
+        while block := file.readline(BLOCK):
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as e:
+                return f"line {line}: not UTF-8: 0x{e.object[e.start]:02x}"
+            line += block.endswith(b"\n")
+    return f"line {line}: not UTF-8: cut off within a character"
 
 
 class Blocks:
@@ -292,6 +308,8 @@ def array_elements(path):
                 ended = separator == "]"
             if number and blocks.peek():
                 raise ValueError("something stands after the array's end")
+        except UnicodeDecodeError:
+            raise InputError(f"{path}, {first_bad_byte(path)}") from None
         except (ValueError, RecursionError) as e:
             reason = getattr(e, "msg", e)
             raise InputError(f"{path}, example {number}: not JSON: {reason}") from None

@@ -13,12 +13,13 @@ import numpy as np
 
 from plumbing.errors import InputError, brief
 from plumbing.first_pass import Known, Place, Tries, all_the_same, first_pass, skip, skipped_in
-from plumbing.formats import choose, located, parse_content, sides
+from plumbing.formats import Content, choose, located, parse_content, sides
 from plumbing.hub import fetch
 from plumbing.images import Images
 from plumbing.lines import Lazy, Lost, Source, attempts
 from plumbing.once import once_a_node
 from plumbing.parquet import Layout, Table, pyarrow
+from plumbing.ranks import say
 
 
 class Subset(NamedTuple):
@@ -109,12 +110,11 @@ def train_rows(files, subset, images) -> Lazy:
     table = Table(files, Layout(TRAIN, maybe=NEGATIVES))
     rows = table.load()
 
+    def content(text, image):
+        return parse_content({"text": text, "image": image}, images, subset)
+
     def side(row, text, image):
-        raw = {"text": row.get(text), "image": row.get(image)}
-        try:
-            return parse_content(raw, images, subset)
-        except ValueError as e:
-            raise ValueError(f"{text}, {image}: {e}") from None
+        return of_columns(content, (row.get(text), row.get(image)), f"{text}, {image}")
 
     def pair(row):
         negatives = ()
@@ -144,13 +144,24 @@ def eval_rows(files, subset, images) -> Lazy:
         if not texts or len(texts) != len(paths or ()):
             raise ValueError("tgt_text and tgt_img_path must be lists of one length, not empty")
         content = contents_of(images, subset)
-        candidates = [content(text, path) for text, path in zip(texts, paths, strict=True)]
-        return content(row["qry_text"], row["qry_img_path"]), candidates
+        candidates = []
+        for k, pair in enumerate(zip(texts, paths, strict=True)):
+            candidates.append(of_columns(content, pair, f"tgt_text[{k}], tgt_img_path[{k}]"))
+        asked = of_columns(content, [row[name] for name in EVAL], ", ".join(EVAL))
+        return asked, candidates
 
     def get(i):
         return located(table.where(i), query, last_loaded(table).slice(i, 1).to_pylist()[0])
 
     return Lazy(len(table), get, Source(table.digest, table, images, table.where))
+
+
+def of_columns(content, pair, columns) -> Content:
+    """content(*pair); the ValueError of a bad one says in which columns it stands."""
+    try:
+        return content(*pair)
+    except ValueError as e:
+        raise ValueError(f"{columns}: {e}") from None
 
 
 @lru_cache(1)
@@ -246,10 +257,17 @@ def look_at_rows(rows, content):
     for i, (texts, paths) in enumerate(zip(*counts, strict=True)):
         if not texts or texts != paths:
             rows.get(i)  # raises what is wrong with it
+    if alone := counts[0].count(1):
+        text = f"{alone:,} of {len(table):,} queries have a single candidate"
+        say(f"{rows.source.raw.files[0]}: {text}, and can only be right")
 
     queries = zip(*(table[name].to_pylist() for name in EVAL), strict=True)
     for i, pair in chain(enumerate(queries), distinct_candidates(table, counts[0])):
-        located(rows.source.where(i), lambda x: content(*x), pair)
+        try:
+            content(*pair)
+        except ValueError:
+            rows.get(i)  # the same, and says of which column
+            raise
 
 
 def distinct_candidates(table, counts):

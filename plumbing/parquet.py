@@ -43,8 +43,8 @@ class Layout(NamedTuple):
         """What a column holds: "text", "list", or another type's name."""
         types = pyarrow().types
         # A column in which nothing stands has the type null, and means so.
-        if name not in self.lists and types.is_null(arrow_type):
-            return "text"
+        if types.is_null(arrow_type):
+            return "nothing" if name in self.lists else "text"
         is_list = types.is_list(arrow_type) or types.is_large_list(arrow_type)
         inner = arrow_type.value_type if is_list else arrow_type
         if types.is_dictionary(inner):
@@ -56,12 +56,13 @@ class Layout(NamedTuple):
     def check(self, file, schema):
         """InputError where a column is missing, or of another type, or would be lost. -> {name:
         kind} of the columns to read."""
-        for name in (*self.texts, *self.lists):
-            if schema.names.count(name) != 1:
-                count = "several columns" if name in schema.names else "no column"
-                there = brief(", ".join(schema.names))
-                raise InputError(f"{file}: {count} {name}; it has {there}")
         known = (*self.texts, *self.lists, *self.maybe)
+        for name in known:
+            count = schema.names.count(name)
+            if count > 1 or (count == 0 and name not in self.maybe):
+                columns = "several columns" if count else "no column"
+                there = brief(", ".join(schema.names))
+                raise InputError(f"{file}: {columns} {name}; it has {there}")
         stems = tuple(name[:3] for name in known)
         for name in schema.names:
             if name not in known and name.startswith(stems):

@@ -344,6 +344,13 @@ def test_an_unfinished_run_s_folder_is_called_so(place, folder):
     Path("out/config.json").write_text("{}")
     refused(lambda: model.load("out"), "its run is not finished", "--resume")
     Path("out/config.json").unlink()
+    # A second run into OUT was killed: the weights in it are still the first one's.
+    shutil.copytree(folder, "twice")
+    Path("twice/finished.json").unlink(missing_ok=True)
+    Path("twice/checkpoints/step-00000002").mkdir(parents=True)
+    refused(lambda: model.load("twice"), "its run is not finished", "is an earlier run's")
+    Path("twice/finished.json").write_text("{}")
+    model.load("twice")  # checkpoints of a finished run, which a kill left
     refused(lambda: merge.main([str(folder), "out"]), "the --out of an unfinished run")
 
 

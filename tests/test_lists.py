@@ -275,6 +275,59 @@ def test_bytes_that_are_no_utf_8_are_told_by_line_and_place(place):
         data.read_pairs(str(path))
 
 
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_bytes_that_are_no_utf_8_are_told_by_their_line_far_into_a_file(place, kind):
+    """Excel's cp1252. What decodes the file is blocks ahead of the row that is read."""
+    good, bad = b"a.png,a dog", b"a.png,caf\xe9"
+    lines = [b"file_name,text", *[good] * 3000, bad, *[good] * 3000]
+    if kind == "json":
+        pair = json.dumps(PAIR).encode()
+        lines = [b"[", *[pair + b","] * 3000, b'"caf\xe9",', *[pair + b","] * 3000, pair + b"]"]
+    path = place / ("metadata.csv" if kind == "csv" else "list.json")
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError, match=rf"{path.name}, line 3002: not UTF-8: 0xe9"):
+        data.read_dialogues(str(place)) if kind == "csv" else data.read_pairs(str(path))
+    path.write_bytes(b"\n".join(lines[:3])[:-1] + b"\xe9")  # a whole character needs two more
+    with pytest.raises(InputError, match=r"line 3: not UTF-8: cut off"):
+        data.read_dialogues(str(place)) if kind == "csv" else data.read_pairs(str(path))
+
+
+def test_a_column_without_a_name_is_told_so(place):
+    """pandas' to_csv() writes its index into one."""
+    (place / "metadata.csv").write_text(",file_name,text\n0,a.png,a dog\n")
+    with pytest.raises(InputError, match="a column has no name, and would be lost"):
+        data.read_dialogues(str(place))
+
+
+def test_a_list_that_windows_wrote_has_the_same_questions(place):
+    """What stands between the picture's mark and the question is none of either."""
+    for first in ("<image>\nWhat?", "<image>\r\nWhat?", "<image> \n What?", "What?\r\n<image>"):
+        raw = {"image": "a.png", "conversations": [{"from": "human", "value": first}]}
+        raw["conversations"].append({"from": "gpt", "value": "A dog."})
+        jsonl(place, raw, name="talk.jsonl")
+        talk = data.read_dialogues(str(place / "talk.jsonl"))[0]
+        equal(talk.turns, (("What?", "A dog."),), repr(first))
+
+
+def test_a_list_is_a_sequence(place):
+    """Slices, and numbers from the end, as of any."""
+    talks = data.read_dialogues()
+    equal([d.id for d in talks[:3]], [talks[i].id for i in range(3)], "a slice")
+    equal(talks[-1].id, talks[len(talks) - 1].id, "the last one")
+    for i in (10**9, -(10**9) - 1):
+        with pytest.raises(IndexError):
+            talks[i]
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "5"])
+def test_how_many_is_a_whole_number(wrong):
+    """A negative one would cut the last turn off each dialogue, and say nothing."""
+    with pytest.raises(InputError, match="turns .*: a whole number of at least 0"):
+        data.read_dialogues(turns=wrong)
+    with pytest.raises(InputError, match="limit .*: a whole number of at least 0"):
+        data.read_tasks(limit=wrong)
+
+
 def test_a_list_whose_lines_end_in_cr_alone_is_told_so(place):
     """To everybody else it is one line; where they end in CR and LF nothing is wrong."""
     path, line = place / "list.jsonl", json.dumps(PAIR).encode()
@@ -417,11 +470,11 @@ def test_a_row_without_its_candidates_is_refused(tmp_path, texts, paths):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"qry_text": ["q", "q", "<image> r"]}, "row 3: the text has 1 <image> for 0 pictures"),
-        ({"tgt_text": [["t", "u"], ["t", "u"], ["t", " "]]}, "row 3: needs {"),
+        ({"qry_text": ["q", "q", "<image> r"]}, "row 3: qry_text, qry_img_path: the text has 1"),
+        ({"tgt_text": [["t", "u"], ["t", "u"], ["t", " "]]}, "row 3: tgt_text.1., .*: needs {"),
         (
             {"tgt_text": [["t", "u"], ["u", "<image>"], ["t", "<image>"]]},
-            "row 2: the text has 1 <im",
+            "row 2: tgt_text.1., .*: the text has 1",
         ),
         (
             {"qry_text": ["q", "", "q"], "qry_img_path": ["", "../a", ""]},
@@ -477,6 +530,39 @@ def test_a_text_of_a_table_that_is_not_utf8_is_told_by_its_row(tmp_path):
         write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
         with pytest.raises(InputError, match="test-0.parquet, row 1: a text in it is not UTF-8"):
             data.read_tasks(str(tmp_path))
+
+
+def test_a_bad_field_of_a_row_to_evaluate_is_told_by_its_column(tmp_path):
+    """A row has a query and up to a thousand candidates."""
+    for column, value, says in (
+        ("qry_text", [""], "row 1: qry_text, qry_img_path: needs"),
+        ("tgt_text", [["t", ""]], r"row 1: tgt_text\[1\], tgt_img_path\[1\]: needs"),
+    ):
+        write(tmp_path / "A" / "test-0.parquet", {**EVAL, column: value})
+        with pytest.raises(InputError, match=says):
+            data.read_tasks(str(tmp_path))
+
+
+def test_queries_with_nothing_to_compare_with_are_told(tmp_path, capsys):
+    """They are hits, whatever the model."""
+    one = {**EVAL, "tgt_text": [["t"]], "tgt_img_path": [[""]]}
+    write(tmp_path / "A" / "test-0.parquet", one)
+    data.read_tasks(str(tmp_path))
+    assert "1 of 1 queries have a single candidate" in capsys.readouterr().out
+    write(tmp_path / "A" / "test-0.parquet", EVAL)
+    data.read_tasks(str(tmp_path))
+    assert "single candidate" not in capsys.readouterr().out
+
+
+def test_a_negatives_column_that_is_there_twice_is_refused(tmp_path):
+    """As any other; arrow's own error names no file."""
+    table = {**TRAIN, "neg_text": ["a", "b"], "neg_image_path": ["", ""]}
+    write(tmp_path / "A" / "original-0.parquet", table)
+    twice = pq.read_table(tmp_path / "A" / "original-0.parquet")
+    twice = twice.append_column("neg_text", twice["neg_text"])
+    pq.write_table(twice, tmp_path / "A" / "original-0.parquet")
+    with pytest.raises(InputError, match="original-0.parquet: several columns neg_text"):
+        data.read_pairs(str(tmp_path))
 
 
 def test_columns_are_read_however_they_are_stored(tmp_path):

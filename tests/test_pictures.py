@@ -162,6 +162,7 @@ def test_a_searched_folder_may_hold_anything(tmp_path, capsys):
     (tmp_path / "sub" / "h.webp").write_bytes(b"")
     assert find_pictures(tmp_path) == ["a.PNG", "b.jpg", os.path.join("sub", "h.webp")]
     said = capsys.readouterr().out
+    assert "left out: 5 files by their endings (1 .eps, 1 .h5, 1 .mpg, 1 .pdf, 1 .txt)" in said
     for name in ("pipe.png", "socket.png", "nowhere.png", "loop.png"):
         assert f"left out: {name}: no ordinary file" in said
     assert r"left out: \udcff.jpg: its name is not UTF-8" in said

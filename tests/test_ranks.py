@@ -3,6 +3,7 @@ how a script ends. (With processes: test_gradcache.py, test_torchrun.py, test_en
 
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,21 @@ def test_ranks_that_cannot_be_joined_are_one_line(error, monkeypatch):
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(InputError, match="RANK=2 is not below"):
         ranks.setup()
+
+
+def test_a_rank_says_what_it_waits_for(monkeypatch, capsys):
+    """Of two nodes one was given a command with a slip in it: the other would wait half an hour
+    without a word."""
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "MINUTE", 0.01)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: time.sleep(0.5))
+    ranks.setup()
+    assert "rank 1 waits for the others at a:1: did their commands begin" in capsys.readouterr().out
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: None)
+    ranks.setup()
+    time.sleep(0.1)
+    assert not capsys.readouterr().out, "nobody was waited for"
 
 
 def test_tokenizers_have_no_threads_that_a_fork_would_lose(monkeypatch):

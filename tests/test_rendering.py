@@ -43,6 +43,8 @@ def test_a_template_runs_under_limits_of_its_own(monkeypatch):
     """No core file; two seconds of the processor, where waiting for it would take a minute; 1 GiB
     beyond what the process has already. Ctrl-C is not for it, SIGTERM ends it."""
     limits, handlers, answers = {}, {}, []
+    none = resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (none, none))
     monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     request = {"template": "{{ 'a' * 3 }}", "chats": [[]], "variables": {}, "options": {}}
@@ -55,6 +57,17 @@ def test_a_template_runs_under_limits_of_its_own(monkeypatch):
     expect(2**29 < memory[0] - has < 2**31, memory, "about 1 GiB more", "RLIMIT_AS")
     ignored = dict.fromkeys([signal.SIGINT, signal.SIGHUP], signal.SIG_IGN)
     equal(handlers, {**ignored, signal.SIGTERM: signal.SIG_DFL}, "signals")
+
+
+def test_a_template_s_memory_is_below_a_limit_that_is_there(monkeypatch):
+    """`ulimit -v`, as clusters set it: nobody may raise it, and it is no template's fault."""
+    limits = {}
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2**20, 2**20))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    request = {"template": "a", "chats": [], "variables": {}, "options": {}}
+    rendering.render_here(json.dumps(request), SimpleNamespace(send_bytes=len))
+    equal(limits[resource.RLIMIT_AS], (2**20, 2**20), "RLIMIT_AS")
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -4,6 +4,7 @@ on two nodes: test_two_nodes.py.)"""
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,7 +24,7 @@ from test_safety import Bomb, exploded
 import contrastive
 import model
 import pretrain
-from plumbing import checkpoint, folders, hub, optim, outfolder
+from plumbing import checkpoint, folders, hub, optim, outfolder, ranks
 from plumbing.errors import InputError
 from tools import condense
 
@@ -224,6 +226,50 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(known, shapes,
 def test_what_is_not_damaged_is_taken(known, shapes):
     """Negative control of the above: the newest one."""
     assert checkpoint.newest_whole(shapes, known).state.step == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        *(OSError(code, os.strerror(code)) for code in (errno.ESTALE, errno.EMFILE, errno.ENOMEM)),
+    ],
+)
+def test_what_the_machine_lacks_is_no_damage(known, shapes, monkeypatch, error):
+    """The user would be told to remove a whole checkpoint, or lose it when the run ends."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "load_file", fail)
+    with pytest.raises(InputError, match="step-00000002 cannot be read now: .* It stays") as e:
+        checkpoint.newest_whole(shapes, known)
+    assert not isinstance(e.value, checkpoint.Damaged)
+    assert len(checkpoint.checkpoints_in(known.out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("[gloo] Connection closed by peer"), RuntimeError),
+        (KeyError("a weight"), InputError),
+    ],
+)
+def test_what_ends_while_a_checkpoint_is_sent_is_no_fault_of_it(monkeypatch, error, expected):
+    """A rank that is killed meanwhile, a GPU that another program fills: not "Remove it"."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoint.dcp, "set_optimizer_state_dict", fail)
+    monkeypatch.setattr(checkpoint, "world", lambda: 1)
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    with pytest.raises(expected) as e:
+        checkpoint.load_checkpoint(None, None, None)
+    equal("Remove it" in str(e.value), expected is InputError, "advice")
 
 
 def test_a_run_goes_on_from_the_one_before_to_the_same_bytes(stopped, runs):

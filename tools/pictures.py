@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 
 from PIL import Image
 
@@ -17,11 +18,11 @@ SHOWN = 5  # files that are left out, by name
 def find_pictures(folder, quiet=False) -> list:
     """The pictures below a folder, by their names' endings: relative paths, sorted. Left out, and
     named unless `quiet`: a link to a folder, what is no ordinary file (a pipe would wait for ever),
-    and what has a name that is not UTF-8, which no list of pictures can hold."""
+    what has a name that is not UTF-8, which no list of pictures can hold; others are counted."""
     if not os.path.isdir(folder):
         reason = "is no folder" if os.path.lexists(folder) else "no such folder"
         raise InputError(f"--images {brief(folder)}: {reason}; name one that holds pictures")
-    decoded, pictures, left_out = decoded_formats(), [], []
+    decoded, pictures, left_out, others = decoded_formats(), [], [], Counter()
     endings = tuple(x for x, kind in Image.registered_extensions().items() if kind in decoded)
 
     def unreadable(e):
@@ -38,11 +39,22 @@ def find_pictures(folder, quiet=False) -> list:
                     left_out.append(f"{brief(path)}: {reason}")
                 else:
                     pictures.append(path)
+            else:
+                others[brief(os.path.splitext(name)[1].lower() or "no ending")] += 1
     if not quiet:
+        say_others(others)
         say_left_out(left_out)
     if not pictures:
-        raise InputError(f"--images {brief(folder)}: no pictures in it")
+        raise InputError(f"--images {brief(folder)}: no pictures in it, by the endings of names")
     return sorted(pictures)
+
+
+def say_others(others):
+    """How many files are no pictures by their names, as a phone's .heic. others: {ending: files}."""
+    if others:
+        most_first = sorted(others.items(), key=lambda x: (-x[1], x[0]))
+        counts = ", ".join(f"{n:,} {ending}" for ending, n in most_first[:SHOWN])
+        say(f"left out: {others.total():,} files by their endings ({counts})")
 
 
 def say_left_out(left_out):
