@@ -170,6 +170,18 @@ def test_a_server_is_asked_as_the_flags_say(monkeypatch):
     equal([x["role"] for x in body["messages"]], ["user", "assistant", "user"], "all of the chat")
 
 
+@pytest.mark.parametrize(
+    ("soft", "hard", "most"), [(9, 10**6, 4096), (9, 50, 50), (5000, 6000, 5000)]
+)
+def test_as_many_files_may_be_open_as_threads_need(monkeypatch, soft, hard, most):
+    """--batch 1024 has a socket and a picture each, where a shell allows 1,024."""
+    limits = []
+    monkeypatch.setattr(generator.resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(generator.resource, "setrlimit", lambda _, x: limits.append(x))
+    generator.ask_server(config(server="http://h/v1"))
+    equal(limits, [(most, hard)], "RLIMIT_NOFILE")
+
+
 @pytest.mark.parametrize("code", [401, 403, 404, 429, 500])
 def test_a_key_or_a_name_that_is_wrong_ends_the_run_and_other_trouble_does_not(monkeypatch, code):
     """Of the first three no picture will be answered; the others may be over in a moment."""

@@ -135,6 +135,36 @@ def test_pictures_are_read_before_processes_and_threads_share_their_files(tmp_pa
         open_image(bad)
 
 
+def test_a_text_that_no_row_takes_is_named_by_its_number():
+    """It has no name; a picture's path would tell by itself."""
+
+    def row(item):
+        raise InputError("half a surrogate pair")
+
+    items = [Item("a"), Item("b", ("x.png",))]
+    with pytest.raises(InputError, match="^input 0: half"):
+        row_of(SimpleNamespace(row=row), items, 0)
+    with pytest.raises(InputError, match="^half"):
+        row_of(SimpleNamespace(row=row), items, 1)
+    with pytest.raises(InputError, match="neither text nor picture"):
+        content_of({"image": ""})
+    equal(content_of({"image": "", "text": "x"}).images, (), "an empty path, as in files")
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3), (4, 4, 4)])
+def test_a_buffer_that_is_filled_again_is_another_picture(shape):
+    """As a camera's, in a generator: all inputs are read before the first one is embedded."""
+    buffer = np.zeros(shape, np.uint8)
+
+    def frames():
+        for value in (0, 128, 255):
+            buffer[:] = value
+            yield buffer
+
+    pictures = [content.images[0] for content in listed(frames(), content_of)]
+    equal([int(np.asarray(x).max()) for x in pictures], [0, 128, 255], "pixels")
+
+
 def test_a_whole_number_has_a_least_value():
     """Which it may have; True is no number; None is none asked for."""
     for value in (None, 2, 3, np.int64(2)):

@@ -236,6 +236,14 @@ def test_a_full_disk_costs_no_dialogue_that_is_there(tmp_path):
     assert out.read_bytes() == whole
 
 
+def test_a_link_stays_one_where_nothing_came(tmp_path):
+    """OUT on another disk: the empty file goes, and not the way to it."""
+    (tmp_path / "out.jsonl").symlink_to(tmp_path / "there.jsonl")
+    with generator.alone(tmp_path / "out.jsonl"):
+        assert (tmp_path / "there.jsonl").exists()
+    assert (tmp_path / "out.jsonl").is_symlink() and not (tmp_path / "there.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     "notes", [b"my notes", b"my notes\n", b'{"a": 1}\n', b"[1]\n", b"\x89PNG\n"]
 )

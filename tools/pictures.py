@@ -50,7 +50,7 @@ def find_pictures(folder, quiet=False) -> list:
 
 
 def say_others(others):
-    """How many files are no pictures by their names, as a phone's .heic. others: {ending: count}."""
+    """How many files have no picture's ending, as a phone's .heic. others: {ending: count}."""
     if others:
         most_first = sorted(others.items(), key=lambda x: (-x[1], x[0]))
         counts = ", ".join(f"{n:,} {ending}" for ending, n in most_first[:SHOWN])
