@@ -382,6 +382,18 @@ def test_a_finished_run_has_its_model_its_mark_and_no_checkpoints(cfg, capsys):
     expect(f"saved {cfg.out}" in capsys.readouterr().out, "", "", "said")
 
 
+def test_the_checkpoints_stay_until_the_mark_is_there(cfg, monkeypatch):
+    """A kill between the two must leave one of them: else --resume finds a model that no mark calls
+    whole, and nothing to finish it from."""
+    net, _ = saved(cfg)
+    mark, there = checkpoint.mark_finished, []
+    monkeypatch.setattr(
+        checkpoint, "mark_finished", lambda cfg: (there.extend(names_in(cfg.out)), mark(cfg))
+    )
+    checkpoint.finish(lambda *_: None, net, cfg)
+    equal(there, [STEP], "checkpoint.finish")
+
+
 def test_a_model_that_cannot_be_saved_leaves_the_newest_checkpoint(cfg, monkeypatch):
     """Older ones make room, once; the way out is named."""
     cfg.keep = 3
@@ -676,6 +688,20 @@ def test_a_run_in_the_place_of_a_finished_one_begins_at_step_1(cfg):
     equal(checkpoint.start_or_resume(net, [optimizer], cfg), 0, "the step to begin with")
     checkpoint.forget_signals()
     equal(names_in(cfg.out), [], "checkpoint.is_finished")
+
+
+def test_the_mark_of_a_finished_run_goes_behind_its_checkpoints(cfg, monkeypatch):
+    """A kill between the two would leave checkpoints without a mark: --resume would go on with the
+    run that is over, and not with the one that was begun in its place."""
+    saved(cfg)
+    mark = Path(cfg.out, checkpoint.MARK)
+    mark.write_text("{}")
+    remove, marked = checkpoint.remove, []
+    monkeypatch.setattr(
+        checkpoint, "remove", lambda folder: (marked.append(mark.exists()), remove(folder))
+    )
+    checkpoint.is_finished(cfg)
+    equal((marked, mark.exists()), ([True], False), "checkpoint.is_finished")
 
 
 def test_a_lock_is_the_same_by_whatever_link_it_is_reached(tmp_path):
