@@ -194,6 +194,13 @@ def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monk
         expect(warning in got.get("warning", ""), got, warning, "the reader must see it")
 
 
+def test_of_a_single_embedding_nobody_can_say_that_it_is_like_the_others(shared):
+    """A set whose only item is its own right answer: there is no other one, and no collapse."""
+    task = Task("one", "Classification", False, [(Item("red"), [Item("red")])])
+    got = evaluate.score(shared, task, evaluate.Config(workers=0))
+    equal((got["p_at_1"], got.get("warning")), (1.0, None), "evaluate.score")
+
+
 @pytest.mark.parametrize(("rank", "shown"), [(0, "a set"), (1, "")])
 def test_of_several_ranks_one_draws_a_bar(monkeypatch, rank, shown):
     """Eight would be drawn over each other on one screen."""

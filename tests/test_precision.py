@@ -60,6 +60,14 @@ def test_an_embedding_has_unit_length_in_float32_though_the_model_runs_in_bfloat
     close(z, F.normalize(mean, dim=-1), "normalised after a mean in float32", 1e-6)
 
 
+def test_the_head_runs_in_bfloat16_too(shared, monkeypatch):
+    """On a GPU a frozen head is bfloat16 where hidden states are float32: PyTorch multiplies no two
+    types but under autocast."""
+    monkeypatch.setattr(shared, "autocast", bfloat16)
+    h = torch.ones(2, shared.dim)
+    equal(shared.logits(h).dtype, torch.bfloat16, "Embedder.logits")
+
+
 # ------------------------------------------------------------------------------------ scores, loss
 
 
