@@ -1,5 +1,6 @@
 """`python -m tools.compare_logs`: whether a loss curve is normal, against several seeds of it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from checks import equal, expect
 
+from plumbing import start
 from plumbing.errors import InputError
 from tools import compare_logs
 
@@ -226,6 +228,21 @@ def test_logs_of_two_stages_and_a_reference_without_seeds_are_refused(tmp_path, 
     with pytest.raises(InputError, match="no other seed beside it"):
         compare(tmp_path, reference, write(tmp_path / "alone.jsonl", curve(0)))
     equal(list(tmp_path.glob("*.png")), [], "no picture of nothing")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "contrastive"])
+def test_the_defaults_are_those_of_the_reference(stage):
+    """README's numbers, docs' and the seeds' spread are of runs without flags: by another default
+    a reader's curve would be another one."""
+    flags = compare_logs.read_log(LOGS / f"{stage}.jsonl").config
+    defaults = dataclasses.asdict(start.read_config(LOGS.parent.parent / f"{stage}.py")())
+    of_a_run = {"model", "model_digest", "data_digest", "command"}  # stage 2 finds its model
+    differ = {
+        name: (x, flags.get(name))
+        for name, x in defaults.items()
+        if name not in of_a_run and x != flags.get(name)
+    }
+    equal(differ, {}, f"{stage}.py, plumbing/config.py: (the default, the reference's)")
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "contrastive"])
