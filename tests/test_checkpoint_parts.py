@@ -382,6 +382,13 @@ def test_a_finished_run_has_its_model_its_mark_and_no_checkpoints(cfg, capsys):
     expect(f"saved {cfg.out}" in capsys.readouterr().out, "", "", "said")
 
 
+def test_rank_0_alone_says_that_a_run_is_over(cfg, monkeypatch):
+    """On another node there is no OUT: a mark would make one, without a model."""
+    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
+    checkpoint.finish(lambda *_: None, Small(), cfg)
+    equal(Path(cfg.out).exists(), False, "checkpoint.finish")
+
+
 def test_the_checkpoints_stay_until_the_mark_is_there(cfg, monkeypatch):
     """A kill between the two must leave one of them: else --resume finds a model that no mark calls
     whole, and nothing to finish it from."""
@@ -635,6 +642,21 @@ def test_a_lock_is_for_others_while_it_is_held(tmp_path, monkeypatch):
         with locks.locked(path, tmp_path):
             pass
     assert path.exists(), "the lock of another is not removed"
+
+
+def test_a_lock_s_file_goes_before_the_lock_is_given_up(tmp_path, monkeypatch):
+    """The other way round another command takes the lock in between, and a third one, which finds
+    no file, makes a lock of its own: two would write."""
+    unlink, held = Path.unlink, []
+
+    def noted(path, **more):
+        held.append(path.resolve() in locks.held)
+        unlink(path, **more)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    with locks.locked(tmp_path / "lock", tmp_path):
+        pass
+    equal(held, [True], "locks.locked")
 
 
 # --------------------------------------------------------------------------------- what is damaged
