@@ -458,6 +458,18 @@ def test_the_card_says_of_scores_what_was_left_out_and_of_flags_what_makes_the_m
         assert f"arXiv:{paper}" in plumbing.card.training(flags).splitlines()[0]
 
 
+@pytest.mark.parametrize(("merged", "library"), [(False, "peft"), (True, "transformers")])
+def test_the_card_names_the_library_that_loads_the_folder(tmp_path, merged, library):
+    """Of an adapter peft; of what `merge` made of it transformers, though its run is told of in the
+    adapter's folder."""
+    run, folder = tmp_path / "run", tmp_path / ("merged" if merged else "run")
+    run.mkdir()
+    folder.mkdir(exist_ok=True)
+    (run / "adapter_config.json").write_text("{}")
+    said = plumbing.card.text_of(folder, run)
+    expect(f"library_name: {library}\n" in said, said, library, "card.text_of")
+
+
 def test_a_cell_of_the_card_may_hold_a_bar():
     """As a regular expression has it: Markdown would begin another column."""
     said = plumbing.card.table([("--x", "a|b")])

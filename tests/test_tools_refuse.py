@@ -11,9 +11,11 @@ from checks import equal
 from PIL import Image
 
 import data
+import model
 from plumbing.errors import InputError
 from tools import check, conversations, export, figures
 from tools import generate as generator
+from tools.sentence_transformers_folder import save_sentence_transformers
 
 DIALOGUE = conversations.as_conversations("a.png", "a.png", [("what?", "a dog")])
 
@@ -169,6 +171,14 @@ def test_an_export_that_meets_what_is_in_its_way_is_one_line(place, taken):
     Path("toy", taken).mkdir() if taken.endswith("l") else Path("toy", taken).write_text("mine")
     with pytest.raises(InputError, match=f"{taken}.*: .*(not written|a folder)"):
         export.main(["toy", "--examples", "1"])
+
+
+def test_positions_that_sentence_transformers_cannot_make_are_no_export(tmp_path):
+    """Its vectors would be others: it asks a Qwen for M-RoPE's, and vlm2vec's are in a row."""
+    embedder = model.load("toy-random", prompt="vlm2vec", device="cpu")
+    with pytest.raises(InputError, match="has no sequential positions"):
+        save_sentence_transformers(embedder, tmp_path / "out")
+    equal((tmp_path / "out").exists(), False, "nothing is written")
 
 
 # ------------------------------------------------------------------------------------- no commands
