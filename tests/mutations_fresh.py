@@ -315,4 +315,7 @@ FRESH = [
      "tests/test_other_libraries.py -k names_the_library"),
     ("tools/sentence_transformers_folder.py", 'if embedder.style == "vlm2vec" and hasattr(embedder.mllm.model, "get_rope_index"):', "if False:",
      "tests/test_tools_refuse.py -k sentence_transformers"),
+    ("tools/figures.py", "        if not path.exists():\n            raise InputError(f\"{path} is missing", "        if False:\n            raise InputError(f\"{path} is missing",
+     "tests/test_figures.py -k not_there_costs"),
+    ("tools/generate.py", "        if not getattr(args, name):\n", "        if False:\n", "tests/test_tools_refuse.py -k cannot_do_without"),
 ]  # fmt: skip

@@ -124,6 +124,15 @@ def test_a_log_without_steps_costs_its_figure(runs, tmp_path):
         sources.log("contrastive")
 
 
+def test_a_log_that_is_not_there_costs_its_figure_and_no_other(tmp_path):
+    """A model that was copied without it: `draw` leaves out what is an InputError."""
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "nanocoma.json").write_text("{}")
+    sources = figures.Sources(tmp_path / "contrastive", 0, "cpu")
+    with pytest.raises(InputError, match="log.jsonl is missing: training writes it"):
+        sources.log("compressed")
+
+
 def test_tokens_of_tiles_have_no_place_in_the_picture():
     """LLaVA-NeXT's: dots would stand anywhere."""
     with pytest.raises(InputError, match="12 image tokens are no square"):

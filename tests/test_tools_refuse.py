@@ -35,6 +35,15 @@ def generate(*words):
     return generator.main(["--images", "p", "--model", "toy", "--questions", "q.txt", *words])
 
 
+@pytest.mark.parametrize("name", ["images", "out", "model"])
+def test_what_a_generator_cannot_do_without_is_asked_for_by_its_name(place, name):
+    """A server would be asked about each picture by a model without a name."""
+    words = ["--images", "p", "--out", "t.jsonl", "--model", "m", "--server", "http://localhost:1"]
+    words[words.index(f"--{name}") + 1] = ""
+    with pytest.raises(InputError, match=f"--{name} is missing: "):
+        generator.main(words)
+
+
 # ----------------------------------------------------------------------------- where it would go on
 
 
