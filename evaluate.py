@@ -1,4 +1,4 @@
-"""Evaluation: Precision@1 on MMEB-style tasks (VLM2Vec, section 4).
+"""Evaluation: Precision@1 on MMEB-style tasks (VLM2Vec's measure).
 
     python evaluate.py                                       the toy world's 15 sets
         (two cores: 0.5 minutes; after the two stages 78.3 of 100, chance 5.9)

@@ -31,6 +31,10 @@ def hand_out(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copy(ladder.ROOT / name, folder)
+    readme = folder / "README.md"  # it leads to what only teachers have
+    readme.write_text(
+        readme.read_text().replace("[TEACHING.md](exercises/TEACHING.md)", "TEACHING.md")
+    )
     # Nothing is taken out of the code: a class reads it, and the tests are how it reads.
     left_out = shutil.ignore_patterns(*LEFT_OUT)
     for name in FOLDERS:

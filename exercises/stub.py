@@ -46,6 +46,8 @@ def info_nce(q, t, temperature, labels=None, keys=None):
     -> (loss: mean nats, a scalar; hits: share of queries whose target scores higher than every
     negative; equal is not higher).
 
+    The rows are of unit length already: dividing by it once more changes no loss, and the gradient.
+
     Slowly, for query i with target p:
         scores = q[i] . t[j] / temperature, for each column j that is p or has another key than p
         loss_i = log(sum of e^score) - score of p
@@ -136,7 +138,7 @@ def two_passes(embed, chunks, loss_of):
 
 
 def gather_rows(x, counts):
-    """VLM2Vec, section 3.3: each rank embeds its own share, and its queries see the targets of all.
+    """VLM2Vec, section 3: each rank embeds its own share, and its queries see the targets of all.
 
     x (counts[rank], D): this rank's rows; counts: how many rows each rank has, not all the same.
     -> (sum of counts, D): all ranks' rows, in the order of ranks, on every rank.
@@ -161,7 +163,7 @@ def scatter_sum(grad, counts):
 
 
 def precision_at_1(q, c, candidates, tie=1e-6):
-    """VLM2Vec, section 4 (MMEB): the share of queries whose right candidate comes first.
+    """VLM2Vec, MMEB's measure: the share of queries whose right candidate comes first.
 
     NumPy arrays q (n, D), c (m, D), unit length; candidates[i]: the rows of c among which query i
     chooses, the right one *first* -> a float from 0 to 1.
@@ -255,8 +257,9 @@ def layout(template, content, code, turns):
             QUESTION  turn_ids, the question, answer_ids
             ANSWER    the answer, end_ids: the model must learn to stop
     Each turn is closed once: after an answer, which has brought its end_ids, turn_ids go without
-    theirs. Without a code content and first question share one user turn: neither answer_ids behind
-    the content nor turn_ids before that question; everything else stays.
+    theirs. Without a code, where there is at least one turn, content and first question share one
+    user turn: neither answer_ids behind the content nor turn_ids before that question; everything
+    else stays.
     Leave the lists that you are given as they are. Roughly 12 lines."""
     raise NotImplementedError("Exercise 11: the layout; grade with pytest -m ex11")
 

@@ -26,6 +26,9 @@ def test_rounding_decides_nothing(student):
     noise = np.random.default_rng(1).standard_normal(c.shape)
     got = student.precision_at_1(q, (c + 1e-7 * noise).astype("float32"), candidates)
     equal(got, 0.0, "a tie up to rounding is a tie")
+    q, c = np.eye(2, dtype="float32")[:1], np.array([[1, 0], [0.95, 0.3122]], "float32")
+    for tie, want in ((0.01, 1.0), (0.1, 0.0)):
+        equal(student.precision_at_1(q, c, [[0, 1]], tie=tie), want, f"cosines 1 and 0.95, {tie=}")
 
 
 def test_nan_is_never_a_hit(student):

@@ -473,6 +473,8 @@ def test_a_students_copy_is_graded_where_it_is(tmp_path):
     tracked = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", *hand_out.FIVE}
     expect(there == {*tracked, *hand_out.FOLDERS, ladder.OWN.name}, there, "ours alone", "hand_out")
     expect(not (copy / "exercises" / "TEACHING.md").exists(), "TEACHING.md", "none", "LEFT_OUT")
+    named = (copy / "README.md").read_text().count("exercises/TEACHING.md")
+    expect(named == 0, named, "no link to what is not there", "hand_out")
     words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "ex10"]
     done = run(*words, "exercises/test_ex10_ablation.py", cwd=copy)
     score = f"my_exercises.py: {'ex10 ablation':<24} 0 of 3 tests (stopped after 1)"
