@@ -302,9 +302,10 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------
             cfg.fitting = out.chunk_tokens  # kept by a checkpoint: what was halved stays so
+            cut = sampling.tokens_cut(batch.rows)
+            skipped = sampling.skipped_pairs(pairs, draw, cfg, step)
             numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
-            numbers.update(norm=norm, lr=lr, cut=sampling.tokens_cut(batch.rows))
-            numbers["skipped"] = sampling.skipped_pairs(pairs, draw, cfg, step)
+            numbers.update(norm=norm, lr=lr, cut=cut, skipped=skipped)
             log(step, (N, "pairs"), numbers)
 
     # 4. Save.

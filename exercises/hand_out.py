@@ -14,7 +14,7 @@ from exercises import ladder
 
 # What a teacher's clone holds beside these at its root (solutions, scores) stays there.
 FIVE = ("data.py", "model.py", "pretrain.py", "contrastive.py", "evaluate.py")
-FILES = (*FIVE, "README.md", "LICENSE", "requirements.txt", "pyproject.toml")
+FILES = (*FIVE, "LICENSE", "requirements.txt", "pyproject.toml")
 FOLDERS = ("plumbing", "toy", "tools", "exercises", "tests", "docs")
 LEFT_OUT = (".*", "__pycache__", "submissions", "reports", "TEACHING.md")
 
@@ -31,10 +31,10 @@ def hand_out(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copy(ladder.ROOT / name, folder)
-    readme = folder / "README.md"  # it leads to what only teachers have
-    readme.write_text(
-        readme.read_text().replace("[TEACHING.md](exercises/TEACHING.md)", "TEACHING.md")
-    )
+    readme = (ladder.ROOT / "README.md").read_text()
+    # A link would lead to what only teachers have.
+    readme = readme.replace("[TEACHING.md](exercises/TEACHING.md)", "TEACHING.md")
+    (folder / "README.md").write_text(readme)
     # Nothing is taken out of the code: a class reads it, and the tests are how it reads.
     left_out = shutil.ignore_patterns(*LEFT_OUT)
     for name in FOLDERS:

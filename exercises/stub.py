@@ -46,7 +46,7 @@ def info_nce(q, t, temperature, labels=None, keys=None):
     -> (loss: mean nats, a scalar; hits: share of queries whose target scores higher than every
     negative; equal is not higher).
 
-    The rows are of unit length already: dividing by it once more changes no loss, and the gradient.
+    The rows are of unit length already: dividing by it again would change the gradient.
 
     Slowly, for query i with target p:
         scores = q[i] . t[j] / temperature, for each column j that is p or has another key than p

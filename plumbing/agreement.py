@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plumbing.combinations import option
 from plumbing.errors import InputError, brief
-from plumbing.ranks import gather_objects, rank, setup
+from plumbing.ranks import gather_objects, rank, said_while_waiting, setup
 
 # What may differ from node to node: where things lie on its disks (their content is compared, by
 # digests), and how many processes read them.
@@ -62,10 +62,11 @@ def join(cfg):
     """Joins torchrun's process group. -> this rank's device. Raises InputError where the flags are
     not the same on all ranks: before anything is loaded, and before the first collective that one
     of them would not take part in."""
-    device = setup()
     flags = {"the script": Path(sys.argv[0]).name}
     for field in dataclasses.fields(cfg):
         if field.init and field.name not in OF_A_NODE:
             flags[option(field.name)] = getattr(cfg, field.name)
-    agree(flags)
+    with said_while_waiting():  # on GPUs it is only the first collective that waits
+        device = setup()
+        agree(flags)
     return device

@@ -397,8 +397,7 @@ def read_tensors(folder, shapes) -> tuple:
             raise ValueError("the optimisers' states are of other weights")
     except Exception as e:  # whatever a damaged file makes of the libraries
         if is_of_machine(e):
-            text = f"{folder} cannot be read now: {type(e).__name__}: {brief(e)}"
-            raise InputError(f"{text}. It stays; --resume goes on from it when it can") from None
+            raise not_now(folder, e) from None
         text = f"{folder}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
         raise Damaged(text) from None
     return weights, optimizer
@@ -409,9 +408,19 @@ def is_of_machine(error) -> bool:
     files, a network's disk that was away."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    # torch has a RuntimeError, safetensors a FileNotFoundError without a number, `open_file` its
+    # InputError, with the disk's own behind it.
     codes = (errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.ESTALE)
-    # torch raises a RuntimeError where its own allocator gets nothing.
-    return getattr(error, "errno", None) in codes or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", *(os.strerror(code) for code in codes))
+    if getattr(error, "errno", None) in codes or any(word in str(error) for word in words):
+        return True
+    return error.__cause__ is not None and is_of_machine(error.__cause__)
+
+
+def not_now(folder, error) -> InputError:
+    """Of a checkpoint that may be whole."""
+    text = f"{folder} cannot be read now: {type(error).__name__}: {brief(error)}"
+    return InputError(f"{text}. It stays; --resume goes on from it when it can")
 
 
 def load_checkpoint(embedder, optimizers, newest):
@@ -427,6 +436,8 @@ def load_checkpoint(embedder, optimizers, newest):
         if known_reason(e):  # a rank that is gone, a full GPU: no fault of the checkpoint
             raise
         where = newest.folder if newest else "the checkpoint"
+        if is_of_machine(e):
+            raise not_now(where, e) from None
         text = f"{where}: not a checkpoint of this run: {type(e).__name__}: {brief(e)}"
         raise InputError(f"{text}. Remove it, and --resume goes on from the one before") from None
 
@@ -446,6 +457,8 @@ def read_state(folder, name="state.json") -> State:
     try:
         raw = read_json(folder, name)
     except (InputError, OSError) as e:
+        if is_of_machine(e):
+            raise not_now(folder, e) from None
         raise Damaged(brief(e)) from None
     step, flags, ranks = (raw.get(key) for key in ("step", "config", "world"))
     if not isinstance(flags, dict) or not type(step) is type(ranks) is int:

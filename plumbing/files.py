@@ -32,7 +32,7 @@ def open_file(path, name=None, kind="file", hint="") -> BinaryIO:
     """An ordinary file, opened for reading bytes; an InputError says what anything else is: a pipe,
     a device, a socket, a folder, a link that leads nowhere, a URL. Nothing of these is opened.
     name: as the message calls it (the path); kind: "picture", "list"; hint: the way out."""
-    name = brief(path if name is None else name)
+    name, cause = brief(path if name is None else name), None
     try:
         kind_of_file = stat.S_IFMT(os.stat(path).st_mode)
         if kind_of_file == stat.S_IFREG:
@@ -41,10 +41,10 @@ def open_file(path, name=None, kind="file", hint="") -> BinaryIO:
     except FileNotFoundError:
         reason = absence(path, kind)
     except OSError as e:
-        reason = FAILURES.get(e.errno, brief(e.strerror or e))
+        reason, cause = FAILURES.get(e.errno, brief(e.strerror or e)), e
     except ValueError:  # a NUL byte, half a surrogate pair
         reason = "holds a character that no file's name can have"
-    raise InputError(f"{name}: {reason}. {hint}" if hint else f"{name}: {reason}")
+    raise InputError(f"{name}: {reason}. {hint}" if hint else f"{name}: {reason}") from cause
 
 
 def refuse_special(path, name=None, kind="file"):

@@ -28,6 +28,7 @@ SETTING_FILES = [  # that `load` reads, beside the weights and an adapter's flag
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
 ]
 MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
+RESUME = "the command that began it, with --resume, finishes it"
 CARD = "README.md"  # a model's licence is in it; nothing is loaded from it
 WEIGHTS = "*.safetensors"
 # What an older run or export may have left that `load`, or another library, would believe.
@@ -178,15 +179,16 @@ def refuse_hostile(folder):
             if os.path.basename(file) != file:
                 raise InputError(f"{index}: the weights in {brief(repr(file))} lie outside of "
                                  "the folder")  # fmt: skip
-    has_weights = any(Path(folder).glob(WEIGHTS))
-    if any(Path(folder).glob(CHECKPOINTS)) and not Path(folder, MARK).exists():
-        text = "its run is not finished: the command that began it, with --resume, finishes it"
-        if has_weights:
-            text += f". The model in it is an earlier run's; without {folder}/checkpoints it counts"
-        raise InputError(f"--model {folder}: {text}")
-    if not has_weights:
+    if not any(Path(folder).glob(WEIGHTS)):
         text = "no *.safetensors in it, and pickles are not opened"
+        if is_unfinished(folder):
+            text = f"its run is not finished: {RESUME}"
         raise InputError(f"--model {folder}: {text}")
+
+
+def is_unfinished(folder) -> bool:
+    """Whether a run into it was begun, and has not come to its end."""
+    return any(Path(folder).glob(CHECKPOINTS)) and not Path(folder, MARK).exists()
 
 
 def shapes_of_weights(folder, pattern=WEIGHTS) -> dict:

@@ -83,7 +83,9 @@ def refuse_unknown(raw, known):
         key = min(unknown)
         close = get_close_matches(key, known, 1, 0.6)
         if not key:  # pandas' index, or a comma at the end of a line
-            raise ValueError("a column has no name, and would be lost; name it, or leave it out")
+            raise ValueError(
+                "a column (a key) has no name, and would be lost; name it, or leave it out"
+            )
         hint = f'did you mean "{close[0]}"?' if close else f"it takes {', '.join(known)}"
         raise ValueError(f'unknown key "{brief(key)}", which would be lost; {hint}')
 

@@ -247,7 +247,7 @@ def first_bad_byte(path) -> str:
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as e:
-                return f"line {line}: not UTF-8: 0x{e.object[e.start]:02x}"
+                return f"line {line}: not UTF-8: 0x{e.object[e.start]:02x}; save it as UTF-8"
             line += block.endswith(b"\n")
     return f"line {line}: not UTF-8: cut off within a character"
 

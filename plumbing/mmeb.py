@@ -264,8 +264,8 @@ def look_at_rows(rows, content):
     queries = zip(*(table[name].to_pylist() for name in EVAL), strict=True)
     for i, pair in chain(enumerate(queries), distinct_candidates(table, counts[0])):
         try:
-            content(*pair)
-        except ValueError:
+            located(rows.source.where(i), lambda x: content(*x), pair)
+        except InputError:
             rows.get(i)  # the same, and says of which column
             raise
 

@@ -145,23 +145,24 @@ def setup() -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if together and not dist.is_initialized():
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:  # torchrun's environment says the rest
-            with said_while_waiting(f"rank {os.environ['RANK']} waits for the others at {where}"):
-                dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as e:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise InputError(f"cannot join the other ranks at {where}: {brief(e)}") from None
     return device
 
 
 @contextmanager
-def said_while_waiting(text):
-    """A line where what is inside takes longer than a minute: another node's command, mistyped,
-    ended before it could say so to this one."""
-    words = f"{text}: did their commands begin, did one end with an error?"
-    timer = threading.Timer(MINUTE, say, [words])
+def said_while_waiting():
+    """One line a node where what is inside takes longer than a minute: another node's command,
+    mistyped, ended before it could say so to this one."""
+    node = os.environ.get("GROUP_RANK", "0")
+    text = f"node {node} waits for the others: did their commands begin, did one end with an error?"
+    timer = threading.Timer(MINUTE, print, [text], {"flush": True})
     timer.daemon = True
-    timer.start()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
     try:
         yield
     finally:

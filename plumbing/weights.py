@@ -169,6 +169,9 @@ def load_mllm(path, name, options) -> tuple:
     processor_folder = path if own else base
     for folder in {path, base}:
         folders.refuse_hostile(folder)
+    if folders.is_unfinished(path):  # a second run into it, or one that was killed at its very end
+        text = f"a run into it is not finished: {folders.RESUME}"
+        say(f"--model {path}: {text}. The model that is taken may be that of the run before")
     folders.refuse_absurd_config(base)
     folders.refuse_absurd_processor(processor_folder)
     with reading(base, "config.json"):

@@ -337,7 +337,7 @@ ROOMS = [
     ("plumbing/folders.py", "for pattern in files for file", "for pattern in files[:1] for file", FOLDERS),
     ("plumbing/folders.py", 'type(e).__name__ != "PanicException"', 'type(e).__name__ == "PanicException"', FOLDERS),
     ("plumbing/folders.py", "if os.path.basename(file) != file:", "if os.path.isabs(file):", SAFETY),
-    ("plumbing/folders.py", "    if not has_weights:\n        text", "    if False:\n        text", "tests/test_origins.py"),
+    ("plumbing/folders.py", "    if not any(Path(folder).glob(WEIGHTS)):\n        text", "    if False:\n        text", "tests/test_origins.py"),
     ("plumbing/folders.py", "except (OSError, SafetensorError) as e:", "except OSError as e:", SAFETY),
     ("plumbing/folders.py", "yield from numbers_in(inner, key)", "yield from numbers_in(inner)", "tests/test_origins.py"),
     ("plumbing/folders.py", "if most is not None and not value <= most:  # NaN", "if most is not None and value > most:  # NaN", FOLDERS),

@@ -131,7 +131,7 @@ TOOLS = [
     ("tools/figure_numbers.py", "limit=n, seed=seed)", "limit=n)", "tests/test_figures.py -k never_shows"),
     ("tools/pictures.py", "{len(left_out) - SHOWN:,} more", "{len(left_out):,} more", "tests/test_pictures.py -k searched"),
     ("exercises/hand_out.py", '"submissions", "reports", ', "", "exercises/test_grader.py -k teachers_files"),
-    ("exercises/hand_out.py", '"TEACHING.md")', ")", "exercises/test_grader.py -k students_copy"),
+    ("exercises/hand_out.py", '"reports", "TEACHING.md")', '"reports")', "exercises/test_grader.py -k students_copy"),
     ("exercises/hand_out.py", '"[TEACHING.md](exercises/TEACHING.md)", "T', '"[TEACHING](exercises/TEACHING.md)", "T', "exercises/test_grader.py -k students_copy"),
     ("tools/lessons.py", "lesson(world, i, cfg.least)", "lesson(world, i)", "tests/test_toy_mllm.py -k lesson"),
     ("tools/check.py", "        if isinstance(self.sizes[picture], InputError):\n            raise self.sizes[picture]",

@@ -295,7 +295,7 @@ def test_bytes_that_are_no_utf_8_are_told_by_their_line_far_into_a_file(place, k
 def test_a_column_without_a_name_is_told_so(place):
     """pandas' to_csv() writes its index into one."""
     (place / "metadata.csv").write_text(",file_name,text\n0,a.png,a dog\n")
-    with pytest.raises(InputError, match="a column has no name, and would be lost"):
+    with pytest.raises(InputError, match=r"a column \(a key\) has no name, and would be lost"):
         data.read_dialogues(str(place))
 
 

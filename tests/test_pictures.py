@@ -154,7 +154,7 @@ def test_a_searched_folder_may_hold_anything(tmp_path, capsys):
     left out with its name, which can be printed."""
     special_files(tmp_path)
     not_utf8 = os.fsencode(tmp_path) + b"/\xff.jpg"
-    for name in (b"a.PNG", b"b.jpg", b"c.pdf", b"d.mpg", b"e.h5", b"f.eps", b"g.txt"):
+    for name in (b"a.PNG", b"b.jpg", b"c.pdf", b"d.mpg", b"e.h5", b"f.eps", b"g.txt", b"k.psd"):
         (tmp_path / os.fsdecode(name)).write_bytes(b"")
     open(not_utf8, "wb").close()
     (tmp_path / "below.png").unlink()
@@ -162,7 +162,7 @@ def test_a_searched_folder_may_hold_anything(tmp_path, capsys):
     (tmp_path / "sub" / "h.webp").write_bytes(b"")
     assert find_pictures(tmp_path) == ["a.PNG", "b.jpg", os.path.join("sub", "h.webp")]
     said = capsys.readouterr().out
-    assert "left out: 5 files by their endings (1 .eps, 1 .h5, 1 .mpg, 1 .pdf, 1 .txt)" in said
+    assert "left out, by their endings: 1 .eps, 1 .h5, 1 .mpg, 1 .pdf, 1 .psd, 1 more\n" in said
     for name in ("pipe.png", "socket.png", "nowhere.png", "loop.png"):
         assert f"left out: {name}: no ordinary file" in said
     assert r"left out: \udcff.jpg: its name is not UTF-8" in said

@@ -10,7 +10,8 @@ import pytest
 import torch
 from checks import equal, expect
 
-from plumbing import ranks
+import contrastive
+from plumbing import agreement, ranks
 from plumbing.errors import InputError
 
 
@@ -112,19 +113,22 @@ def test_ranks_that_cannot_be_joined_are_one_line(error, monkeypatch):
         ranks.setup()
 
 
-def test_a_rank_says_what_it_waits_for(monkeypatch, capsys):
+def test_a_node_says_what_it_waits_for(monkeypatch, capsys):
     """Of two nodes one was given a command with a slip in it: the other would wait half an hour
-    without a word."""
-    for name, value in WHOLE.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(ranks, "MINUTE", 0.01)
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: time.sleep(0.5))
-    ranks.setup()
-    assert "rank 1 waits for the others at a:1: did their commands begin" in capsys.readouterr().out
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: None)
-    ranks.setup()
-    time.sleep(0.1)
-    assert not capsys.readouterr().out, "nobody was waited for"
+    without a word. One line a node, and none where nobody is waited for."""
+    cfg = contrastive.Config()
+    for local, minute, seconds, said in (
+        ("0", 0.01, 0.5, 1),
+        ("1", 0.01, 0.5, 0),
+        ("0", 0.4, 0, 0),
+    ):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        monkeypatch.setattr(ranks, "MINUTE", minute)
+        monkeypatch.setattr(agreement, "agree", lambda _, s=seconds: time.sleep(s))
+        agreement.join(cfg)
+        time.sleep(0.6)
+        lines = capsys.readouterr().out.splitlines()
+        equal([x.split(":")[0] for x in lines], ["node 0 waits for the others"] * said, local)
 
 
 def test_tokenizers_have_no_threads_that_a_fork_would_lose(monkeypatch):

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -250,9 +251,28 @@ def test_what_the_machine_lacks_is_no_damage(known, shapes, monkeypatch, error):
     assert len(checkpoint.checkpoints_in(known.out)) == 2
 
 
+def test_where_no_file_may_be_opened_no_checkpoint_is_called_damaged(known, shapes):
+    """`ulimit -n`."""
+    folder = Path(known.out, "checkpoints", "step-00000002")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(InputError) as of_state:
+            checkpoint.read_state(folder)
+        with pytest.raises(InputError) as of_tensors:
+            checkpoint.read_tensors(folder, shapes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for error in (of_state, of_tensors):
+        assert "step-00000002 cannot be read now" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
+        (RuntimeError("can't allocate memory"), InputError),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
         (RuntimeError("[gloo] Connection closed by peer"), RuntimeError),
         (KeyError("a weight"), InputError),
@@ -269,7 +289,7 @@ def test_what_ends_while_a_checkpoint_is_sent_is_no_fault_of_it(monkeypatch, err
     monkeypatch.setattr(ranks, "world", lambda: 2)
     with pytest.raises(expected) as e:
         checkpoint.load_checkpoint(None, None, None)
-    equal("Remove it" in str(e.value), expected is InputError, "advice")
+    equal("Remove it" in str(e.value), isinstance(error, KeyError), "advice")
 
 
 def test_a_run_goes_on_from_the_one_before_to_the_same_bytes(stopped, runs):

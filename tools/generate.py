@@ -60,7 +60,7 @@ from tools.conversations import as_conversations
 from tools.pictures import find_pictures
 
 ATTEMPTS = 3
-MOST_FILES = 4096  # that are open at a time; a --batch has two each
+MOST_FILES = 4096  # open at a time
 HOPELESS = 50  # failures without one success: it is not the pictures
 LONGEST_REPLY = 10_000_000  # bytes of a server's answer
 # What a chat template writes, and no answer: a server with another template lets it through.
@@ -257,12 +257,17 @@ def reply_reader(mllm, tokenizer):
     return read
 
 
+def allow_files():
+    """This process may open as many files as threads need: each request has a socket and a picture,
+    and many a shell lets a process have 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
+
+
 def ask_server(args):
     """-> function([(picture, chat)]) -> replies, of any server that speaks OpenAI's protocol
     (vLLM does); one picture a request."""
-    # A thread has a socket and a picture open, and many a shell lets a process have 1,024 files.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
+    allow_files()
     url = args.server.rstrip("/") + "/chat/completions"
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {args.api_key}"}
 

@@ -53,8 +53,10 @@ def say_others(others):
     """How many files have no picture's ending, as a phone's .heic. others: {ending: count}."""
     if others:
         most_first = sorted(others.items(), key=lambda x: (-x[1], x[0]))
-        counts = ", ".join(f"{n:,} {ending}" for ending, n in most_first[:SHOWN])
-        say(f"left out: {others.total():,} files by their endings ({counts})")
+        counts = [f"{n:,} {ending}" for ending, n in most_first[:SHOWN]]
+        if more := sum(n for _, n in most_first[SHOWN:]):
+            counts.append(f"{more:,} more")
+        say(f"left out, by their endings: {', '.join(counts)}")
 
 
 def say_left_out(left_out):

@@ -107,8 +107,12 @@ STUDIES = {
     "K": (5, {
         f"K={k}": (f"--compress-tokens {k}" if k != 4 else COMA, "") for k in (1, 2, 4, 8, 16)
     }),
-    "K-alone": (5, {
-        f"none, K={k}": (NONE, f"--compress-tokens {k}" if k != 4 else "") for k in (1, 4, 16)
+    "K-control": (5, {
+        f"{arm}, K={k}": (first, second if k != 4 else "")
+        for k in (1, 4, 16) for arm, first, second in (
+            ("contrastive only", NONE, f"--compress-tokens {k}"),
+            ("CoMa", f"--compress-tokens {k}" if k != 4 else COMA, ""),
+        )
     }),
     "pooling": (5, {"mean of C": (COMA, ""), "last of C": ("--pooling last", "")}),
     "beyond": (3, BEYOND),
