@@ -54,8 +54,8 @@ def say_others(others):
     if others:
         most_first = sorted(others.items(), key=lambda x: (-x[1], x[0]))
         counts = [f"{n:,} {ending}" for ending, n in most_first[:SHOWN]]
-        if more := sum(n for _, n in most_first[SHOWN:]):
-            counts.append(f"{more:,} more")
+        if unlisted := sum(n for _, n in most_first[SHOWN:]):
+            counts.append(f"{unlisted:,} more")
         say(f"left out, by their endings: {', '.join(counts)}")
 
 
