@@ -117,7 +117,7 @@ def test_an_error_of_a_picture_without_a_name_says_which_input_it_is_of(tmp_path
 
     collate = SimpleNamespace(row=row)
     items = [Item(IMAGE, ("a.png",)), Item("a"), Item(IMAGE * 2, ("a.png", PICTURE))]
-    for i, says in enumerate(("^broken", "^broken", "^input 2: broken")):
+    for i, says in enumerate(("^broken", "^input 1: broken", "^input 2: broken")):
         with pytest.raises(InputError, match=says):
             row_of(collate, items, i)
     equal(row_of(SimpleNamespace(row=str.upper), ["a", "b"], 1), "B", "its row")
