@@ -165,7 +165,7 @@ def hub(tmp_path_factory):
     q = dict(qry=["<|image_1|> q"], qry_image_path=["A/x.bmp"], pos_text=["t"], pos_image_path=[""])
     files = {f"{n}/{split}-0.parquet": table(**q) for n in "AB" for split in ("original", "other")}
     files |= {f"images_zip/{n}.zip": archive.getvalue() for n in "AB"}
-    row = dict(qry_text=["q"], qry_img_path=[""], tgt_text=[["t"]], tgt_img_path=[[""]])
+    row = dict(qry_text=["q"], qry_img_path=[""], tgt_text=[["t", "u"]], tgt_img_path=[["", ""]])
     files |= {f"{n}/test-0.parquet": table(**row) for n in "AB"}
     for name in "set eval here cut half busy ranks gated denied token down mute typo".split():
         hub.repos[f"datasets/team/{name}"] = files

@@ -580,9 +580,12 @@ def test_a_folder_of_pictures_with_captions_trains_both_stages(tmp_path, ending,
 
 def test_a_damaged_csv_is_an_error_and_no_other_caption(tmp_path):
     """An open quote would swallow the rows after it; bytes that are no UTF-8 would be replaced."""
-    for rows in (b'0.png,"a bird\n1.png,two\n', b"0.png,caf\xe9\n"):
+    for rows, says in (
+        (b'0.png,"a bird\n1.png,two\n', "after line 1: unexpected end of data; is each quote"),
+        (b"0.png,caf\xe9\n", "line 2: not UTF-8: 0xe9"),
+    ):
         (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n" + rows)
-        with pytest.raises(InputError, match="metadata.csv, after line"):
+        with pytest.raises(InputError, match=f"metadata.csv, {says}"):
             data.read_pairs(str(tmp_path))
 
 
