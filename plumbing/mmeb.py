@@ -114,7 +114,7 @@ def train_rows(files, subset, images) -> Lazy:
         return parse_content({"text": text, "image": image}, images, subset)
 
     def side(row, text, image):
-        return of_columns(content, (row.get(text), row.get(image)), f"{text}, {image}")
+        return of_columns(content, (row.get(text), row.get(image)), (text, image))
 
     def pair(row):
         negatives = ()
@@ -146,8 +146,8 @@ def eval_rows(files, subset, images) -> Lazy:
         content = contents_of(images, subset)
         candidates = []
         for k, pair in enumerate(zip(texts, paths, strict=True)):
-            candidates.append(of_columns(content, pair, f"tgt_text[{k}], tgt_img_path[{k}]"))
-        asked = of_columns(content, [row[name] for name in EVAL], ", ".join(EVAL))
+            candidates.append(of_columns(content, pair, EVAL_LISTS, k))
+        asked = of_columns(content, [row[name] for name in EVAL], EVAL)
         return asked, candidates
 
     def get(i):
@@ -156,11 +156,14 @@ def eval_rows(files, subset, images) -> Lazy:
     return Lazy(len(table), get, Source(table.digest, table, images, table.where))
 
 
-def of_columns(content, pair, columns) -> Content:
-    """content(*pair); the ValueError of a bad one says in which columns it stands."""
+def of_columns(content, pair, columns, k=None) -> Content:
+    """content(*pair); the ValueError of a bad one says in which columns it stands. k: its place in
+    columns of lists."""
     try:
         return content(*pair)
     except ValueError as e:
+        place = "" if k is None else f"[{k}]"  # not before: a row has a thousand candidates
+        columns = ", ".join(f"{name}{place}" for name in columns)
         raise ValueError(f"{columns}: {e}") from None
 
 

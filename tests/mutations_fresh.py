@@ -284,7 +284,7 @@ FRESH = [
     ("plumbing/formats.py", 'values[0].replace(IMAGE, "").strip()', 'values[0].replace(IMAGE, "").strip("\\n")', "tests/test_lists.py -k windows_wrote"),
     ("plumbing/formats.py", "        if not key:", "        if key is None:", "tests/test_lists.py -k without_a_name"),
     ("plumbing/mmeb.py", "            rows.get(i)  # the same, and says of which column\n", "", "tests/test_lists.py -k by_its_column"),
-    ("plumbing/mmeb.py", "tgt_text[{k}]", "tgt_text[{k + 1}]", "tests/test_lists.py -k by_its_column"),
+    ("plumbing/mmeb.py", 'else f"[{k}]"', 'else f"[{k + 1}]"', "tests/test_lists.py -k by_its_column"),
     ("plumbing/mmeb.py", "alone := counts[0].count(1)", "alone := counts[0].count(2)", "tests/test_lists.py -k nothing_to_compare"),
     ("data.py", 'turns = whole_number("turns", turns, 0)', "pass", "tests/test_lists.py -k whole_number"),
     ("data.py", '[], whole_number("limit", limit, 0)', "[], limit", "tests/test_lists.py -k whole_number"),
