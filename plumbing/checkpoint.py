@@ -466,7 +466,8 @@ def read_state(folder, name="state.json") -> State:
     numbers = [step, flags.get("steps"), flags.get("fitting", 0)]
     if any(type(x) is not int or x < 0 for x in numbers) or step > flags["steps"]:
         raise Damaged(f"{path}: step {step!r} of {flags.get('steps')!r} makes no sense")
-    return State(step, flags, ranks, {name: raw.get(name) for name in versions()})
+    libraries = {name: raw.get(name) for name in versions()}  # None: an older state lacks it
+    return State(step, flags, ranks, libraries)
 
 
 def refuse_another_run(state, cfg, but=()):
@@ -495,7 +496,9 @@ def say_what_rounds(state, cfg):
     """A line where a run goes on in a way that moves its last bits."""
     names = [name for name in ROUNDING if state.flags.get(name) != getattr(cfg, name)]
     changes = [option(name) for name in names]
-    changes += [name for name, version in versions().items() if state.versions[name] != version]
+    for name, version in versions().items():
+        if state.versions[name] not in (version, None):
+            changes.append(name)
     if changes:
         text = "the last bits may differ; with dropout, all that is drawn for it"
         say(f"the run began with another {', '.join(changes)}: {text}")

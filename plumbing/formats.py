@@ -6,6 +6,7 @@ Items of them. Errors say file, line and field; what no code reads is refused, n
 Top to bottom: the whole of the data - one record - lists - pictures with captions."""
 
 import os
+import zlib
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -36,10 +37,11 @@ ELSEWHERE = {
 
 
 def checked_digest(sets) -> int:
-    """A number that changes with the data, so that a run is not resumed with others; InputError
-    where training cannot use them, see `refuse_unfit`."""
+    """A number that changes with the data and with their order, so that a run is not resumed with
+    others; InputError where training cannot use them, see `refuse_unfit`."""
     refuse_unfit(sets)
-    return sum(len(x) + x.source.digest for x in sets) % 2**32
+    parts = [(len(x), x.source.digest) for x in sets]
+    return zlib.crc32(repr(parts).encode())
 
 
 def refuse_unfit(sets):

@@ -17,13 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from plumbing.errors import InputError, brief
 from plumbing.files import is_url, open_file
 from plumbing.zips import open_zip
 
 MOST_PIXELS, MOST_STRETCHED = 100_000_000, 200  # beyond: a bomb; a line that no model takes
+MOST_BYTES = 8 * MOST_PIXELS  # of a file: four channels of 16 bits. Some decoders read it whole
 DEEPEST = 200  # folders of a name that are listed one by one, each by a call in a call
 # Trap: Pillow reads 40 formats, and starts a program (Ghostscript) for one of them, by the content.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -41,6 +42,8 @@ TURNS = {  # EXIF's orientation -> what sets the picture upright
 def quiet_pillow():
     """No remarks on odd pictures: what is wrong enough is an error, the rest nobody asked for."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    # A PNG is not lost to a text of more than 1 MB in it; of all of them 64 MB are read.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     # libtiff writes a line of a damaged fax for each of its lines, past Python's stderr. The
     # library is one that Pillow's own has loaded; where it is built in, it stays as it is.
@@ -70,7 +73,10 @@ def open_image(ref, name=None) -> Image.Image:
     if isinstance(ref, str | os.PathLike):
         with open_file(ref, name, "picture", "Is --image-root right?") as file:
             size = os.fstat(file.fileno()).st_size
-            return decode(file, f"{brief(name or ref)} ({size} bytes)")
+            shown = f"{brief(name or ref)} ({size} bytes)"
+            if size > MOST_BYTES:
+                raise InputError(f"{shown}: at most {MOST_BYTES:,} bytes are read. Save it anew")
+            return decode(file, shown)
     if not isinstance(ref, Image.Image) and not hasattr(ref, "read"):
         kind = type(ref).__name__
         raise InputError(f"{kind} {brief(ref, 60)}: a picture is a path, a PIL image, an open file")
@@ -88,7 +94,7 @@ def decode(ref, name) -> Image.Image:
         return image.transpose(turn) if turn is not None else image
     except UnidentifiedImageError:
         kinds = f"{', '.join(FORMATS)} (the last from Pillow 11.3 on)"
-        reason = f"its content is none of {kinds}, or it is cut off"
+        reason = f"its content is none of {kinds}, or it is cut off or damaged"
     except Exception as e:  # Trap: damaged bytes lead decoders to errors of every type
         closed = "; is its file closed?" if isinstance(e, AssertionError) else ""  # Pillow's
         reason = brief(e) or f"{type(e).__name__}{closed}"
@@ -250,7 +256,7 @@ class Images:
             raise InputError(f"--image-root {brief(root)}: no such folder")
         self.lost = []  # pictures that were looked for and are nowhere
         zips = [*self.root.glob("images_zip/*.zip"), *self.root.glob("images.zip")]
-        self.zips = {path.stem: str(path) for path in zips}
+        self.zips = {path.stem: str(path) for path in zips if not path.is_dir()}
         top = os.path.abspath(root)
         self.tops = [top, f"{top}/images"]  # a name as it stands comes first
         self.places = own_places(root)
@@ -258,9 +264,11 @@ class Images:
         self.folders = lru_cache(10_000)(self.look_up_folders)
 
     def prepare(self, subset):
-        """Indexes a subset's zip file, for all the processes that will be forked."""
+        """Indexes a subset's zip file, for all the processes that will be forked. A damaged one is
+        refused when a picture is looked for in it."""
         if archive := self.zips.get(subset) or self.zips.get("images"):
-            open_zip(archive)
+            with suppress(InputError):
+                open_zip(archive)
 
     def find(self, path: str, subset=""):
         """-> a path or a ZipImage. What is nowhere is reported when it is opened."""

@@ -1,10 +1,11 @@
 """Long lists: a sequence that stores nothing, and the lines of a file, of which only the places are
-kept. A million lines cost 16 MB; a line is read from the disk when it is asked for.
+kept. A million lines cost 20 MB; a line is read from the disk when it is asked for.
 
 Top to bottom: lazy sequences - the lines of a file - .jsonl, .json, .csv."""
 
 import codecs
 import csv
+import errno
 import json
 import os
 import re
@@ -24,6 +25,8 @@ ARRAY = "One example a line; or all in [ ], in a file that is called .json"
 csv.field_size_limit(MOST)  # of a text in a csv; Python's own limit is 128 kB
 BLANKS = re.compile(r"[ \t\n\r]*")
 BLOCK = 2**20  # characters of an array that are read at a time
+# The key of a csv row's fields that have no column; no record has such a key, so it is refused.
+SURPLUS = "more fields than the first line names: a text with a comma needs quotes"
 NO_TEXT = {  # how a file begins that is no list -> what it is, and the way out
     b"PAR1": "a parquet file; give the folder that holds its subset's, as MMEB's",
     b"\x1f\x8b": "compressed; unpack it",
@@ -111,15 +114,15 @@ def attempts(get, indices):
 
 class Lines:
     """The examples of the list `path`, as lines of JSON in an open file: of each where it begins,
-    how long it is, its number. unit: what the list is counted in, "line" or "example"."""
+    how long it is, its number, its checksum. unit: what it is counted in, "line" or "example"."""
 
     def __init__(self, path, unit, file, numbered, copy=None):
         """numbered: yields (number, line of JSON). copy: of a list that is no JSONL, a file of our
         own, into which these lines are written, for `file` itself does not hold them; else None."""
         self.path, self.unit = path, unit
         self.file = copy or file
-        self.digest = 0
         self.starts, self.sizes, self.numbers = array("q"), array("I"), array("I")
+        self.checksums = array("I")
         start = 0
         for number, line in numbered:
             if len(line) > MOST:
@@ -130,8 +133,9 @@ class Lines:
                 self.starts.append(start)
                 self.sizes.append(len(line))
                 self.numbers.append(number)
-                self.digest = zlib.crc32(line, self.digest)  # another order is other data
+                self.checksums.append(zlib.crc32(line))
             start += len(line)
+        self.digest = zlib.crc32(self.checksums)  # another order is other data
         self.file.flush()
 
     def __len__(self):
@@ -150,8 +154,8 @@ class Lines:
         """Example i as it stands in the file."""
         # pread: the loader's forked workers share the file, and would share its position.
         line = os.pread(self.file.fileno(), self.sizes[i], self.starts[i])
-        if len(line) < self.sizes[i]:
-            raise InputError(f"{self.path}: has become shorter since the command began")
+        if zlib.crc32(line) != self.checksums[i]:
+            raise InputError(f"{self.path}: has changed since the command began")
         return line
 
 
@@ -177,7 +181,9 @@ def open_lines(path) -> Lines:
             read = iter(lambda: file.readline(MOST + 1), b"")
             lines = Lines(path, "line", file, enumerate(read, 1))
     except OSError as e:
-        raise InputError(f"--data {brief(path)}: {brief(e.strerror or e)}") from None
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # not of a file that is read
+        hint = f"; a copy of it is made in {tempfile.gettempdir()} (TMPDIR)" if full else ""
+        raise InputError(f"--data {brief(path)}: {brief(e.strerror or e)}{hint}") from None
     if not lines:
         raise InputError(f"--data {path}: holds no lines")
     return lines
@@ -194,6 +200,8 @@ def no_twins(members) -> dict:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=no_twins)  # made once: json.loads makes one a line
+# Of an array: only where each element ends. What is in it is judged when its line is read.
+SCANNER = json.JSONDecoder(parse_int=str)  # Trap: int() refuses numbers of 4,300 digits
 
 
 def parse_json(line):
@@ -220,16 +228,12 @@ def csv_rows(path):
     """Yields (line number, the row as a line of JSON) of a csv file."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         # strict: else an open quote swallows the rest. Trap: a blank before a quote makes it text.
-        reader = csv.DictReader(file, strict=True, skipinitialspace=True)
+        reader = csv.DictReader(file, restkey=SURPLUS, strict=True, skipinitialspace=True)
         try:
             names = reader.fieldnames or []
             if len(set(names)) < len(names):
                 raise InputError(f"{path}: two columns of its first line have one name")
             for row in reader:
-                if None in row:  # what a comma in a text without quotes does
-                    count = f"{len(row[None])} fields more than the first line names"
-                    hint = 'a text with a comma needs "quotes"'
-                    raise InputError(f"{path}, line {reader.line_num}: {count}; {hint}")
                 yield reader.line_num, json.dumps(row).encode() + b"\n"
         except UnicodeDecodeError:
             raise InputError(f"{path}, {first_bad_byte(path)}") from None
@@ -277,13 +281,14 @@ class Blocks:
         self.at += 1
         return character
 
-    def value(self):
-        """The next JSON value, behind any blanks; JSONDecodeError."""
+    def value(self) -> str:
+        """The text of the next JSON value, behind any blanks; JSONDecodeError."""
         self.peek()
         while True:
             try:
-                value, self.at = DECODER.raw_decode(self.text, self.at)
-                return value
+                _, end = SCANNER.raw_decode(self.text, self.at)
+                text, self.at = self.text[self.at : end], end
+                return text
             except json.JSONDecodeError:  # perhaps it is only cut off by the block's end
                 if len(self.text) - self.at > MOST:
                     raise ValueError(TOO_LONG) from None
@@ -301,7 +306,9 @@ def array_elements(path):
             ended = blocks.peek() == "]"
             while not ended:
                 number += 1
-                yield number, json.dumps(blocks.value()).encode() + b"\n"
+                # Line ends may stand between its words, never in them: there they are escaped.
+                text = blocks.value().replace("\r", " ").replace("\n", " ")
+                yield number, text.encode() + b"\n"
                 separator = blocks.take()
                 if separator not in (",", "]"):
                     raise ValueError('no "," or "]" after it')

@@ -5,9 +5,11 @@ import json
 import os
 import time
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import transformers
 from tqdm import tqdm
@@ -21,8 +23,12 @@ FORMS = {"lr": ".1e", "cut": ",d", "skipped": ",d"}  # of numbers on the screen
 
 
 def versions() -> dict:
-    """Of the libraries that numbers depend on: {name: version}."""
-    return {m.__name__: m.__version__ for m in (torch, transformers, np)}
+    """Of the libraries that numbers depend on: {name: version}; of torchvision, with which pictures
+    are resized otherwise, where it is there."""
+    libraries = {m.__name__: m.__version__ for m in (torch, transformers, np, PIL)}
+    with suppress(PackageNotFoundError):
+        libraries["torchvision"] = version("torchvision")
+    return libraries
 
 
 class Log:

@@ -23,10 +23,9 @@ def take(cfg):
         refuse_foreign(out)
         if not any(out.glob(CHECKPOINTS)):  # the log of a run that goes on is made whole again
             refuse_other(out / "log.jsonl", "--out", is_log, "log of a run")
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock_run(out)
         if (out / "log.jsonl").is_dir():
             raise IsADirectoryError(f"{out / 'log.jsonl'} is a folder")
-        lock(out / OF_A_RUN, out.resolve())
     except InputError:  # which is a ValueError
         raise
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have
@@ -36,6 +35,18 @@ def take(cfg):
         cause = f"{name}: {reason}"
         text = f"--out {brief(out)} cannot be written ({brief(cause)})"
         raise InputError(f"{text}: name a folder of one's own, on a disk with room") from None
+
+
+def lock_run(out):
+    """Holds the lock of the run in `out`, and makes its folder: again where another run, at its
+    end, has removed it in between."""
+    lock_file = out / OF_A_RUN
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock(lock_file, out.resolve())
+    except FileNotFoundError:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock(lock_file, out.resolve())
 
 
 def is_log(path) -> bool:

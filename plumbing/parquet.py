@@ -2,6 +2,7 @@
 
 Top to bottom: reading at all - columns - the files of one set as one table."""
 
+import os
 from bisect import bisect_right
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -96,6 +97,12 @@ def refuse_bad_text(file, part):
     raise InputError(f"{where}: {brief(reason)}")
 
 
+def stamp_of(file) -> tuple:
+    """What changes when a file is written anew: its size and the time of its last change."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
 class Table:
     """The rows of the parquet files of one set, in turn. What is known at once: how many they are,
     and that the files agree; `load` reads them."""
@@ -103,8 +110,10 @@ class Table:
     def __init__(self, files, layout):
         self.files, self.digests, kinds = tuple(map(str, files)), [], None
         self.starts = [0]  # the first row of each file, and the one behind the last
+        self.stamps = []  # of each file, see `stamp_of`
         for file in self.files:
             with readable(file):
+                self.stamps.append(stamp_of(file))
                 self.digests.append(digest_of_content(file))
                 parquet = pyarrow().parquet.ParquetFile(file)
                 schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
@@ -118,8 +127,11 @@ class Table:
 
     @property
     def digest(self) -> int:
-        """A number that changes with any of the files."""
-        return sum(self.digests)
+        """A number that changes with any of the files and with their order; of one its own."""
+        digest = 0
+        for part in self.digests:
+            digest = (31 * digest + part) % 2**32
+        return digest
 
     def __len__(self):
         return self.starts[-1]
@@ -129,8 +141,16 @@ class Table:
         k = bisect_right(self.starts, i) - 1
         return f"{self.files[k]}, row {i + 1 - self.starts[k]}"
 
+    def refuse_changed(self):
+        """InputError where a file is not the one that was looked at when the command began."""
+        for file, stamp in zip(self.files, self.stamps, strict=True):
+            with readable(file):
+                if stamp_of(file) != stamp:
+                    raise InputError(f"{file}: has changed since the command began")
+
     def load(self):
         """All rows, as pyarrow has them."""
+        self.refuse_changed()
         pa, parts = pyarrow(), []
         types = {"text": pa.large_string(), "list": pa.large_list(pa.large_string())}
         schema = pa.schema([(name, types[kind]) for name, kind in self.kinds.items()])
@@ -141,14 +161,11 @@ class Table:
                 # without any value has no type at all.
                 parts.append(part.select(schema.names).cast(schema))
             refuse_bad_text(file, parts[-1])
-        rows = pa.concat_tables(parts)
-        if len(rows) != len(self):
-            text = f"{len(rows):,} rows, and {len(self):,} when the command began"
-            raise InputError(f"{self.files[0]}, and those beside it: {text}")
-        return rows
+        return pa.concat_tables(parts)
 
     def copy(self, chosen, file):
         """Writes some of the rows."""
+        self.refuse_changed()
         # An empty list of numbers needs its type said.
         pa = pyarrow()
         indices = pa.array(chosen, "int64")

@@ -64,9 +64,9 @@ def first_record(path):
     return first if isinstance(first, dict) else None
 
 
-def holds_lines(path) -> bool:
-    """Whether a file begins with a line that is an object of JSON."""
-    return first_record(path) is not None
+def holds_lines(path, keys) -> bool:
+    """Whether a file's first line is an object of JSON with one of these keys."""
+    return any(key in keys for key in first_record(path) or ())
 
 
 @contextmanager

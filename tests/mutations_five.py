@@ -444,7 +444,7 @@ FIVE = [
     ("plumbing/optim.py", "        optimizer.zero_grad(set_to_none=True)", "        pass",
      "tests/test_step.py -k clips"),
     # --------------------------------------------------------------------------------- plumbing/log
-    ("plumbing/log.py", "(torch, transformers, np)}", "(torch, transformers)}",
+    ("plumbing/log.py", "(torch, transformers, np, PIL)}", "(torch, transformers, np)}",
      "tests/test_log.py"),
     ("plumbing/log.py", "max(1, min(20, cfg.steps // 10))", "max(1, cfg.steps // 10)",
      "tests/test_log.py"),

@@ -76,7 +76,7 @@ TOOLS = [
     ("tools/check.py", 'return f"{e}" if str(e).startswith(where) else f"{where}: {e}"', 'return f"{where}: {e}"', f"{CHECK} -k said_once"),
     ("tools/check.py", "useless=any(c.useless for c in counts)", "useless=all(c.useless for c in counts)", f"{CHECK} -k all_count"),
     ("tools/check.py", "sum(c.bad for c in counts)", "counts[-1].bad", f"{CHECK} -k all_count"),
-    ("tools/check.py", "images, files = Images(image_root or root), sorted", "images, files = Images(root), sorted", f"{CHECK} -k elsewhere"),
+    ("tools/check.py", "images = Images(image_root or root)", "images = Images(root)", f"{CHECK} -k elsewhere"),
     ("tools/check.py", "parse_captioned, image_root)", "parse_captioned, None)", f"{CHECK} -k elsewhere"),
     ("tools/check.py", "pictures = image_root or (source", "pictures = (source", f"{CHECK} -k elsewhere"),
     # ------------------------------------------------------------------------------ tools/condense.py

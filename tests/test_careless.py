@@ -286,7 +286,7 @@ def test_two_generators_do_not_write_one_list(place):
         refused(lambda: generate.main(words), "t.jsonl", "another tools.generate writes it")
     assert not Path("t.jsonl").exists()
     with generate.alone("t.jsonl"):
-        generate.append_dialogue("t.jsonl", "x.png", [("a", "b")])
+        generate.append_whole("t.jsonl", generate.line_of("x.png", [("a", "b")]), "--out")
         refused(lambda: generate.main(words), "another tools.generate writes it")
     equal(generate.read_done(Path("t.jsonl")), {"x.png"}, "stays")
 

@@ -184,6 +184,64 @@ def mmeb(folder):
     pq.write_table(table, folder / "birds" / "original-0.parquet")
 
 
+def test_a_bad_one_of_a_csv_or_an_array_is_one_bad_example(tmp_path, capsys):
+    """A comma that lacks its quotes, a key that stands twice, a number of 5,000 digits: the copy
+    has all others."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    rows = ["file_name,text", "a.png,one", "a.png,two, and a half", "a.png,three"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    equal(check.main([str(tmp_path), "--clean", str(tmp_path / "c")]), 0, "a clean copy")
+    copy = (tmp_path / "c" / "metadata.jsonl").read_text().splitlines()
+    equal([json.loads(line)["text"] for line in copy], ["one", "three"], "its captions")
+    assert "metadata.csv, line 3: unknown key" in capsys.readouterr().out
+    pairs = [json.dumps({"query": {"text": x}, "target": TARGET}, indent=1) for x in "abcd"]
+    pairs[1] = pairs[1].replace('"target"', '"query": {"text": "x"}, "target"')
+    pairs[2] = pairs[2].replace('"target"', f'"id": {"9" * 5000}, "target"')
+    (tmp_path / "p.json").write_text("[" + ",\r\n".join(pairs) + "]")
+    clean = tmp_path / "p.jsonl"
+    equal(check.main([str(tmp_path / "p.json"), "--clean", str(clean)]), 0, "a clean copy")
+    queries = [json.loads(line)["query"]["text"] for line in clean.read_text().splitlines()]
+    equal(queries, ["a", "d"], "its queries")
+    said = capsys.readouterr().out
+    assert 'p.json, example 2: "query" stands twice' in said, said
+    assert "p.json, example 3: " in said and "4 examples, 2 bad" in said, said
+
+
+def test_what_training_refuses_of_a_folder_is_bad(tmp_path, capsys):
+    """A set of which a part is missing, one that is a link to nowhere; a file that macOS leaves
+    beside another is none of them."""
+    mmeb(tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    whole = tmp_path / "birds" / "original-0.parquet"
+    (tmp_path / "birds" / "._original-0.parquet").write_bytes(b"macOS")
+    equal(check.main([str(tmp_path)]), 0, "one example, and it is good")
+    whole.rename(whole.with_name("original-00001-of-00002.parquet"))
+    equal(check.main([str(tmp_path)]), 1, "a part is missing")
+    said = capsys.readouterr().out
+    assert "birds: holds original-00001-of-00002.parquet, no whole set" in said, said
+    (tmp_path / "fish").symlink_to("nowhere")
+    with pytest.raises(InputError, match="fish: is a symbolic link to nowhere"):
+        check.main([str(tmp_path)])
+
+
+def test_one_set_for_both_is_two_lists(tmp_path):
+    """Rows for training and for evaluation, side by side: each in parts of its own."""
+    mmeb(tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    row = dict(qry_text=["q"], qry_img_path=[""], tgt_text=[["t", "u"]], tgt_img_path=[["", ""]])
+    pq.write_table(pyarrow.table(row), tmp_path / "birds" / "test-00000-of-00001.parquet")
+    equal(check.main([str(tmp_path)]), 0, "both are whole")
+
+
+def test_a_damaged_sets_json_is_told_before_anything_is_read(tmp_path, capsys):
+    """Its kinds belong into the copy."""
+    mmeb(tmp_path)
+    (tmp_path / "sets.json").write_text('{"birds": {}, "birds": {}}')
+    with pytest.raises(InputError, match='sets.json: .*"birds" stands twice'):
+        check.main([str(tmp_path), "--clean", str(tmp_path / "clean")])
+    equal(capsys.readouterr().out, "", "nothing is read")
+
+
 def test_a_clean_copy_makes_no_second_list_of_captions(tmp_path):
     """Of a folder with metadata.csv the copy is metadata.jsonl; beside the first no command would
     read either."""

@@ -474,6 +474,23 @@ def test_a_lock_that_its_run_has_just_removed_is_none(tmp_path, monkeypatch):
         locks.lock(path, tmp_path)
 
 
+def test_a_run_may_begin_where_another_one_ends_this_moment(cfg, monkeypatch):
+    """At its end it removes the folder of its checkpoints, in which the lock would stand."""
+    hold, tries = locks.lock, []
+
+    def after_the_other(path, folder):
+        if not tries:
+            path.parent.rmdir()
+        tries.append(path)
+        hold(path, folder)
+
+    monkeypatch.setattr(outfolder, "lock", after_the_other)
+    outfolder.take(cfg)
+    lock_file = Path(cfg.out, "checkpoints", "lock")
+    equal((len(tries), lock_file.read_text()[:7]), (2, "process"), "take")
+    locks.held.pop(lock_file.resolve()).close()
+
+
 @pytest.mark.parametrize("start", ["toy", "toy-random", "elsewhere"])
 def test_the_toys_own_folder_is_never_an_out(cfg, start):
     """Whatever a run starts from: every other one starts from the toy."""

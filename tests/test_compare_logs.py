@@ -141,6 +141,15 @@ def test_other_flags_and_versions_are_said(tmp_path, reference, capsys):
     expect("--batch 32 (64), torch 2.14 (2.13)" in capsys.readouterr().out, "", "both", "")
 
 
+def test_a_log_of_fewer_libraries_differs_in_none_of_the_others(tmp_path, reference, capsys):
+    """An older version's header says nothing of numpy: nothing is said of it."""
+    mine = write(tmp_path / "m.jsonl", curve(0))
+    text = (tmp_path / "m.jsonl").read_text().replace('"2.13"', '"2.13", "numpy": "2.0"')
+    (tmp_path / "m.jsonl").write_text(text)
+    compare(tmp_path, mine, reference)
+    expect("numpy" not in capsys.readouterr().out, "", "nothing of numpy", "differences")
+
+
 def test_of_a_whole_run_beside_whole_seeds_all_steps_are_known(tmp_path, capsys):
     """Nothing lies beyond the last step."""
     write(tmp_path / "whole-seed1.jsonl", curve(1), seed=1)

@@ -2,6 +2,7 @@
 the message names file, line, field, and what is meant. What is read right: test_data.py."""
 
 import codecs
+import errno
 import gzip
 import io
 import json
@@ -9,7 +10,6 @@ import os
 import re
 import sys
 import zipfile
-import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,11 +26,12 @@ import pretrain
 from data import Item
 from plumbing import first_pass, lines, mmeb
 from plumbing.errors import InputError
+from plumbing.files import digest_of_content
 from plumbing.formats import checked_digest, choose
 from plumbing.images import Images
 from plumbing.lines import Source, open_lines, parse_json
 from plumbing.mmeb import contents_of, eval_rows, last_loaded, training_mix
-from plumbing.parquet import Layout, Table
+from plumbing.parquet import Layout, Table, stamp_of
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
 MORE = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "there"}]
@@ -238,7 +239,10 @@ def test_a_damaged_array_is_told_by_its_example(place, text, says):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("file_name,text\na.png,a dog, in snow\n", 'line 2: 1 fields more.*needs "quotes"'),
+        (
+            "file_name,text\na.png,a dog, in snow\n",
+            'line 2: unknown key "more fields.*needs quotes"',
+        ),
         ("file_name,text,text\na.png,a,b\n", "two columns .* one name"),
         ("file_name,text,label\na.png,a,b\n", 'line 2: unknown key "label"'),
         ("file_name,text\na.png\n", 'line 2: needs "text"'),
@@ -395,15 +399,83 @@ def test_a_list_that_is_something_else_is_called_what_it_is(place):
         data.read_pairs(str(place / "mmeb" / "A"))
 
 
-def test_a_list_that_becomes_shorter_is_an_error_and_no_other_example(place):
+def test_a_list_that_changes_is_an_error_and_no_other_example(place):
     """Lines are read when they are drawn, hours after the first pass."""
     path = jsonl(place, *[PAIR] * 3)
     pairs = data.read_pairs(path)["list"]
     assert pairs[2].query.text == "<image> x"
     for size in (os.path.getsize(path) - 5, 100):  # within its line, before it
         os.truncate(path, size)
-        with pytest.raises(InputError, match="has become shorter since"):
+        with pytest.raises(InputError, match="has changed since the command began"):
             pairs[2]
+    talk = jsonl(place, DIALOGUE, {**DIALOGUE, "id": "9"})
+    talks = data.read_dialogues(talk)
+    jsonl(place, {**DIALOGUE, "id": "9"}, DIALOGUE)  # sorted, in place: as long as before
+    with pytest.raises(InputError, match="has changed since the command began"):
+        talks[0]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_table_that_changes_is_an_error_and_no_other_row(place, rows):
+    """Whether it has fewer rows, as many or more."""
+    file = place / "A" / "test-0.parquet"
+    file.parent.mkdir()
+    pq.write_table(pyarrow.table({name: value * 2 for name, value in EVAL.items()}), file)
+    queries = eval_rows([file], "A", Images(place))
+    other = {name: value * rows for name, value in EVAL.items()} | {"qry_text": ["new"] * rows}
+    pq.write_table(pyarrow.table(other), file)
+    for read in (lambda: queries[0], lambda: queries.source.raw.copy([0], place / "x.parquet")):
+        with pytest.raises(InputError, match="test-0.parquet: has changed since the command"):
+            read()
+
+
+def test_a_table_s_stamp_is_neither_of_both_alone(place):
+    """Another size at the same time, the same size at another one."""
+    file, stamps = place / "x", set()
+    for size, time in ((3, 1), (3, 2), (4, 2), (4, 2)):
+        file.write_bytes(b"x" * size)
+        os.utime(file, ns=(time, time))
+        stamps.add(stamp_of(file))
+    equal(len(stamps), 3, "stamp_of")
+
+
+def test_where_no_room_for_a_copy_is_is_said(place, monkeypatch):
+    """The lines of a csv or an array are kept in a file of our own, on another disk perhaps."""
+
+    class Full(io.BytesIO):
+        def write(self, line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (place / "talks.json").write_text(json.dumps([DIALOGUE]))
+    monkeypatch.setattr(lines.tempfile, "TemporaryFile", Full)
+    with pytest.raises(InputError, match=r"talks.json: No space left.*is made in .* \(TMPDIR\)"):
+        data.read_dialogues(str(place / "talks.json"))
+
+
+def test_the_digest_of_data_is_of_their_order_too(place):
+    """A set that gets another name, files of one set that change theirs: other batches are drawn.
+    One file's is its own, by which --skip-bad knows it."""
+    for name, texts in (("A", "ab"), ("B", "cd")):
+        (place / name).mkdir()
+        for k, text in enumerate(texts):
+            row = dict(qry=[text], qry_image_path=[""], pos_text=[text * 2], pos_image_path=[""])
+            path = place / name / f"original-{k:05d}-of-00002.parquet"
+            pq.write_table(pyarrow.table(row), path)
+
+    def digest():
+        return checked_digest(data.read_pairs(str(place)).values())
+
+    digests = [digest()]
+    (place / "A").rename(place / "C")
+    digests.append(digest())
+    first, second = sorted((place / "B").glob("*"))
+    first.rename(place / "x")
+    second.rename(first)
+    (place / "x").rename(second)
+    digests.append(digest())
+    equal(len(set(digests)), 3, f"digests that differ: {digests}")
+    one = Table([first], Layout(mmeb.TRAIN))
+    equal(one.digest, digest_of_content(first), "of one file")
 
 
 # ------------------------------------------------------------------------------------ MMEB's tables
@@ -927,15 +999,20 @@ def test_a_list_begins_as_windows_programs_write_it(tmp_path, mark, content, nam
 
 
 def test_of_a_list_only_the_places_of_its_lines_are_kept(place):
-    """16 bytes a line, blank ones are passed over; the digest is that of the lines' bytes."""
+    """20 bytes a line, blank ones are passed over; the digest is that of the lines' bytes, in their
+    order."""
     path = place / "long.jsonl"
     line = json.dumps(PAIR).encode()
     path.write_bytes(b"\n".join([line, b"", b"  ", line]))
     found = open_lines(path)
-    sizes = [x.itemsize for x in (found.starts, found.sizes, found.numbers)]
-    equal([len(found), sum(sizes), found.where(1)], [2, 16, f"{path}, line 4"], "Lines")
+    kept = (found.starts, found.sizes, found.numbers, found.checksums)
+    equal(sum(x.itemsize for x in kept), 20, "bytes")
+    equal([len(found), found.where(1)], [2, f"{path}, line 4"], "Lines")
     equal(found.line(1), line, "read when asked for")
-    equal(found.digest, zlib.crc32(line + b"\n" + line), "of the bytes")
+    (place / "other.jsonl").write_bytes(line + b"\n" + line)
+    (place / "turned.jsonl").write_bytes(line + line[:0] + b"\n" + line + b"\n")
+    same, turned = open_lines(place / "other.jsonl"), open_lines(place / "turned.jsonl")
+    equal([found.digest == same.digest, found.digest == turned.digest], [True, False], "digest")
     copy = io.BytesIO()
     found.copy([1, 0], copy)
     equal(copy.getvalue(), (line + b"\n") * 2, "each a whole line, the last one too")

@@ -2,9 +2,11 @@
 (A disk that refuses it: test_full_disk.py.)"""
 
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy
+import PIL
 import pytest
 import torch
 import transformers
@@ -82,14 +84,27 @@ def test_each_step_is_a_line_of_the_file_under_the_flags_and_the_versions(tmp_pa
     header, *lines = run(tmp_path, 3)
     equal(header["config"]["steps"], 3, "the flags")
     equal(header["world"], 1, "ranks")
-    found = {name: header.get(name) for name in ("torch", "transformers", "numpy")}
-    want = {m.__name__: m.__version__ for m in (torch, transformers, numpy)}
+    found = {name: header.get(name) for name in ("torch", "transformers", "numpy", "PIL")}
+    want = {m.__name__: m.__version__ for m in (torch, transformers, numpy, PIL)}
     equal(found, want, "what the numbers depend on")
     equal(lines, [{"step": i, "loss": 0.0, "lr": 1e-3} for i in (1, 2, 3)], "nothing was cut")
     equal([x["step"] for x in run(tmp_path, 4, start=2)[1:]], [1, 2, 3, 4], "from step 2 on")
     header, *lines = run(tmp_path, 2, cut=7)
     equal([x["cut"] for x in lines], [7, 7], "begun anew")
     equal(header["config"]["steps"], 2, "begun anew, with its own flags")
+
+
+@pytest.mark.parametrize("version", ["0.29.1", None])
+def test_of_the_libraries_torchvision_may_be_missing(monkeypatch, version):
+    """With it pictures are resized otherwise."""
+
+    def look_up(name):
+        if version is None:
+            raise PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(log, "version", look_up)
+    equal(log.versions().get("torchvision"), version, "log.versions")
 
 
 def test_the_file_says_how_many_ranks_there_were(tmp_path, monkeypatch):

@@ -550,6 +550,15 @@ def test_another_version_of_the_libraries_is_said(stopped, capsys):
     assert "began with another torch: the last bits may differ" in capsys.readouterr().out
 
 
+def test_a_state_of_fewer_libraries_is_of_no_other_ones(stopped, capsys):
+    """An older version of ours did not note all that it notes now."""
+    for folder in checkpoint.checkpoints_in(stopped.out):
+        change_state(PIL=None)(folder)
+    train(stopped)
+    said = capsys.readouterr().out
+    assert "resumed" in said and "last bits" not in said, said
+
+
 @pytest.fixture
 def small_memory(monkeypatch):
     """A machine on which 40 padded tokens fit at a time, and no more."""

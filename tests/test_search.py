@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import os
 import threading
 from types import SimpleNamespace
@@ -204,7 +205,7 @@ def fewer_rows(path, files, z):
 
 
 def files_in_a_table(path, files, z):
-    np.savez(path, files=files[:, None], z=z)
+    np.savez(path, files=np.array([["a"]] * len(z)), z=z)
 
 
 def a_plain_array(path, files, z):
@@ -429,7 +430,33 @@ def test_a_file_is_the_same_while_its_size_and_its_time_are(tmp_path):
         file.write_bytes(b"x" * size)
         os.utime(file, ns=(time, time))
         seen += search.list_files(tmp_path, "x.png", [])
-    equal((len(set(seen)), seen[2]), (3, seen[3]), f"files of these names: {seen}")
+    times = [name.split("|")[1:3] for name in seen]
+    equal((len(set(map(tuple, times))), times[2]), (3, times[3]), f"files of these names: {seen}")
+
+
+def test_two_pictures_of_one_size_and_time_may_change_their_names(folder, shared, capsys):
+    """As a zip file leaves them: else each is found by what the other one shows."""
+    for name, colour in (("a.bmp", "red"), ("b.bmp", "blue")):
+        Image.new("RGB", (64, 64), colour).save(folder / name)
+        os.utime(folder / name, ns=(1, 1))
+    run(folder, shared, capsys, text="two")
+    (folder / "a.bmp").rename(folder / "t")
+    (folder / "b.bmp").rename(folder / "a.bmp")
+    (folder / "t").rename(folder / "b.bmp")
+    said = run(folder, shared, capsys, query_image=str(folder / "b.bmp"), top=1)
+    assert "2 of them new" in said and f" 1.0000  {folder / 'b.bmp'}\n" in said, said
+
+
+def test_a_long_name_costs_an_index_its_own_length(folder, shared, capsys):
+    """And not as much for each of the others, as in an array of texts."""
+    name = "x" * 200 + ".bmp"
+    Image.new("RGB", (64, 64), "red").save(folder / name)
+    run(folder, shared, capsys, text="two")
+    (index,) = indices(folder)
+    with np.load(index) as kept:
+        names = json.loads(kept["files"].tobytes())
+        assert kept["files"].nbytes < 3 * 200 + 100 * len(names), kept["files"].nbytes
+    assert sum(x.startswith(name) for x in names) == 1, names
 
 
 def test_a_picture_keeps_its_own_vector_when_others_change_and_come(folder, shared, capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checks import change, close
+from checks import change, close, equal
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -127,6 +127,48 @@ def test_a_reply_cannot_smuggle_in_a_picture():
     assert IMAGE not in str(turns), turns
 
 
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("see <im<image>age> there", "more than|<image>"),
+        ("a smile \ud83d", "surrogates not allowed"),
+        ("x" * 2**24, "longer than 16 MB"),
+    ],
+)
+def test_what_training_would_refuse_is_no_dialogue(answer, says):
+    """Nor would a second run go on after it: OUT is a list that stage 1 reads, line by line."""
+    refused = generator.line_of("a.png", [("what?", "a dog"), ("where?", answer)])
+    assert isinstance(refused, InputError) and re.search(says, str(refused)), refused
+    line = generator.line_of("a.png", [("what?", "a smile \U0001f431")])
+    equal(generator.picture_of(line), "a.png", "line_of")
+
+
+def test_mmebs_mark_is_taken_out_of_a_reply():
+    """Training reads it as a picture's place."""
+    equal(generator.checked_text("see <|image_1|> there", "answer"), "see  there", "checked_text")
+
+
+def test_a_picture_that_training_would_not_find_is_refused_before_any_is_asked_about(tmp_path):
+    """A link that leads out of the folder: its dialogue could not be trained on."""
+    folder = pictures(tmp_path / "p")
+    (tmp_path / "elsewhere.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "linked.png").symlink_to("../elsewhere.png")
+    flags = ["--images", folder, "--model", "toy", "--out", tmp_path / "d.jsonl", "--wait", 0]
+    with pytest.raises(InputError, match="--images .*'linked.png' lies outside of"):
+        generate(*flags)
+    equal((tmp_path / "d.jsonl").exists(), False, "nothing is left of it")
+
+
+def test_what_a_power_cut_leaves_behind_the_last_line_is_cut_off(tmp_path):
+    """A tail of zero bytes, in the place of what was not written."""
+    out = tmp_path / "d.jsonl"
+    line = generator.line_of("a.png", [("what?", "a dog")])
+    for tail in (b"\0" * 99, b'{"id": "b' + b"\0" * 99):
+        out.write_bytes(line + tail)
+        equal(generator.read_done(out), {"a.png"}, "read_done")
+        equal(out.read_bytes(), line, "cut off")
+
+
 # -------------------------------------------------------------------------- a model in this process
 
 
@@ -223,13 +265,13 @@ def test_a_full_disk_costs_no_dialogue_that_is_there(tmp_path):
     """A line that does not fit is cut off again, and one line says so."""
     out, limit = tmp_path / "d.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     turns = [("what?", "a dog")]
-    generator.append_dialogue(out, "0.png", turns)
+    generator.append_whole(out, generator.line_of("0.png", turns), "--out")
     whole = out.read_bytes()
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else it would end the process
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limit[1]))
         with pytest.raises(InputError, match="--out .*d.jsonl: not written: .*stays as it was"):
-            generator.append_dialogue(out, "1.png", turns)
+            generator.append_whole(out, generator.line_of("1.png", turns), "--out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, old)

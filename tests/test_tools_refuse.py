@@ -97,7 +97,7 @@ def test_what_an_earlier_run_wrote_is_done_but_for_a_line_that_was_cut_off(place
     first, second = (json.dumps({**DIALOGUE, "image": name}) for name in ("a.png", "b.png"))
     out.write_text(f"{first}\n{second[:size] if size else second}")
     equal(generator.read_done(out), {"a.png"} if size else {"a.png", "b.png"}, f"{size}")
-    generator.append_dialogue(out, "c.png", [("what?", "a dog")])
+    generator.append_whole(out, generator.line_of("c.png", [("what?", "a dog")]), "--out")
     images = [json.loads(line)["image"] for line in out.read_text().splitlines()]
     equal(images, ["a.png", "c.png"] if size else ["a.png", "b.png", "c.png"], f"{size}")
 

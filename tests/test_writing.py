@@ -3,6 +3,7 @@ beside them."""
 
 import os
 import resource
+from functools import partial
 
 import pytest
 from checks import equal, expect
@@ -111,7 +112,7 @@ def test_a_list_is_called_jsonl_in_letters_of_any_size():
 def test_a_file_of_nothing_but_brackets_is_no_list(tmp_path):
     """It is refused, as any other file of a person's is, and not a stack trace."""
     (tmp_path / "deep.jsonl").write_bytes(b'{"a": ' * 100_000)
-    equal(writing.holds_lines(tmp_path / "deep.jsonl"), False, "writing.holds_lines")
+    equal(writing.holds_lines(tmp_path / "deep.jsonl", ("a",)), False, "writing.holds_lines")
 
 
 def test_a_file_that_may_not_be_read_stays(tmp_path, monkeypatch):
@@ -123,12 +124,22 @@ def test_a_file_that_may_not_be_read_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "open", refused, raising=False)
     with pytest.raises(InputError, match="--out .*a.jsonl: is there already, and is no list of"):
-        writing.refuse_other(tmp_path / "a.jsonl", "--out", writing.holds_lines, "list of pairs")
+        is_list = partial(writing.holds_lines, keys=("query",))
+        writing.refuse_other(tmp_path / "a.jsonl", "--out", is_list, "list of pairs")
 
 
-@pytest.mark.parametrize(("line", "is_record"), [("{}", True), ('{"a": 1}', True), ("[1]", False),
-                                                 ("7", False), ('"config"', False)])  # fmt: skip
-def test_a_list_begins_with_an_object(tmp_path, line, is_record):
-    """A number, a string or an array is a file of another kind, and not written over."""
+@pytest.mark.parametrize(
+    ("line", "is_ours"),
+    [
+        ('{"query": 1}', True),
+        ('{"conversations": [], "id": 1}', False),
+        ("{}", False),
+        ('["query"]', False),
+        ("7", False),
+        ('"query"', False),
+    ],
+)
+def test_a_list_begins_with_an_object_of_its_kind(tmp_path, line, is_ours):
+    """A list of another kind, a number, a string or an array is not written over."""
     (tmp_path / "a.jsonl").write_text(f"{line}\n")
-    equal(writing.holds_lines(tmp_path / "a.jsonl"), is_record, "writing.holds_lines")
+    equal(writing.holds_lines(tmp_path / "a.jsonl", ("query",)), is_ours, "writing.holds_lines")

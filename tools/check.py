@@ -32,6 +32,7 @@ from plumbing.files import CAPTIONS, captions_in
 from plumbing.first_pass import Listed, read_listed
 from plumbing.folders import read_json
 from plumbing.formats import (
+    ELSEWHERE,
     IMAGE,
     Content,
     captions_file,
@@ -42,7 +43,8 @@ from plumbing.formats import (
     refuse_folder,
 )
 from plumbing.images import Images, open_image
-from plumbing.mmeb import eval_rows, train_rows
+from plumbing.lines import no_twins
+from plumbing.mmeb import eval_rows, refuse_missing_parts, refuse_unreadable_sets, train_rows
 from plumbing.ranks import run_command
 from plumbing.retrieval import SETS
 from plumbing.writing import holds_lines, refuse_other, refuse_unwritable, written
@@ -61,12 +63,21 @@ def lists_of(source, image_root):
     elif not root.is_dir():
         yield root, partial(read_list, str(root), image_root)
     else:
-        images, files = Images(image_root or root), sorted(root.glob("*/*.parquet"))
+        images = Images(image_root or root)
+        files = [file for file in sorted(root.glob("*/*.parquet")) if file.name[0] != "."]
         if not files:
             refuse_folder(source)
-        for path in files:
-            rows = eval_rows if path.name.startswith("test") else train_rows
-            yield path, partial(rows, [path], path.parent.name, images)
+        refuse_unreadable_sets(root)
+        for file in files:
+            yield file, partial(read_part, file, files, images)
+
+
+def read_part(file, files, images):
+    """One of MMEB's files, of a set that is whole: training reads no other."""
+    kind = file.name.partition("-")[0]
+    refuse_missing_parts([x for x in files if x.match(f"{file.parent.name}/{kind}-*")])
+    rows = eval_rows if kind == "test" else train_rows
+    return rows([file], file.parent.name, images)
 
 
 def read_list(path, image_root):
@@ -244,11 +255,13 @@ def refuse_outputs(source, lists, outputs):
     """InputError, before any work, where a file cannot be written, or is one of the data."""
     taken = [file for file, _ in lists]
     if outputs.clean:
+        read_json(source, SETS, no_twins)  # refuses a damaged one
         for file, _ in lists:
             out = clean_path(source, file, outputs.clean)
             refuse_unwritable(out, "--clean", [file])
             if out.suffix != ".parquet":
-                refuse_other(out, "--clean", holds_lines, "list of examples")
+                is_list = partial(holds_lines, keys=ELSEWHERE)
+                refuse_other(out, "--clean", is_list, "list of examples")
             refuse_second_list(out)
             taken.append(out)
     if outputs.list_bad:
@@ -290,7 +303,7 @@ def check(source, image_root=None, outputs=Outputs()) -> Count:  # noqa: B008
 def copy_sets(source, clean):
     """sets.json of a folder in MMEB's layout, for those of its sets that have a copy."""
     sets = {}
-    for name, kind in read_json(source, SETS).items():
+    for name, kind in read_json(source, SETS, no_twins).items():
         if os.path.isdir(os.path.join(clean, name)):
             sets[name] = kind
     if sets:

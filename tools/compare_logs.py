@@ -158,7 +158,7 @@ def differences(mine, reference) -> str:
             words.append(f"{option(name)} {ours} ({theirs})")
     for name in versions():
         ours, theirs = mine.header.get(name), reference.header.get(name)
-        if ours != theirs:
+        if ours != theirs and None not in (ours, theirs):  # an older log names fewer libraries
             words.append(f"{name} {ours} ({theirs})")
     return ", ".join(words)
 

@@ -41,9 +41,9 @@ from plumbing.config import CommandLine, flag
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file
 from plumbing.folders import local_folder, reading
-from plumbing.formats import IMAGE, parse_turn
-from plumbing.images import open_image
-from plumbing.lines import parse_json
+from plumbing.formats import IMAGE, parse_turn, with_marks
+from plumbing.images import Images, open_image
+from plumbing.lines import MOST, TOO_LONG, parse_json
 from plumbing.ranks import run_command
 from plumbing.template import starts_itself, write_prompt
 from plumbing.weights import Options, load_mllm
@@ -127,7 +127,7 @@ def checked_text(reply, kind) -> str:
     """A question or an answer of a model, which may not ask for a picture that is not there.
     InputError where nothing is left of it."""
     refuse_template(reply)
-    text = reply.replace(IMAGE, "").strip()
+    text = with_marks(reply).replace(IMAGE, "").strip()
     if not text:
         raise InputError(f"no {kind}")
     return text
@@ -371,6 +371,17 @@ def read_questions(path) -> list:
     return questions
 
 
+def refuse_outside(names, folder):
+    """InputError where training would not take a picture for one of the folder's, as a link that
+    leads out of it."""
+    images = Images(folder)
+    for name in names:
+        try:
+            images.find(name)
+        except InputError as e:
+            raise InputError(f"--images {brief(folder)}: {e}") from None
+
+
 def interviews_about(names, questions, args) -> dict:
     """{picture file: interview}; each picture draws 3-5 of the questions, if there are any."""
     talks = {}
@@ -382,7 +393,7 @@ def interviews_about(names, questions, args) -> dict:
 
 
 def ask_once(names, questions, replies, args, pool):
-    """Yields (name, turns or the error) of each picture, as they come."""
+    """Yields (name, its line of OUT or the error) of each picture, as they come."""
     size = 1 if args.server else args.batch  # a server answers one request for one picture
     running = []
     for i in range(0, len(names), size):
@@ -390,7 +401,8 @@ def ask_once(names, questions, replies, args, pool):
         running.append(pool.submit(converse, replies, talks))
     for part in as_completed(running):
         for path, outcome in part.result().items():
-            yield os.path.relpath(path, args.images), outcome
+            name, failed = os.path.relpath(path, args.images), isinstance(outcome, Exception)
+            yield name, outcome if failed else line_of(name, outcome)
 
 
 def ask_until_done(names, questions, replies, args, bar) -> dict:
@@ -406,7 +418,7 @@ def ask_until_done(names, questions, replies, args, bar) -> dict:
             errors = {}
             for name, outcome in ask_once(names, questions, replies, args, pool):
                 if not isinstance(outcome, Exception):
-                    append_dialogue(args.out, name, outcome)
+                    append_whole(args.out, outcome, "--out")
                     bar.update()
                     continue
                 errors[name] = f"{type(outcome).__name__}: {brief(outcome)}"
@@ -418,10 +430,15 @@ def ask_until_done(names, questions, replies, args, bar) -> dict:
     return errors
 
 
-def append_dialogue(path, name, turns):
-    """One more line of OUT."""
-    line = json.dumps(as_conversations(name, name, turns), ensure_ascii=False)
-    append_whole(path, line.encode() + b"\n", "--out")
+def line_of(name, turns):
+    """A dialogue as a line of OUT. An InputError in its place where training would refuse it: two
+    halves of a mark may have met in it, half a character been cut off, a book been written."""
+    try:
+        line = json.dumps(as_conversations(name, name, turns), ensure_ascii=False).encode()
+        picture_of(line)
+    except ValueError as e:
+        return InputError(f"a dialogue that training would refuse: {brief(e)}")
+    return line + b"\n" if len(line) < MOST else InputError(TOO_LONG)
 
 
 def list_failures(errors, path):
@@ -438,7 +455,7 @@ def list_failures(errors, path):
 
 
 def picture_of(line) -> str:
-    """The picture of a line that `append_dialogue` wrote; ValueError for any other line."""
+    """The picture of a line of OUT; ValueError for any other line."""
     raw = parse_json(line)
     if not isinstance(raw, dict) or not isinstance(raw.get("image"), str) or not raw["image"]:
         raise ValueError('it has no "image", the path of one')
@@ -479,7 +496,8 @@ def read_done(out) -> set:
 
 
 def is_cut_off(line) -> bool:
-    """Whether a line is the beginning of one that `append_dialogue` writes, and no more."""
+    """Whether a line is the beginning of one that a run writes, and no more."""
+    line = line.rstrip(b"\0")  # what a power cut may leave of the bytes that were not written
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -542,6 +560,7 @@ def generate_missing(args, failed) -> int:
     done = read_done(Path(args.out))
     questions = read_questions(args.questions)
     names = [name for name in find_pictures(args.images) if name not in done]
+    refuse_outside(names, args.images)
     print(f"{len(names):,} pictures to ask about, {len(done):,} are done")
     replies = ask_server(args) if args.server else ask_model(args)
 

@@ -14,6 +14,7 @@ import plumbing.start  # noqa: F401  # signals, and --help, before torch is ther
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -142,7 +143,7 @@ def main(argv):
     if os.path.realpath(cfg.data) == os.path.realpath(cfg.out):
         raise InputError(f"--out {brief(cfg.out)}: the list itself; give it another name")
     refuse_unwritable(cfg.out, "--out")
-    refuse_other(cfg.out, "--out", holds_lines, "list of pairs")
+    refuse_other(cfg.out, "--out", partial(holds_lines, keys=("query",)), "list of pairs")
     refuse_no_list(cfg.out, "--out")
     cfg.model = cfg.model or trained_model()
     embedder = model.load_for(cfg, setup())

@@ -107,11 +107,11 @@ def weight_sum(p) -> int:
 
 
 def read_index(store, D) -> dict:
-    """{file|size|time: embedding (D,)} of an index; {} where there is none, or a damaged one. Rows
+    """{file|size|times: embedding (D,)} of an index; {} where there is none, or a damaged one. Rows
     that are no embedding, of unit length, are left out."""
     try:
         with open_file(store) as file, np.load(file, allow_pickle=False) as old:
-            files, z = old["files"].tolist(), old["z"]  # (n, D)
+            files, z = json.loads(old["files"].tobytes()), old["z"]  # (n, D)
         if z.shape != (len(files), D) or z.dtype != np.float32:
             return {}
         is_unit = abs(np.linalg.norm(z, axis=1) - 1) < 1e-3  # no NaN is
@@ -124,13 +124,15 @@ def write_index(store, known):
     """Written beside and renamed: a cut-off index is never seen."""
     try:
         with written(store, "the index") as part, open(part, "wb") as file:
-            np.savez(file, files=np.array(list(known)), z=np.array(list(known.values())))
+            # Trap: an array of texts gives each of them the room of the longest.
+            files = np.frombuffer(json.dumps(list(known)).encode(), np.uint8)
+            np.savez(file, files=files, z=np.array(list(known.values())))
     except InputError as e:  # it is a convenience: the search goes on
         ranks.say(str(e))
 
 
 def list_files(folder, out, errors) -> dict:
-    """{file|size|time: path below the folder}: a file is the same while its size and time are.
+    """{file|size|times: path below the folder}: a file is the same while its size and times are.
     `out`, the picture that a search draws, is none of them; what is not there goes to errors."""
     paths = {}
     for path in find_pictures(folder):
@@ -141,7 +143,8 @@ def list_files(folder, out, errors) -> dict:
         except OSError as e:
             errors.append(f"{brief(folder / path)}: {e.strerror}")
         else:
-            paths[f"{path}|{stat.st_size}|{stat.st_mtime_ns}"] = path
+            # ctime, too: two files of one size, of a zip of one second, may change their names.
+            paths[f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"] = path
     return paths
 
 
