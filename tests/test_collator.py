@@ -203,3 +203,11 @@ def test_what_stands_before_a_picture_is_not_what_stands_before_a_text(shared):
     ):  # fmt: skip
         head = text_of(shared, collate.row(item), HEAD)
         equal(head, f"<|user|>{want}", f"{item.text!r}")
+
+
+def test_what_a_tokenizer_puts_in_front_is_for_all_to_see(shared):
+    """Its first token, as Llama's <s>: attention rests on it, and a mask would take it away."""
+    collate = copy.copy(shared.collate)
+    collate.template = dataclasses.replace(collate.template, start_ids=[9])
+    tokens = collate.row(Item("a")).tokens
+    equal((int(tokens["input_ids"][0]), int(tokens["roles"][0])), (9, HEAD), "Collator.row")

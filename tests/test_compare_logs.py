@@ -268,3 +268,30 @@ def test_each_seed_of_the_quick_start_is_normal_for_the_others(stage):
         worse = run._replace(loss=1.5 * run.loss)
         is_normal, line = compare_logs.verdict(worse, runs[0], band)
         expect(not is_normal, f"seed {run.config['seed']}: {line}", "outside", "it is too wide")
+
+
+def test_steps_outside_count_where_they_are_in_a_row():
+    """Every second step, twenty in all, is chance; ten side by side are none."""
+    band = compare_logs.Band(np.zeros(40), np.ones(40), 5)
+    loss = np.full(40, 0.5)
+    loss[::2] = 2.0
+    equal(compare_logs.first_outside(loss, band), None, "never two side by side")
+    loss[20:30] = 2.0
+    equal(compare_logs.first_outside(loss, band), 21, "compare_logs.first_outside")
+
+
+def test_a_longer_run_is_compared_by_what_all_have():
+    """Its last common steps are means of those before, and not of what came after."""
+    loss = np.concatenate([np.ones(10), np.full(10, 9.0)])
+    run = compare_logs.Run(Path("x"), {}, np.arange(1, 21), loss)
+    equal(run.until(10).tolist(), [1.0] * 10, "Run.until")
+
+
+@pytest.mark.parametrize("name", "lr muon_lr batch steps clip warmup temperature data".split())
+def test_a_flag_that_moves_a_loss_is_a_difference(name):
+    """Whatever its name: of OTHERWISE only what changes nothing."""
+    mine, other = (
+        compare_logs.Run(Path("x"), {"config": {name: x}}, np.zeros(0), np.zeros(0)) for x in "ab"
+    )
+    said = compare_logs.differences(mine, other)
+    equal(said, f"--{name.replace('_', '-')} a (b)", "compare_logs.differences")

@@ -16,7 +16,7 @@ from forked import on_ranks, said_on
 from ranks import SOME, TEMPERATURE, gradient
 
 import contrastive
-from data import ANSWER, COMPRESS, CONTENT, IMAGE, Item, Pair, read_pairs
+from data import ANSWER, COMPRESS, CONTENT, IMAGE, QUESTION, Item, Pair, read_pairs
 from plumbing import loader, start
 from plumbing.errors import InputError
 from plumbing.ranks import rank, world
@@ -289,3 +289,13 @@ def test_help_is_answered_without_torch():
     names = [field for field in read.__dataclass_fields__]
     equal(set(condense.Config.__dataclass_fields__), set(names), "fields")
     equal((read().condense, read().condense_share), (5.0, 0.4), "the defaults")
+
+
+def test_no_word_of_the_pair_stands_between_the_code_and_the_text():
+    """It is told from head and C alone: a question with the other side's words would tell it."""
+    collate = ranks.built("all").collate
+    cfg = condense.Config(batch=4, block=2, steps=4, condense_share=1.0)
+    for example in condense.local_batch(ranks.PAIRS, collate, cfg, 0, 0, 1).examples:
+        ids, roles = (example.row.tokens[key] for key in ("input_ids", "roles"))
+        said = collate.tokenizer.decode(ids[roles == QUESTION])
+        equal(said, "<|im_end|><|user|><|im_end|><|assistant|>", example.id)

@@ -452,3 +452,12 @@ def test_the_vlm2vec_style_is_what_its_code_feeds_the_model(family, family_folde
         want = torch.nn.functional.normalize(h[0, -1], dim=0).numpy()
         cosine = float((ours.encode([item])[0] * want).sum())
         expect(cosine > 0.99999, cosine, "> 0.99999", f"{family}: {text!r}")
+
+
+def test_without_a_code_lora_trains_its_matrices_alone():
+    """VLM2Vec's: K = 0 has no rows of the table."""
+    embedder = model.load("toy-random", compress_tokens=0, pooling="last", device="cpu")
+    model.choose_trained(embedder, TrainingFlags(model="toy-random", lora_rank=2))
+    names = [n for n, p in embedder.named_parameters() if p.requires_grad and "lora_" not in n]
+    equal(names, [], "beside LoRA")
+    equal(embedder.adapter.active_peft_config.trainable_token_indices, None, "in its config")

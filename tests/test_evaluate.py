@@ -517,3 +517,22 @@ def test_scores_go_onto_the_models_card_however_its_folder_is_spelled(tmp_path, 
     for json_file in ("./m/scores.json", str(tmp_path / "m/scores.json"), "m/other.json"):
         table.write_json(evaluate.Config(model="m", json=json_file), embedder, "digest", {}, means)
     equal(cards, ["m", "m"], "table.write_json")
+
+
+def test_what_is_nearer_by_more_than_rounding_is_nearer():
+    """Both measures: a difference of 1e-5 is one, of 5e-7 none."""
+    q = np.array([[1.0, 0.0]])
+    for gap, hit in ((1e-5, 1.0), (5e-7, 0.0)):
+        cosines = np.array([1.0, 1 - gap])
+        c = np.stack([cosines, np.sqrt(1 - cosines**2)], 1)
+        equal(evaluate.precision_at_1(q, c, [[0, 1]]), hit, f"precision_at_1, {gap}")
+        got = retrieval.measures(q, c, [[0, 1]], [1], [0, 1])
+        equal(got["p_at_1"], hit, f"measures, {gap}")
+
+
+def test_a_right_target_that_is_nan_is_recalled_at_no_depth():
+    """However few there are: of two candidates NaN is not among the first ten."""
+    c = unit(np.eye(12))
+    c[0] = math.nan
+    got = retrieval.measures(unit(np.ones((1, 12))), c, [[0, 1]], [1], list(range(12)))
+    equal([got[k] for k in ("p_at_1", "recall_at_5", "recall_at_10")], [0.0] * 3, "NaN")

@@ -1111,3 +1111,13 @@ def test_a_picture_that_is_nowhere_is_lost_once_however_often_it_is_named(tmp_pa
     write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
     with pytest.raises(InputError, match=r"A/y.png: no such picture\. Is"):
         data.read_tasks(str(tmp_path))
+
+
+def test_a_negative_without_a_text_is_a_picture_and_one_without_both_is_none(place):
+    """Null or empty."""
+    Image.new("RGB", (8, 8)).save(place / "n.png")
+    negatives = {"neg_text": [None, ""], "neg_image_path": ["n.png", ""]}
+    write(place / "neg" / "A" / "original-0.parquet", {**TRAIN, **negatives})
+    pairs = data.read_pairs(str(place / "neg"), image_root=str(place))["A"]
+    texts = [[(x.text, len(x.images)) for x in pair.negatives] for pair in pairs]
+    equal(texts, [[("<image>", 1)], []], "neg_text, neg_image_path")

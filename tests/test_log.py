@@ -209,3 +209,20 @@ def test_a_log_that_is_a_link_stays_one(tmp_path):
     link.symlink_to(real)
     run(tmp_path, 2)
     assert link.is_symlink() and len(real.read_text().splitlines()) == 3
+
+
+def test_what_is_counted_is_a_whole_number_on_the_screen(tmp_path):
+    """Tokens that are cut, examples that are skipped."""
+    logged = log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 0)
+    line = logged.line(0, "pairs", {"cut": 1200, "skipped": 3000})
+    expect("| cut 1,200 | skipped 3,000 |" in line, line, "thousands", "log.FORMS")
+
+
+def test_the_bar_goes_one_step_a_step(tmp_path, monkeypatch):
+    """From whatever step."""
+    logged = log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 10)
+    seen = []
+    monkeypatch.setattr(logged.bar, "update", lambda n=1: seen.append(n))
+    for step in range(10, 13):
+        logged(step, (1, "pairs"), {"loss": 0.0})
+    equal(seen, [1, 1, 1], "log.Log")

@@ -110,6 +110,12 @@ def looped_matryoshka(z, labels, keys):
     return sum(looped(part, labels, keys) for part in parts) / 3
 
 
+def looped_symmetric_matryoshka(z, labels, keys):
+    """Each length's mean of both directions."""
+    parts = [z, *(F.normalize(z[:, :n], dim=-1) for n in (2, 3))]
+    return sum(looped_symmetric(part, labels, keys) for part in parts) / 3
+
+
 ORACLES = {
     "plain": ({}, looped),
     "hardness": (dict(hardness=3.0), partial(looped, hardness=3.0)),
@@ -118,6 +124,7 @@ ORACLES = {
     "symmetric": (dict(symmetric=True), looped_symmetric),
     "symmetric, weighed": (dict(symmetric=True, **LOUD), partial(looped_symmetric, **LOUD)),
     "matryoshka": (dict(matryoshka="2,3"), looped_matryoshka),
+    "symmetric, matryoshka": (dict(symmetric=True, matryoshka="2,3"), looped_symmetric_matryoshka),
 }
 
 

@@ -521,3 +521,24 @@ def test_the_card_of_a_merged_model_has_the_scores_of_what_was_merged(tmp_path):
     plumbing.card.write(tmp_path / "merged", source=tmp_path / "run")
     said = (tmp_path / "merged" / "README.md").read_text()
     expect("| overall | 50.0 |" in said, said, "| overall | 50.0 |", "card.scores")
+
+
+def test_the_card_leaves_out_what_is_of_one_machine_and_what_is_no_flag():
+    """What was kept, what fitted into memory, which file it was; all else is said."""
+    unsaid = "out workers save_every keep fitting graph_memory resume command".split()
+    said = plumbing.card.training(dict.fromkeys(unsaid, "x") | {"lr": 0.1})
+    rows = [line for line in said.splitlines() if "`--" in line]
+    equal(rows, ["| `--lr` | 0.1 |"], "card.UNSAID")
+
+
+@pytest.mark.parametrize(
+    ("pooling", "words"), [("mean", "mean of the K tokens"), ("last", "last token")]
+)
+def test_the_card_says_how_a_vector_is_made(tmp_path, pooling, words):
+    """Pooling and prompt in words; a licence that is not known is said to be so."""
+    stored = {"compress_tokens": 4, "pooling": pooling, "prompt": "coma"}
+    (tmp_path / "nanocoma.json").write_text(json.dumps(stored))
+    said = plumbing.card.facts(tmp_path, "toy", None)
+    rows = (f"| pooling | {words} |", "| prompt | coma |", "| licence | the base model's (its card")
+    for row in rows:
+        expect(row in said, said, row, "card.facts")

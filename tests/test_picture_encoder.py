@@ -129,3 +129,18 @@ def test_tensors_stand_end_to_end_and_smaller_ones_have_zeros_behind_them():
     want = torch.zeros(6, 3, 4)
     want[:2], want[2:3, :2], want[3:, :, :1] = one, small, narrow
     equal(cat_padded([one, small, narrow]), want, "zeros")
+
+
+class WithSizes(Processor):
+    """The whole processor also says the sizes, which its image processor alone does not."""
+
+    def __call__(self, text, images, **_):
+        return super().__call__(text, images) | {"sizes": torch.tensor([images[0].size])}
+
+
+def test_an_image_processor_that_says_less_alone_is_never_asked_alone():
+    """For the fourth picture too the model has all tensors."""
+    encoder = PictureEncoder(WithSizes(), "")
+    for n in range(4):
+        check(encoder, red(n + 1), "sizes")
+        equal(sorted(encoder(red(n + 1)).images), ["pixel_values", "sizes"], f"picture {n}")

@@ -925,3 +925,32 @@ def test_a_link_to_a_folder_is_not_followed(tmp_path, capsys):
     equal(find_pictures(tmp_path), ["a.png"], "find_pictures")
     left_out = "left out: again: a link to a folder\nleft out: below/other: a link to a folder\n"
     equal(capsys.readouterr().out, left_out, "find_pictures")
+
+
+def test_of_two_zips_the_subsets_own_is_indexed_ahead(tmp_path, monkeypatch):
+    """It is the one that its pictures are looked for in."""
+    (tmp_path / "images_zip").mkdir()
+    for name in ("images.zip", "images_zip/a.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("x.png", b"")
+    opened = []
+    monkeypatch.setattr(images_module, "open_zip", opened.append)
+    for subset in ("a", "b"):
+        Images(tmp_path).prepare(subset)
+    equal(opened, [str(tmp_path / "images_zip/a.zip"), str(tmp_path / "images.zip")], "prepare")
+
+
+def test_a_name_as_it_stands_comes_before_images_in_a_zip_too(tmp_path):
+    """As in folders: MMEB's own names begin with the set's."""
+    path = zip_of(tmp_path / "images.zip", {"images/A/a.png": b"", "A/a.png": b""})
+    equal(Images(tmp_path).find("A/a.png", "A"), ZipImage(path, "A/a.png"), "names_in_zip")
+
+
+def test_a_whole_path_below_a_root_that_is_a_link_is_found_in_a_zip(tmp_path):
+    """By the link's name, and by that of the folder behind it."""
+    zip_of(tmp_path / "real" / "images.zip", {"A/a.png": b""})
+    (tmp_path / "link").symlink_to("real")
+    path = str(tmp_path / "link" / "images.zip")
+    for root in ("link", "real"):
+        name = str(tmp_path / root / "A" / "a.png")
+        equal(Images(tmp_path / "link").find(name, "A"), ZipImage(path, "A/a.png"), root)

@@ -175,3 +175,14 @@ def test_a_batch_is_a_function_of_seed_and_step():
             batches[seed, step] = contrastive.draw(sets, cfg, step)
             equal(contrastive.draw(sets, cfg, step), batches[seed, step], "no state")
     equal(len({str(batch) for batch in batches.values()}), 9, "nine batches")
+
+
+def test_a_set_smaller_than_a_block_repeats_itself_in_turn():
+    """Beside large ones it is hardly ever drawn."""
+    cfg = contrastive.Config(batch=16, block=8)
+    for step in range(4):
+        drawn = contrastive.draw({"small": Lazy(3, None)}, cfg, step)
+        for first in (0, 8):
+            numbers = [i for _, i in drawn[first : first + 8]]
+            equal(sorted(numbers[:3]), [0, 1, 2], "all of it")
+            equal(numbers, [numbers[i % 3] for i in range(8)], "over again")

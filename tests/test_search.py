@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import threads
 import torch
-from checks import equal, shorten, toy
+from checks import equal, expect, shorten, toy
 from forked import on_ranks, said_on
 from PIL import Image
 
@@ -616,3 +616,12 @@ def test_the_picture_that_is_searched_with_is_not_drawn_over(folder, tmp_path):
     cfg = search.Config(images=str(folder), query_image=str(photo), out=str(photo))
     with pytest.raises(InputError, match="--out .*photo.png: would be written over what is read"):
         search.refuse_place(cfg)
+
+
+def test_a_weight_that_is_not_trained_counts_too():
+    """Under an adapter all but its own are frozen."""
+    frozen = shorten(toy()).requires_grad_(False)
+    key = search.fingerprint(frozen)
+    weight = frozen.mllm.get_output_embeddings().weight.data
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    expect(search.fingerprint(frozen) != key, key, "another", "search.fingerprint")

@@ -197,3 +197,19 @@ def test_a_step_clips_the_gradient_says_its_norm_and_leaves_none(clip, factor):
     close(norm, 5.0, "before clipping")
     close(before - net.weight, factor * torch.tensor([[3.0, 4.0]]), "what SGD took", 1e-4)
     equal(net.weight.grad, None, "the next backward pass begins with none")
+
+
+@pytest.mark.parametrize(("warmup", "rise"), [(0.14, 1), (0.16, 2), (1.0, 10)])
+def test_a_warm_up_of_broken_steps_is_rounded(warmup, rise):
+    """Of ten steps 1.4 are one, and 1.6 two; a warm-up of all has its peak in the last."""
+    cfg = TrainingFlags(steps=10, warmup=warmup)
+    close(optim.rate_at(0, 0.3, cfg), 0.3 / rise, "the first step")
+    close(optim.rate_at(rise - 1, 0.3, cfg), 0.3, "the peak")
+
+
+def test_muon_has_its_own_rate_where_it_trains_all():
+    """With LoRA and K = 0: its weights are all matrices, and AdamW's peak is no one's."""
+    cfg = TrainingFlags(muon_lr=0.2, steps=10, warmup=0.2)
+    (muon,) = optim.make_optimizers(nn.Linear(4, 4, bias=False), cfg)
+    close(optim.begin_step([muon], 0, cfg), 0.1, "half of Muon's peak")
+    close(muon.param_groups[0]["lr"], 0.1, "what it takes")

@@ -25,6 +25,7 @@ import model
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import DESCRIBE, IMAGE, checked_digest
+from plumbing.images import open_image
 from tools import (
     check,
     compare_logs,
@@ -768,3 +769,33 @@ def test_export_into_a_place_that_is_none_is_one_line(tmp_path):
     with pytest.raises(InputError, match="not written"):
         export.main([str(tmp_path / "file" / "x")])
     assert (tmp_path / "file").read_text() == "whole"
+
+
+def as_seen(item) -> tuple:
+    """An Item's text, and the pixels of its pictures."""
+    return item.text, [open_image(picture).tobytes() for picture in item.images]
+
+
+def test_what_is_exported_is_the_toy_worlds_own_to_the_pixel(tmp_path):
+    """Queries, targets and candidates, each in its own place, each with its own picture."""
+    top = str(tmp_path / "toy")
+    export.main([top, "--examples", "3"])
+    toy, sets = data.read_pairs(), data.read_pairs(f"{top}/MMEB-train")
+    (pairs,) = data.read_pairs(f"{top}/pairs.jsonl").values()
+    for n, task in enumerate(toy):
+        for i in range(3):
+            want = [as_seen(x) for x in (toy[task][i].query, *toy[task][i].targets)]
+            for pair in (sets[task][i], pairs[len(toy) * i + n]):
+                got = [as_seen(x) for x in (pair.query, *pair.targets)]
+                assert got == want, (task, i)
+    tasks = {task.name: task for task in data.read_tasks(f"{top}/MMEB-eval")}
+    for task in data.read_tasks(limit=3):
+        for ours, theirs in zip(tasks[task.name].queries, task.queries, strict=True):
+            got, want = ([as_seen(x) for x in (query, *rest)] for query, rest in (ours, theirs))
+            assert got == want, task.name
+    talks, dialogues = data.read_dialogues(f"{top}/dialogues.jsonl"), data.read_dialogues()
+    for i in range(3):
+        assert as_seen(talks[i].item) == as_seen(dialogues[i].item), i
+        for folder in ("captions", "captions-csv"):
+            (picture,) = data.read_dialogues(f"{top}/{folder}")[i].item.images
+            assert open_image(picture).tobytes() == scene(i).render().tobytes(), folder
