@@ -36,7 +36,7 @@ from plumbing.formats import Place, checked_digest
 from plumbing.graphs import KeptGraphs
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
-from plumbing.memory import Budget, leavable, meeting, remember_tower, token_chunks, until_it_fits
+from plumbing.memory import leavable, meeting, remember_tower, token_chunks, until_it_fits
 from plumbing.precision import products
 from plumbing.replay import replay, rng_state
 
@@ -294,10 +294,9 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     embedder.train()
     batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)
     for step, batch in log.steps(batches):
-        with checkpoint.saved_after(embedder, optimizers, cfg, step), graphs.of_a_step() as keep:
+        with checkpoint.saved_after(embedder, optimizers, cfg, step), graphs.budget() as budget:
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
-            budget = Budget.of(cfg, device, keep)
             out = take_step(embedder, batch, cfg.temperature, budget, loss_fn)
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------

@@ -31,22 +31,22 @@ class KeptGraphs:
         self.number = None  # of chunks that keep their graph, as it was printed last
 
     @contextmanager
-    def of_a_step(self):
-        """Around a step of all ranks: how many chunks may keep their graph. Inside, what graphs
-        take is measured, so that a step with heavier rows is the last to keep too many."""
-        number, forward = self.that_fit(), self.embedder.forward
-        full = Budget.of(self.cfg, self.embedder.device, number).chunk_tokens
+    def budget(self):
+        """Around a step of all ranks: the Budget that it may keep to. Inside, what graphs take is
+        measured, so that a step with heavier rows is the last one to keep too many."""
+        forward = self.embedder.forward
+        budget = Budget.of(self.cfg, self.embedder.device, self.that_fit())
 
         def forward_measured(inputs):
             with graph_bytes() as sizes:
                 z = forward(inputs)
-            tokens = inputs["input_ids"].numel()
-            self.largest = max(self.largest, as_if_full(sum(sizes.values()), tokens, full))
+            size, tokens = sum(sizes.values()), inputs["input_ids"].numel()
+            self.largest = max(self.largest, as_if_full(size, tokens, budget.chunk_tokens))
             return z
 
         self.embedder.forward = forward_measured
         try:
-            yield number
+            yield budget
         finally:
             del self.embedder.forward
 

@@ -526,8 +526,6 @@ FIVE = [
      "Budget(chunk_tokens, keep_graphs)", "tests/test_memory.py"),
     ("plumbing/memory.py", "Budget(chunk_tokens, keep_graphs, cfg.vision_cache)",
      "Budget(chunk_tokens, 1, cfg.vision_cache)", "tests/test_memory.py"),
-    ("contrastive.py", "Budget.of(cfg, device, keep)", "Budget.of(cfg, device, 1)",
-     "tests/test_graphs.py -k whatever_it_keeps"),
     ("plumbing/memory.py", "(len(chunks[-1]) + 1) * longest <= chunk_tokens",
      "len(chunks[-1]) * longest <= chunk_tokens", "tests/test_memory.py"),
     ("plumbing/memory.py", "(len(chunks[-1]) + 1) * longest <= chunk_tokens",

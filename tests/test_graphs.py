@@ -171,10 +171,10 @@ def run_of(monkeypatch):
 
 def step(run, *tokens) -> int:
     """A step with chunks of so many tokens. -> how many of them kept their graph."""
-    with run.of_a_step() as number:
+    with run.budget() as budget:
         for n in tokens:
             run.embedder({"input_ids": torch.zeros(1, n)})
-    return number
+    return budget.keep_graphs
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_the_forward_pass_is_put_back(run_of):
     step(run, 100)
     equal("forward" in vars(run.embedder), False, "after a step")
     with pytest.raises(KeyError):
-        with run.of_a_step():
+        with run.budget():
             run.embedder({})
     equal("forward" in vars(run.embedder), False, "after an error")
     equal(step(run, 100), 5, "what was seen stays")

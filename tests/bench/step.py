@@ -336,8 +336,8 @@ def as_trained(embedder, cfg):
     graphs = KeptGraphs(cfg, embedder)
 
     def step(embedder, queries, targets):
-        with graphs.of_a_step() as keep:
-            ours(embedder, queries, targets, Budget.of(cfg, embedder.device, keep))
+        with graphs.budget() as budget:
+            ours(embedder, queries, targets, budget)
 
     return step
 
