@@ -134,7 +134,7 @@ def main(cfg):
     table.refuse_json(cfg)
     cfg.model = cfg.model or trained_model()
     digest = checkpoint.same_model(cfg.model)
-    tasks = read_tasks(cfg.data, cfg.image_root or None, cfg.subsets, cfg.limit, cfg.seed)
+    tasks = read_tasks(cfg.data, cfg.image_root, cfg.subsets, cfg.limit, cfg.seed)
     embedder = load_for(cfg, device)
     say(f"evaluating {cfg.model}")
 

@@ -26,7 +26,8 @@ FEW = 50_000  # examples that are not worth a worker
 
 
 class Place(NamedTuple):
-    """Where the pictures are (None: beside the list), and the list of bad examples ("": none)."""
+    """Where the pictures are (None or "": beside the list), and the list of bad examples ("": there
+    is none)."""
 
     image_root: str | None = None
     skip_bad: str = ""
@@ -35,7 +36,7 @@ class Place(NamedTuple):
     def of(x) -> "Place":
         """From an image root, from a stage's flags, or as it is."""
         if hasattr(x, "image_root"):
-            return Place(x.image_root or None, x.skip_bad)
+            return Place(x.image_root, x.skip_bad)
         return Place(x)
 
 

@@ -396,7 +396,7 @@ FIVE = [
      'first_model("out/pretrain", "out/contrastive")', "tests/test_stage_parts.py -k last_stage"),
     ("evaluate.py", "cfg.subsets, cfg.limit, cfg.seed)", "cfg.subsets, cfg.limit)",
      "tests/test_stage_parts.py -k reach_the_tasks"),
-    ("evaluate.py", "cfg.image_root or None, cfg.subsets,", "cfg.image_root or None, \"\",",
+    ("evaluate.py", "cfg.image_root, cfg.subsets,", "cfg.image_root, \"\",",
      "tests/test_stage_parts.py -k reach_the_tasks"),
     ("evaluate.py", "    table.refuse_json(cfg)\n", "", "tests/test_stage_parts.py -k refused_before"),
     ("evaluate.py", "if cfg.json and ranks.rank() == 0:", "if cfg.json and ranks.rank() == 1:",

@@ -298,7 +298,7 @@ ROOMS = [
     ("plumbing/files.py", 'path.startswith("data:") or', "", PICTURES),
     ("plumbing/files.py", '"://" in path[:10]', '"://" in path', PICTURES),
     # -------------------------------------------------------------------------- plumbing/first_pass
-    ("plumbing/first_pass.py", "return Place(x.image_root or None, x.skip_bad)", "return Place(x.image_root or None)", SKIP),
+    ("plumbing/first_pass.py", "return Place(x.image_root, x.skip_bad)", "return Place(x.image_root)", SKIP),
     ("plumbing/first_pass.py", "if (type(bad.list), type(bad.digest), type(bad.example)) != (str, int, int):", "if False:", SKIP),
     ("plumbing/first_pass.py", "enumerate(file, 1):", "enumerate(file):", SKIP),
     ("plumbing/first_pass.py", "if bad.digest != now.digest or not", "if not", SKIP),

@@ -32,7 +32,7 @@ TOOLS = [
     ("tools/mine.py", "{few:,} lines get fewer", "{len(lines) - few:,} lines get fewer", f"{MINE} -k get_fewer"),
     ("tools/mine.py", "(*rights_of[pair.query], *pair.negatives)", "rights_of[pair.query]", f"{MINE} -k calls_wrong"),
     ("tools/mine.py", "cfg.model or trained_model()", 'cfg.model or "toy"', f"{MINE} -k flags_reach"),
-    ("tools/mine.py", "read_pairs(cfg.data, cfg.image_root or None)", "read_pairs(cfg.data)", f"{MINE} -k flags_reach"),
+    ("tools/mine.py", "read_pairs(cfg.data, cfg.image_root)", "read_pairs(cfg.data)", f"{MINE} -k flags_reach"),
     ("tools/mine.py", 'cfg.chunk_tokens, cfg.workers, "embedding"', 'None, cfg.workers, "embedding"', f"{MINE} -k flags_reach"),
     ("tools/mine.py", "self.pair_of.append(i)", "self.pair_of.append(len(self.pair_of))", f"{MINE} -k first_line_that"),
     ("tools/mine.py", "(and {len(bad) - 1:,} more", "(and {len(bad):,} more", f"{MINE} -k first_line_that"),

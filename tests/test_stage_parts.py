@@ -141,8 +141,8 @@ def test_the_flags_of_the_data_reach_both_stages(watched, monkeypatch):
     flags = dict(subsets="A", split="diverse_instruction", image_root="r", skip_bad="bad")
     watched(contrastive, data="a folder", **flags)
     want = [
-        ("shapes", None, "", 3, 2, False, 0.5), ("shapes", None, "", 3, 0, True, 0.0),
-        ("talks.jsonl", "r", "bad", 0, 0, False, 0.0), ("shapes", None, "", "vqa:5", 3, "original"),
+        ("shapes", "", "", 3, 2, False, 0.5), ("shapes", "", "", 3, 0, True, 0.0),
+        ("talks.jsonl", "r", "bad", 0, 0, False, 0.0), ("shapes", "", "", "vqa:5", 3, "original"),
         ("a folder", "r", "bad", "A", 0, "diverse_instruction"),
     ]  # fmt: skip
     equal(read, want, "read_dialogues, read_pairs")
@@ -461,7 +461,7 @@ def test_the_flags_of_the_data_reach_the_tasks(evaluated):
     flags = dict(data="d", image_root="r", subsets="s", limit=3)
     equal(evaluated(model="x", **flags).read, ("d", "r", "s", 3, 0), "read_tasks")
     equal(evaluated(model="x", seed=4).read[4], 4, "read_tasks")
-    equal(evaluated(model="x").read, ("shapes", None, "", 0, 0), "the defaults")
+    equal(evaluated(model="x").read, ("shapes", "", "", 0, 0), "the defaults")
 
 
 def test_rank_0_alone_writes_the_scores(evaluated, tmp_path):

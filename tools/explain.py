@@ -78,7 +78,7 @@ def explain_pretrain(cfg, device):
     cfg.model = cfg.model or "toy"
     embedder = model.load_for(cfg, device)
     model.choose_trained(embedder, TrainingFlags())  # says what training would train
-    dialogues = read_dialogues(cfg.data, cfg.image_root or None, cfg.seed, caption=cfg.caption)
+    dialogues = read_dialogues(cfg.data, cfg.image_root, cfg.seed, caption=cfg.caption)
     refuse_unfit([dialogues])
     walk_dialogue(embedder, dialogues[0], cfg.compress)
 
@@ -161,7 +161,7 @@ def explain_contrastive(cfg, device):
     cfg.model = cfg.model or stage_1_model()
     embedder = model.merge(model.load_for(cfg, device))  # as stage 2 does with stage 1's adapter
     model.choose_trained(embedder, TrainingFlags())  # says what training would train
-    pairs = read_pairs(cfg.data, cfg.image_root or None, cfg.subsets, cfg.seed)
+    pairs = read_pairs(cfg.data, cfg.image_root, cfg.subsets, cfg.seed)
     refuse_unfit(pairs.values())
     for name, examples in pairs.items():
         say(f"  {name:<20} {len(examples):>13,} pairs")
@@ -281,9 +281,8 @@ def write_html(cfg, device):
     stage_1 = stage_2 = model.load_for(dataclasses.replace(cfg, model=first), device)
     if second != first:
         stage_2 = model.load_for(dataclasses.replace(cfg, model=second), device)
-    place = cfg.image_root or None
-    dialogues = read_dialogues(cfg.data, place, cfg.seed, caption=cfg.caption)
-    pairs = read_pairs(cfg.data, place, cfg.subsets, cfg.seed)
+    dialogues = read_dialogues(cfg.data, cfg.image_root, cfg.seed, caption=cfg.caption)
+    pairs = read_pairs(cfg.data, cfg.image_root, cfg.subsets, cfg.seed)
     refuse_unfit([dialogues, *pairs.values()])
     models = explain_page.Models(stage_1, stage_2, (first, second))
     page = explain_page.make_page(models, dialogues[0], pairs, cfg)

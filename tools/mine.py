@@ -110,7 +110,7 @@ def refuse_not_finite(z, places, name):
 
 def mine(embedder, cfg) -> list:
     """The list's lines, each with its negatives."""
-    (pairs,) = read_pairs(cfg.data, cfg.image_root or None).values()
+    (pairs,) = read_pairs(cfg.data, cfg.image_root).values()
     source = pairs.source.raw  # the same reading: the file may change meanwhile
     lines = [parse_json(source.line(i)) for i in range(len(source))]
     raw_targets = [as_written(line, pairs.source.images) for line in lines]
