@@ -1,13 +1,12 @@
 """Evaluation sets from files: MMEB's, and one's own pairs and captions, whose queries are compared
-with all targets of the set, or with their own candidates where the file gives them.
+with all targets of the set, or with their own candidates where the file gives them. What is read is
+plain: (name, meta-task, out of distribution?, queries, ...), of which data.py makes its Tasks.
 
 Top to bottom: what is read - where the right one stands among the others."""
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,22 +23,9 @@ BLOCK = 256  # queries whose scores against all targets are computed at a time
 META_TASKS = ("Classification", "VQA", "Retrieval", "Grounding", "Other")
 
 
-class PlainTask(NamedTuple):
-    """One evaluation set, of which data.py makes a Task: its name, its meta-task, whether it is out
-    of distribution, its (query, candidates). For one's own data also `rights`, how many of a
-    query's first candidates are right, and `pool`, which a query without wrong ones is compared
-    with."""
-
-    name: str
-    meta_task: str
-    ood: bool
-    queries: Sequence
-    rights: Sequence = ()
-    pool: Sequence = ()
-
-
-def read_tasks(source, image_root, subsets, limit=0) -> list:
-    """The PlainTasks of a .jsonl of pairs, a folder with captions, a folder or hub id like MMEB.
+def read_tasks(source, image_root, subsets, limit) -> list:
+    """The fields of a Task, for each set of a .jsonl of pairs, a folder with captions, a folder or
+    hub id in MMEB's layout.
 
     A folder in MMEB's layout may hold sets.json, {name: {"meta_task": ..., "ood": true or false}},
     for sets that are none of MMEB's; without it they are "Other", and in distribution."""
@@ -49,15 +35,12 @@ def read_tasks(source, image_root, subsets, limit=0) -> list:
         pair_sets = formats.read_pair_sets(source, image_root)
         agree({"data (its digest)": formats.checked_digest(pair_sets.values())}, note)
         return [own_task(name, pairs, limit) for name, pairs in pair_sets.items()]
-    named = read_named(source)
-    sets, tasks = mmeb.eval_sets(source, image_root, subsets, limit), []
-    digests = {}
-    for name, queries in sets.items():
+    named, tasks, digests = read_named(source), [], {}
+    for name, queries in mmeb.eval_sets(source, image_root, subsets, limit).items():
+        meta_task, ood = named.get(name) or mmeb.meta_task_of(name)
+        tasks.append((name, meta_task, ood, queries))
         digests[f"{name} (its digest)"] = len(queries), queries.source.raw.digest
     agree(digests, note)
-    for name, queries in sets.items():
-        meta_task, ood = named.get(name) or mmeb.meta_task_of(name)
-        tasks.append(PlainTask(name, meta_task, ood, queries))
     return tasks
 
 
@@ -84,10 +67,11 @@ def all_rights(lines) -> dict:
     return rights
 
 
-def own_task(name, pairs, limit) -> PlainTask:
-    """Pairs as an evaluation set. Their hard negatives, where a line has some, are its candidates;
-    all other queries are compared with the distinct targets of the whole file. Of a query that
-    stands on several lines all of their targets are right. limit > 0: so many queries at most."""
+def own_task(name, pairs, limit) -> tuple:
+    """Pairs as an evaluation set, all six fields of a Task. A query's candidates are its targets
+    and, where its line has some, its hard negatives; without these it is compared with the distinct
+    targets of the whole file. Of a query that stands on several lines all of their targets are
+    right. limit > 0: so many queries at most."""
     lines = [(content, targets) for content, targets, _ in pairs]  # each is read once
     rights_of = all_rights(lines)
     pool = dict.fromkeys(target for _, targets in lines for target in targets)  # in their order
@@ -99,7 +83,7 @@ def own_task(name, pairs, limit) -> PlainTask:
 
     rights = [len(rights_of[content]) for content, _ in lines]
     queries = Lazy(len(pairs), query).first(limit)
-    return PlainTask(name, "Retrieval", False, queries, rights, list(pool))
+    return name, "Retrieval", False, queries, rights, list(pool)
 
 
 # ------------------------------------------------------------------------- where the right one is

@@ -1103,9 +1103,9 @@ FILES = [
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/retrieval.py", "mmeb.eval_sets(source, image_root, subsets, limit), []",
-        "mmeb.eval_sets(source, image_root, subsets), []",
-        "tests/test_lists.py",
+        "plumbing/retrieval.py", "mmeb.eval_sets(source, image_root, subsets, limit).items()",
+        "mmeb.eval_sets(source, image_root, subsets, 0).items()",
+        "tests/test_evaluate.py",
     ),
     (
         "plumbing/retrieval.py", 'named[name] = (x["meta_task"], x.get("ood", False))',
