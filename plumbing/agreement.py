@@ -47,9 +47,15 @@ def together(work):
     return result
 
 
+def on_rank_0(work):
+    """work() on rank 0 alone; its InputError is raised on all ranks alike. -> what it returned, on
+    rank 0; None on the others."""
+    return together(lambda: work() if rank() == 0 else None)
+
+
 def by_rank_0(work):
-    """What work() returns on rank 0, which alone does it: on all ranks, and an InputError, too."""
-    return gather_objects(together(lambda: work() if rank() == 0 else None))[0]
+    """The same for all ranks: each of them gets what work() returned on rank 0."""
+    return gather_objects(on_rank_0(work))[0]
 
 
 def command_of(cfg) -> str:

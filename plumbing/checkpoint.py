@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 
 from plumbing import card
 from plumbing.adapters import find_base
-from plumbing.agreement import agree, by_rank_0, command_of, join, together
+from plumbing.agreement import agree, by_rank_0, command_of, join, on_rank_0, together
 from plumbing.combinations import option
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, brief
@@ -296,7 +296,7 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
         remove_checkpoints(cfg.out)
         say(f"--resume: the run in {cfg.out} is finished; its model is there")
         sys.exit(0)
-    newest = together(lambda: newest_whole(shapes, cfg) if rank() == 0 else None)
+    newest = on_rank_0(lambda: newest_whole(shapes, cfg))
     state = gather_objects(newest.state if newest else None)[0]  # rank 0's
     if state is None:
         return 0

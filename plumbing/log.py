@@ -14,7 +14,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from plumbing.agreement import together
+from plumbing.agreement import on_rank_0
 from plumbing.errors import InputError
 from plumbing.ranks import rank, say, world
 from plumbing.writing import write_whole
@@ -40,7 +40,7 @@ class Log:
         self.count = 0  # of what a step's speed is counted in, since `start`
         self.complaint = ""  # of the disk, said once
         self.every = max(1, min(20, cfg.steps // 10))  # steps between two lines on the screen
-        self.file = together(lambda: open_log(cfg, start) if rank() == 0 else None)
+        self.file = on_rank_0(lambda: open_log(cfg, start))
         self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() > 0 or None, leave=False)
 
     def steps(self, batches):

@@ -133,6 +133,7 @@ ROOMS = [
     ("plumbing/agreement.py", "brief(other, 60)", "other", AGREEMENT),
     ("plumbing/agreement.py", "if text:\n", "if text and not number:\n", AGREEMENT),
     ("plumbing/agreement.py", "lambda: work() if rank() == 0 else None", "work", AGREEMENT),
+    ("plumbing/agreement.py", "return gather_objects(on_rank_0(work))[0]", "return on_rank_0(work)", AGREEMENT),
     ("plumbing/agreement.py", 'flags = {"the script": Path(sys.argv[0]).name}', "flags = {}", AGREEMENT),
     ("plumbing/agreement.py", "field.name not in OF_A_NODE", 'field.name not in (*OF_A_NODE, "seed")', AGREEMENT),
     ("plumbing/agreement.py", '"skip_bad", "out", "json", "workers")', '"skip_bad", "json", "workers")', AGREEMENT),
