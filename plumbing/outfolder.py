@@ -1,5 +1,4 @@
-"""OUT, the folder that a run writes: found fit before any work, of one run at a time, and marked
-when the run is over."""
+"""OUT, the folder that a run writes: found fit before any work, and of one run at a time."""
 
 import os
 from pathlib import Path

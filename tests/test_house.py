@@ -4,6 +4,7 @@ A complaint says file, line and rule; each kind is shown to be found in a plante
 
 import ast
 import io
+import re
 import tokenize
 from pathlib import Path
 
@@ -129,6 +130,14 @@ def dynamic_imports(house):
     return complaints
 
 
+def unmapped_rooms(house):
+    """The map in plumbing/__init__.py names each of its rooms once, and no other."""
+    rooms = sorted(name.partition(".")[2] for name in house if name.startswith("plumbing."))
+    text = ast.get_docstring(ast.parse(house["plumbing"]), clean=False)
+    named = sorted(re.findall(r"(?m)^ {4}(\w+) {2,}\S", text))
+    return [] if named == rooms else [f"the map names {named}, there are {rooms}"]
+
+
 # ------------------------------------------------------------------------------------------- limits
 
 
@@ -229,6 +238,7 @@ RULES = (
     wrong_imports,
     circles,
     dynamic_imports,
+    unmapped_rooms,
     too_long_files,
     unwieldy_functions,
     dense_files,
@@ -246,7 +256,7 @@ def test_the_house_is_in_order(house, rule):
 PLAIN = 'import plumbing.errors\n\n# Why this is here.\nx = 1\n"""A word."""\n'
 PASSES = "def two_passes():\n    states = rng_state()\n    with replay(states):\n        pass\n"
 TREE = {  # a tiny house without a fault
-    "plumbing/__init__.py": '"""Rooms."""\n',
+    "plumbing/__init__.py": '"""Rooms.\n\n    errors   what\n    ranks    who\n"""\n',
     "plumbing/errors.py": "import os\n",
     "plumbing/ranks.py": "from plumbing.errors import x\nfrom . import errors\n",
     "toy/world.py": "import random\n",
@@ -280,6 +290,7 @@ FAULTS = [  # (rule, file, what is added to it, what the complaint says)
     (dynamic_imports, "data.py", "x = __import__('model')", "data, line 7: __import__"),
     (dynamic_imports, "tools/look.py", "from importlib import import_module", "import_module"),
     (dynamic_imports, "toy/make.py", "exec(x)", "exec"),
+    (unmapped_rooms, "plumbing/new.py", "x = 1", "there are ['errors', 'new', 'ranks']"),
     (too_long_files, "evaluate.py", "x = 1\n" * 164, "evaluate: 171 lines, at most 170"),
     (unwieldy_functions, "toy/make.py", LONG, "f has 41 lines without its docstring"),
     (unwieldy_functions, "tools/pictures.py", LONG_MAIN, "main has 61 lines"),
@@ -292,10 +303,10 @@ FAULTS = [  # (rule, file, what is added to it, what the complaint says)
 
 def planted(folder, changes):
     """The tiny house in a folder, with text added to some of its files."""
-    for name, text in TREE.items():
+    for name in {**TREE, **changes}:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text + changes.get(name, "") + "\n")
+        path.write_text(TREE.get(name, "") + changes.get(name, "") + "\n")
     return read_tree(folder)
 
 
