@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from plumbing.combinations import option
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file
-from plumbing.folders import CARD, digest_of_weights, read_json
+from plumbing.folders import CARD, FINISHED, digest_of_weights, read_json
 from plumbing.ranks import say
 from plumbing.writing import written
 
@@ -62,7 +62,7 @@ def runs_of(folder) -> list:
     started from the weights that are there today."""
     runs = []
     while len(runs) < 10:  # a chain that bites its own tail ends, too
-        flags = read_json(folder, "finished.json").get("config")
+        flags = read_json(folder, FINISHED).get("config")
         if not isinstance(flags, dict):
             break
         runs.append(flags)

@@ -32,7 +32,7 @@ from plumbing.files import on_the_disk, refuse_special
 from plumbing.first_pass import digest_of_listed
 from plumbing.folders import (
     CHECKPOINTS,
-    MARK,
+    FINISHED,
     digest_of_settings,
     digest_of_weights,
     local_folder,
@@ -180,7 +180,7 @@ def mark_finished(cfg):
     """Writes the mark that the run is over: a later --resume finds it, and trains no more."""
     mark = json.dumps(written_state(cfg, cfg.steps), indent=1) + "\n"
     try:
-        with written(Path(cfg.out, MARK), "the mark") as part:
+        with written(Path(cfg.out, FINISHED), "the mark") as part:
             part.write_text(mark)
     except InputError as e:
         say(f"{cfg.out}: the model is saved, but not the mark that the run is over: {e}")
@@ -262,7 +262,7 @@ def digest_of_model(name) -> str:
 def refuse_taken(cfg):
     """Raises InputError where OUT holds an unfinished run and --resume is not given, or it is given
     and the run is another one: before the model is loaded, and OUT/merged written."""
-    saved, finished = checkpoints_in(cfg.out), Path(cfg.out, MARK).exists()
+    saved, finished = checkpoints_in(cfg.out), Path(cfg.out, FINISHED).exists()
     if saved and not finished and not cfg.resume:
         where = f"{cfg.out} holds {saved[-1].name} of an unfinished run"
         raise InputError(f"{where}: --resume goes on with it; or take another --out, or remove it")
@@ -273,7 +273,7 @@ def refuse_taken(cfg):
         return
     states = [(folder, "state.json") for folder in saved]
     if finished:
-        states = [(cfg.out, MARK)]
+        states = [(cfg.out, FINISHED)]
     for folder, name in states:
         with suppress(Damaged):  # reported when it is loaded
             # The data are not read yet.
@@ -335,11 +335,11 @@ class Checkpoint(NamedTuple):
 def is_finished(cfg) -> bool:
     """Whether --resume finds this run's model whole. Where a run begins anew in its place, the mark
     goes, and what is left of its checkpoints."""
-    mark = Path(cfg.out, MARK)
+    mark = Path(cfg.out, FINISHED)
     if not mark.exists():
         return False
     if cfg.resume:
-        refuse_another_run(read_state(cfg.out, MARK), cfg)
+        refuse_another_run(read_state(cfg.out, FINISHED), cfg)
         return True
     for old in checkpoints_in(cfg.out):
         remove(old)

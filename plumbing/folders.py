@@ -27,7 +27,7 @@ SETTING_FILES = [  # that `load` reads, beside the weights and an adapter's flag
     *("config.json", "nanocoma.json", "*processor_config.json", "*.jinja", "chat_template.json"),
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
 ]
-MARK = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
+FINISHED = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
 RESUME = "the command that began it, with --resume, finishes it"
 CARD = "README.md"  # a model's licence is in it; nothing is loaded from it
 WEIGHTS = "*.safetensors"
@@ -39,7 +39,7 @@ STALE = [
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    *("compression_pooling.py", "[123]_*/config.json", MARK),
+    *("compression_pooling.py", "[123]_*/config.json", FINISHED),
 ]
 # Without one of these no library takes a folder for a model, or an adapter.
 LAST = ("modules.json", "adapter_config.json", "config.json")  # in this order
@@ -188,7 +188,7 @@ def refuse_hostile(folder):
 
 def is_unfinished(folder) -> bool:
     """Whether a run into it was begun, and has not come to its end."""
-    return any(Path(folder).glob(CHECKPOINTS)) and not Path(folder, MARK).exists()
+    return any(Path(folder).glob(CHECKPOINTS)) and not Path(folder, FINISHED).exists()
 
 
 def shapes_of_weights(folder, pattern=WEIGHTS) -> dict:

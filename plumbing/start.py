@@ -13,7 +13,7 @@ from plumbing import config
 from plumbing.ending import leave, leave_by, watch_signals
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {
+TYPES = {
     "bool": bool,
     "int": int,
     "float": float,
@@ -49,7 +49,7 @@ def read_field(line) -> tuple:
     declare = getattr(config, line.value.func.id)  # flag or word
     values = [ast.literal_eval(x) for x in line.value.args]
     named = {x.arg: ast.literal_eval(x.value) for x in line.value.keywords}
-    return line.target.id, KINDS[ast.unparse(line.annotation)], declare(*values, **named)
+    return line.target.id, TYPES[ast.unparse(line.annotation)], declare(*values, **named)
 
 
 def open_streams():

@@ -341,7 +341,7 @@ FRESH = [
     ("plumbing/rendering.py", "else min(has + MEMORY, hard)", "else has + MEMORY", "tests/test_rendering.py -k limit_that_is_there"),
     ("plumbing/ranks.py", "        timer.cancel()\n", "        pass\n", "tests/test_ranks.py -k waits_for"),
     ("plumbing/ranks.py", 'os.environ.get("LOCAL_RANK", "0") == "0"', "True", "tests/test_ranks.py -k waits_for"),
-    ("plumbing/folders.py", " and not Path(folder, MARK).exists()", "", "tests/test_careless.py -k unfinished"),
+    ("plumbing/folders.py", " and not Path(folder, FINISHED).exists()", "", "tests/test_careless.py -k unfinished"),
     ("plumbing/weights.py", "folders.is_unfinished(path)", "False", "tests/test_careless.py -k unfinished"),
     ("plumbing/checkpoint.py", "return error.__cause__ is not None and is_of_machine(error.__cause__)", "return False", "tests/test_resume.py -k no_file_may"),
     # ------------------------------------------------------------------------ what others' files hold

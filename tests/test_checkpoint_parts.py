@@ -377,7 +377,7 @@ def test_a_finished_run_has_its_model_its_mark_and_no_checkpoints(cfg, capsys):
     equal(wrote, [((net, cfg.out), {"is_embedder": False})], "save")
     equal(checkpoint.checkpoints_in(cfg.out), [], "they are needed no more")
     equal(Path(cfg.out, "checkpoints").exists(), False, "nor is their folder")
-    mark = json.loads(Path(cfg.out, checkpoint.MARK).read_text())
+    mark = json.loads(Path(cfg.out, checkpoint.FINISHED).read_text())
     equal((mark["step"], mark["config"]["steps"]), (10, 10), "finished.json")
     expect(f"saved {cfg.out}" in capsys.readouterr().out, "", "", "said")
 
@@ -417,7 +417,7 @@ def test_a_model_that_cannot_be_saved_leaves_the_newest_checkpoint(cfg, monkeypa
     with pytest.raises(InputError, match=says):
         checkpoint.finish(full, net, cfg)
     equal(tries, [[STEP, "step-00000005"], ["step-00000005"]], "before each try")
-    equal(Path(cfg.out, checkpoint.MARK).exists(), False, "the run is not over")
+    equal(Path(cfg.out, checkpoint.FINISHED).exists(), False, "the run is not over")
 
 
 def test_a_run_begins_with_a_model_that_has_a_name_and_a_digest(cfg, monkeypatch):
@@ -569,7 +569,7 @@ def test_what_is_in_the_folder_decides_whether_a_run_may_begin_there(cfg):
     checkpoint.refuse_taken(resumed)
     with pytest.raises(InputError, match="not the same run: lr"):
         checkpoint.refuse_taken(begun(resumed, lr=0.5))
-    Path(cfg.out, checkpoint.MARK).unlink()
+    Path(cfg.out, checkpoint.FINISHED).unlink()
     Path(cfg.out, "config.json").touch()
     with pytest.raises(InputError, match="holds a model, and no checkpoint to go on from"):
         checkpoint.refuse_taken(resumed)
@@ -722,7 +722,7 @@ def test_a_run_in_the_place_of_a_finished_one_begins_at_step_1(cfg):
     """Also where a kill left checkpoints behind the mark: without --resume none is gone on from."""
     net, optimizer = saved(cfg)
     mark = json.dumps(checkpoint.written_state(cfg, cfg.steps))
-    Path(cfg.out, checkpoint.MARK).write_text(mark)
+    Path(cfg.out, checkpoint.FINISHED).write_text(mark)
     checkpoint.refuse_taken(cfg)
     equal(checkpoint.start_or_resume(net, [optimizer], cfg), 0, "the step to begin with")
     checkpoint.forget_signals()
@@ -733,7 +733,7 @@ def test_the_mark_of_a_finished_run_goes_behind_its_checkpoints(cfg, monkeypatch
     """A kill between the two would leave checkpoints without a mark: --resume would go on with the
     run that is over, and not with the one that was begun in its place."""
     saved(cfg)
-    mark = Path(cfg.out, checkpoint.MARK)
+    mark = Path(cfg.out, checkpoint.FINISHED)
     mark.write_text("{}")
     remove, marked = checkpoint.remove, []
     monkeypatch.setattr(

@@ -176,7 +176,7 @@ def test_what_writes_into_no_folder_is_one_line(place, folder, says, write):
 def test_an_export_that_meets_what_is_in_its_way_is_one_line(place, taken):
     """A file where its folder goes, a folder where its list goes."""
     Path("toy").mkdir()
-    Path("toy", export.MARK).write_text(export.TITLE)
+    Path("toy", export.README).write_text(export.TITLE)
     Path("toy", taken).mkdir() if taken.endswith("l") else Path("toy", taken).write_text("mine")
     with pytest.raises(InputError, match=f"{taken}.*: .*(not written|a folder)"):
         export.main(["toy", "--examples", "1"])

@@ -33,7 +33,7 @@ from plumbing.writing import refuse_no_folder, refuse_unwritable, written
 from tools.conversations import as_conversations
 from toy.world import Shapes
 
-MARK, TITLE = "README.md", "# The toy world of nanoCoMa\n\n"
+README, TITLE = "README.md", "# The toy world of nanoCoMa\n\n"
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Config(CommandLine):
 
 def is_export(folder) -> bool:
     """Whether a folder was written by this command, be it in part."""
-    file = Path(folder, MARK)
+    file = Path(folder, README)
     return file.is_file() and file.read_bytes().startswith(TITLE.encode())
 
 
@@ -152,10 +152,10 @@ def export_tasks(out, n):
 def export(out, n):
     """All of it, n examples of each kind."""
     refuse_no_folder(out, "DIR")
-    refuse_unwritable(Path(out, MARK), "the lists")
+    refuse_unwritable(Path(out, README), "the lists")
     if os.listdir(out) and not is_export(out):
         raise InputError(f"{brief(out)}: holds files that are no export's; take a new folder")
-    write_text(TITLE + __doc__, Path(out, MARK))  # first of all: what is there is an export's
+    write_text(TITLE + __doc__, Path(out, README))  # first of all: what is there is an export's
     export_dialogues(out, n)
     export_captions(out, n)
     export_pairs(out, n)
