@@ -98,9 +98,9 @@ def mask(sources):
     collate = model.load("toy", device="cpu").collate
     turns = (("count the objects.", "two"), ("where is the cross?", "top left"))
     item = Item(*Shapes().dialogue(0)[0])
-    row = collate.pad_rows([collate.row(item, turns)])
-    roles, L = row["roles"][0].tolist(), row["roles"].shape[1]
-    may = pretrain.compression_mask(row["roles"])[0, 0].numpy()  # (L, L)
+    inputs = collate([item], [turns])
+    roles, L = inputs["roles"][0].tolist(), inputs["roles"].shape[1]
+    may = pretrain.compression_mask(inputs["roles"])[0, 0].numpy()  # (L, L)
     kinds = np.where(may, 2, np.tri(L)).astype(int)  # 0 the future, 1 hidden, 2 may attend
     colors = np.array([(1, 1, 1), (0.97, 0.8, 0.45), (0.2, 0.55, 0.75)])
     fig = Figure((WIDTH, 6.7), layout="none")
@@ -109,7 +109,7 @@ def mask(sources):
     starts = [i for i in range(L) if i == 0 or roles[i] != roles[i - 1]]
     starts.append(L)
     name_regions(ax, roles, starts)
-    tokens = collate.tokenizer.convert_ids_to_tokens(row["input_ids"][0])
+    tokens = collate.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     ax.set_yticks(range(L), [token.strip("\u0120<|>") for token in tokens], fontsize=6.5)
     ax.set_title("A row attends to the columns that are blue", pad=24)
     ax.tick_params(length=0, labelbottom=False)

@@ -93,8 +93,7 @@ def walk_dialogue(embedder, dialogue, compress):
         print("  picture:", picture.describe() if hasattr(picture, "describe") else picture)
     for question, answer in dialogue.turns:
         print(f"  Q: {question}   A: {answer}")
-    row = embedder.collate.row(dialogue.item, dialogue.turns)
-    inputs = embedder.collate.pad_rows([row])
+    inputs = embedder.collate([dialogue.item], [dialogue.turns])
     heading(
         "2. Tokens: position, role (head, content = x, Code, Question, Answer), what they predict"
     )

@@ -97,7 +97,7 @@ class Story(NamedTuple):
 def story(embedder, dialogue) -> Story:
     """A dialogue's row through the model, its first two turns."""
     turns = dialogue.turns[:2]
-    inputs = embedder.collate.pad_rows([embedder.collate.row(dialogue.item, turns)])
+    inputs = embedder.collate([dialogue.item], [turns])
     # The cache and the eager kernel take them as they are.
     inputs = to_device(inputs, embedder.device)
     roles = inputs["roles"]

@@ -77,8 +77,7 @@ class Look(NamedTuple):
 def look(embedder, pictures) -> Look:
     """Embeds pictures of one size. Only the eager kernel gives attention out; the embeddings under
     both kernels are the same."""
-    rows = [embedder.collate.row(Item(IMAGE, (picture,))) for picture in pictures]
-    inputs = embedder.collate.pad_rows(rows)
+    inputs = embedder.collate([Item(IMAGE, (picture,)) for picture in pictures])
     with eager(embedder.mllm):
         outputs = embedder.outputs(inputs, output_attentions=True)
     # Pictures of one size have rows of one layout: the first tells where things are.
