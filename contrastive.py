@@ -244,8 +244,7 @@ def draw(pairs, cfg, step) -> list:
 def local_batch(pairs, collate, cfg, step, rank, world) -> Batch:
     """One rank's share of the global batch, as model inputs."""
     share = cfg.batch // world
-    first = rank * share
-    chosen = draw(pairs, cfg, step)[first : first + share]
+    chosen = draw(pairs, cfg, step)[rank * share : (rank + 1) * share]
     queries, columns, positives = [], [], []
     for name, i in chosen:
         pair = pairs[name][i]
@@ -301,10 +300,10 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
             norm = optim.end_step(embedder, optimizers, cfg, step, out.loss, batch.ids)
             # --------------------------------------------------------------------------------------
             cfg.fitting = out.chunk_tokens  # kept by a checkpoint: what was halved stays so
-            cut = sampling.tokens_cut(batch.rows)
-            skipped = sampling.skipped_pairs(pairs, draw, cfg, step)
-            numbers = {"loss": out.loss, "chance": math.log(out.columns), "top1": out.top1}
-            numbers.update(norm=norm, lr=lr, cut=cut, skipped=skipped)
+            chance = math.log(out.columns)
+            numbers = {"loss": out.loss, "chance": chance, "top1": out.top1, "norm": norm, "lr": lr}
+            numbers["cut"] = sampling.tokens_cut(batch.rows)
+            numbers["skipped"] = sampling.skipped_pairs(pairs, draw, cfg, step)
             log(step, (N, "pairs"), numbers)
 
     # 4. Save.

@@ -217,8 +217,8 @@ def main(cfg):
             ids = [x.id for x in examples]
             norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)
             # --------------------------------------------------------------------------------------
-            cut = tokens_cut([x.row for x in examples])
-            numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr, "cut": cut}
+            numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr}
+            numbers["cut"] = tokens_cut([x.row for x in examples])
             numbers["skipped"] = skipped_dialogues(dialogues, cfg, step)
             log(step, (tokens, "answer tokens"), numbers)
 

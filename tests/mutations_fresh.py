@@ -86,9 +86,9 @@ FRESH = [
     # ------------------------------------------------------------------- what a step says of itself
     ("pretrain.py", "ids = [x.id for x in examples]", "ids = []", "tests/test_stage_parts.py -k in_each_step"),
     ("contrastive.py", "batch.ids)\n", "[])\n", "tests/test_stage_parts.py -k in_each_step"),
-    ("pretrain.py", '"lr": lr, "cut": cut}', '"lr": cfg.lr, "cut": cut}',
+    ("pretrain.py", '"lr": lr}', '"lr": cfg.lr}',
      "tests/test_stage_parts.py -k in_each_step"),
-    ("contrastive.py", "numbers.update(norm=norm, lr=lr,", "numbers.update(norm=norm, lr=cfg.lr,",
+    ("contrastive.py", '"norm": norm, "lr": lr}', '"norm": norm, "lr": cfg.lr}',
      "tests/test_stage_parts.py -k in_each_step"),
     ("contrastive.py", 'log(step, (N, "pairs"), numbers)', 'log(step, (N // world, "pairs"), numbers)',
      "tests/test_stage_parts.py -k speed_that"),
