@@ -12,8 +12,8 @@ chunk's graph fits into memory. GradCache (Gao et al., arXiv 2101.06983) is exac
 embed everything without a graph, take the loss' gradient with respect to the *embeddings*, embed
 again, a chunk at a time, with a graph.
 
-Reads pairs; writes OUT/ (a transformers folder, or an adapter whose base may be OUT/merged),
-OUT/log.jsonl, and OUT/checkpoints until the run is over.
+Reads pairs; writes OUT/ (a transformers folder, or a LoRA adapter), OUT/merged (a new adapter's
+base, where stage 1 wrote one, too), OUT/log.jsonl, and OUT/checkpoints until the run is over.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
@@ -210,7 +210,7 @@ def gradcache_step(embedder, batch, temperature, budget, loss_fn=loss_over_ranks
 
     def attempt(chunk_tokens):
         chunks = token_chunks(lengths, chunk_tokens)
-        embed_chunk = leavable(embed, embedder)  # between two chunks, at a signal
+        embed_chunk = leavable(embed, embedder)  # a signal may end the step between two chunks
         embed_chunk = remember_tower(embed_chunk, embedder.mllm, budget.vision_cache)  # if frozen
         embed_chunk, chunks = sharding.in_lockstep(embedder, embed_chunk, chunks)  # with FSDP only
         two_passes(embed_chunk, chunks, meeting(loss_of), budget.keep_graphs)  # if all ranks fit

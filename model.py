@@ -3,12 +3,14 @@
     from model import load
     z = load("out/contrastive").encode(["a red circle", Image.open("a.png")])  # (2, D), unit length
 
-Legend, for all files: B rows of a batch, in the loss this rank's queries - N queries of all ranks -
-M columns, all ranks' targets and hard negatives - P right targets of a query - L sequence -
-K compression tokens - D width - V vocabulary; q, t query, target - h hidden states - z unit length.
+Shapes in all files:
+    B  rows of a batch; in the loss, this rank's queries             L  tokens of a row
+    N  queries of all ranks                                          K  compression tokens
+    M  columns of the loss: all ranks' targets and hard negatives    D  width of the model
+    P  right targets of a query, at most                             V  size of the vocabulary
+    q, t  query, target    h  hidden states    z  embeddings, of unit length
 
-Top to bottom: pooling - Embedder - the K tokens - load and save - what is trained. What differs
-between families of MLLMs is in plumbing/families.py, files in plumbing/weights.py and adapters.py.
+Top to bottom: pooling - Embedder - the K tokens - load and save - what is trained.
 """
 
 import sys
@@ -53,9 +55,9 @@ def last_token_pool(h, attention_mask):
 class Embedder(nn.Module):
     """An MLLM (any `AutoModelForImageTextToText`) that turns an input into one unit-length vector.
 
-    settings: plumbing.weights.Settings: K compression tokens; pooling, the "mean" of them or the
-    "last" token; prompt style; the lengths of z that Matryoshka trained. max_length: see Collator.
-    dim: z keeps so many first numbers, 0: all. adapter: peft's wrapper of the MLLM, or None."""
+    settings (plumbing.weights.Settings): K; pooling, the "mean" of the K tokens or the "last"
+    token; the prompt's style; the prefixes of z that Matryoshka trained. max_length: see Collator.
+    dim: z is cut to its first `dim` numbers; 0: all. `.adapter`: peft's wrapper of it, or None."""
 
     def __init__(self, mllm, processor, settings, max_length=0, dim=0):
         super().__init__()
@@ -68,7 +70,7 @@ class Embedder(nn.Module):
         self.set_adapter(None)
 
     def set_adapter(self, adapter):
-        """Notes the wrapper. Trap: as a submodule, the MLLM's weights would count twice."""
+        """Keeps peft's wrapper, or None. Trap: as a submodule it would count each weight twice."""
         object.__setattr__(self, "adapter", adapters.without_casts(adapter))
 
     def train(self, mode=True):
@@ -84,7 +86,7 @@ class Embedder(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
 
     def outputs(self, inputs, mask=None, **extra):
-        """All that the model returns; extra: what else it is told, as `output_attentions=True`."""
+        """All that the MLLM returns, but for logits; extra: more arguments that it takes."""
         arguments = {key: x for key, x in inputs.items() if key != "roles"}  # ours, not the model's
         sequential = self.style == "vlm2vec"
         arguments["position_ids"] = families.position_ids(self.mllm, inputs, sequential)
@@ -120,8 +122,8 @@ class Embedder(nn.Module):
 
         items: Items, strings, pictures (PIL, numpy, `pathlib.Path`), {"image", "text"}, mixed.
         Sorted by length in windows, `chunk_tokens` padded tokens at a time; pictures are opened in
-        `workers` processes. An item that cannot be read is an InputError; with a list `bad` the
-        error goes there, and the item's row is NaN."""
+        `workers` processes; `progress` is the name of a bar. An item that cannot be read is an
+        InputError; with a list `bad` the error is added to it, and the item's row is NaN."""
         items = listed(items, Item.of)
         chunk_tokens = whole_number("chunk_tokens", chunk_tokens, 1)
         chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, self.device)
@@ -224,8 +226,8 @@ def merge(embedder):
 
 
 def choose_trained(embedder, cfg):
-    """Trained are: the adapter that was loaded; else a new LoRA adapter (--lora-rank; q, k, v, o of
-    the language model, the K embedding rows); else all weights (--freeze-vision: not the tower)."""
+    """Trained is the adapter that was loaded; else, with --lora-rank, a new one (q, k, v, o of the
+    language model, the K embedding rows); else all, with --freeze-vision but for the tower."""
     combinations.refuse_for_model(embedder, cfg)
     if cfg.lora_rank:
         adapter = adapters.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)
