@@ -106,12 +106,12 @@ def answer_logits(embedder, inputs, compress=True):
     return embedder.logits(h[is_label]), to_device(labels[is_label], h.device)
 
 
-def exact_answers(logits, labels, inputs) -> tuple:
+def exact_answers(logits, labels, roles) -> tuple:
     """How many answers greedy decoding would give word for word: (right, all).
 
-    Each step of greedy decoding picks the argmax; it writes the answer if and only if the argmax is
-    right at every position of it, given the right words before."""
-    is_answer = inputs["roles"] == ANSWER  # (B, L)
+    It picks the argmax at each step, so it writes an answer if and only if the argmax is right at
+    every token of it, given the right ones before. logits (n, V), labels (n,), roles (B, L)."""
+    is_answer = roles == ANSWER  # (B, L)
     starts = is_answer.clone()  # (B, L) the first token of each answer
     starts[:, 1:] &= ~is_answer[:, :-1]
     answer_of = starts[is_answer].cumsum(0)  # (n,) each token's answer, numbered, as logits stand
@@ -150,7 +150,7 @@ def accumulate(embedder, examples, cfg, teacher_logits=None):
             loss = distillation_loss(logits, teacher_logits([examples[i] for i in chunk]))
         else:
             loss = answer_loss(logits, labels)
-        chunk_right, chunk_answers = exact_answers(logits.detach(), labels, inputs)
+        chunk_right, chunk_answers = exact_answers(logits.detach(), labels, inputs["roles"])
         loss_sum += loss.item()
         right += chunk_right
         answers += chunk_answers

@@ -288,7 +288,8 @@ def greedy_row(embedder, scene, n):
 def exact(embedder, rows):
     inputs = embedder.collate.pad_rows(rows)
     with torch.no_grad():
-        return pretrain.exact_answers(*pretrain.answer_logits(embedder, inputs, False), inputs)
+        logits, labels = pretrain.answer_logits(embedder, inputs, False)
+    return pretrain.exact_answers(logits, labels, inputs["roles"])
 
 
 def test_an_exact_answer_is_one_that_greedy_decoding_writes():
@@ -328,7 +329,7 @@ def check_exact(exact_answers):
                     runs[-1].append(next(wrong))
                 before = role
             right, total = right + sum(not any(r) for r in runs), total + len(runs)
-        equal(exact_answers(logits, labels, {"roles": roles}), (right, total), "answers, not rows")
+        equal(exact_answers(logits, labels, roles), (right, total), "answers, not rows")
 
 
 def test_answers_are_counted_one_by_one():
@@ -339,11 +340,11 @@ def test_answers_are_counted_one_by_one():
 def test_the_answer_count_fails_for_tokens_and_for_rows():
     """Negative control: counting right tokens, or right rows."""
 
-    def tokens(logits, labels, inputs):
+    def tokens(logits, labels, roles):
         return int((logits.argmax(-1) == labels).sum()), len(labels)
 
-    def rows(logits, labels, inputs):
-        which = (inputs["roles"] == ANSWER).nonzero()[:, 0]
+    def rows(logits, labels, roles):
+        which = (roles == ANSWER).nonzero()[:, 0]
         wrong = torch.zeros(3).index_add_(0, which, (logits.argmax(-1) != labels).float())
         return int((wrong == 0).sum()), 3
 

@@ -36,7 +36,7 @@ def answered(embedder, kind, n=200):
         for i in range(0, n, 50):
             inputs = embedder.collate.pad_rows(rows[i : i + 50])
             logits, labels = pretrain.answer_logits(embedder, inputs, compress=False)
-            right += pretrain.exact_answers(logits, labels, inputs)[0]
+            right += pretrain.exact_answers(logits, labels, inputs["roles"])[0]
     return right
 
 

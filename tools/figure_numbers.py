@@ -122,7 +122,7 @@ def answered(embedder, asked) -> float:
     for chunk in token_chunks(lengths, budget):
         inputs = embedder.collate.pad_rows([rows[i] for i in chunk])
         logits, labels = pretrain.answer_logits(embedder, inputs)
-        right += pretrain.exact_answers(logits, labels, inputs)[0]
+        right += pretrain.exact_answers(logits, labels, inputs["roles"])[0]
     return right / len(rows)
 
 
