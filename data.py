@@ -4,8 +4,7 @@
 A *dialogue* is an Item plus (question, answer) turns (stage 1), a *pair* is a query Item, its right
 targets and its hard negatives (stage 2), a *task* is queries, each with candidates (evaluation).
 
-Top to bottom: Item and its kin - what is read - an Item becomes a row of tokens with roles, rows
-become a batch. The formats are in plumbing/formats.py, the toy world is in toy/world.py.
+Top to bottom: Item and its kin - what is read - an Item becomes a row, rows become a batch.
 `python -m tools.look` shows the toy world, `python -m tools.check DATA` reads a data set once.
 """
 
@@ -87,8 +86,8 @@ class Pair(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One evaluation set. `queries[i]` is (query, candidates); candidate 0 is right. In one's own
-    data the first rights[i] are right, and a query without wrong ones is compared with `pool`."""
+    """One evaluation set. `queries[i]` is (query, candidates): the first one is right, of your own
+    data the first rights[i], and there a query without wrong ones is compared with `pool`."""
 
     name: str
     meta_task: str  # Classification, VQA, Retrieval, Grounding, or Other
@@ -107,9 +106,9 @@ def read_dialogues(
     """Stage 1's data: a sequence of Dialogues.
 
     source: "shapes" (10^9 toy dialogues), a list in LLaVA's layout, or a folder of pictures with
-    captions (metadata.jsonl or .csv). image_root: a folder, or a formats.Place with --skip-bad's
-    list. turns: at most so many questions; 0: all. In the toy world only: caption, one description
-    in place of the dialogue; texts, the share of dialogues about a text. Raises InputError."""
+    captions (metadata.jsonl or .csv). image_root: a folder, or a plumbing.formats.Place. turns: at
+    most so many questions; 0: all. In the toy world only: caption, one description in place of the
+    dialogue; texts, the share of dialogues about a text. Raises InputError."""
     turns = whole_number("turns", turns, 0)
     if source == "shapes":
         toy = partial(Shapes("train", seed).dialogue, caption=caption, texts=texts)
@@ -145,9 +144,10 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
 
 
 def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) -> list:
-    """A list of Tasks. source: "shapes" (5 tasks, each in distribution, with combinations and with
-    wordings never trained on), a folder or hub id in MMEB-eval's layout, a JSONL file of pairs, a
-    folder with captions. limit: most queries of each; 0: all (of a toy set its cap, or 100)."""
+    """Evaluation sets: a list of Tasks. source: "shapes" (5 tasks, each three times: in
+    distribution, with combinations and with wordings never trained on), a folder or hub id in
+    MMEB-eval's layout, a list of pairs, a folder with captions. subsets: see read_pairs. limit:
+    most queries of a set; 0: all, or 100 of a toy set without a cap. Raises InputError."""
     tasks, limit = [], whole_number("limit", limit, 0)
     if source == "shapes":
         toy_sets = evaluation_sets(seed)
