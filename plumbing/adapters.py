@@ -1,5 +1,5 @@
-"""LoRA adapters in peft's format: what model one is an adapter of, wherever the two are moved;
-loading one, and a new one."""
+"""LoRA adapters in peft's format: finding the model that an adapter belongs to, also after both
+were moved; loading an adapter; making a new one."""
 
 import os
 import re
@@ -42,7 +42,7 @@ class Origin(NamedTuple):
         return Origin(name, os.path.abspath(folder), digest_of_weights(folder), is_hub)
 
     def refuse_in_its_place(self, path):
-        """An adapter's folder that would take the place of its base: both would be lost."""
+        """InputError where an adapter would be saved over its own base: both would be lost."""
         if os.path.realpath(path) == os.path.realpath(self.folder):
             text = "an adapter cannot stand in the place of the model that it is an adapter of"
             raise InputError(f"{path}: {text}; take another folder")
@@ -104,7 +104,8 @@ def refuse_in_place_of_base(part, path):
 
 
 def refuse_absurd_adapter(path):
-    """What is no LoRA, or a rank that its file has not: peft would build first, and look then."""
+    """InputError for what is no plain LoRA, or has a rank that no weight in its file has: peft
+    would build it first, and look into the file only then."""
     config = read_json(path, "adapter_config.json")
     if config.get("peft_type") != "LORA" or config.get("layer_replication"):
         kind = brief(repr(config.get("peft_type")))

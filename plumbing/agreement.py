@@ -1,5 +1,6 @@
-"""All ranks hold the same, or none of them begins: what differs is refused before the first step,
-with the rank and the field, instead of training two models whose gradients are summed."""
+"""All ranks have the same flags, model and data, or none of them begins. What differs is refused
+before the first step, with its name and the rank: else two models would be trained as if they were
+one."""
 
 import dataclasses
 import socket
@@ -59,7 +60,7 @@ def by_rank_0(work):
 
 
 def command_of(cfg) -> str:
-    """The file whose flags they are, "contrastive" for one."""
+    """The name of the file whose flags these are, "contrastive" for example."""
     module = type(cfg).__module__
     return Path(sys.argv[0]).stem if module == "__main__" else module.rpartition(".")[2]
 

@@ -47,8 +47,10 @@ from plumbing.writing import written
 # What may change before --resume, and changes no bit of what follows.
 HARMLESS = (
     "resume",
-    *("image_root", "out"),  # where the pictures are, and where it is saved
-    *("save_every", "keep"),  # how often, and how many checkpoints stay
+    "image_root",  # where the pictures are
+    "out",  # where it is saved
+    "save_every",  # how often
+    "keep",  # how many checkpoints stay
     "workers",  # who reads the data
     "skip_bad",  # which examples are passed over
     "graph_memory",  # what is kept, and not made again
@@ -112,8 +114,9 @@ def remove(folder):
 
 @contextmanager
 def saved_after(embedder, optimizers, cfg, step):
-    """Around a step. After it a checkpoint, every --save-every steps; where a signal (on any rank)
-    asks the run to end: after the step, or if it takes too long out of the midst of it."""
+    """Around a step. After every --save-every steps a checkpoint is saved. Where a signal (on any
+    rank) asks the run to end, it is saved after this step, and the run ends; a step that then takes
+    too long is left in its midst."""
     try:
         yield
     except StepLeft:

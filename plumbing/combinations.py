@@ -1,5 +1,6 @@
-"""Flags that do nothing beside others, or nothing good: refused, for who gives a flag wants
-something of it. What the flags decide alone; with the number of ranks; and with the model."""
+"""Combinations of flags in which one of them would do nothing, or harm. They are refused: whoever
+gives a flag expects something of it. First what the flags decide alone, then what depends on the
+number of ranks, then what depends on the model."""
 
 import dataclasses
 import math

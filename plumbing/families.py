@@ -156,8 +156,9 @@ def attention_mask(mllm, inputs, mask):
 
 
 def refuse_cross_attention(mllm):
-    """Layers that look at the picture itself (Mllama): a mask over a row's tokens does not hold it
-    back there, so that stage 1 would teach nothing, and no row of ours says which tokens see it."""
+    """InputError for a model whose text looks at the picture by cross-attention (Mllama): no mask
+    over a row's tokens can hide the picture there, so that stage 1 would teach nothing; and no row
+    of ours says which tokens see it."""
     for name, _ in mllm.get_decoder().named_modules():
         if name.endswith(("cross_attn", "crossattention")):
             text = (

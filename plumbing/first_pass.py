@@ -147,9 +147,9 @@ def all_the_same(targets, queries) -> str:
 
 
 class Tries(NamedTuple):
-    """How the examples of a list are tried. source: of the list; bad: indices that are skipped;
-    sides: example -> its targets, and its query; negatives are in both, for a query that has some
-    is told from them."""
+    """How the examples of a list are tried. source: the list's; bad: indices that are skipped;
+    sides: function(example) -> (its targets, its queries), each a tuple. Hard negatives stand in
+    both, so that a list that has some is never called one without anything to tell apart."""
 
     source: Source
     bad: frozenset

@@ -150,9 +150,9 @@ def digest_of_settings(folder, adapter) -> str:
 
 @contextmanager
 def reading(folder, *files):
-    """Around what the libraries make of a folder from elsewhere: whatever they raise is the
-    folder's fault, and becomes an InputError that names it, and those of its files (names or
-    patterns) that they had before them."""
+    """Around calls of the libraries that read a folder from elsewhere: whatever they raise is the
+    folder's fault, and becomes an InputError with its name and those of the files that they read.
+    files: their names, or patterns."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
@@ -253,9 +253,9 @@ def refuse_absurd_processor(folder):
 
 @contextmanager
 def written_beside(path):
-    """Gives a new folder to write into; what it holds at the end goes to `path`, file by file. Of
-    an older run in `path` the files go away that `load` would believe. Where writing fails, what
-    stood there stays, and an InputError says why."""
+    """Gives a new folder to write into; at the end its files go to `path`, one by one, and those of
+    an older run that `load` would believe are removed. Where writing fails, what stood in `path`
+    stays, and an InputError says why."""
     refuse_foreign(path)
     path = Path(path)
     is_new = not os.path.exists(path)
@@ -295,8 +295,8 @@ def part_in(path):
 
 
 def refuse_foreign(path):
-    """An InputError where a folder is no model's, and holds files of names that a model's has: they
-    are another program's or a person's, and would be replaced."""
+    """InputError where a folder is no model's, but holds files that are called as a model's are:
+    they are another program's or a person's, and would be replaced."""
     if not os.path.isdir(path):
         return
     theirs = sorted(file.name for file in stale_files(Path(path)))

@@ -1,6 +1,6 @@
-"""What users pass to `encode`, and how it runs: texts, pictures and both, as sentence-transformers'
-users have them, become (text, pictures); anything else is an InputError that shows the right form.
-"""
+"""What users pass to `encode`: texts, pictures, or both at once, in the forms that
+sentence-transformers takes, become (text, pictures); anything else is an InputError that shows the
+right forms. And how `encode` runs: without dropout and gradients, from several threads at once."""
 
 import numbers
 import os

@@ -1,5 +1,5 @@
-"""What transformers computes in many small calls, in few large ones: between small ones a GPU is
-idle. No weight changes, and no result by more than its rounding.
+"""Layers of transformers that make many small calls, changed so that they make few large ones:
+between small ones a GPU is idle. No weight changes, and no result by more than its rounding.
 
 In vision towers that take all pictures of a batch end to end (the Qwen family's):
 

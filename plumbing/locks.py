@@ -1,4 +1,4 @@
-"""What one process at a time writes, for as long as that process lives."""
+"""Locks: what one process writes is refused to all others, for as long as that process lives."""
 
 import fcntl
 import os

@@ -93,8 +93,8 @@ def begin_step(optimizers, step, cfg) -> float:
 
 
 def leave_untouched(parameters, optimizers):
-    """Takes away gradients that are zero all over: what no row of any rank went through, as a
-    vision tower in a step without pictures, stays where it is, whatever momentum and decay say."""
+    """Gradients that are zeros alone become None, so that momentum and decay do not move weights
+    which no row of any rank went through: a vision tower's, in a step without pictures."""
     # Trap: a weight without a state could not be resumed, so in the first step all get one. A
     # sharded weight is left out: each rank has a part of it, whose gradient may be zero alone.
     known = set().union(*(optimizer.state for optimizer in optimizers))

@@ -1,5 +1,5 @@
-"""Full float32 where the papers' numbers need it, whatever runs around: autocast makes bfloat16 of
-a product, `torch.set_float32_matmul_precision("high")` TF32, and both keep three digits."""
+"""Products in full float32, where the loss needs their digits. Elsewhere on a GPU they are bfloat16
+(autocast) or TF32 (`torch.set_float32_matmul_precision("high")`), which both keep three digits."""
 
 from contextlib import contextmanager
 

@@ -32,8 +32,8 @@ def world():
 
 def say(text):
     """Prints, on rank 0 only, above a progress bar. A full disk under the output, or a terminal
-    that is gone, costs lines and not the run; nor does any output once a signal is noted, which
-    may have ended the program that reads it, as `tee`."""
+    that is gone, costs lines and not the run; and so does any other failure once a signal is noted,
+    which may also have ended the program that reads the output (`tee`)."""
     if rank() > 0:
         return
     try:
