@@ -272,7 +272,7 @@ FRESH = [
     ("tools/generate.py", "        picture_of(line)\n", "", "tests/test_tools.py -k would_refuse"),
     ("tools/generate.py", "if len(line) < MOST else", "if len(line) < 2 * MOST else", "tests/test_tools.py -k would_refuse"),
     ("tools/generate.py", "with_marks(reply).replace", "reply.replace", "tests/test_tools.py -k mmebs_mark"),
-    ("tools/generate.py", "    refuse_outside(names, args.images)\n", "", "tests/test_tools.py -k would_not_find"),
+    ("tools/generate.py", "    refuse_outside(names, cfg.images)\n", "", "tests/test_tools.py -k would_not_find"),
     ("tools/generate.py", '    line = line.rstrip(b"\\0")', "    line = line", "tests/test_tools.py -k power_cut"),
     # ------------------------------------------------------------------------ pictures and their zips
     ("plumbing/images.py", "if size > MOST_BYTES:", "if size >= MOST_BYTES:", "tests/test_pictures.py -k more_bytes"),
@@ -390,5 +390,5 @@ FRESH = [
      "tests/test_tools_refuse.py -k sentence_transformers"),
     ("tools/figures.py", "        if not path.exists():\n            raise InputError(f\"{path} is missing", "        if False:\n            raise InputError(f\"{path} is missing",
      "tests/test_figures.py -k not_there_costs"),
-    ("tools/generate.py", "        if not getattr(args, name):\n", "        if False:\n", "tests/test_tools_refuse.py -k cannot_do_without"),
+    ("tools/generate.py", "        if not getattr(cfg, name):\n", "        if False:\n", "tests/test_tools_refuse.py -k cannot_do_without"),
 ]  # fmt: skip

@@ -188,32 +188,32 @@ def converse(replies, talks) -> dict:
 # ------------------------------------------------------------------------------------- who is asked
 
 
-def load_asked(args) -> tuple:
+def load_asked(cfg) -> tuple:
     """-> (the MLLM that is asked in this process, its processor)."""
-    path, options = local_folder(args.model), Options(max_pixels=args.max_pixels)
-    mllm, processor, has_adapter = load_mllm(path, args.model, options)
+    path, options = local_folder(cfg.model), Options(max_pixels=cfg.max_pixels)
+    mllm, processor, has_adapter = load_mllm(path, cfg.model, options)
     if has_adapter:  # which may have taught the rows of new tokens
         add_compression_tokens(mllm, processor.tokenizer, 0)
         load_adapter(mllm, path)
     return mllm.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-def ask_model(args):
+def ask_model(cfg):
     """-> function([(picture, chat)]) -> replies, of an MLLM in this process, all in a batch."""
-    mllm, processor = load_asked(args)
+    mllm, processor = load_asked(cfg)
     with reading(origin_of(mllm).folder, "generation_config.json"):
-        replies = replies_of(mllm, processor, args)
+        replies = replies_of(mllm, processor, cfg)
         replies([(Image.new("RGB", (64, 64)), [("user", "a")])], most=1)  # a trial
-    torch.manual_seed(args.seed)
+    torch.manual_seed(cfg.seed)
     return replies
 
 
-def replies_of(mllm, processor, args):
+def replies_of(mllm, processor, cfg):
     """See `ask_model`."""
     read = reply_reader(mllm, processor.tokenizer)
     sampling = {"do_sample": False}
-    if args.temperature:
-        sampling = {"do_sample": True, "temperature": args.temperature}
+    if cfg.temperature:
+        sampling = {"do_sample": True, "temperature": cfg.temperature}
 
     def prompt(chat):
         talk = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in chat]
@@ -221,7 +221,7 @@ def replies_of(mllm, processor, args):
         return write_prompt(processor, talk)
 
     @torch.no_grad()
-    def replies(asked, most=args.max_tokens):
+    def replies(asked, most=cfg.max_tokens):
         prompts = [prompt(chat) for _, chat in asked]
         inputs = processor(
             text=prompts,
@@ -264,44 +264,44 @@ def allow_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
 
 
-def ask_server(args):
+def ask_server(cfg):
     """-> function([(picture, chat)]) -> replies, of any server that speaks OpenAI's protocol
     (vLLM does); one picture a request."""
     allow_files()
-    url = args.server.rstrip("/") + "/chat/completions"
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {args.api_key}"}
+    url = cfg.server.rstrip("/") + "/chat/completions"
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {cfg.api_key}"}
 
     def replies(asked):
         ((picture, chat),) = asked
-        first = [{"type": "image_url", "image_url": {"url": as_url(picture, args.max_pixels)}}]
+        first = [{"type": "image_url", "image_url": {"url": as_url(picture, cfg.max_pixels)}}]
         first.append({"type": "text", "text": chat[0][1]})
         talk = [{"role": "user", "content": first}]
         talk += [{"role": role, "content": text} for role, text in chat[1:]]
-        asks = {"model": args.model, "messages": talk, "max_tokens": args.max_tokens}
-        body = json.dumps(asks | {"temperature": args.temperature}).encode()
+        asks = {"model": cfg.model, "messages": talk, "max_tokens": cfg.max_tokens}
+        body = json.dumps(asks | {"temperature": cfg.temperature}).encode()
         # The standard library: the hub's client refuses every server under HF_HUB_OFFLINE.
         request = urllib.request.Request(url, body, headers)
-        return [read_reply(post(request, args))]
+        return [read_reply(post(request, cfg))]
 
     return replies
 
 
-def post(request, args) -> bytes:
+def post(request, cfg) -> bytes:
     """What the server answers; NotTheServer where it is not there, or knows neither the key nor the
     model."""
     try:
-        with urllib.request.urlopen(request, timeout=args.timeout) as answer:
+        with urllib.request.urlopen(request, timeout=cfg.timeout) as answer:
             return answer.read(LONGEST_REPLY)
     except urllib.error.HTTPError as e:
         said = brief(e.read(2000).decode("utf-8", "replace"))
         if e.code in (401, 403, 404):  # key, rights, path or model
-            raise NotTheServer(f"--server {args.server}: {e.code} {e.reason}: {said}") from None
+            raise NotTheServer(f"--server {cfg.server}: {e.code} {e.reason}: {said}") from None
         raise InputError(f"the server says {e.code} {e.reason}: {said}") from None
     except urllib.error.URLError as e:
         if isinstance(e.reason, ConnectionResetError | BrokenPipeError):  # it did answer the call
             raise InputError(f"the server hung up: {brief(e.reason)}") from None
         reason = f"not reached: {brief(e.reason)}; is it running, and the URL right?"
-        raise NotTheServer(f"--server {args.server}: {reason}") from None
+        raise NotTheServer(f"--server {cfg.server}: {reason}") from None
     except (OSError, http.client.HTTPException) as e:
         raise InputError(f"the server's answer broke off: {brief(e) or type(e).__name__}") from None
 
@@ -382,43 +382,43 @@ def refuse_outside(names, folder):
             raise InputError(f"--images {brief(folder)}: {e}") from None
 
 
-def interviews_about(names, questions, args) -> dict:
+def interviews_about(names, questions, cfg) -> dict:
     """{picture file: interview}; each picture draws 3-5 of the questions, if there are any."""
     talks = {}
     for name in names:
-        rng = random.Random(f"{args.seed}/{name}")  # the same ones when a run goes on
+        rng = random.Random(f"{cfg.seed}/{name}")  # the same ones when a run goes on
         some = rng.sample(questions, min(len(questions), rng.randint(3, 5)))
-        talks[str(Path(args.images, name))] = interview(some)
+        talks[str(Path(cfg.images, name))] = interview(some)
     return talks
 
 
-def ask_once(names, questions, replies, args, pool):
+def ask_once(names, questions, replies, cfg, pool):
     """Yields (name, its line of OUT or the error) of each picture, as they come."""
-    size = 1 if args.server else args.batch  # a server answers one request for one picture
+    size = 1 if cfg.server else cfg.batch  # a server answers one request for one picture
     running = []
     for i in range(0, len(names), size):
-        talks = interviews_about(names[i : i + size], questions, args)
+        talks = interviews_about(names[i : i + size], questions, cfg)
         running.append(pool.submit(converse, replies, talks))
     for part in as_completed(running):
         for path, outcome in part.result().items():
-            name, failed = os.path.relpath(path, args.images), isinstance(outcome, Exception)
+            name, failed = os.path.relpath(path, cfg.images), isinstance(outcome, Exception)
             yield name, outcome if failed else line_of(name, outcome)
 
 
-def ask_until_done(names, questions, replies, args, bar) -> dict:
+def ask_until_done(names, questions, replies, cfg, bar) -> dict:
     """Asks about all pictures, and up to twice again about those that failed; writes each dialogue
     when it is there. -> {picture: error} of what failed three times."""
     errors, before = {}, bar.n
     # A server is asked about many pictures at once, a thread for each; a model in batches.
-    pool = ThreadPoolExecutor(args.batch if args.server else 1)
+    pool = ThreadPoolExecutor(cfg.batch if cfg.server else 1)
     try:
         for attempt in range(ATTEMPTS):
             if names:
-                time.sleep(attempt * args.wait)
+                time.sleep(attempt * cfg.wait)
             errors = {}
-            for name, outcome in ask_once(names, questions, replies, args, pool):
+            for name, outcome in ask_once(names, questions, replies, cfg, pool):
                 if not isinstance(outcome, Exception):
-                    append_whole(args.out, outcome, "--out")
+                    append_whole(cfg.out, outcome, "--out")
                     bar.update()
                     continue
                 errors[name] = f"{type(outcome).__name__}: {brief(outcome)}"
@@ -534,45 +534,45 @@ def is_at(path, file) -> bool:
     return False
 
 
-def generate(args) -> int:
+def generate(cfg) -> int:
     """Dialogues about the pictures of a folder, each written when it is there. -> the exit status:
     1 where there was something to ask about, and nothing came of it."""
     for name in ("images", "out", "model"):
-        if not getattr(args, name):
+        if not getattr(cfg, name):
             raise InputError(
                 f"--{name} is missing: --images DIR --out FILE --model NAME are needed"
             )
     # 1. Refuse, before any work, what cannot be asked or written.
-    if args.server:
-        refuse_no_url(args.server, args.api_key)
-    failed = Path(f"{args.out}.failed.jsonl")
-    for path in (args.out, failed):
-        refuse_unwritable(path, "--out", [args.questions])
-    refuse_no_list(args.out, "--out")
+    if cfg.server:
+        refuse_no_url(cfg.server, cfg.api_key)
+    failed = Path(f"{cfg.out}.failed.jsonl")
+    for path in (cfg.out, failed):
+        refuse_unwritable(path, "--out", [cfg.questions])
+    refuse_no_list(cfg.out, "--out")
     refuse_other(failed, "--out", holds_failures, "list of what failed")
-    with alone(args.out):
-        return generate_missing(args, failed)
+    with alone(cfg.out):
+        return generate_missing(cfg, failed)
 
 
-def generate_missing(args, failed) -> int:
+def generate_missing(cfg, failed) -> int:
     """Dialogues about the pictures that OUT has none of. -> as `generate`."""
     # 2. What is left to do after an earlier run, and who is asked.
-    done = read_done(Path(args.out))
-    questions = read_questions(args.questions)
-    names = [name for name in find_pictures(args.images) if name not in done]
-    refuse_outside(names, args.images)
+    done = read_done(Path(cfg.out))
+    questions = read_questions(cfg.questions)
+    names = [name for name in find_pictures(cfg.images) if name not in done]
+    refuse_outside(names, cfg.images)
     print(f"{len(names):,} pictures to ask about, {len(done):,} are done")
-    replies = ask_server(args) if args.server else ask_model(args)
+    replies = ask_server(cfg) if cfg.server else ask_model(cfg)
 
     # 3. Ask, and write down what failed.
     total = len(names) + len(done)
     start = len(done)
     with tqdm(total=total, initial=start, unit="img", desc="dialogues", disable=None) as bar:
-        errors = ask_until_done(names, questions, replies, args, bar)
+        errors = ask_until_done(names, questions, replies, cfg, bar)
     list_failures(errors, failed)
     if names and len(errors) == len(names):
         return 1
-    print(f"wrote {args.out}: python pretrain.py --data {args.out} --image-root {args.images}")
+    print(f"wrote {cfg.out}: python pretrain.py --data {cfg.out} --image-root {cfg.images}")
     return 0
 
 
