@@ -262,7 +262,7 @@ def spell(tokenizer, template, parts) -> list:
     """Parts whose texts have become token ids. Texts that meet are tokenized as one, and cut where
     they met; a token that lies across belongs to the user's."""
     spelled = []
-    for group in meeting(part for part in parts if len(part.content)):
+    for group in side_by_side(part for part in parts if len(part.content)):
         if isinstance(group[0].content, str):
             text = "".join(part.content for part in group)
             group = cut_apart(group, tokenize(tokenizer, template, text, not spelled))
@@ -270,7 +270,7 @@ def spell(tokenizer, template, parts) -> list:
     return spelled
 
 
-def meeting(parts) -> list:
+def side_by_side(parts) -> list:
     """Lists of parts that are tokenized as one: texts side by side. But a question and an answer
     with nothing between them (style "vlm2vec") share no token."""
     groups = []

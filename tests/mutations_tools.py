@@ -146,7 +146,7 @@ TOOLS = [
     ("tools/drawings.py", "row, column = np.indices((side, side)).reshape(2, -1)", "column, row = np.indices((side, side)).reshape(2, -1)",
      f"{FIGURES} -k on_its_patch"),
     ("tools/drawings.py", "ax.errorbar(x, 100 * y, 100 * error, **line)", "ax.errorbar(x, 100 * y, error, **line)", f"{FIGURES} -k error_bar"),
-    ("tools/drawings.py", 'scores_of(amounts[n][arm], "ind")', 'scores_of(amounts[n][arm], "overall")', f"{FIGURES} -k arms_are_compared"),
+    ("tools/drawings.py", 'values_of(amounts[n][arm], "ind")', 'values_of(amounts[n][arm], "overall")', f"{FIGURES} -k arms_are_compared"),
     ("tools/drawings.py", 'order = np.argsort(-row.scores, kind="stable")', 'order = np.argsort(row.scores, kind="stable")',
      f"{FIGURES} -k gallery_shows"),
     ("tools/drawings.py", '("right", BLUE) if i == 0 else', '("right", BLUE) if i == order[0] else', f"{FIGURES} -k gallery_shows"),

@@ -12,7 +12,7 @@ import data
 from data import COMPRESS, CONTENT, Item
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
-from plumbing.template import Part, Tokens, cut_apart, meeting, shorten, tokenize, tokens_in
+from plumbing.template import Part, Tokens, cut_apart, shorten, side_by_side, tokenize, tokens_in
 
 PICTURE = Image.new("RGB", (64, 64))  # 16 image tokens
 
@@ -139,7 +139,7 @@ def test_texts_side_by_side_are_tokenized_as_one():
         ([plain, user, plain], [3]), ([user, user], [1, 1]), ([plain, user, user, plain], [2, 2]),
         ([plain, ids, user], [1, 1, 1]), ([ids, ids], [1, 1]), ([], []),
     ):  # fmt: skip
-        equal([len(group) for group in meeting(parts)], sizes, "meeting")
+        equal([len(group) for group in side_by_side(parts)], sizes, "groups")
 
 
 def test_a_token_across_two_texts_belongs_to_the_users():

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 
-def first_sentence(path) -> str:
+def first_paragraph(path) -> str:
     """The first paragraph of a file's docstring, on one line."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     return " ".join(text.partition("\n\n")[0].split())
@@ -18,7 +18,7 @@ def commands() -> dict:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text = path.read_text()
         if "\n    run_command(main)" in text or "\n    ranks.run(main, Config)" in text:
-            known[path.stem] = first_sentence(path)
+            known[path.stem] = first_paragraph(path)
     return known
 
 

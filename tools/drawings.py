@@ -221,11 +221,11 @@ def arms_over_pairs(ax, amounts):
     for i, (arm, label) in enumerate(NAMES.items()):
         x = [n for n, runs_of in enumerate(amounts) if arm in runs_of]
         if x:
-            error_bars(ax, x, [scores_of(amounts[n][arm], "ind") for n in x], i, label)
+            error_bars(ax, x, [values_of(amounts[n][arm], "ind") for n in x], i, label)
     ax.set(xlabel="distinct pairs", title="at the end")
 
 
-def scores_of(runs, key) -> list:
+def values_of(runs, key) -> list:
     """One score of each run, by seed."""
     return [run[key] for run in runs]
 
@@ -240,7 +240,7 @@ def k_score(sources):
     ax, tokens = fig.subplots(), sorted(runs_of)
     labels = {"ind": "in distribution", "overall": "all sets", "ood": "out of distribution"}
     for i, (key, label) in enumerate(labels.items()):
-        error_bars(ax, tokens, [scores_of(runs_of[K], key) for K in tokens], i, label)
+        error_bars(ax, tokens, [values_of(runs_of[K], key) for K in tokens], i, label)
     ax.set_xscale("log", base=2)
     ax.set_xticks(tokens, tokens)
     seeds = len({run["seed"] for run in runs_of[tokens[0]]})

@@ -262,7 +262,7 @@ class Matrix(NamedTuple):
     losses: dict  # number of pairs -> nats by info_nce at this temperature
 
 
-class Stage(NamedTuple):
+class Moment(NamedTuple):
     """One moment of GradCache."""
 
     name: str  # "pass 1", "between", "pass 2"
@@ -276,10 +276,10 @@ class Passes(NamedTuple):
 
     pairs: int
     lengths: list  # tokens of each row: queries, then targets
-    stages: list  # of Stage
+    stages: list  # of Moment
     embeddings: list  # norm of the loss' gradient on each embedding
     loss: float
-    full: Stage  # the whole batch at once
+    full: Moment  # the whole batch at once
     apart: float  # gap between the two gradients, as a share
     halves: float  # the gap, where two half batches have their own losses: what is not allowed
 
@@ -351,7 +351,7 @@ class Recorder(InBatch):
         with graph_bytes() as sizes:
             z = self.forward(chunk)
         name = "pass 2" if torch.is_grad_enabled() else "pass 1"
-        self.stages.append(Stage(name, list(chunk), sum(sizes.values()), 0.0))
+        self.stages.append(Moment(name, list(chunk), sum(sizes.values()), 0.0))
         return z
 
     def loss_of(self, z):
@@ -359,7 +359,7 @@ class Recorder(InBatch):
         self.note_gradient()
         with graph_bytes() as sizes:
             loss, _ = self.info_nce(z)
-        self.stages.append(Stage("between", list(range(len(z))), sum(sizes.values()), 0.0))
+        self.stages.append(Moment("between", list(range(len(z))), sum(sizes.values()), 0.0))
         z.register_hook(lambda dz: self.embeddings.extend(dz.norm(dim=1).tolist()))
         return loss
 
@@ -383,7 +383,7 @@ def passes(embedder, chosen, temperature, chunk_tokens) -> Passes:
         whole, _ = recorder.info_nce(recorder.forward(everything))
     whole.backward()
     want = [grad.clone() for grad in gradients(embedder)]
-    full = Stage("at once", everything, sum(sizes.values()), norm(want))
+    full = Moment("at once", everything, sum(sizes.values()), norm(want))
 
     embedder.zero_grad(set_to_none=True)
     half = len(queries) // 2

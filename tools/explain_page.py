@@ -73,7 +73,7 @@ def for_json(x):
     return x
 
 
-class Content(NamedTuple):
+class Shown(NamedTuple):
     """All that the page shows."""
 
     models: tuple  # the names of stage 1's and of stage 2's
@@ -83,7 +83,7 @@ class Content(NamedTuple):
     passes: Passes
 
 
-def write_page(content) -> str:
+def write_page(shown) -> str:
     """The template with sources and numbers put in: one file that needs no other."""
     page = TEMPLATE.read_text(encoding="utf-8")
     for function in SOURCES:
@@ -92,7 +92,7 @@ def write_page(content) -> str:
             raise LookupError(f"{TEMPLATE}: {mark} is missing")
         page = page.replace(mark, source(function))
     # "</" would end the script that holds it.
-    numbers = json.dumps(for_json(content), separators=(",", ":")).replace("</", "<\\/")
+    numbers = json.dumps(for_json(shown), separators=(",", ":")).replace("</", "<\\/")
     return page.replace("/* numbers */ null", numbers)
 
 
@@ -118,7 +118,7 @@ def make_page(models, dialogue, pairs, cfg) -> str:
     trained = model.merge(models.stage_2)  # as stage 2 does with stage 1's adapter
     model.choose_trained(trained, TrainingFlags())
     steps = passes(trained, chosen, cfg.temperature, cfg.chunk_tokens)
-    return write_page(Content(models.names, versions(), told, square, steps))
+    return write_page(Shown(models.names, versions(), told, square, steps))
 
 
 if __name__ == "__main__":

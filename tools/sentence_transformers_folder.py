@@ -55,27 +55,27 @@ def exported_template(embedder) -> str:
     return EXPORTED + CHAT_TEMPLATE % tuple(strings)
 
 
-class Part(NamedTuple):
+class Module(NamedTuple):
     """One of that library's modules: its class and its settings."""
 
     kind: str
     settings: dict
 
 
-def parts_of(embedder) -> list:
+def modules_of(embedder) -> list:
     """The modules in the order in which that library runs them."""
     # Texts, pictures and both go through one forward: the template above has put them together.
     call = {"method": "forward", "method_output_name": "last_hidden_state"}
     ways = {"text": call, "image": call, "message": call | {"format": "structured"}}
     reading = {"modality_config": ways, "module_output_name": "token_embeddings"}
-    parts = [Part("Transformer", reading)]
+    modules = [Module("Transformer", reading)]
     pooling = "lasttoken"
     if embedder.pooling == "mean":
         pooling = "mean"  # by the weights of the tokens
-        parts.append(Part("WordWeights", compression_weights(embedder)))
+        modules.append(Module("WordWeights", compression_weights(embedder)))
     width = embedder.mllm.get_input_embeddings().weight.shape[1]
-    parts.append(Part("Pooling", {"embedding_dimension": width, "pooling_mode": pooling}))
-    return [*parts, Part("Normalize", {})]
+    modules.append(Module("Pooling", {"embedding_dimension": width, "pooling_mode": pooling}))
+    return [*modules, Module("Normalize", {})]
 
 
 def compression_weights(embedder) -> dict:
@@ -103,7 +103,7 @@ def save_sentence_transformers(embedder, path):
         write_settings(embedder, part, path)
         settings = read_json(part, "nanocoma.json")
         write_json(settings | {"chat_template": own}, part, "nanocoma.json")
-        write_parts(embedder, part)
+        write_modules(embedder, part)
 
 
 def pad_and_never_cut(tokenizer):
@@ -116,17 +116,17 @@ def pad_and_never_cut(tokenizer):
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
 
-def write_parts(embedder, path):
+def write_modules(embedder, path):
     """What that library needs beside a transformers folder."""
-    modules = []
-    for number, part in enumerate(parts_of(embedder)):
-        kind = f"sentence_transformers.models.{part.kind}"
-        folder, file = f"{number}_{part.kind}", "config.json"
+    listed = []
+    for number, module in enumerate(modules_of(embedder)):
+        kind = f"sentence_transformers.models.{module.kind}"
+        folder, file = f"{number}_{module.kind}", "config.json"
         if number == 0:  # the model's own files are in the folder itself
             folder, file = "", "sentence_bert_config.json"
-        write_json(part.settings, path, Path(folder, file))
-        modules.append({"idx": number, "name": str(number), "path": folder, "type": kind})
-    write_json(modules, path, "modules.json")
+        write_json(module.settings, path, Path(folder, file))
+        listed.append({"idx": number, "name": str(number), "path": folder, "type": kind})
+    write_json(listed, path, "modules.json")
     library = {"__version__": versions(), "model_type": "SentenceTransformer", "prompts": PROMPTS}
     library.update(default_prompt_name=None, similarity_fn_name="cosine")
     write_json(library, path, "config_sentence_transformers.json")
