@@ -420,9 +420,9 @@ class PictureEncoder:
         if self.times[image.size] == 2:
             # Trap: a processor may give its image processor other settings than its own.
             alone = self.tensors(image, encoded.images)
-            if alone.keys() == encoded.images.keys() and all(
-                torch.equal(tensor, encoded.images[key]) for key, tensor in alone.items()
-            ):
+            if alone.keys() != encoded.images.keys():
+                return
+            if all(torch.equal(tensor, encoded.images[key]) for key, tensor in alone.items()):
                 self.known[image.size] = OfOneSize(encoded.columns, shapes_of(alone))
 
     def tensors(self, image, keys) -> dict:
