@@ -13,6 +13,7 @@ from plumbing.folders import (
     TOYS,
     digest_of_weights,
     local_folder,
+    longest_side,
     numbers_in,
     read_json,
     reading,
@@ -113,12 +114,12 @@ def refuse_absurd_adapter(path):
     shapes = shapes_of_weights(path, FILE)
     if not shapes:
         raise InputError(f"--model {path}: no weights in its adapter_model.safetensors")
-    largest = max((size for shape in shapes.values() for size in shape), default=1)
+    most = longest_side(shapes)
     for key in ("r", "rank_pattern"):
-        for _, rank_ in numbers_in(config.get(key)):
-            if not 1 <= rank_ <= largest:
-                raise InputError(f"--model {path}: its adapter's {key} is {rank_:,}; its file has "
-                                 f"no weight beyond {largest:,}")  # fmt: skip
+        for _, r in numbers_in(config.get(key)):
+            if not 1 <= r <= most:
+                text = f"its adapter's {key} is {r:,}; its file has no weight beyond {most:,}"
+                raise InputError(f"--model {path}: {text}")
     # Trap: brackets that repeat what repeats take a time that doubles with each letter.
     patterns = [config.get("target_modules"), config.get("exclude_modules")]
     patterns += [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]

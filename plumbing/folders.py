@@ -204,6 +204,11 @@ def shapes_of_weights(folder, pattern=WEIGHTS) -> dict:
     return shapes
 
 
+def longest_side(shapes) -> int:
+    """The largest number in these shapes: no weight has more rows, or columns. 1 for none."""
+    return max((n for shape in shapes.values() for n in shape), default=1)
+
+
 def numbers_in(value, key=""):
     """Yields (key, number) for all numbers in JSON, at any depth; those of a list have its key."""
     if isinstance(value, dict):
@@ -223,13 +228,13 @@ def refuse_absurd_config(folder):
     if not config:
         raise InputError(f"--model {folder}: no config.json in it; is it a model's folder?")
     shapes = shapes_of_weights(folder)
-    largest = max((max(shape, default=1) for shape in shapes.values()), default=1)
+    longest = longest_side(shapes)
     for key, value in numbers_in(config):
         most = None
         if COUNTS.search(key):
             most, unit = len(shapes), "weights"
         elif SIZES.search(key):
-            most, unit = largest, "rows in the largest weight"
+            most, unit = longest, "rows in the largest weight"
         if most is not None and not value <= most:  # NaN too
             text = f"{key} is {value:,} in its config.json, but its files have {most:,} {unit}"
             raise InputError(f"--model {folder}: {text}")
