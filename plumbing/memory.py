@@ -100,10 +100,10 @@ class Leaving(Exception):
 
 def leavable(embed, embedder):
     """GradCache's `embed`, which leaves the step where a signal has waited too long."""
-    together = sharding.sharded(embedder)
+    is_sharded = sharding.sharded(embedder)
 
     def embed_or_leave(chunk):
-        if together:  # no rank can leave the others' forward: all look in the same moment
+        if is_sharded:  # no rank can leave the others' forward: all look in the same moment
             meet(LEFT if overdue() else FITS)
         elif overdue():
             raise Leaving

@@ -137,14 +137,14 @@ def setup() -> torch.device:
     """Joins torchrun's process group, if there is one. -> this rank's device."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
     cuda = torch.cuda.is_available()
-    together = "RANK" in os.environ
-    if together:
+    by_torchrun = "RANK" in os.environ
+    if by_torchrun:
         check_environment(torch.cuda.device_count() if cuda else None)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if together and not dist.is_initialized():
+    if by_torchrun and not dist.is_initialized():
         try:  # torchrun's environment says the rest
             dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as e:
