@@ -42,9 +42,7 @@ class Item:
     def of(x) -> "Item":
         """An Item from what a user has: an Item, a string (always text), a picture (PIL, numpy, a
         `pathlib.Path`), or both, see plumbing/inputs.py."""
-        if isinstance(x, Item):
-            return checked(x)
-        return Item(*content_of(x))
+        return checked(x) if isinstance(x, Item) else Item(*content_of(x))
 
     @cached_property
     def key(self) -> int:

@@ -4,8 +4,8 @@
 
 FIVE = [
     # ------------------------------------------------------------------------------------- data.py
-    ("data.py", "return checked(x)", "return x", "tests/test_folders.py -k what_is_no_input"),
-    ("data.py", "return Item(*content_of(x))", "return Item(content_of(x)[0])",
+    ("data.py", "return checked(x) if", "return x if", "tests/test_folders.py -k what_is_no_input"),
+    ("data.py", "else Item(*content_of(x))", "else Item(content_of(x)[0])",
      "tests/test_embedder.py -k told_apart"),
     ("data.py", "pixels_of(x) if isinstance(x, Image.Image) else repr(x)", "repr(x)",
      "tests/test_data.py tests/test_pictures.py"),
