@@ -132,20 +132,20 @@ class Example(NamedTuple):
     id: str = ""  # of the dialogue
 
 
-def accumulate(embedder, examples, cfg, teacher_logits=None):
-    """Adds to `.grad` the gradient of the mean loss over *all ranks'* answer tokens, a chunk at a
-    time: exact for any chunks and ranks, however long their answers.
+def accumulate(embedder, examples, chunk_tokens=None, compress=True, teacher_logits=None):
+    """Adds to `.grad` the gradient of the mean loss over *all ranks'* answer tokens, in chunks of
+    `chunk_tokens` padded tokens: exact for any chunks and ranks, however long their answers.
 
-    examples: this rank's; teacher_logits: see `teacher`, for the KL objective.
+    examples: this rank's; compress: with the mask; teacher_logits: see `teacher`, for KL.
     -> (mean loss in nats, share of answers that are right word for word, answer tokens)."""
     rows = [example.row for example in examples]
     my_tokens = sum(int((row.tokens["roles"] == ANSWER).sum()) for row in rows)
     tokens = ranks.all_sum(my_tokens)  # all ranks': sums over chunks, divided by it, make the mean
     loss_sum, right, answers = 0.0, 0, 0
-    chunk_tokens = by_device(cfg.chunk_tokens, CHUNK_TOKENS, embedder.device)
+    chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, embedder.device)
     for chunk in unless_stopped(token_chunks([row.length for row in rows], chunk_tokens)):
         inputs = embedder.collate.pad_rows([rows[i] for i in chunk])
-        logits, labels = answer_logits(embedder, inputs, cfg.compress)
+        logits, labels = answer_logits(embedder, inputs, compress)
         if teacher_logits:
             loss = distillation_loss(logits, teacher_logits([examples[i] for i in chunk]))
         else:
@@ -212,7 +212,9 @@ def main(cfg):
         with checkpoint.saved_after(embedder, optimizers, cfg, step):
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
-            loss, exact, tokens = accumulate(embedder, examples, cfg, teacher_logits)
+            loss, exact, tokens = accumulate(
+                embedder, examples, cfg.chunk_tokens, cfg.compress, teacher_logits
+            )
             ranks.sum_gradients(embedder.parameters())
             ids = [x.id for x in examples]
             norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)

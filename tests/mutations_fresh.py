@@ -85,6 +85,8 @@ FRESH = [
     ("plumbing/ending.py", "UNWIND = 3.0", "UNWIND = 30.0", "tests/test_ending.py -k main_thread_cannot"),
     # ------------------------------------------------------------------- what a step says of itself
     ("pretrain.py", "ids = [x.id for x in examples]", "ids = []", "tests/test_stage_parts.py -k in_each_step"),
+    ("pretrain.py", "cfg.chunk_tokens, cfg.compress, teacher", "None, cfg.compress, teacher", "tests/test_every_flag.py -k pretrain-chunk"),
+    ("pretrain.py", "cfg.chunk_tokens, cfg.compress, teacher", "cfg.chunk_tokens, True, teacher", "tests/test_every_flag.py -k pretrain-compress"),
     ("contrastive.py", "batch.ids)\n", "[])\n", "tests/test_stage_parts.py -k in_each_step"),
     ("pretrain.py", '"lr": lr}', '"lr": cfg.lr}',
      "tests/test_stage_parts.py -k in_each_step"),

@@ -184,7 +184,7 @@ def answers(embedder, rank=0, world=1, sum_gradients=sum_gradients) -> Result:
     for i in range(rank, 8, world):
         d = read_dialogues()[i]
         examples.append(pretrain.Example(embedder.collate.row(d.item, d.turns[: 1 + 2 * (i % 3)])))
-    loss, right, _ = pretrain.accumulate(embedder, examples, pretrain.Config(chunk_tokens=250))
+    loss, right, _ = pretrain.accumulate(embedder, examples, 250)
     sum_gradients(embedder.parameters())
     return Result(loss, right, gradient(embedder))
 

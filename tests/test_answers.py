@@ -217,16 +217,16 @@ def check_accumulate(accumulate, embedder, examples):
     loss, tokens, grad = whole_batch(embedder, examples)
     for budget in (1, 150, 320, 10**6):
         embedder.zero_grad(set_to_none=True)
-        got = accumulate(embedder, examples, pretrain.Config(chunk_tokens=budget))
+        got = accumulate(embedder, examples, budget)
         hint = f"chunk_tokens={budget}"
         close(got[0], loss, hint + ": mean nats of an answer token")
         equal(int(got[2]), tokens, hint + ": answer tokens")
         close(gradient(embedder), grad, hint + ": sum over chunks, one division at the end", 1e-4)
 
 
-def mean_of_means(embedder, examples, cfg):
+def mean_of_means(embedder, examples, chunk_tokens):
     rows = [x.row for x in examples]
-    chunks = token_chunks([row.length for row in rows], cfg.chunk_tokens)
+    chunks = token_chunks([row.length for row in rows], chunk_tokens)
     total, tokens = 0.0, 0
     for chunk in chunks:
         inputs = embedder.collate.pad_rows([rows[i] for i in chunk])
@@ -257,8 +257,7 @@ def test_the_distilled_gradient_is_that_of_the_whole_batch_for_any_chunks(embedd
     results = []
     for budget in (1, 10**6):
         embedder.zero_grad(set_to_none=True)
-        cfg = pretrain.Config(chunk_tokens=budget, objective="kl")
-        loss, _, _ = pretrain.accumulate(embedder, examples, cfg, reference)
+        loss, _, _ = pretrain.accumulate(embedder, examples, budget, True, reference)
         results.append((loss, gradient(embedder)))
     (one_by_one, grad), (at_once, grad_at_once) = results
     expect(one_by_one > 1e-2, one_by_one, "> 0.01", "the code hides the picture: KL > 0")

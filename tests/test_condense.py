@@ -193,7 +193,7 @@ def test_a_rank_without_a_text_takes_its_part_in_the_others_step(monkeypatch):
             p.grad = torch.zeros_like(p)
         return contrastive.Step(1.0, 0.0, 4, 64)
 
-    def accumulate(embedder, examples, cfg):
+    def accumulate(embedder, examples, chunk_tokens):
         took_part.append(len(examples))
         for p in embedder.parameters():
             p.grad = torch.zeros_like(p)
@@ -220,8 +220,8 @@ def test_texts_go_in_the_chunks_that_fitted_into_memory(monkeypatch):
             p.grad = torch.zeros_like(p)
         return contrastive.Step(1.0, 0.0, 4, 64)
 
-    def accumulate(embedder, examples, cfg):
-        seen.append((len(examples) > 0, cfg.chunk_tokens, cfg.compress))
+    def accumulate(embedder, examples, chunk_tokens, compress=True):
+        seen.append((len(examples) > 0, chunk_tokens, compress))
         embedder(embedder.collate.pad_rows([examples[0].row])).sum().backward()
         return 2.0, 0.0, 1
 

@@ -154,12 +154,11 @@ def test_ranks_with_unequal_answers_have_one_mean(monkeypatch, some_are_right, c
     """Over all ranks' and all chunks' answer tokens: loss, share of right answers, tokens, and the
     gradient once it is summed."""
     embedder = toy().double()
-    cfg = pretrain.Config(chunk_tokens=chunk_tokens)
     whole = [dialogue(embedder, i, turns) for i, turns in enumerate((1, 4, 2))]
     answers = [int((x.row.tokens["roles"] == ANSWER).sum()) for x in whole]
     right = sum(n % 2 for n in answers) / 3
     expect(0 < right < 1, answers, "some odd, some even", "too easy")
-    loss, exact, tokens = pretrain.accumulate(embedder, whole, pretrain.Config(chunk_tokens=300))
+    loss, exact, tokens = pretrain.accumulate(embedder, whole, 300)
     grad = examples.gradient(embedder)
     close(exact, right, "of three")
     equal(tokens, sum(answers), "answer tokens")
@@ -169,7 +168,7 @@ def test_ranks_with_unequal_answers_have_one_mean(monkeypatch, some_are_right, c
     def work(rank):
         copies[rank].collate = embedder.collate
         copies[rank].zero_grad()
-        seen = pretrain.accumulate(copies[rank], parts[rank], cfg)
+        seen = pretrain.accumulate(copies[rank], parts[rank], chunk_tokens)
         ranks.sum_gradients(copies[rank].parameters())
         return seen
 
@@ -216,8 +215,7 @@ def test_the_flags_of_a_step_reach_the_model(monkeypatch, embedder):
         (1, True, [(1, True)] * 2), (10**6, False, [(2, False)]), (None, True, [(2, True)])
     ):  # fmt: skip
         seen.clear()
-        cfg = pretrain.Config(chunk_tokens=chunk_tokens, compress=compress)
-        pretrain.accumulate(embedder, batch, cfg)
+        pretrain.accumulate(embedder, batch, chunk_tokens, compress)
         equal(seen, want, f"--chunk-tokens {chunk_tokens}")
 
 

@@ -47,13 +47,6 @@ class Batch(NamedTuple):
     examples: list  # of pretrain.Example; none after the first steps
 
 
-class TextFlags(NamedTuple):
-    """The flags that pretrain.accumulate reads."""
-
-    chunk_tokens: int
-    compress: bool = True
-
-
 def side_and_text(pair: Pair):
     """-> (the side that is compressed, the text that its C must tell), or None: see above."""
     query, target = pair.query, pair.targets[0]
@@ -96,8 +89,8 @@ def condensing_step(cfg, embedder, batch, temperature, budget, loss_fn) -> contr
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     matching = [p.grad for p in parameters]
     embedder.zero_grad(set_to_none=True)
-    flags = TextFlags(step.chunk_tokens)  # which may be half of the flag's by now
-    nats, _, _ = pretrain.accumulate(embedder, batch.examples, flags)
+    # The step's chunks, for they may be half of the flag's by now.
+    nats, _, _ = pretrain.accumulate(embedder, batch.examples, step.chunk_tokens)
     ranks.sum_gradients(parameters)
     for p, matched in zip(parameters, matching, strict=True):
         p.grad.mul_(cfg.condense).add_(matched)

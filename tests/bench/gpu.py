@@ -397,11 +397,10 @@ def measure_stage1(embedder, talks, args, peak):
     examples = [pretrain.Example(row) for row in talks]
     work = flops(embedder, talks)  # without the answers' logits: below 1 %
     for compress, who in ((True, "stage 1"), (False, "stage 1, no mask at all")):
-        stage1 = pretrain.Config(chunk_tokens=args.chunk_tokens, compress=compress)
 
-        def run(stage1=stage1):
+        def run(compress=compress):
             embedder.zero_grad()
-            pretrain.accumulate(embedder, examples, stage1)
+            pretrain.accumulate(embedder, examples, args.chunk_tokens, compress)
 
         seconds = timed(run, device, args.repeats)
         Line(who, len(talks), "talks", tokens_in(talks), work, peak).show(*seconds)

@@ -43,7 +43,7 @@ def main():
     adam, ours = optim.make_optimizers(embedder, cfg)
     theirs = torch.optim.Muon(ours.param_groups[0]["params"], cfg.muon_lr)
     works = {
-        "forward and backward": lambda: pretrain.accumulate(embedder, examples, cfg),
+        "forward and backward": lambda: pretrain.accumulate(embedder, examples),
         "AdamW's step": adam.step,
         "Muon's step, torch.optim.Muon": theirs.step,
         "Muon's step, plumbing.optim.Muon": ours.step,
