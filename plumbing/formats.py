@@ -6,7 +6,6 @@ Items of them. Errors say file, line and field; what no code reads is refused, n
 Top to bottom: the whole of the data - one record - lists - pictures with captions."""
 
 import os
-import zlib
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from plumbing.errors import InputError, brief
 from plumbing.files import captions_in, names_a_list
 from plumbing.first_pass import Known, Place, Tries, all_the_same, first_pass, skip, skipped_in
 from plumbing.images import Images
-from plumbing.lines import ARRAY, Lazy, Lost, Source, attempts, open_lines, parse_json
+from plumbing.lines import ARRAY, SURPLUS, Lazy, Lost, Source, attempts, open_lines, parse_json
 from plumbing.once import once_a_node
 from plumbing.ranks import say
 
@@ -40,8 +39,10 @@ def checked_digest(sets) -> int:
     """A number that changes with the data and with their order, so that a run is not resumed with
     others; InputError where training cannot use them, see `refuse_unfit`."""
     refuse_unfit(sets)
-    parts = [(len(x), x.source.digest) for x in sets]
-    return zlib.crc32(repr(parts).encode())
+    digest = 0
+    for x in sets:
+        digest = (31 * digest + len(x) + x.source.digest) % 2**32
+    return digest
 
 
 def refuse_unfit(sets):
@@ -82,6 +83,8 @@ def choose(subsets, names) -> dict:
 def refuse_unknown(raw, known):
     """ValueError where a record has a key that no code would read."""
     if unknown := raw.keys() - known:
+        if SURPLUS in unknown:
+            raise ValueError(f"has {SURPLUS}")
         key = min(unknown)
         close = get_close_matches(key, known, 1, 0.6)
         if not key:  # pandas' index, or a comma at the end of a line

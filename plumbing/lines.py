@@ -122,7 +122,7 @@ class Lines:
         self.path, self.unit = path, unit
         self.file = copy or file
         self.starts, self.sizes, self.numbers = array("q"), array("I"), array("I")
-        self.checksums = array("I")
+        self.checksums, self.digest = array("I"), 0
         start = 0
         for number, line in numbered:
             if len(line) > MOST:
@@ -134,8 +134,8 @@ class Lines:
                 self.sizes.append(len(line))
                 self.numbers.append(number)
                 self.checksums.append(zlib.crc32(line))
+                self.digest = zlib.crc32(line, self.digest)  # another order is other data
             start += len(line)
-        self.digest = zlib.crc32(self.checksums)  # another order is other data
         self.file.flush()
 
     def __len__(self):

@@ -24,8 +24,9 @@ FORMS = {"lr": ".1e", "cut": ",d", "skipped": ",d"}  # of numbers on the screen
 
 def versions() -> dict:
     """Of the libraries that numbers depend on: {name: version}; of torchvision, with which pictures
-    are resized otherwise, where it is there."""
+    are resized otherwise, "none" where it is not there."""
     libraries = {m.__name__: m.__version__ for m in (torch, transformers, np, PIL)}
+    libraries["torchvision"] = "none"
     with suppress(PackageNotFoundError):
         libraries["torchvision"] = version("torchvision")
     return libraries

@@ -309,7 +309,7 @@ def find_subsets(source, subsets, pattern) -> tuple:
     return root, {name: (rows, files_of[name]) for name, rows in chosen.items()}
 
 
-def refuse_unreadable_sets(root):
+def refuse_unreadable_sets(root, hint="Mend that, or name the sets to read: --subsets A,B"):
     """InputError where a folder that may be a set cannot be looked into: it would be left out."""
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         reason = ""
@@ -318,7 +318,6 @@ def refuse_unreadable_sets(root):
         elif entry.is_dir() and not os.access(entry.path, os.R_OK | os.X_OK):
             reason = "a folder that may not be read by this user (permissions)"
         if reason:
-            hint = "Mend that, or name the sets to read: --subsets A,B"
             raise InputError(f"{brief(entry.path)}: is {reason}. {hint}")
 
 

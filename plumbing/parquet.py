@@ -143,9 +143,9 @@ class Table:
 
     def refuse_changed(self):
         """InputError where a file is not the one that was looked at when the command began."""
-        for file, stamp in zip(self.files, self.stamps, strict=True):
+        for file, stamp, digest in zip(self.files, self.stamps, self.digests, strict=True):
             with readable(file):
-                if stamp_of(file) != stamp:
+                if stamp_of(file) != stamp and digest_of_content(file) != digest:
                     raise InputError(f"{file}: has changed since the command began")
 
     def load(self):

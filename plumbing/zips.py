@@ -29,10 +29,22 @@ MEMBER = np.dtype(
 )
 
 
-@lru_cache(64)
 def open_zip(path) -> "ZipIndex":
-    """The index of a zip file. Made before the loader's workers are forked, it is theirs, too."""
-    return ZipIndex(path)
+    """The index of a zip file, or an InputError. Made before the loader's workers are forked, it is
+    theirs, too."""
+    index = index_of(path)
+    if isinstance(index, InputError):
+        raise InputError(str(index))
+    return index
+
+
+@lru_cache(64)
+def index_of(path):
+    """The index of a zip file, or its InputError: a damaged table, too, is read once."""
+    try:
+        return ZipIndex(path)
+    except InputError as e:
+        return e
 
 
 def read_at(file, start, count) -> bytes:

@@ -407,7 +407,7 @@ ROOMS = [
     ("plumbing/folders.py", "above = path if path.exists() else next(", "above = next(", FOLDERS),
     # ----------------------------------------------------------------------------- plumbing/formats
     ("plumbing/lines.py", "        if self.count:\n", "        if self.count > 1:\n", LISTS),
-    ("plumbing/formats.py", "[(len(x), x.source.digest) for x in sets]", "[len(x) for x in sets]", "tests/test_checkpoint_parts.py"),
+    ("plumbing/formats.py", "+ len(x) + x.source.digest)", "+ len(x))", "tests/test_checkpoint_parts.py"),
     ("plumbing/formats.py", "and len(one_sided) == len(sets):", "and len(one_sided) <= len(sets):", LISTS),
     ("plumbing/formats.py", "if len({x.same for x in one_sided}) == 1 and", "if", LISTS),
     ("plumbing/formats.py", "chosen[name] = int(rows) if colon else None", "chosen[name] = None", LISTS),

@@ -331,7 +331,7 @@ def test_a_list_whose_rows_are_not_those_it_had_ends_no_iteration(tmp_path):
     table = mmeb.Table([file], mmeb.Layout(COLUMNS))
     rows = pq.read_table(file)
     pq.write_table(pyarrow.concat_tables([rows, rows]), file)
-    with pytest.raises(InputError, match="original-0.parquet, .*: 2 rows, and 1 when the command"):
+    with pytest.raises(InputError, match="original-0.parquet: has changed since the command"):
         table.load()
     short = Lazy(3, [1, 2].__getitem__)
     with pytest.raises(IndexError):

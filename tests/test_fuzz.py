@@ -21,7 +21,7 @@ from data import Item
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
 from plumbing.images import Images, decoded_formats, open_image
-from plumbing.zips import open_zip
+from plumbing.zips import index_of
 from tools.export import export
 from toy.world import Shapes
 
@@ -233,7 +233,7 @@ def test_zip_files(place):
     def check(content):
         file = place / "z" / "images_zip" / "s.zip"
         file.write_bytes(content)
-        open_zip.cache_clear()
+        index_of.cache_clear()
         try:
             image = open_image(Images(place / "z").find("s/a.png", "s"))
         except InputError as e:

@@ -32,7 +32,7 @@ from plumbing.files import open_file, refuse_special
 from plumbing.formats import IMAGE
 from plumbing.images import Images, ZipImage, decoded_formats, open_image
 from plumbing.loader import prefetch
-from plumbing.zips import open_zip
+from plumbing.zips import index_of, open_zip
 from tools.check import check
 from tools.pictures import find_pictures
 
@@ -644,7 +644,7 @@ def zip_of(path, members, method=zipfile.ZIP_DEFLATED, **options):
     with zipfile.ZipFile(path, "w", method, **options) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    open_zip.cache_clear()
+    index_of.cache_clear()
     return str(path)
 
 
@@ -668,6 +668,23 @@ def test_a_damaged_zip_costs_nothing_that_is_unpacked(tmp_path):
     equal(found(images, "2.png", "B"), "missing", "a folder is no zip")
     with pytest.raises(InputError, match="A.zip: has no table of members"):
         images.find("2.png", "A")
+
+
+def test_a_damaged_table_of_a_zip_is_read_once(tmp_path, monkeypatch):
+    """Each of a million pictures that are looked up in it would read it anew."""
+    path, reads = tmp_path / "a.zip", []
+    path.write_bytes(b"half")
+    read = zips.read_table
+
+    def count(file):
+        reads.append(file)
+        return read(file)
+
+    monkeypatch.setattr(zips, "read_table", count)
+    for _ in range(3):
+        with pytest.raises(InputError, match="a.zip: has no table of members"):
+            open_zip(str(path))
+    equal(len(reads), 1, "index_of")
 
 
 def test_a_file_of_more_bytes_than_any_picture_has_is_not_read(tmp_path):
@@ -729,7 +746,7 @@ def test_zips_are_read_as_zipfile_reads_them(tmp_path, monkeypatch):
                 for member in archive.infolist():
                     member.comment = b"a note"
                 archive.write(inner, "inner.zip")
-        open_zip.cache_clear()
+        index_of.cache_clear()
         index = open_zip(str(path))
         with zipfile.ZipFile(path) as archive:
             for name in CONTENTS:
@@ -760,7 +777,7 @@ def changed_entry(path, offset, value):
     at = content.index(b"PK\1\2") + offset
     content[at : at + len(value)] = value
     open(path, "wb").write(content)
-    open_zip.cache_clear()
+    index_of.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -793,14 +810,14 @@ def test_a_damaged_member_is_refused(tmp_path):
     path = zip_of(tmp_path / "x.zip", {"b.png": b"1"})
     content = open(path, "rb").read()
     open(path, "wb").write(content.replace(b"b.png", b"c.png", 1))
-    open_zip.cache_clear()
+    index_of.cache_clear()
     with pytest.raises(InputError, match="x.zip:b.png: is not where the zip's table says"):
         open_zip(path).read("b.png")
     path = zip_of(tmp_path / "x.zip", {"b.png": os.urandom(99) * 50})
     content = bytearray(open(path, "rb").read())
     content[35] = 0xFF  # the packed content's first byte: no kind of block begins so
     open(path, "wb").write(content)
-    open_zip.cache_clear()
+    index_of.cache_clear()
     with pytest.raises(InputError, match="x.zip:b.png: .*invalid block type; download"):
         open_zip(path).read("b.png")
 
@@ -912,7 +929,7 @@ def test_a_member_whose_name_is_no_text_costs_no_other_one(tmp_path):
     path = tmp_path / "x.zip"
     zip_of(path, {"\u00e9.png": b"1", "b.png": b"2"})
     path.write_bytes(path.read_bytes().replace(b"\xc3\xa9.png", b"\xff\xa9.png"))
-    open_zip.cache_clear()
+    index_of.cache_clear()
     equal(open_zip(str(path)).read("b.png"), b"2", "zips.decode_name")
 
 

@@ -67,7 +67,7 @@ def lists_of(source, image_root):
         files = [file for file in sorted(root.glob("*/*.parquet")) if file.name[0] != "."]
         if not files:
             refuse_folder(source)
-        refuse_unreadable_sets(root)
+        refuse_unreadable_sets(root, "Mend that, or take it out")
         for file in files:
             yield file, partial(read_part, file, files, images)
 
@@ -75,7 +75,8 @@ def lists_of(source, image_root):
 def read_part(file, files, images):
     """One of MMEB's files, of a set that is whole: training reads no other."""
     kind = file.name.partition("-")[0]
-    refuse_missing_parts([x for x in files if x.match(f"{file.parent.name}/{kind}-*")])
+    its = [x for x in files if x.parent == file.parent and x.name.startswith(f"{kind}-")]
+    refuse_missing_parts(its)
     rows = eval_rows if kind == "test" else train_rows
     return rows([file], file.parent.name, images)
 

@@ -378,8 +378,10 @@ def refuse_outside(names, folder):
     for name in names:
         try:
             images.find(name)
-        except InputError as e:
-            raise InputError(f"--images {brief(folder)}: {e}") from None
+        except InputError:
+            text = f"{brief(name)} is a link that leads out of it, which training would refuse"
+            hint = "give the folder that the pictures are in"
+            raise InputError(f"--images {brief(folder)}: {text}; {hint}") from None
 
 
 def interviews_about(names, questions, cfg) -> dict:

@@ -107,8 +107,8 @@ def weight_sum(p) -> int:
 
 
 def read_index(store, D) -> dict:
-    """{file|size|times: embedding (D,)} of an index; {} where there is none, or a damaged one. Rows
-    that are no embedding, of unit length, are left out."""
+    """{file|size|time|inode: embedding (D,)} of an index; {} where there is none, or a damaged one.
+    Rows that are no embedding, of unit length, are left out."""
     try:
         with open_file(store) as file, np.load(file, allow_pickle=False) as old:
             files, z = json.loads(old["files"].tobytes()), old["z"]  # (n, D)
@@ -132,7 +132,7 @@ def write_index(store, known):
 
 
 def list_files(folder, out, errors) -> dict:
-    """{file|size|times: path below the folder}: a file is the same while its size and times are.
+    """{file|size|time|inode: path below the folder}: a file is the same while these three are.
     `out`, the picture that a search draws, is none of them; what is not there goes to errors."""
     paths = {}
     for path in find_pictures(folder):
@@ -143,8 +143,8 @@ def list_files(folder, out, errors) -> dict:
         except OSError as e:
             errors.append(f"{brief(folder / path)}: {e.strerror}")
         else:
-            # ctime, too: two files of one size, of a zip of one second, may change their names.
-            paths[f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"] = path
+            # The inode, too: two files of one size and time, as a zip has, may change their names.
+            paths[f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"] = path
     return paths
 
 
