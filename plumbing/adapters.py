@@ -19,6 +19,7 @@ from plumbing.folders import (
     reading,
     shapes_of_weights,
 )
+from plumbing.ranks import say
 
 FILE = "adapter_model.safetensors"
 
@@ -47,6 +48,12 @@ class Origin(NamedTuple):
         if os.path.realpath(path) == os.path.realpath(self.folder):
             text = "an adapter cannot stand in the place of the model that it is an adapter of"
             raise InputError(f"{path}: {text}; take another folder")
+
+    def say_if_gone(self):
+        """A line where the base is another one by now, or nowhere: the adapter needs it."""
+        if self.digest and digest_of_weights(self.folder) != self.digest:
+            text = "was replaced or removed since this command read it. Restore it: the adapter"
+            say(f"{self.folder} {text} that is saved now was trained beside it, and needs it")
 
 
 def origin_of(mllm) -> Origin:

@@ -215,7 +215,8 @@ def remove_checkpoints(out):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
     with suppress(OSError):  # a link, or something is left in it
         folder.rmdir()
 
@@ -296,6 +297,8 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
     layout = (embedder.K, embedder.pooling, embedder.style, len(shapes))
     agree({"K, pooling, prompt, trained weights": layout}, f"--model {brief(cfg.model, 60)}")
     if by_rank_0(lambda: is_finished(cfg)):
+        if rank() == 0:
+            card.write(cfg.out)  # the run may have been killed just before
         remove_checkpoints(cfg.out)
         say(f"--resume: the run in {cfg.out} is finished; its model is there")
         sys.exit(0)

@@ -188,7 +188,8 @@ def refuse_hostile(folder):
 
 def is_unfinished(folder) -> bool:
     """Whether a run into it was begun, and has not come to its end."""
-    return any(Path(folder).glob(CHECKPOINTS)) and not Path(folder, FINISHED).exists()
+    begun = any(Path(folder).glob(CHECKPOINTS)) or Path(folder, OF_A_RUN).exists()
+    return begun and not Path(folder, FINISHED).exists()
 
 
 def shapes_of_weights(folder, pattern=WEIGHTS) -> dict:

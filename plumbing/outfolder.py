@@ -8,7 +8,7 @@ from plumbing.errors import InputError, brief
 from plumbing.files import absence
 from plumbing.folders import CHECKPOINTS, TOY, read_json, refuse_foreign
 from plumbing.locks import OF_A_RUN, lock
-from plumbing.writing import first_record, refuse_other
+from plumbing.writing import first_record, refuse_other, refuse_unwritable
 
 
 def take(cfg):
@@ -23,8 +23,7 @@ def take(cfg):
         if not any(out.glob(CHECKPOINTS)):  # the log of a run that goes on is made whole again
             refuse_other(out / "log.jsonl", "--out", is_log, "log of a run")
         lock_run(out)
-        if (out / "log.jsonl").is_dir():
-            raise IsADirectoryError(f"{out / 'log.jsonl'} is a folder")
+        refuse_unwritable(out / "log.jsonl", "--out")  # checkpoints may be on another disk
     except InputError:  # which is a ValueError
         raise
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have

@@ -344,7 +344,9 @@ def write_folder(embedder, path, weights, is_embedder):
         write_settings(embedder, part, path, is_embedder)
         if not embedder.adapter:
             refuse_in_place_of_base(part, path)
-    if not embedder.adapter:  # the base of an adapter that is added later
+    if embedder.adapter:
+        origin_of(embedder.mllm).say_if_gone()
+    else:  # the base of an adapter that is added later
         embedder.mllm.origin = Origin.of(os.path.abspath(path), path)
 
 

@@ -264,6 +264,13 @@ FRESH = [
     ("plumbing/zips.py", "        return ZipIndex(path)\n    except InputError as e:\n        return e", "        return ZipIndex(path)\n    except InputError as e:\n        raise e", "tests/test_pictures.py -k table_of_a_zip_is_read_once"),
     ("plumbing/zips.py", "    if isinstance(index, InputError):\n", "    if False:\n", "tests/test_pictures.py -k damaged_zip"),
     ("plumbing/formats.py", "        if SURPLUS in unknown:\n", "        if False:\n", "tests/test_lists.py -k csv_loses"),
+    # --------------------------------------------------------------- what is gone while a run goes on
+    ("plumbing/checkpoint.py", "            with suppress(OSError):\n                path.unlink", "            if True:\n                path.unlink", "tests/test_checkpoint_parts.py -k costs_no_finished"),
+    ("plumbing/checkpoint.py", "            card.write(cfg.out)  # the run may", "            pass  # the run may", "tests/test_checkpoint_parts.py -k lacks_its_card"),
+    ("plumbing/outfolder.py", '        refuse_unwritable(out / "log.jsonl", "--out")', "        pass", "tests/test_checkpoint_parts.py -k wherever_its"),
+    ("plumbing/folders.py", " or Path(folder, OF_A_RUN).exists()", "", "tests/test_careless.py -k unfinished"),
+    ("plumbing/adapters.py", "if self.digest and digest_of_weights(self.folder) != self.digest:", "if False:", "tests/test_folders.py -k base_is_gone"),
+    ("plumbing/weights.py", "        origin_of(embedder.mllm).say_if_gone()\n", "        pass\n", "tests/test_folders.py -k base_is_gone"),
     # --------------------------------------------------- one bad example, and not the whole list
     ("plumbing/lines.py", "restkey=SURPLUS, ", "", "tests/test_lists.py -k csv_loses"),
     ("plumbing/lines.py", "json.JSONDecoder(parse_int=str)", "json.JSONDecoder()", "tests/test_check.py -k csv_or_an_array"),

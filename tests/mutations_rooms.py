@@ -99,7 +99,7 @@ ROOMS = [
     ("plumbing/card.py", "THEIRS if exported else EXPORT", "EXPORT if exported else THEIRS", CARD),
     ("plumbing/card.py", 'if "temperature" in flags:', 'if "temperature" not in flags:', CARD),
     ("plumbing/card.py", "{100 * x:.1f}", "{x:.1f}", CARD),
-    ("plumbing/checkpoint.py", "card.write(cfg.out)", "pass", CARD),
+    ("plumbing/checkpoint.py", "        card.write(cfg.out)\n    remove_checkpoints", "        pass\n    remove_checkpoints", CARD),
     ("plumbing/table.py", "card.write(cfg.model)", "pass", CARD),
     ("plumbing/template.py", "template.startswith(EXPORTED)", "template.endswith(EXPORTED)", "tests/test_other_libraries.py -k ours_too"),
     ("plumbing/weights.py", "processor.chat_template = processor.tokenizer.chat_template = template", "pass", "tests/test_other_libraries.py -k ours_too"),

@@ -352,6 +352,12 @@ def test_an_unfinished_run_s_folder_is_called_so(place, folder, capsys):
     model.load("twice")
     said = capsys.readouterr().out
     assert "--model twice: a run into it is not finished" in said and "of the run before" in said
+    # The same, before its first checkpoint.
+    Path("twice/checkpoints/step-00000002").rmdir()
+    Path("twice/checkpoints/lock").write_text("process 1 on here")
+    model.load("twice")
+    assert "--model twice: a run into it is not finished" in capsys.readouterr().out
+    Path("twice/checkpoints/step-00000002").mkdir()
     Path("twice/finished.json").write_text("{}")
     model.load("twice")  # checkpoints of a finished run, which a kill left
     assert not capsys.readouterr().out

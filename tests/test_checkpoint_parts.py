@@ -637,6 +637,47 @@ def test_a_copy_of_a_checkpoint_is_none_of_the_run_s(cfg, name):
     equal([path.name for path in folder.iterdir()], [name], "remove_checkpoints")
 
 
+def test_a_disk_that_refuses_costs_no_finished_run(cfg, monkeypatch, capsys):
+    """The checkpoints' own one may be read-only by now: they stay, and the model is there."""
+    net, _ = saved(cfg)
+    Path(cfg.out, "checkpoints", "lock").write_text("x")
+
+    def refused(self, missing_ok=False):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        checkpoint.remove_checkpoints(cfg.out)
+    assert Path(cfg.out, "checkpoints", "lock").exists()
+
+
+def test_a_finished_run_that_lacks_its_card_gets_it(cfg, monkeypatch):
+    """It was killed between its mark and its card."""
+    written = []
+    monkeypatch.setattr(checkpoint.card, "write", written.append)
+    monkeypatch.setattr(checkpoint, "is_finished", lambda cfg: True)
+    again = dataclasses.replace(cfg, resume=True)
+    monkeypatch.setattr(checkpoint, "same_model", lambda name: again.model_digest)
+    net = Small()
+    with pytest.raises(SystemExit) as ended:
+        checkpoint.start_or_resume(net, [stepped(net)], again)
+    equal((ended.value.code, written), (0, [cfg.out]), "start_or_resume")
+    checkpoint.forget_signals()
+
+
+def test_an_out_that_cannot_be_written_is_refused_wherever_its_checkpoints_lie(cfg, monkeypatch):
+    """Their disk has room: a link to another one."""
+    Path(cfg.out).mkdir(exist_ok=True)
+
+    def refused(path, name):
+        raise InputError(f"{name} {path}: not written: Read-only file system")
+
+    monkeypatch.setattr(outfolder, "refuse_unwritable", refused)
+    with pytest.raises(InputError, match="--out .*log.jsonl: not written: Read-only"):
+        outfolder.take(cfg)
+    locks.held.clear()
+
+
 def test_a_lock_is_for_others_while_it_is_held(tmp_path, monkeypatch):
     """What is refused is a folder that another process writes; its own lock is no hindrance."""
     path = tmp_path / "lock"

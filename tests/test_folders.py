@@ -335,6 +335,22 @@ def test_what_was_saved_is_the_base_of_what_follows_anywhere(tmp_path, monkeypat
     equal(embedder.mllm.origin.name, str(tmp_path / "m"), "Origin.of: os.path.abspath")
 
 
+def test_an_adapter_whose_base_is_gone_is_saved_and_that_is_said(good, tmp_path, capsys):
+    """Stage 1 was run again meanwhile, or cleared away: who restores it has the model."""
+    shutil.copytree(good, tmp_path / "m")
+    moved_adapter(tmp_path / "m", tmp_path / "lora")
+    embedder = model.load(tmp_path / "lora", device="cpu")
+    capsys.readouterr()
+    model.save(embedder, tmp_path / "whole")
+    equal(capsys.readouterr().out, "", "its base is there")
+    for file in (tmp_path / "m").glob("*.safetensors"):
+        file.unlink()
+    model.save(embedder, tmp_path / "gone")
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'm'} was replaced or removed since" in said, said
+    assert (tmp_path / "gone" / "adapter_model.safetensors").exists()
+
+
 def test_the_base_of_an_adapter_is_looked_at_as_closely(out):
     """It came from elsewhere, too: its list of files may not lead out of it."""
     index = out / "pretrain" / "model.safetensors.index.json"

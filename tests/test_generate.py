@@ -204,7 +204,8 @@ def failing(monkeypatch, bad, asked):
     def ask_once(names, *_):
         asked.append(names)
         for name in names:
-            yield name, InputError("trouble") if name in bad else [("what?", "a dog")]
+            line = generator.line_of(name, [("what?", "a dog")])
+            yield name, InputError("trouble") if name in bad else line
 
     monkeypatch.setattr(generator, "ask_once", ask_once)
     return SimpleNamespace(n=0, update=lambda: None)
