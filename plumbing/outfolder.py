@@ -23,6 +23,8 @@ def take(cfg):
         if not any(out.glob(CHECKPOINTS)):  # the log of a run that goes on is made whole again
             refuse_other(out / "log.jsonl", "--out", is_log, "log of a run")
         lock_run(out)
+        if (out / "log.jsonl").is_dir():
+            raise IsADirectoryError(f"{out / 'log.jsonl'} is a folder")
         refuse_unwritable(out / "log.jsonl", "--out")  # checkpoints may be on another disk
     except InputError:  # which is a ValueError
         raise
