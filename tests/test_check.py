@@ -228,6 +228,8 @@ def test_one_set_for_both_is_two_lists(tmp_path):
     """Rows for training and for evaluation, side by side: each in parts of its own."""
     mmeb(tmp_path)
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    plain = tmp_path / "birds" / "original-0.parquet"
+    plain.rename(plain.with_name("original-00000-of-00001.parquet"))
     row = dict(qry_text=["q"], qry_img_path=[""], tgt_text=[["t", "u"]], tgt_img_path=[["", ""]])
     pq.write_table(pyarrow.table(row), tmp_path / "birds" / "test-00000-of-00001.parquet")
     equal(check.main([str(tmp_path)]), 0, "both are whole")
