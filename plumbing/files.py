@@ -82,6 +82,14 @@ def digest_of_content(path) -> int:
     return digest
 
 
+def digest_of_all(digests) -> int:
+    """One number of several, which changes with each and with their order; of one its own."""
+    total = 0
+    for digest in digests:
+        total = (31 * total + digest) % 2**32
+    return total
+
+
 def absence(path, kind) -> str:
     """Why there is nothing at `path`."""
     if is_url(os.fsdecode(path)):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from plumbing.combinations import NO_SETS
 from plumbing.errors import InputError, brief
-from plumbing.files import captions_in, names_a_list
+from plumbing.files import captions_in, digest_of_all, names_a_list
 from plumbing.first_pass import Known, Place, Tries, all_the_same, first_pass, skip, skipped_in
 from plumbing.images import Images
 from plumbing.lines import ARRAY, SURPLUS, Lazy, Lost, Source, attempts, open_lines, parse_json
@@ -39,10 +39,7 @@ def checked_digest(sets) -> int:
     """A number that changes with the data and with their order, so that a run is not resumed with
     others; InputError where training cannot use them, see `refuse_unfit`."""
     refuse_unfit(sets)
-    digest = 0
-    for x in sets:
-        digest = (31 * digest + len(x) + x.source.digest) % 2**32
-    return digest
+    return digest_of_all(len(x) + x.source.digest for x in sets)
 
 
 def refuse_unfit(sets):

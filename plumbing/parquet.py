@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from plumbing.errors import InputError, brief, needs
-from plumbing.files import digest_of_content, refuse_special
+from plumbing.files import digest_of_all, digest_of_content, refuse_special
 
 
 def pyarrow():
@@ -128,10 +128,7 @@ class Table:
     @property
     def digest(self) -> int:
         """A number that changes with any of the files and with their order; of one its own."""
-        digest = 0
-        for part in self.digests:
-            digest = (31 * digest + part) % 2**32
-        return digest
+        return digest_of_all(self.digests)
 
     def __len__(self):
         return self.starts[-1]

@@ -85,7 +85,7 @@ ROOMS = [
     ("plumbing/optim.py", 'if muon and not adam and "lr" in given(cfg):', "if False:", "tests/test_flags.py -k only_the_model"),
     ("plumbing/optim.py", "p.grad = p.grad if is_touched else None", "pass", "tests/test_step.py -k went_through"),
     ("plumbing/optim.py", "if p in known and not", "if not", "tests/test_step.py -k went_through"),
-    ("plumbing/parquet.py", "(31 * digest + part)", "(digest + part)", "tests/test_lists.py"),
+    ("plumbing/parquet.py", "digest_of_all(self.digests)", "self.digests[-1]", "tests/test_lists.py"),
     ("plumbing/parquet.py", "return status.st_size, status.st_mtime_ns", "return status.st_size", LISTS),
     ("plumbing/retrieval.py", "rights[query].update(dict.fromkeys(targets))", "rights[query] = dict.fromkeys(targets)", "tests/test_evaluate.py -k several_lines"),
     ("plumbing/retrieval.py", "if not os.path.isdir(os.path.join(folder, name)):", "if False:", "tests/test_careless.py -k sets_json"),
@@ -407,7 +407,7 @@ ROOMS = [
     ("plumbing/folders.py", "above = path if path.exists() else next(", "above = next(", FOLDERS),
     # ----------------------------------------------------------------------------- plumbing/formats
     ("plumbing/lines.py", "        if self.count:\n", "        if self.count > 1:\n", LISTS),
-    ("plumbing/formats.py", "+ len(x) + x.source.digest)", "+ len(x))", "tests/test_checkpoint_parts.py"),
+    ("plumbing/formats.py", "len(x) + x.source.digest for", "len(x) for", "tests/test_checkpoint_parts.py"),
     ("plumbing/formats.py", "and len(one_sided) == len(sets):", "and len(one_sided) <= len(sets):", LISTS),
     ("plumbing/formats.py", "if len({x.same for x in one_sided}) == 1 and", "if", LISTS),
     ("plumbing/formats.py", "chosen[name] = int(rows) if colon else None", "chosen[name] = None", LISTS),
