@@ -275,7 +275,7 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     torch.manual_seed(cfg.seed)
     embedder = load_for(cfg, device)
     if embedder.adapter and cfg.merge:
-        save(merge(embedder), f"{cfg.out}/merged")  # a new adapter's base
+        checkpoint.keep_base(save, merge(embedder), cfg)
     choose_trained(embedder, cfg)
     embedder.prefixes = losses.lengths_of(cfg.matryoshka, embedder.dim)
     loss_fn = losses.asked_for(cfg, embedder.prefixes, loss_over_ranks, info_nce)
@@ -286,14 +286,14 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     # 3. Train. Pairs are made into model inputs in the loader's workers.
     batch_of = partial(make_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
-    N = cfg.batch
-    ranks.say(f"loss sees N = {N} pairs of {world} rank(s) (chance: ln N = {math.log(N):.2f})")
+    ranks.say(f"loss sees N = {cfg.batch} pairs (chance: ln N = {math.log(cfg.batch):.2f})")
     graphs = KeptGraphs(cfg, embedder)
     log = Log(cfg, start)
     embedder.train()
-    batches = prefetch(batch_of, range(start, cfg.steps), cfg.workers, device)
-    for step, batch in log.steps(batches):
+    batches = log.waiting(prefetch(batch_of, range(start, cfg.steps), cfg.workers, device))
+    for step in range(start, cfg.steps):
         with checkpoint.saved_after(embedder, optimizers, cfg, step), graphs.budget() as budget:
+            batch = next(batches)
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
             out = take_step(embedder, batch, cfg.temperature, budget, loss_fn)
@@ -304,7 +304,7 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
             numbers = {"loss": out.loss, "chance": chance, "top1": out.top1, "norm": norm, "lr": lr}
             numbers["cut"] = sampling.tokens_cut(batch.rows)
             numbers["skipped"] = sampling.skipped_pairs(pairs, draw, cfg, step)
-            log(step, (N, "pairs"), numbers)
+            log(step, (cfg.batch, "pairs"), numbers)
 
     # 4. Save.
     checkpoint.finish(save, embedder, cfg)

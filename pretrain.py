@@ -207,17 +207,17 @@ def main(cfg):
     ranks.say(f"{len(dialogues):,} dialogues, {cfg.batch} a step over {world} rank(s)")
     log = Log(cfg, start)
     embedder.train()
-    batches = prefetch(examples_of, range(start, cfg.steps), cfg.workers, device)
-    for step, examples in log.steps(batches):
+    batches = log.waiting(prefetch(examples_of, range(start, cfg.steps), cfg.workers, device))
+    for step in range(start, cfg.steps):
         with checkpoint.saved_after(embedder, optimizers, cfg, step):
+            examples = next(batches)
             # --------------------------------------------------------------------------------------
             lr = optim.begin_step(optimizers, step, cfg)
             loss, exact, tokens = accumulate(
                 embedder, examples, cfg.chunk_tokens, cfg.compress, teacher_logits
             )
             ranks.sum_gradients(embedder.parameters())
-            ids = [x.id for x in examples]
-            norm = optim.end_step(embedder, optimizers, cfg, step, loss, ids)
+            norm = optim.end_step(embedder, optimizers, cfg, step, loss, [x.id for x in examples])
             # --------------------------------------------------------------------------------------
             numbers = {"loss": loss, "exact": exact, "norm": norm, "lr": lr}
             numbers["cut"] = tokens_cut([x.row for x in examples])

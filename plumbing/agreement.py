@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from plumbing.combinations import option
-from plumbing.errors import InputError, brief
+from plumbing.errors import InputError, OfAllRanks, brief
 from plumbing.ranks import gather_objects, rank, said_while_waiting, setup
 
 # What may differ from node to node: where things lie on its disks (their content is compared, by
@@ -17,7 +17,7 @@ OF_A_NODE = ("model", "data", "image_root", "skip_bad", "out", "json", "workers"
 
 
 def agree(mine, note=""):
-    """Raises InputError on all ranks alike where some rank holds other values than rank 0.
+    """Raises OfAllRanks where some rank holds other values than rank 0.
 
     mine: {what it is called: value}, of this rank; note: what else the message says of a rank."""
     label = f"{socket.gethostname()}, {note}" if note else socket.gethostname()
@@ -31,12 +31,12 @@ def agree(mine, note=""):
                 differ.append(f"{name} {brief(other, 60)} where rank 0 has {brief(one, 60)}")
         if differ:
             text = f"rank {number} ({label}) has {', '.join(differ)} (rank 0: {first_label})"
-            raise InputError(f"{text}. All ranks must start alike: the same command on every node")
+            raise OfAllRanks(f"{text}. All ranks must start alike: the same command on every node")
 
 
 def together(work):
-    """work() on this rank. An InputError of any rank is raised on all alike: nobody waits in a
-    collective for a rank that has ended. -> what work() returned here."""
+    """work() on this rank. An InputError of any rank is raised on all, as OfAllRanks: nobody waits
+    in a collective for a rank that has ended. -> what work() returned here."""
     result = error = None
     try:
         result = work()
@@ -44,7 +44,7 @@ def together(work):
         error = str(e)
     for number, (host, text) in enumerate(gather_objects((socket.gethostname(), error))):
         if text:
-            raise InputError(f"rank {number} ({host}): {text}" if number else text)
+            raise OfAllRanks(f"rank {number} ({host}): {text}" if number else text)
     return result
 
 

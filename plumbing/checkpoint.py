@@ -27,7 +27,7 @@ from plumbing.adapters import find_base
 from plumbing.agreement import agree, by_rank_0, command_of, join, on_rank_0, together
 from plumbing.combinations import option
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
-from plumbing.errors import InputError, brief
+from plumbing.errors import InputError, OfAllRanks, brief
 from plumbing.files import on_the_disk, refuse_special
 from plumbing.first_pass import digest_of_listed
 from plumbing.folders import (
@@ -116,7 +116,8 @@ def remove(folder):
 def saved_after(embedder, optimizers, cfg, step):
     """Around a step. After every --save-every steps a checkpoint is saved. Where a signal (on any
     rank) asks the run to end, it is saved after this step, and the run ends; a step that then takes
-    too long is left in its midst."""
+    too long is left in its midst. An error of all ranks (a picture that broke since the run began,
+    a loss that is not finite) costs no step that was taken before."""
     try:
         yield
     except StepLeft:
@@ -124,6 +125,12 @@ def saved_after(embedder, optimizers, cfg, step):
         if step:  # Trap: optimisers that have taken no step have no state to be saved
             save_checkpoint(embedder, optimizers, cfg, step)
         stop(f"stopped by a signal: step {step + 1} is left, as if it had not begun", cfg)
+    except OfAllRanks as e:
+        if step:
+            save_checkpoint(embedder, optimizers, cfg, step)
+        way = way_on(cfg)
+        forget_signals()
+        raise InputError(f"{e}. {way}") from None
     except BaseException:
         forget_signals()  # the run is over, and signals do again what they did before it
         raise
@@ -138,14 +145,18 @@ def saved_after(embedder, optimizers, cfg, step):
 
 def stop(reason, cfg):
     """Ends the run, and says where --resume goes on: a full disk may have cost it its state."""
-    # Trap: at the end of one rank torchrun ends the others, and rank 0 may still be saving.
-    gather_objects(None)
-    saved = checkpoints_in(cfg.out)
-    place = f"goes on from {saved[-1].name}" if saved else "begins anew, for there is no checkpoint"
-    say(f"{reason}; --resume {place}")
+    say(f"{reason}; {way_on(cfg)}")
     number = stop_asked[0].number if stop_asked else signal.SIGTERM
     forget_signals()
     sys.exit(128 + number)  # what a shell expects of a process that was told to end
+
+
+def way_on(cfg) -> str:
+    """Where --resume goes on, the same words on all ranks, when rank 0 is done with saving: at the
+    end of one rank torchrun ends the others."""
+    saved = checkpoints_in(cfg.out)
+    place = f"goes on from {saved[-1].name}" if saved else "begins anew, for there is no checkpoint"
+    return gather_objects(f"--resume {place}")[0]
 
 
 # ------------------------------------------------------------------------------------------ ending
@@ -282,6 +293,19 @@ def refuse_taken(cfg):
         with suppress(Damaged):  # reported when it is loaded
             # The data are not read yet.
             refuse_another_run(read_state(folder, name), cfg, but=("data", "data_digest"))
+
+
+def keep_base(save, embedder, cfg):
+    """save(embedder, OUT/merged): the model that --lora-rank makes an adapter of, with stage 1's
+    folded in. OfAllRanks where it cannot be written; where --resume finds the run finished, what
+    stands there is left alone."""
+
+    def write():
+        is_over = cfg.resume and Path(cfg.out, FINISHED).exists()
+        if cfg.lora_rank and not is_over:
+            save(embedder, Path(cfg.out, "merged"))
+
+    on_rank_0(write)
 
 
 def start_or_resume(embedder, optimizers, cfg) -> int:

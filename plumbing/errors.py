@@ -7,6 +7,10 @@ class InputError(ValueError):
     """Something that the user can put right; the message says where it is and the way out."""
 
 
+class OfAllRanks(InputError):
+    """Raised on all ranks alike, so that they may still do something together."""
+
+
 def brief(x, most=200) -> str:
     """What of a user's text, name or answer an error shows: one line, `most` characters, all of
     them printable (a name that is not UTF-8 has halves of surrogate pairs, which print refuses)."""

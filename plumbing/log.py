@@ -14,7 +14,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from plumbing.agreement import on_rank_0
+from plumbing.agreement import on_rank_0, together
 from plumbing.errors import InputError
 from plumbing.ranks import rank, say, world
 from plumbing.writing import write_whole
@@ -44,15 +44,15 @@ class Log:
         self.file = on_rank_0(lambda: open_log(cfg, start))
         self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() > 0 or None, leave=False)
 
-    def steps(self, batches):
-        """Yields (step, batch), and counts the time that a step waits for its batch."""
+    def waiting(self, batches):
+        """The batches, and counts the time that the steps wait for them. Raises OfAllRanks where a
+        rank's batch cannot be made."""
         for step in range(self.start, self.cfg.steps):
             asked = time.monotonic()
-            batch = next(batches)
+            batch = together(lambda: next(batches))
             if step > self.start:  # the first batch is not made ahead
                 self.waited += time.monotonic() - asked
-            yield step, batch
-        self.bar.close()
+            yield batch
 
     def __call__(self, step, speed, numbers):
         """Notes a step. numbers: {name: value} over all ranks, which a repeated run has again: they
@@ -67,6 +67,8 @@ class Log:
         self.bar.update()
         if (step + 1) % self.every == 0 or step + 1 == self.cfg.steps:
             say(self.line(step, unit, numbers))
+        if step + 1 == self.cfg.steps:
+            self.bar.close()
 
     def write(self, record):
         """A line of log.jsonl, whole or not at all. What the disk says to that ends no run."""

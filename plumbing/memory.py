@@ -12,7 +12,7 @@ from plumbing import sharding
 from plumbing.blocks import KnownGradient
 from plumbing.config import CHUNK_TOKENS, by_device
 from plumbing.ending import StepLeft, overdue
-from plumbing.errors import InputError, brief
+from plumbing.errors import InputError, OfAllRanks, brief
 from plumbing.families import vision_tower, what_is_taken
 from plumbing.ranks import gather_objects, say
 
@@ -135,7 +135,7 @@ def until_it_fits(attempt, chunk_tokens, longest, start_over) -> int:
     while not fits_into_memory(attempt, chunk_tokens):
         # Then each rank's largest chunk is its longest row, and nothing cuts that.
         if chunk_tokens < min(gather_objects(longest)):
-            raise InputError(
+            raise OfAllRanks(
                 f"out of memory at --chunk-tokens {chunk_tokens}: try half of it, "
                 "--checkpointing, or less --max-pixels"
             )

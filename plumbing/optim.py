@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from plumbing.combinations import given, spelled
-from plumbing.errors import InputError
+from plumbing.errors import InputError, OfAllRanks
 from plumbing.ranks import rank
 
 
@@ -108,17 +108,17 @@ def leave_untouched(parameters, optimizers):
 
 def end_step(embedder, optimizers, cfg, step, loss, ids) -> float:
     """Clips the gradient and takes the step. -> the gradient's norm before clipping. Raises
-    InputError on all ranks alike where the loss or the gradient is not finite."""
+    OfAllRanks, and the weights are as they were, where the loss or the gradient is not finite."""
     parameters = [p for p in embedder.parameters() if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
     # Sharded, each rank holds a part of it.
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(loss + norm):
         at = f"step {step + 1}, lr {optimizers[0].param_groups[0]['lr']:.2e}"
-        raise InputError(
-            f"{at}: loss {loss}, gradient norm {norm}; rank {rank()} had the examples {ids}. What "
-            "was saved before is good: look at these examples, or start again with a lower --lr; "
-            "at step 1 a flag of the loss is too large or too small"
+        raise OfAllRanks(
+            f"{at}: loss {loss}, gradient norm {norm}; rank {rank()} had the examples {ids}. Look "
+            "at these examples, or start again with a lower --lr; at step 1 a flag of the loss is "
+            "too large or too small"
         )
     leave_untouched(parameters, optimizers)
     for optimizer in optimizers:

@@ -17,7 +17,7 @@ from torch import nn
 import contrastive
 import pretrain
 from plumbing import checkpoint, ending, folders, locks, outfolder, ranks
-from plumbing.errors import InputError
+from plumbing.errors import InputError, OfAllRanks
 from plumbing.formats import checked_digest
 
 STEP = "step-00000003"
@@ -136,7 +136,7 @@ def test_a_run_that_is_ended_says_where_it_goes_on(cfg, capsys, monkeypatch):
     """A full disk may have cost it its last checkpoint, or all of them. And all ranks end together:
     at the end of one of them torchrun ends the others, of which rank 0 may still be saving."""
     met = []
-    monkeypatch.setattr(checkpoint, "gather_objects", met.append)
+    monkeypatch.setattr(checkpoint, "gather_objects", lambda x: met.append(x) or [x])
     for saves, says in ((0, "why; --resume begins anew"), (2, "goes on from step-00000002")):
         for step in range(1, saves + 1):
             saved(cfg, step)
@@ -144,6 +144,8 @@ def test_a_run_that_is_ended_says_where_it_goes_on(cfg, capsys, monkeypatch):
             checkpoint.stop("why", cfg)
         assert says in capsys.readouterr().out, says
     equal(len(met), 2, "checkpoint.stop: gather_objects")
+    monkeypatch.setattr(checkpoint, "gather_objects", lambda x: ["rank 0's", x])
+    equal(checkpoint.way_on(cfg), "rank 0's", "of several nodes only its disk counts")
 
 
 def test_the_newest_ones_stay_and_the_others_go_once_it_is_there(cfg):
@@ -285,12 +287,36 @@ def test_a_checkpoint_is_due_every_so_many_steps_but_after_the_last(cfg):
         equal(names_in(cfg.out), [f"step-{n:08d}" for n in want], f"--save-every {every}")
 
 
-def test_an_error_in_a_step_is_an_error_and_saves_nothing(cfg):
-    """Signals are then what they were before the run."""
+def fail_with(error):
+    """Something that happens inside of a step."""
+
+    def fail():
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), InputError("of one rank alone")])
+def test_an_error_in_a_step_is_an_error_and_saves_nothing(cfg, error):
+    """Signals are then what they were before the run. Of one rank's error the others know nothing:
+    to save a sharded model would be to wait for them."""
     ending.note_signals()
-    with pytest.raises(ZeroDivisionError):
-        around(cfg, 5, lambda: 1 / 0)
+    with pytest.raises(type(error)):
+        around(cfg, 5, fail_with(error))
     equal((names_in(cfg.out), ending.handlers_before), ([], {}), "kept")
+
+
+def test_an_error_of_all_ranks_costs_no_step_that_was_taken_before(cfg):
+    """A picture that breaks, or a loss that is not finite: the steps before are saved, and the line
+    says where --resume goes on. Of the first step there is nothing to be saved."""
+    for step, names, way in (
+        (0, [], "--resume begins anew, for there is no checkpoint"),
+        (5, ["step-00000005"], "--resume goes on from step-00000005"),
+    ):
+        ending.note_signals()
+        with pytest.raises(InputError, match=f"^a broken picture. {way}$"):
+            around(cfg, step, fail_with(OfAllRanks("a broken picture")))
+        equal((names_in(cfg.out), ending.handlers_before), (names, {}), f"step {step + 1}")
 
 
 def test_signals_are_noted_from_where_the_run_begins_to_its_end(cfg, terminal):

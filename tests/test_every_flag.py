@@ -360,18 +360,19 @@ def test_every_flag_has_a_row(stage):
 
 
 def test_an_adapter_is_folded_in_first_or_trained_on(embedder, files, tmp_path, monkeypatch):
-    """Stage 2 after stage 1 with LoRA: with --merge all weights of a plain model, which stands
-    beside the result; without it the adapter."""
+    """Stage 2 after stage 1 with LoRA: with --merge all weights of a plain model, or, with
+    --lora-rank, a new adapter of it, beside which it then stands; without it the old adapter."""
     monkeypatch.chdir(files)
     model.choose_trained(embedder, pretrain.Config(model="toy-random", lora_rank=2))
     model.save(embedder, "adapter")
     merged = run("contrastive", tmp_path / "a", dict(model="adapter"))
     going_on = run("contrastive", tmp_path / "b", dict(model="adapter", merge=False))
-    has_lora = [any("lora" in name for name in x.trained) for x in (merged, going_on)]
-    equal(has_lora, [False, True], "what is trained")
+    anew = run("contrastive", tmp_path / "c", dict(model="adapter", lora_rank=3))
+    has_lora = [any("lora" in name for name in x.trained) for x in (merged, going_on, anew)]
+    equal(has_lora, [False, True, True], "what is trained")
     expect(len(merged.trained) > 50, merged.trained, "all weights", "model.merge")
-    there = [(tmp_path / x / "merged" / "config.json").exists() for x in "ab"]
-    equal(there, [True, False], "the plain model that a new adapter would be one of")
+    there = [(tmp_path / x / "merged" / "config.json").exists() for x in "abc"]
+    equal(there, [False, False, True], "the plain model that a new adapter is one of")
 
 
 def test_the_flags_check_fails_for_a_flag_that_does_nothing(base, files, tmp_path, monkeypatch):

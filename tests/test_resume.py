@@ -26,7 +26,7 @@ import contrastive
 import model
 import pretrain
 from plumbing import checkpoint, folders, hub, optim, outfolder, ranks
-from plumbing.errors import InputError
+from plumbing.errors import InputError, OfAllRanks
 from tools import condense
 
 LINES = [
@@ -477,6 +477,33 @@ def test_a_model_that_was_trained_again_in_between_is_refused(tmp_path, config):
     model.save(again, start)
     with pytest.raises(InputError, match="not the same run: model_digest was"):
         train(cfg, resume=True)
+
+
+def test_of_a_finished_run_the_base_of_its_adapter_is_left_alone(tmp_path, config):
+    """Stage 2 after LoRA: OUT's adapter needs the bytes of OUT/merged. --resume writes it again
+    where the run goes on, and not where it is over; an error of rank 0 is one of all ranks."""
+    written = []
+
+    def save(embedder, path):
+        written.append(path)
+
+    cfg = config(out=str(tmp_path / "out"), lora_rank=2)
+    checkpoint.keep_base(save, None, cfg)
+    checkpoint.keep_base(save, None, dataclasses.replace(cfg, resume=True))
+    checkpoint.keep_base(save, None, dataclasses.replace(cfg, lora_rank=0))
+    assert written == [tmp_path / "out" / "merged"] * 2
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "finished.json").write_text("{}")
+    checkpoint.keep_base(save, None, dataclasses.replace(cfg, resume=True))
+    assert len(written) == 2, "finished"
+    checkpoint.keep_base(save, None, cfg)
+    assert len(written) == 3, "a new run in its place"
+
+    def fail(embedder, path):
+        raise InputError("no room")
+
+    with pytest.raises(OfAllRanks, match="no room"):
+        checkpoint.keep_base(fail, None, cfg)
 
 
 def test_the_digest_of_an_adapter_changes_with_its_base(tmp_path, runs, monkeypatch):

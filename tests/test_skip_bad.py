@@ -161,11 +161,12 @@ def drawn(stage, cfg, step) -> set:
 
 @pytest.mark.parametrize("stage", [pretrain, contrastive])
 def test_a_run_goes_on_with_a_list_and_counts_what_it_skips(files, tmp_path, stage):
-    """A picture that cannot be read ends the run at the step that draws it; with check's list
-    --resume goes on, and log.jsonl counts of each step what stands in another's place."""
+    """A picture that cannot be read ends the run at the step that draws it, and what was trained
+    before is saved, though no checkpoint was due; with check's list --resume goes on, and log.jsonl
+    counts of each step what stands in another's place."""
     source = files / ("dialogues.jsonl" if stage is pretrain else "MMEB-train")
     flags = dict(model="toy-random", data=str(source), out=str(tmp_path / "out"), workers=0)
-    flags.update(steps=6, save_every=1, batch=4, muon_lr=0.0)
+    flags.update(steps=6, save_every=0, batch=4, muon_lr=0.0)
     if stage is contrastive:
         flags.update(block=4, subsets="classify")
     cfg = stage.Config(**flags)
@@ -178,7 +179,8 @@ def test_a_run_goes_on_with_a_list_and_counts_what_it_skips(files, tmp_path, sta
     broken = min(late[first])
     bad = spoil(files, examples, broken)
     for resume in (False, True):
-        with pytest.raises(InputError, match="not a readable picture"):
+        says = f"not a readable picture.* --resume goes on from step-{first:08d}"
+        with pytest.raises(InputError, match=says):
             stage.main(stage.Config(**flags, resume=resume))
     stage.main(stage.Config(**flags, resume=True, skip_bad=str(bad)))
     steps = [json.loads(x) for x in (tmp_path / "out" / "log.jsonl").read_text().splitlines()[1:]]

@@ -54,7 +54,7 @@ def watched(monkeypatch, tmp_path):
         monkeypatch.setattr(stage.checkpoint, "begin", lambda cfg: torch.device("cpu"))
         monkeypatch.setattr(stage, "load_for", lambda *_: start or toy())
         monkeypatch.setattr(stage.checkpoint, "start_or_resume", lambda *_: begin)
-        monkeypatch.setattr(stage, "Log", lambda cfg, start: SimpleNamespace(steps=iter))
+        monkeypatch.setattr(stage, "Log", lambda cfg, start: SimpleNamespace(waiting=iter))
 
         def prefetch(make, steps, workers, device):
             seen.update(make=make, steps=steps, workers=workers, device=device)

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import stages_on_ranks as stages
 from forked import as_script, on_ranks, said_on
+from PIL import Image
 from safetensors.torch import load_file
 
 import model
 import pretrain
+from plumbing.sampling import epoch_batch
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -92,7 +94,7 @@ def test_two_ranks_train_like_one(one_rank, two_ranks, tmp_path):
     for stage in ("pretrain", "contrastive"):
         check_alike(one_rank / stage, two_ranks / stage)
     said = (two_ranks / "said-0.txt").read_text()
-    assert "loss sees N = 8 pairs of 2 rank(s) (chance: ln N = 2.08)" in said, said
+    assert "loss sees N = 8 pairs (chance: ln N = 2.08)" in said, said
     _, stage, flags = stages.RUNS[1]
     stages.run(stage, [*flags, "--batch", "4"], tmp_path / "half")  # negative control
     with pytest.raises(AssertionError):
@@ -136,13 +138,20 @@ def test_one_rank_killed_ends_the_others_and_the_run_can_be_resumed(two_ranks):
 
 
 def test_an_error_in_a_worker_is_one_clear_line(tmp_path):
-    """A broken picture is met during training, on two ranks: exit status 1, the file, no trace."""
+    """A broken picture is met in the third step, by one of two ranks: exit status 1 of both, the
+    file, no trace; and the two steps before are saved."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"not a picture")
-    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
-    line = json.dumps({"id": "x", "image": "bad.png", "conversations": talk}) + "\n"
-    (tmp_path / "talks.jsonl").write_text(line * 8)
     words = ["--data", f"{tmp_path}/talks.jsonl", "--batch", "4", "--out", f"{tmp_path}/o"]
+    broken = epoch_batch(16, pretrain.Config.parse(words), step=2, rank=1, world=2)[0]
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
+    lines = []
+    for i in range(16):
+        name = "bad.png" if i == broken else "good.png"
+        lines.append(json.dumps({"id": "x", "image": name, "conversations": talk}) + "\n")
+    (tmp_path / "talks.jsonl").write_text("".join(lines))
     assert on_ranks(2, lambda: as_script(pretrain, words), tmp_path) == [1, 1]
     said = said_on(tmp_path)
     assert re.search(r"^pretrain.py: .*bad.png \(13 bytes\): not a readable", said, re.M), said
+    assert "--resume goes on from step-00000002" in said, said
     assert "Traceback" not in said, said
