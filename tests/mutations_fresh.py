@@ -84,7 +84,7 @@ FRESH = [
     ("plumbing/ending.py", "LEAVE_STEP = 5.0", "LEAVE_STEP = 50.0", "tests/test_ending.py -k first_signal_counts"),
     ("plumbing/ending.py", "UNWIND = 3.0", "UNWIND = 30.0", "tests/test_ending.py -k main_thread_cannot"),
     # ------------------------------------------------------------------- what a step says of itself
-    ("pretrain.py", "ids = [x.id for x in examples]", "ids = []", "tests/test_stage_parts.py -k in_each_step"),
+    ("pretrain.py", "loss, [x.id for x in examples])", "loss, [])", "tests/test_stage_parts.py -k in_each_step"),
     ("pretrain.py", "cfg.chunk_tokens, cfg.compress, teacher", "None, cfg.compress, teacher", "tests/test_every_flag.py -k pretrain-chunk"),
     ("pretrain.py", "cfg.chunk_tokens, cfg.compress, teacher", "cfg.chunk_tokens, True, teacher", "tests/test_every_flag.py -k pretrain-compress"),
     ("contrastive.py", "batch.ids)\n", "[])\n", "tests/test_stage_parts.py -k in_each_step"),
@@ -92,7 +92,7 @@ FRESH = [
      "tests/test_stage_parts.py -k in_each_step"),
     ("contrastive.py", '"norm": norm, "lr": lr}', '"norm": norm, "lr": cfg.lr}',
      "tests/test_stage_parts.py -k in_each_step"),
-    ("contrastive.py", 'log(step, (N, "pairs"), numbers)', 'log(step, (N // world, "pairs"), numbers)',
+    ("contrastive.py", 'log(step, (cfg.batch, "pairs"), numbers)', 'log(step, (cfg.batch // world, "pairs"), numbers)',
      "tests/test_stage_parts.py -k speed_that"),
     # ------------------------------------------------------------------------------ on the disk
     ("plumbing/files.py", "os.fsync(file.fileno())", "file.read(0)",

@@ -12,7 +12,7 @@ import contrastive
 import evaluate
 import pretrain
 from plumbing import agreement, checkpoint
-from plumbing.errors import InputError
+from plumbing.errors import InputError, OfAllRanks
 from tools import condense
 
 STAGES = (pretrain, contrastive, evaluate)
@@ -142,7 +142,7 @@ def test_an_error_of_one_rank_is_an_error_of_all(monkeypatch, culprit):
     everyone = [failed, fine] if culprit == 0 else [fine, failed]
     monkeypatch.setattr(agreement, "gather_objects", lambda x: everyone)
     for work in (fails, lambda: "fine"):
-        with pytest.raises(InputError, match="pairs.jsonl, line 3") as told:
+        with pytest.raises(OfAllRanks, match="pairs.jsonl, line 3") as told:
             agreement.together(work)
         assert str(told.value).startswith("rank 1 (" if culprit else "pairs.jsonl")
 

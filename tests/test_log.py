@@ -226,3 +226,7 @@ def test_the_bar_goes_one_step_a_step(tmp_path, monkeypatch):
     for step in range(10, 13):
         logged(step, (1, "pairs"), {"loss": 0.0})
     equal(seen, [1, 1, 1], "log.Log")
+    monkeypatch.setattr(logged.bar, "close", lambda: seen.append("closed"))
+    for step in (38, 39):
+        logged(step, (1, "pairs"), {"loss": 0.0})
+    equal(seen[3:], [1, 1, "closed"], "with the last step the bar goes")

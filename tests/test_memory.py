@@ -16,7 +16,7 @@ from data import IMAGE, Item
 from plumbing import memory
 from plumbing.config import CHUNK_TOKENS
 from plumbing.ending import StepLeft
-from plumbing.errors import InputError
+from plumbing.errors import InputError, OfAllRanks
 from plumbing.families import vision_tower
 from plumbing.memory import Budget, answering, meeting, token_chunks, until_it_fits
 
@@ -95,7 +95,7 @@ def test_a_budget_that_does_not_fit_is_halved_until_it_does(capsys):
     said = capsys.readouterr().out
     for budget in (1600, 800):
         expect(f"--chunk-tokens {budget} is halved" in said, said, budget, "until_it_fits")
-    with pytest.raises(InputError, match="out of memory at --chunk-tokens 50: try half of it"):
+    with pytest.raises(OfAllRanks, match="out of memory at --chunk-tokens 50: try half of it"):
         until_it_fits(no_memory, 400, 60, starts.clear)
 
 

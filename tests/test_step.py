@@ -10,7 +10,7 @@ from torch import nn
 
 from plumbing import optim
 from plumbing.config import TrainingFlags
-from plumbing.errors import InputError
+from plumbing.errors import OfAllRanks
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_a_step_with_a_number_that_is_not_finite_changes_no_weight(loss, gradien
     optim.begin_step(optimizers, 6, cfg)
     for p in net.parameters():
         p.grad = torch.full_like(p, gradient)
-    with pytest.raises(InputError, match=r"step 7.*loss .*gradient norm .*\['a', 'b'\]"):
+    with pytest.raises(OfAllRanks, match=r"step 7.*loss .*gradient norm .*\['a', 'b'\]"):
         optim.end_step(net, optimizers, cfg, 6, loss, ["a", "b"])
     equal(net.weight.detach(), before, "no step was taken")
 
