@@ -32,7 +32,7 @@ from plumbing.config import CHUNK_TOKENS, TrainingFlags, by_device, flag
 from plumbing.formats import Place, checked_digest
 from plumbing.loader import each, prefetch
 from plumbing.log import Log
-from plumbing.memory import to_device, token_chunks, unless_stopped
+from plumbing.memory import all_ranks_or_none, to_device, token_chunks, unless_overdue
 from plumbing.sampling import ask_first, epoch_batch, skipped_dialogues, tokens_cut
 from plumbing.weights import Settings
 
@@ -116,9 +116,8 @@ def exact_answers(logits, labels, roles) -> tuple:
     starts[:, 1:] &= ~is_answer[:, :-1]
     answer_of = starts[is_answer].cumsum(0)  # (n,) each token's answer, numbered, as logits stand
     is_wrong = (logits.argmax(-1) != labels).cpu()  # (n,)
-    wrong_answers = answer_of[is_wrong].unique()
     total = int(starts.sum())
-    return total - len(wrong_answers), total
+    return total - len(answer_of[is_wrong].unique()), total
 
 
 # ------------------------------------------------------------------------------ one training step
@@ -143,18 +142,19 @@ def accumulate(embedder, examples, chunk_tokens=None, compress=True, teacher_log
     tokens = ranks.all_sum(my_tokens)  # all ranks': sums over chunks, divided by it, make the mean
     loss_sum, right, answers = 0.0, 0, 0
     chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, embedder.device)
-    for chunk in unless_stopped(token_chunks([row.length for row in rows], chunk_tokens)):
-        inputs = embedder.collate.pad_rows([rows[i] for i in chunk])
-        logits, labels = answer_logits(embedder, inputs, compress)
-        if teacher_logits:
-            loss = distillation_loss(logits, teacher_logits([examples[i] for i in chunk]))
-        else:
-            loss = answer_loss(logits, labels)
-        chunk_right, chunk_answers = exact_answers(logits.detach(), labels, inputs["roles"])
-        loss_sum += loss.item()
-        right += chunk_right
-        answers += chunk_answers
-        (loss / tokens).backward()  # last: a GPU is busy with it while the next chunk is padded
+    with all_ranks_or_none():
+        for chunk in unless_overdue(token_chunks([row.length for row in rows], chunk_tokens)):
+            inputs = embedder.collate.pad_rows([rows[i] for i in chunk])
+            logits, labels = answer_logits(embedder, inputs, compress)
+            if teacher_logits:
+                loss = distillation_loss(logits, teacher_logits([examples[i] for i in chunk]))
+            else:
+                loss = answer_loss(logits, labels)
+            chunk_right, chunk_answers = exact_answers(logits.detach(), labels, inputs["roles"])
+            loss_sum += loss.item()
+            right += chunk_right
+            answers += chunk_answers
+            (loss / tokens).backward()  # last: a GPU works while the next chunk is padded
     mean = ranks.all_sum(loss_sum) / tokens
     exact = ranks.all_sum(right) / ranks.all_sum(answers)
     return mean, exact, tokens

@@ -64,8 +64,16 @@ def to_device(inputs, device):
 # ---------------------------------------------------------------------- a step that is not finished
 
 
-class DoesNotFit(Exception):
+class DoesNotFit(OfAllRanks):
     """Some rank ran out of memory, and all ranks know."""
+
+    def __init__(self, where=""):
+        way = "try half of it" if where else "try a smaller --chunk-tokens"
+        super().__init__(f"out of memory{where}: {way}, --checkpointing, or less --max-pixels")
+
+
+class Leaving(Exception):
+    """This rank leaves the step for a signal; the others do not know yet."""
 
 
 # What a rank says of its step where all ranks meet; the greatest word counts.
@@ -84,18 +92,26 @@ def meet(word=FITS):
         raise DoesNotFit
 
 
-def unless_stopped(chunks):
-    """Yields the chunks of a step whose ranks do not meet on the way. All ranks leave the step
-    where a signal has waited too long for one of them."""
+@contextmanager
+def all_ranks_or_none():
+    """Around a part of a step in which the ranks may not meet. Where one of them does not come to
+    its end, for want of memory or for a signal, it is the end for all: DoesNotFit or StepLeft."""
+    word = FITS
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        word = FITS_NOT  # and no more in here: the traceback keeps the graphs
+    except Leaving:
+        word = LEFT
+    meet(word)
+
+
+def unless_overdue(chunks):
+    """Yields them, until a signal has waited too long."""
     for chunk in chunks:
         if overdue():
-            break
+            raise Leaving
         yield chunk
-    meet(LEFT if overdue() else FITS)
-
-
-class Leaving(Exception):
-    """This rank leaves the step for a signal; the others do not know yet."""
 
 
 def leavable(embed, embedder):
@@ -114,15 +130,9 @@ def leavable(embed, embedder):
 
 def fits_into_memory(attempt, chunk_tokens) -> bool:
     """Runs attempt(chunk_tokens). Its graphs are gone when this returns False."""
-    word = FITS
     try:
-        try:
+        with all_ranks_or_none():
             attempt(chunk_tokens)
-        except torch.OutOfMemoryError:
-            word = FITS_NOT  # and no more in here: the traceback keeps the graphs
-        except Leaving:
-            word = LEFT
-        meet(word)
     except DoesNotFit:
         return False
     return True
@@ -135,10 +145,7 @@ def until_it_fits(attempt, chunk_tokens, longest, start_over) -> int:
     while not fits_into_memory(attempt, chunk_tokens):
         # Then each rank's largest chunk is its longest row, and nothing cuts that.
         if chunk_tokens < min(gather_objects(longest)):
-            raise OfAllRanks(
-                f"out of memory at --chunk-tokens {chunk_tokens}: try half of it, "
-                "--checkpointing, or less --max-pixels"
-            )
+            raise DoesNotFit(f" at --chunk-tokens {chunk_tokens}")
         start_over()  # gradients of a half-done pass 2 must not count twice
         say(f"out of memory: --chunk-tokens {chunk_tokens} is halved from here on")
         chunk_tokens //= 2

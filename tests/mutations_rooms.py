@@ -373,7 +373,6 @@ ROOMS = [
     ("plumbing/log.py", "        if step + 1 == self.cfg.steps:\n            self.bar.close()\n", "", "tests/test_log.py -k one_step_a_step"),
     ("plumbing/agreement.py", 'raise OfAllRanks(f"rank {number}', 'raise InputError(f"rank {number}', "tests/test_agreement.py -k error_of_one_rank"),
     ("plumbing/optim.py", "        raise OfAllRanks(\n", "        raise InputError(\n", "tests/test_step.py -k not_finite"),
-    ("plumbing/memory.py", "            raise OfAllRanks(\n", "            raise InputError(\n", "tests/test_memory.py -k halved_until"),
     ("plumbing/checkpoint.py", "goes on from {saved[-1].name}", "goes on from {saved[0].name}", "tests/test_checkpoint_parts.py -k where_it_goes_on"),
     ("plumbing/loader.py", "if is_full or isinstance(e, RuntimeError):", "if isinstance(e, RuntimeError):", "tests/test_loader.py -k free_descriptor"),
     ("plumbing/loader.py", "except (EOFError, OSError, RuntimeError) as e:", "except (EOFError, OSError) as e:", "tests/test_loader.py -k free_descriptor"),

@@ -10,6 +10,7 @@ from checks import close, equal, expect
 import model
 import pretrain
 from data import ANSWER, COMPRESS, CONTENT, IMAGE, QUESTION, Item, read_dialogues
+from plumbing.errors import OfAllRanks
 from plumbing.memory import token_chunks
 from plumbing.sampling import ask_first, epoch_batch
 from toy.world import Object, Scene
@@ -241,6 +242,17 @@ def test_the_gradient_is_that_of_the_whole_batch_for_any_chunks(shared):
     """accumulate: in chunks of one row, some rows, all rows, the gradient of (all answers' nats /
     all answer tokens), however unequal the answers are."""
     check_accumulate(pretrain.accumulate, shared, unequal(shared))
+
+
+def test_a_rank_that_has_no_memory_for_a_chunk_ends_the_step_of_all(shared, monkeypatch):
+    """With the way out. No step was taken: those before can still be saved."""
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(pretrain, "answer_logits", no_memory)
+    with pytest.raises(OfAllRanks, match="out of memory: try a smaller --chunk-tokens"):
+        pretrain.accumulate(shared, unequal(shared), 150)
 
 
 def test_the_gradient_check_fails_for_a_mean_of_chunk_means(shared):

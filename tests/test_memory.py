@@ -317,23 +317,28 @@ def test_the_worst_word_of_any_rank_counts(others):
 
 @pytest.mark.parametrize("late", [None, 0, 1, 3])
 def test_chunks_end_where_a_signal_has_waited_too_long(others, monkeypatch, late):
-    """Before the chunk that is next; in the end all ranks hear it, and leave. Without a signal all
-    chunks come; another rank's leaving is heard in the end."""
+    """Before the chunk that is next; in the end all ranks hear it, and leave. Without a signal, or
+    where there is no next chunk, all of them come; another rank's leaving is heard in the end."""
     seen = []
     monkeypatch.setattr(memory, "overdue", lambda: late is not None and len(seen) >= late)
+
+    def all_chunks():
+        with memory.all_ranks_or_none():
+            for chunk in memory.unless_overdue("abc"):
+                seen.append(chunk)
+
     said = others((FITS,))
-    if late is None:
-        seen.extend(memory.unless_stopped("abc"))
+    if late in (None, 3):
+        all_chunks()
     else:
         with pytest.raises(StepLeft):
-            for chunk in memory.unless_stopped("abc"):
-                seen.append(chunk)
+            all_chunks()
     equal("".join(seen), "abc"[:late], "chunks")
-    equal(said, [FITS if late is None else LEFT], "one meeting, in the end")
+    equal(said, [FITS if late in (None, 3) else LEFT], "one meeting, in the end")
     if late is None:
         others((LEFT,))
         with pytest.raises(StepLeft):
-            list(memory.unless_stopped("abc"))
+            all_chunks()
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -383,6 +388,15 @@ def test_each_attempt_ends_with_a_meeting_whatever_befell_it(others):
     equal(said, [], "all have met already")
     with pytest.raises(ZeroDivisionError):
         memory.fits_into_memory(raising(ZeroDivisionError()), 100)
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_where_one_rank_has_no_memory_in_stage_1_all_end_with_the_way_out(others, mine):
+    """Whichever it is. The weights are as they were, and so the steps before can be saved."""
+    others((FITS if mine else FITS_NOT,))
+    with pytest.raises(OfAllRanks, match="out of memory: try a smaller --chunk-tokens"):
+        with memory.all_ranks_or_none():
+            raising(torch.OutOfMemoryError("planted") if mine else None)(100)
 
 
 def test_all_ranks_give_up_together_where_each_row_stands_alone(others):
