@@ -188,3 +188,11 @@ def without_casts(adapter):
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
     return adapter
+
+
+def lora_scale(module) -> float:
+    """What LoRA's product B A is multiplied by, alpha / rank; 1 where there is no LoRA."""
+    for layer in module.modules():
+        if hasattr(layer, "lora_A"):
+            return layer.scaling[layer.active_adapters[0]]
+    return 1.0

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from plumbing.adapters import lora_scale
 from plumbing.combinations import given, spelled
 from plumbing.errors import InputError, OfAllRanks
 from plumbing.ranks import rank
@@ -30,7 +31,9 @@ def make_optimizers(embedder, cfg) -> list:
         decay = cfg.weight_decay
         optimizers.append(torch.optim.AdamW(adam, cfg.lr, (0.9, 0.98), weight_decay=decay))
     if muon:
-        optimizers.append(Muon(muon, cfg.muon_lr, weight_decay=cfg.weight_decay))
+        # A step of LoRA's matrices moves the weight by its scale times as much.
+        peak = cfg.muon_lr / lora_scale(embedder)
+        optimizers.append(Muon(muon, peak, weight_decay=cfg.weight_decay))
     return optimizers
 
 
@@ -86,9 +89,8 @@ def begin_step(optimizers, step, cfg) -> float:
     # Primes keep the seeds of neighbouring (seed, step, rank) apart.
     torch.manual_seed((cfg.seed * 1_000_003 + step) * 4_093 + rank())
     for optimizer in optimizers:
-        peak = cfg.muon_lr if isinstance(optimizer, torch.optim.Muon) else cfg.lr
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, peak, cfg)
+            group["lr"] = rate_at(step, optimizer.defaults["lr"], cfg)
     return optimizers[0].param_groups[0]["lr"]
 
 

@@ -8,6 +8,8 @@ import torch
 from checks import close, equal
 from torch import nn
 
+import model
+import pretrain
 from plumbing import optim
 from plumbing.config import TrainingFlags
 from plumbing.errors import OfAllRanks
@@ -205,6 +207,15 @@ def test_a_warm_up_of_broken_steps_is_rounded(warmup, rise):
     cfg = TrainingFlags(steps=10, warmup=warmup)
     close(optim.rate_at(0, 0.3, cfg), 0.3 / rise, "the first step")
     close(optim.rate_at(rise - 1, 0.3, cfg), 0.3, "the peak")
+
+
+def test_the_rate_of_loras_matrices_is_divided_by_their_scale(embedder):
+    """A step of theirs moves the weight by alpha / rank times as much; AdamW trains the K rows."""
+    cfg = TrainingFlags(lora_rank=8, lora_alpha=40, lr=0.1, muon_lr=0.2, warmup=0)
+    model.choose_trained(embedder, pretrain.Config(lora_rank=8, lora_alpha=40))
+    adam, muon = optim.make_optimizers(embedder, cfg)
+    optim.begin_step([adam, muon], 0, cfg)
+    close([x.param_groups[0]["lr"] for x in (adam, muon)], [0.1, 0.2 / 5], "--lr, --muon-lr")
 
 
 def test_muon_has_its_own_rate_where_it_trains_all():
