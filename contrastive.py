@@ -12,8 +12,8 @@ chunk's graph fits into memory. GradCache (Gao et al., arXiv 2101.06983) is exac
 embed everything without a graph, take the loss' gradient with respect to the *embeddings*, embed
 again, a chunk at a time, with a graph.
 
-Reads pairs; writes OUT/ (a transformers folder, or a LoRA adapter), OUT/merged (a new adapter's
-base, where stage 1 wrote one, too), OUT/log.jsonl, and OUT/checkpoints until the run is over.
+Reads pairs; writes OUT/ (a transformers folder, or a LoRA adapter), OUT/merged (the adapter's base,
+where stage 1 wrote an adapter, too), OUT/log.jsonl, and OUT/checkpoints until the run is over.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
