@@ -326,6 +326,7 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
         remove_checkpoints(cfg.out)
         say(f"--resume: the run in {cfg.out} is finished; its model is there")
         sys.exit(0)
+    on_rank_0(lambda: forget_finished(cfg))
     newest = on_rank_0(lambda: newest_whole(shapes, cfg))
     state = gather_objects(newest.state if newest else None)[0]  # rank 0's
     if state is None:
@@ -363,18 +364,21 @@ class Checkpoint(NamedTuple):
 
 
 def is_finished(cfg) -> bool:
-    """Whether --resume finds this run's model whole. Where a run begins anew in its place, the mark
-    goes, and what is left of its checkpoints."""
+    """Whether --resume finds this run's model whole. InputError where it is another run's."""
+    if not cfg.resume or not Path(cfg.out, FINISHED).exists():
+        return False
+    refuse_another_run(read_state(cfg.out, FINISHED), cfg)
+    return True
+
+
+def forget_finished(cfg):
+    """A run begins anew in OUT: what is left of a finished one's checkpoints goes, and its mark."""
     mark = Path(cfg.out, FINISHED)
     if not mark.exists():
-        return False
-    if cfg.resume:
-        refuse_another_run(read_state(cfg.out, FINISHED), cfg)
-        return True
+        return
     for old in checkpoints_in(cfg.out):
         remove(old)
     mark.unlink()
-    return False
 
 
 def newest_whole(shapes, cfg):

@@ -180,6 +180,7 @@ FRESH = [
     ("plumbing/checkpoint.py", "    by_rank_0(lambda: take(cfg))\n", "    take(cfg)\n", "tests/test_checkpoint_parts.py -k all_are_told"),
     ("plumbing/checkpoint.py", "    by_rank_0(lambda: refuse_taken(cfg))\n", "    refuse_taken(cfg)\n",
      "tests/test_checkpoint_parts.py -k all_are_told"),
+    ("plumbing/checkpoint.py", "    on_rank_0(lambda: forget_finished(cfg))\n", "", "tests/test_checkpoint_parts.py -k in_the_place"),
     ("plumbing/checkpoint.py", "on_rank_0(lambda: newest_whole(shapes, cfg))",
      "newest_whole(shapes, cfg) if rank() == 0 else None", "tests/test_checkpoint_parts.py -k ends_all"),
     ("plumbing/log.py", "on_rank_0(lambda: open_log(cfg, start))",

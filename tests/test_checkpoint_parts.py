@@ -793,7 +793,7 @@ def test_a_run_in_the_place_of_a_finished_one_begins_at_step_1(cfg):
     checkpoint.refuse_taken(cfg)
     equal(checkpoint.start_or_resume(net, [optimizer], cfg), 0, "the step to begin with")
     checkpoint.forget_signals()
-    equal(names_in(cfg.out), [], "checkpoint.is_finished")
+    equal(names_in(cfg.out), [], "checkpoint.forget_finished")
 
 
 def test_the_mark_of_a_finished_run_goes_behind_its_checkpoints(cfg, monkeypatch):
@@ -806,8 +806,8 @@ def test_the_mark_of_a_finished_run_goes_behind_its_checkpoints(cfg, monkeypatch
     monkeypatch.setattr(
         checkpoint, "remove", lambda folder: (marked.append(mark.exists()), remove(folder))
     )
-    checkpoint.is_finished(cfg)
-    equal((marked, mark.exists()), ([True], False), "checkpoint.is_finished")
+    checkpoint.forget_finished(cfg)
+    equal((marked, mark.exists()), ([True], False), "checkpoint.forget_finished")
 
 
 def test_a_lock_is_the_same_by_whatever_link_it_is_reached(tmp_path):
