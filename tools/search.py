@@ -132,7 +132,7 @@ def write_index(store, known):
 
 
 def list_files(folder, out, errors) -> dict:
-    """{file|size|time|inode: path below the folder}: a file is the same while these three are.
+    """{path|size|time|inode: path below the folder}: a picture is the same while these four are.
     `out`, the picture that a search draws, is none of them; what is not there goes to errors."""
     paths = {}
     for path in find_pictures(folder):
