@@ -126,7 +126,7 @@ def read_dialogues(
 def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="original") -> dict:
     """Stage 2's data: {name: sequence of Pairs}, one entry a data set.
 
-    source: "shapes", a list of pairs, a folder of pictures with captions (two sets, either way), a
+    source: "shapes", a list of pairs, a folder of pictures with captions (two sets: i2t, t2i), a
     folder or hub id in MMEB-train's layout. image_root: see read_dialogues. subsets: names with
     caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or "diverse_instruction"."""
     if source == "shapes":

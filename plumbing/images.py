@@ -102,7 +102,8 @@ def decode(ref, name) -> Image.Image:
 
 
 def load_pixels(image):
-    """A PIL image's, which are read from its file when they are first wanted."""
+    """Has PIL read the pixels from the image's file, which it puts off until they are wanted;
+    ValueError where they are too many, or a program."""
     refuse_size(image.size)
     if image.format == "EPS":  # a PIL image of the user's; loaded, it would run
         raise ValueError("EPS is a program; save it as PNG")
@@ -110,7 +111,8 @@ def load_pixels(image):
 
 
 def refuse_size(size):
-    """Before anything is decoded."""
+    """ValueError, before anything is decoded, for a picture that is too large or no picture's
+    shape."""
     w, h = size
     if w * h > MOST_PIXELS or max(w, h) > MOST_STRETCHED * min(w, h) or not w * h:
         raise ValueError(f"{w} x {h} pixels; at most 1e8 and 200:1 are read. Crop it")
@@ -370,7 +372,7 @@ class EncodedPicture(NamedTuple):
 
 
 def encode_picture(processor, marker, image) -> EncodedPicture:
-    """marker: the template's text around and for one picture."""
+    """One picture through the whole processor. marker: the template's text around and for it."""
     encoded = processor(
         text=[marker], images=[image], add_special_tokens=False, return_tensors="pt"
     )
