@@ -5,7 +5,6 @@ Top to bottom: lazy sequences - the lines of a file - .jsonl, .json, .csv."""
 
 import codecs
 import csv
-import errno
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file
+from plumbing.ranks import FULL
 
 MOST = 16 * 2**20  # bytes of one example; what is longer is no example, and is never parsed
 TOO_LONG = f"longer than {MOST // 2**20} MB, which no example is; one example a line"
@@ -181,7 +181,7 @@ def open_lines(path) -> Lines:
             read = iter(lambda: file.readline(MOST + 1), b"")
             lines = Lines(path, "line", file, enumerate(read, 1))
     except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # not of a file that is read
+        full = e.errno in FULL  # not of a file that is read
         hint = f"; a copy of it is made in {tempfile.gettempdir()} (TMPDIR)" if full else ""
         raise InputError(f"--data {brief(path)}: {brief(e.strerror or e)}{hint}") from None
     if not lines:
