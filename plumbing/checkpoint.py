@@ -355,7 +355,7 @@ class State(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """What was read of one."""
+    """What was read of a checkpoint's folder."""
 
     folder: Path
     state: State
@@ -452,7 +452,7 @@ def is_of_machine(error) -> bool:
 
 
 def not_now(folder, error) -> InputError:
-    """Of a checkpoint that may be whole."""
+    """The error where a checkpoint may be whole, and only the machine cannot read it now."""
     text = f"{folder} cannot be read now: {type(error).__name__}: {brief(error)}"
     return InputError(f"{text}. It stays; --resume goes on from it when it can")
 

@@ -131,7 +131,7 @@ class Tally(NamedTuple):
     queries: frozenset = frozenset()
 
     def join(self, other) -> "Tally":
-        """Of two parts, in their order."""
+        """The Tally of both parts; the other one comes behind this one in the list."""
         lost = Lost(self.lost.count + other.lost.count, self.lost.first or other.lost.first)
         targets = frozenset(islice(self.targets | other.targets, 2))
         return Tally(lost, targets, frozenset(islice(self.queries | other.queries, 2)))

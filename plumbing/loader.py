@@ -327,7 +327,7 @@ class Packer(pickle.Pickler):
 
 
 class Unpacker(pickle.Unpickler):
-    """The other way round."""
+    """Reads what a Packer wrote. mapped: the tensors' memory; rows: {number of a Slot: its row}."""
 
     def __init__(self, packed, mapped, rows):
         super().__init__(io.BytesIO(packed))

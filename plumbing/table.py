@@ -46,7 +46,7 @@ def partial_note(cfg) -> str:
 
 
 def refuse_json(cfg):
-    """Where --json cannot be written, that is said now, on all ranks; rank 0 writes it."""
+    """InputError, now and on all ranks alike, where rank 0 could not write --json at the end."""
 
     def refuse():
         if cfg.json:

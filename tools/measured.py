@@ -25,12 +25,12 @@ def eager(mllm):
 
 
 def gradients(embedder) -> list:
-    """Of all that is trained."""
+    """The .grad of each weight that has one."""
     return [p.grad for p in embedder.parameters() if p.grad is not None]
 
 
 def norm(tensors) -> float:
-    """Of all of them together."""
+    """The norm of all their numbers together."""
     return math.sqrt(sum(x.norm() ** 2 for x in tensors))
 
 
