@@ -23,7 +23,7 @@ STUDENT = {1: np.inf, 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 PAIRS = {"pairs-200": "200", "pairs-1000": "1,000", "pairs-5000": "5,000", "arms": "unlimited"}
 RATES = {"rate-200": "200", "rate": "unlimited"}
-K = {"K-control": "unlimited"}
+WIDTHS = {"K-control": "unlimited"}  # of the code
 BEYOND = {"beyond-200": "200", "beyond": "unlimited"}
 # An arm with a part of its own, beside the one without it.
 MASK = (("coma", "plain"), ("both", "both, no mask"))
@@ -46,13 +46,9 @@ PARTS = {
     "a slow stage 1, dialogues beyond the paper": (RATES, SLOW[2:]),
     "a slow stage 1, mean of four": (RATES, SLOW),
     "the mask, at slow rates, mean of both": (RATES, SLOW_MASK),
-    **{
-        f"CoMa, over contrastive only, K = {k}": (
-            K,
-            ((f"CoMa, K={k}", f"contrastive only, K={k}"),),
-        )
-        for k in (1, 4, 16)
-    },
+    "CoMa, over contrastive only, K = 1": (WIDTHS, (("CoMa, K=1", "contrastive only, K=1"),)),
+    "CoMa, over contrastive only, K = 4": (WIDTHS, (("CoMa, K=4", "contrastive only, K=4"),)),
+    "CoMa, over contrastive only, K = 16": (WIDTHS, (("CoMa, K=16", "contrastive only, K=16"),)),
     "condense, after CoMa": (PAIRS, (("coma, condense", "coma"),)),
 }
 
