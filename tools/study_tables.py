@@ -22,6 +22,7 @@ are held against dialogues of pictures, which are the paper's."""
 STUDENT = {1: np.inf, 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 PAIRS = {"pairs-200": "200", "pairs-1000": "1,000", "pairs-5000": "5,000", "arms": "unlimited"}
+LORA = {"lora-200": "200", "lora-1000": "1,000", "lora-5000": "5,000", "lora": "unlimited"}
 RATES = {"rate-200": "200", "rate": "unlimited"}
 WIDTHS = {"K-control": "unlimited"}  # of the code
 BEYOND = {"beyond-200": "200", "beyond": "unlimited"}
@@ -50,6 +51,9 @@ PARTS = {
     "CoMa, over contrastive only, K = 4": (WIDTHS, (("CoMa, K=4", "contrastive only, K=4"),)),
     "CoMa, over contrastive only, K = 16": (WIDTHS, (("CoMa, K=16", "contrastive only, K=16"),)),
     "condense, after CoMa": (PAIRS, (("coma, condense", "coma"),)),
+    "LoRA: CoMa, over contrastive only": (LORA, (("coma", "none"),)),
+    "LoRA: the mask, mean of both": (LORA, MASK),
+    "LoRA: dialogues beyond the paper, mean of both": (LORA, DIALOGUES),
 }
 
 # (study, arm, the arm that it is held against, and the scores of both in the literature)
@@ -180,7 +184,7 @@ def page(records, studies) -> list:
         if study not in records:
             continue
         lines += ["", f"## `{study}`", "", *table(records[study])]
-        if study in PAIRS:
+        if study in PAIRS or study in LORA:
             lines += ["", *curves(records[study])]
     lines += ["", "## What each part is worth", "", WORTH, "", *parts(records)]
     return [*lines, "", "## Beside the literature", "", *beside_the_literature(records)]
