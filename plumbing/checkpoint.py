@@ -145,7 +145,7 @@ def saved_after(embedder, optimizers, cfg, step):
 
 def stop(reason, cfg):
     """Ends the run, and says where --resume goes on: a full disk may have cost it its state."""
-    say(f"{reason}; {way_on(cfg)}")
+    say(f"{reason}. {way_on(cfg)}")
     number = stop_asked[0].number if stop_asked else signal.SIGTERM
     forget_signals()
     sys.exit(128 + number)  # what a shell expects of a process that was told to end
@@ -154,9 +154,11 @@ def stop(reason, cfg):
 def way_on(cfg) -> str:
     """Where --resume goes on, the same words on all ranks, when rank 0 is done with saving: at the
     end of one rank torchrun ends the others."""
-    saved = checkpoints_in(cfg.out)
-    place = f"goes on from {saved[-1].name}" if saved else "begins anew, for there is no checkpoint"
-    return gather_objects(f"--resume {place}")[0]
+    # Not --resume: beside the model of a run before, `refuse_taken` would refuse it.
+    way = "There is no checkpoint: without --resume the run begins anew"
+    if saved := checkpoints_in(cfg.out):
+        way = f"--resume goes on from {saved[-1].name}"
+    return gather_objects(way)[0]
 
 
 # ------------------------------------------------------------------------------------------ ending

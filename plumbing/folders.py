@@ -28,7 +28,7 @@ SETTING_FILES = [  # that `load` reads, beside the weights and an adapter's flag
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
 ]
 FINISHED = "finished.json"  # the last file of a run: what was run, like a checkpoint's state.json
-RESUME = "the command that began it, with --resume, finishes it"
+RESUME = "the command that began it finishes it, with --resume where it has a checkpoint"
 CARD = "README.md"  # a model's licence is in it; nothing is loaded from it
 WEIGHTS = "*.safetensors"
 # What an older run or export may have left that `load`, or another library, would believe.

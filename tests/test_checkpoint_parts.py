@@ -137,7 +137,10 @@ def test_a_run_that_is_ended_says_where_it_goes_on(cfg, capsys, monkeypatch):
     at the end of one of them torchrun ends the others, of which rank 0 may still be saving."""
     met = []
     monkeypatch.setattr(checkpoint, "gather_objects", lambda x: met.append(x) or [x])
-    for saves, says in ((0, "why; --resume begins anew"), (2, "goes on from step-00000002")):
+    for saves, says in (
+        (0, "why. There is no checkpoint: without --resume the run begins anew"),
+        (2, "why. --resume goes on from step-00000002"),
+    ):
         for step in range(1, saves + 1):
             saved(cfg, step)
         with pytest.raises(SystemExit):
@@ -266,7 +269,7 @@ def test_a_signal_ends_the_run_with_its_own_status_once_the_state_is_saved(cfg, 
         equal([signal.getsignal(x) for x in ending.SIGNALS], handlers, "forget_signals")
         equal((ending.stop_asked, ending.handlers_before), ([], {}), "forget_signals")
     said = capsys.readouterr().out
-    expect("after step 6; --resume goes on" in said and "step 6 is left" in said, said, "", "said")
+    expect("after step 6. --resume goes on" in said and "step 6 is left" in said, said, "", "said")
 
 
 def test_of_a_first_step_that_is_left_nothing_is_saved(cfg):
@@ -310,7 +313,7 @@ def test_an_error_of_all_ranks_costs_no_step_that_was_taken_before(cfg):
     """A picture that breaks, or a loss that is not finite: the steps before are saved, and the line
     says where --resume goes on. Of the first step there is nothing to be saved."""
     for step, names, way in (
-        (0, [], "--resume begins anew, for there is no checkpoint"),
+        (0, [], "There is no checkpoint: without --resume the run begins anew"),
         (5, ["step-00000005"], "--resume goes on from step-00000005"),
     ):
         ending.note_signals()
@@ -599,6 +602,8 @@ def test_what_is_in_the_folder_decides_whether_a_run_may_begin_there(cfg):
     Path(cfg.out, "config.json").touch()
     with pytest.raises(InputError, match="holds a model, and no checkpoint to go on from"):
         checkpoint.refuse_taken(resumed)
+    assert "without --resume" in checkpoint.way_on(resumed), "of the run that began in its place"
+    checkpoint.refuse_taken(cfg)
 
 
 def test_a_lock_names_the_process_that_holds_it_and_no_earlier_one(tmp_path):
