@@ -28,6 +28,7 @@ MOVED = {
     "--images": "python -m tools.search",
     "--figures": "python -m tools.figures",
 }
+DATA = ("data", "subsets", "skip_bad", "images")  # flags that name what is read
 KINDS = {  # of a field -> what its value must be, and how that is called
     bool: (bool, "True or False"),
     int: (numbers.Integral, "a whole number"),
@@ -139,6 +140,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {brief(message, 300)}\n")
 
 
+class Once(argparse.Action):
+    """A flag that names data. To argparse a second one takes the first one's place, unsaid: a run
+    would read half of what was meant."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        if before not in (self.default, values):
+            both = f"{option_string} {brief(before, 60)} and {option_string} {brief(values, 60)}"
+            raise InputError(f"{both}: only one would be read; join them, or leave one out")
+        setattr(namespace, self.dest, values)
+
+
 def add_flag(parser, field):
     """One field of a Config as an argument of the parser."""
     default = "" if field.default in (None, "") else f" (default: {field.default})"
@@ -153,7 +166,10 @@ def add_flag(parser, field):
     else:
         choices = field.metadata["choices"]
         kind = kind if kind is str else in_plain_digits(kind)
-        parser.add_argument(name, default=field.default, help=text, type=kind, choices=choices)
+        action = Once if field.name in DATA else "store"  # others: a script's, then one's own
+        parser.add_argument(
+            name, default=field.default, help=text, type=kind, choices=choices, action=action
+        )
 
 
 def program(module):

@@ -200,6 +200,22 @@ def test_a_value_of_another_kind_is_refused_in_python(flags):
     refused(lambda: contrastive.Config(**flags), option(name))
 
 
+@pytest.mark.parametrize("name", config.DATA)
+def test_of_two_data_none_takes_the_others_place(name):
+    """Two lists are no longer one: argparse keeps the last, and half of the training is gone. The
+    same one twice is one; another flag may be given again, as behind those of a script."""
+    command = search if name == "images" else contrastive
+    words = [option(name), "a.jsonl", option(name)]
+    says = f"{option(name)} a.jsonl and {option(name)} b.jsonl: only one would be read; join them"
+    with pytest.raises(InputError, match=says):
+        command.Config.parse([*words, "b.jsonl"])
+    with pytest.raises(InputError, match=says):
+        command.Config.parse([f"{option(name)}=a.jsonl", f"{option(name)}=b.jsonl"])
+    beside = ["--data", "a"] if name in ("subsets", "skip_bad") else []
+    equal(getattr(command.Config.parse([*beside, *words, "a.jsonl"]), name), "a.jsonl", name)
+    equal(command.Config.parse(["--model", "toy", "--model", "x"]).model, "x", "the last one")
+
+
 def test_what_python_calls_a_number_or_a_path_is_taken():
     """numpy's numbers, a whole number for a rate, a pathlib.Path, None for "the default"."""
     cfg = contrastive.Config(batch=np.int64(64), lr=1, compress_tokens=None, out=Path("a/b"))
