@@ -202,12 +202,14 @@ def scores(folder) -> str:
     known = read_json(folder, SCORES)
     if not known or not is_of(folder, known):
         return ""
+    sets, meta_tasks, flags = (known.get(name) or {} for name in ("sets", "meta_tasks", "config"))
+    if not all(isinstance(part, dict) for part in (sets, meta_tasks, flags)):
+        say(f"{Path(folder, SCORES)}: not as evaluate.py --json writes it; the card has no scores")
+        return ""
     means = {"overall": known.get("overall"), "IND": known.get("ind"), "OOD": known.get("ood")}
-    means.update(known.get("meta_tasks") or {})
+    means.update(meta_tasks)
     rows = [(name, f"{100 * x:.1f}") for name, x in means.items() if isinstance(x, float)]
-    sets = len(known.get("sets") or {})
-    flags = known.get("config") or {}
-    title = f"## Scores: Precision@1 x 100, means over {sets} sets"
+    title = f"## Scores: Precision@1 x 100, means over {len(sets)} sets"
     if data := flags.get("data"):
         title += f" of {brief(data)}"
     if known.get("partial"):

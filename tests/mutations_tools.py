@@ -188,7 +188,7 @@ TOOLS = [
     ("plumbing/card.py", " and not os.path.exists(base)\n", "\n", f"{LIBRARIES} -k links_to_a_base"),
     ("plumbing/card.py", '"IND": known.get("ind"), "OOD": known.get("ood")', '"IND": known.get("ood"), "OOD": known.get("ind")',
      f"{LIBRARIES} -k each_mean"),
-    ("plumbing/card.py", '    means.update(known.get("meta_tasks") or {})\n', "", f"{LIBRARIES} -k each_mean"),
+    ("plumbing/card.py", '    means.update(meta_tasks)\n', "", f"{LIBRARIES} -k each_mean"),
     ("plumbing/card.py", 'config.get("text_config", config).get("hidden_size", "")', 'config.get("hidden_size", "")',
      f"{LIBRARIES} -k facts_of_the_folder"),
     ("plumbing/checkpoint.py", "            shutil.rmtree(aside, ignore_errors=True)\n", "", f"{CHECKPOINT} -k damaged_again"),

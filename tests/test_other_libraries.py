@@ -503,6 +503,19 @@ def test_the_card_has_each_mean_under_its_name(tmp_path):
         expect(row in said, said, row, "card.scores")
 
 
+@pytest.mark.parametrize("field", ["sets", "meta_tasks", "config"])
+def test_scores_that_another_hand_has_written_cost_the_card_its_scores_alone(
+    tmp_path, capsys, field
+):
+    """A run ends with its card: no trace there, of a file that stood in the folder before."""
+    known = {"overall": 0.5, "model_digest": digest_of_weights(tmp_path), field: [["a", 1]]}
+    (tmp_path / "scores.json").write_text(json.dumps(known))
+    plumbing.card.write(tmp_path)
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/scores.json: not as evaluate.py --json writes it" in said, said
+    assert "Scores" not in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("config", [{"text_config": {"hidden_size": 128}}, {"hidden_size": 128}])
 def test_the_card_has_the_facts_of_the_folder(tmp_path, config):
     """The width stands in the language model's part of config.json, or on top."""
