@@ -231,6 +231,9 @@ def csv_rows(path):
         reader = csv.DictReader(file, restkey=SURPLUS, strict=True, skipinitialspace=True)
         try:
             names = reader.fieldnames or []
+            if len(names) == 1 and re.search(r"[;\t]", names[0]):  # where "," is in numbers
+                text = "its columns are separated by semicolons or tabs; save it with commas"
+                raise InputError(f"{path}, line 1: {text}")
             if len(set(names)) < len(names):
                 raise InputError(f"{path}: two columns of its first line have one name")
             for row in reader:

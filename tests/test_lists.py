@@ -242,6 +242,8 @@ def test_a_damaged_array_is_told_by_its_example(place, text, says):
     [
         ("file_name,text\na.png,a dog, in snow\n", "line 2: has more fields than .* needs quotes"),
         ("file_name,text,text\na.png,a,b\n", "two columns .* one name"),
+        ("file_name;text\na.png;a dog\n", "line 1: .* semicolons or tabs; save it with commas"),
+        ("file_name\ttext\na.png\ta dog, b\n", "line 1: .* semicolons or tabs; save it with"),
         ("file_name,text,label\na.png,a,b\n", 'line 2: unknown key "label"'),
         ("file_name,text\na.png\n", 'line 2: needs "text"'),
         ('file_name,text\na.png,"a dog\nb.png,"a cat"\n', "after line"),
