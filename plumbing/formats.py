@@ -308,6 +308,8 @@ def refuse_folder(source):
     if any(Path(source).glob("*/*.parquet")):
         text = "in MMEB's layout; stage 2 reads its original-*.parquet and evaluate.py its "
         text += "test-*.parquet, while stage 1 takes a list of dialogues"
+    elif any(Path(source).glob("*.parquet")):
+        text += "; it is one subset of MMEB itself: give the folder that holds it"
     elif lists:
         text += f"; name the list itself: {brief(lists[0])}"
     raise InputError(f"--data {brief(source)}: is {text}")

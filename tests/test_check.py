@@ -77,6 +77,19 @@ def test_a_list_without_a_good_line_is_told_as_what_it_was_meant_to_be(tmp_path,
     equal(check.main([str(path)]), 1, "no object at all")
 
 
+def test_a_table_without_rows_and_a_folder_of_tables_are_said_to_be_so(tmp_path, capsys):
+    """As training says it: one set of the folder alone, or a set with nothing in it."""
+    (tmp_path / "set").mkdir()
+    rows = dict.fromkeys(("qry", "qry_image_path", "pos_text", "pos_image_path"), [])
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in rows])
+    pq.write_table(pyarrow.table(rows, schema), tmp_path / "set" / "original-0.parquet")
+    equal(check.main([str(tmp_path)]), 1, "none is good")
+    said = capsys.readouterr().out
+    expect("  bad: " in said and "original-0.parquet: holds no rows" in said, said, "why", "")
+    with pytest.raises(InputError, match="one subset of MMEB itself: give the folder that holds"):
+        check.main([str(tmp_path / "set")])
+
+
 def test_the_place_of_a_bad_line_is_said_once(tmp_path, capsys):
     """Most errors bring it with them; one of a picture does not."""
     path = listed(tmp_path / "p.jsonl", ("a",))

@@ -44,7 +44,13 @@ from plumbing.formats import (
 )
 from plumbing.images import Images, open_image
 from plumbing.lines import no_twins
-from plumbing.mmeb import eval_rows, refuse_missing_parts, refuse_unreadable_sets, train_rows
+from plumbing.mmeb import (
+    eval_rows,
+    not_empty,
+    refuse_missing_parts,
+    refuse_unreadable_sets,
+    train_rows,
+)
 from plumbing.ranks import run_command
 from plumbing.retrieval import SETS
 from plumbing.writing import holds_lines, refuse_other, refuse_unwritable, written
@@ -78,7 +84,7 @@ def read_part(file, files, images):
     its = [x for x in files if x.parent == file.parent and x.name.startswith(f"{kind}-")]
     refuse_missing_parts(its)
     rows = eval_rows if kind == "test" else train_rows
-    return rows([file], file.parent.name, images)
+    return not_empty(rows([file], file.parent.name, images))
 
 
 def read_list(path, image_root):
