@@ -296,6 +296,9 @@ def test_a_line_of_blanks_is_no_question(tmp_path):
     """Each picture that drew it would fail three times."""
     (tmp_path / "q.txt").write_text("what?\n \n\nwhere?\n\t\nwhy?\n")
     equal(generator.read_questions(tmp_path / "q.txt"), ["what?", "where?", "why?"], "three")
+    (tmp_path / "q.txt").write_text("what?\nwhy?\nwhat?\n what? \n")
+    with pytest.raises(InputError, match="at least 3 different ones"):
+        generator.read_questions(tmp_path / "q.txt")
 
 
 @pytest.mark.parametrize(("most", "size"), [(0, (60, 40)), (2400, (60, 40)), (600, (30, 20))])

@@ -366,8 +366,9 @@ def read_questions(path) -> list:
             raise InputError(f"--questions {brief(path)}, line {number}: {reason}")
         if line.strip():
             questions.append(line.strip())
+    questions = list(dict.fromkeys(questions))  # else a dialogue may ask the same twice
     if len(questions) < 3:
-        raise InputError(f"--questions {path}: a file of at least 3, one a line")
+        raise InputError(f"--questions {path}: a file of at least 3 different ones, one a line")
     return questions
 
 
