@@ -92,6 +92,18 @@ def test_another_script_is_another_start(monkeypatch):
     """Stage 1 on one node, stage 2 on the other."""
     with pytest.raises(InputError, match="--objective ce where rank 0 has None"):
         Planned(pretrain.Config()).together_with(contrastive.Config(), monkeypatch)
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: [x, ("node-b", {})])
+    with pytest.raises(InputError, match="has --lr None where rank 0 has 1"):
+        agreement.agree({"--lr": 1})
+
+
+def test_flags_are_compared_by_a_group_that_is_there(monkeypatch):
+    """Before it is, each rank would gather its own flags alone, and all would agree."""
+    done = []
+    monkeypatch.setattr(agreement, "setup", lambda: done.append("setup"))
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: done.append("gather") or [x])
+    agreement.join(pretrain.Config())
+    assert done == ["setup", "gather"]
 
 
 def test_the_script_is_compared_too(monkeypatch):

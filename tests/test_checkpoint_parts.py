@@ -146,7 +146,10 @@ def test_a_run_that_is_ended_says_where_it_goes_on(cfg, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             checkpoint.stop("why", cfg)
         assert says in capsys.readouterr().out, says
-    equal(len(met), 2, "checkpoint.stop: gather_objects")
+    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
+    with pytest.raises(SystemExit):
+        checkpoint.stop("why", cfg)
+    equal(len(met), 3, "checkpoint.stop: gather_objects, of every rank")
     monkeypatch.setattr(checkpoint, "gather_objects", lambda x: ["rank 0's", x])
     equal(checkpoint.way_on(cfg), "rank 0's", "of several nodes only its disk counts")
 
@@ -309,9 +312,16 @@ def test_an_error_in_a_step_is_an_error_and_saves_nothing(cfg, error):
     equal((names_in(cfg.out), ending.handlers_before), ([], {}), "kept")
 
 
-def test_an_error_of_all_ranks_costs_no_step_that_was_taken_before(cfg):
+def test_an_error_of_all_ranks_costs_no_step_that_was_taken_before(cfg, monkeypatch):
     """A picture that breaks, or a loss that is not finite: the steps before are saved, and the line
-    says where --resume goes on. Of the first step there is nothing to be saved."""
+    says where --resume goes on. Of the first step there is nothing to be saved. A signal ends no
+    rank that waits for rank 0, for torchrun would then end that in its saving."""
+    handlers = []
+    monkeypatch.setattr(
+        checkpoint,
+        "gather_objects",
+        lambda x: handlers.append(ending.handlers_before.copy()) or [x],
+    )
     for step, names, way in (
         (0, [], "There is no checkpoint: without --resume the run begins anew"),
         (5, ["step-00000005"], "--resume goes on from step-00000005"),
@@ -320,6 +330,7 @@ def test_an_error_of_all_ranks_costs_no_step_that_was_taken_before(cfg):
         with pytest.raises(InputError, match=f"^a broken picture. {way}$"):
             around(cfg, step, fail_with(OfAllRanks("a broken picture")))
         equal((names_in(cfg.out), ending.handlers_before), (names, {}), f"step {step + 1}")
+        assert handlers.pop(), "signals are noted until rank 0 is done"
 
 
 def test_signals_are_noted_from_where_the_run_begins_to_its_end(cfg, terminal):

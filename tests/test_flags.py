@@ -359,6 +359,7 @@ def test_what_only_the_model_decides_is_refused_when_it_is_loaded(embedder):
     matrices = torch.nn.Linear(3, 3, bias=False)
     refused(lambda: optim.make_optimizers(matrices, pretrain.Config(lr=1e-5)), "Muon trains all")
     optim.make_optimizers(matrices, pretrain.Config())
+    optim.make_optimizers(torch.nn.Linear(3, 3), pretrain.Config(lr=1e-5))  # AdamW has the bias
     model.choose_trained(plain, pretrain.Config(compress=False))
     model.choose_trained(embedder, pretrain.Config(lora_rank=2))
     for cfg in (

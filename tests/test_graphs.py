@@ -188,6 +188,7 @@ def test_as_many_are_kept_as_fit(run_of, graph_memory, want):
     equal([step(run, 100, 90), step(run, 100), step(run, 100)], [0, want, want], graph_memory)
     equal(len(run.said), 1, "told once")
     expect(f"up to {want} chunks keep" in run.said[0], run.said, want, "told")
+    expect(f": {want * 800 / 2**20:,.0f} MiB" in run.said[0], run.said, want, "2^20 bytes each")
 
 
 def test_the_heaviest_chunk_counts(run_of):
@@ -196,7 +197,7 @@ def test_the_heaviest_chunk_counts(run_of):
     run = run_of("4000")
     numbers = [step(run, 100, 200, 100), step(run, 100), step(run, 400), step(run, 100)]
     equal(numbers, [0, 2, 2, 1], "4000 / 1600, 4000 / 3200")
-    equal(len(run.said), 2, "told anew")
+    equal([step(run, 100), len(run.said)], [1, 2], "told anew, and once")
 
 
 def test_a_pass_without_a_graph_says_nothing_of_graphs(run_of):
@@ -315,12 +316,14 @@ def under(folder, files) -> dict:
         ({"group/other": group(70, 50)}, 8000 * 1024),
     ],
 )
-def test_the_limit_of_a_container_or_a_job_counts(machine, groups, want):
+def test_the_limit_of_a_container_or_a_job_counts(machine, monkeypatch, groups, want):
     """Its own, or that of what it is a part of; files that were read may go."""
     machine(MEMINFO | {"proc/self/cgroup": "4:memory:/old\n0::/job/step\n"})
     for folder, files in groups.items():
         machine(under(folder, files))
     equal(graphs.free_bytes(CPU), want, groups)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    equal(graphs.free_bytes(CPU), want // 4, "of four ranks, which are in it together")
 
 
 def test_a_gpu_has_free_what_the_first_step_did_not_take(monkeypatch):

@@ -13,9 +13,9 @@ import transformers
 from checks import equal, expect
 from threads import on_ranks
 
-from plumbing import log, outfolder, ranks
+from plumbing import agreement, log, outfolder, ranks
 from plumbing.config import TrainingFlags
-from plumbing.errors import InputError
+from plumbing.errors import InputError, OfAllRanks
 
 
 @pytest.fixture
@@ -55,6 +55,14 @@ def test_the_time_that_steps_wait_is_that_of_their_batches_but_the_first(tmp_pat
         clock[0] += 5
     equal(seen, [0, 1, 2], "a batch for each step, from where it begins to the last")
     equal(logged.waited, 4.0, "seconds")
+
+
+def test_a_batch_that_a_rank_cannot_make_is_an_error_of_all(tmp_path, monkeypatch):
+    """Each rank hears of it before the step, so that all can save what was trained before."""
+    logged = log.Log(TrainingFlags(steps=5, out=str(tmp_path)), 0)
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: [x, ("node-b", "a broken picture")])
+    with pytest.raises(OfAllRanks, match="^rank 1 .node-b.: a broken picture$"):
+        next(logged.waiting(iter("abcde")))
 
 
 def run(out, steps, start=0, cut=0):
@@ -180,11 +188,14 @@ def test_a_log_that_rank_0_cannot_open_ends_all_ranks(tmp_path, monkeypatch):
 
 
 def test_the_bar_goes_from_where_the_run_goes_on(tmp_path, monkeypatch):
-    """On a terminal; the bar itself is tqdm's."""
+    """On a terminal, of rank 0, and in the end it goes; the bar itself is tqdm's."""
     made = []
     monkeypatch.setattr(log, "tqdm", lambda **settings: made.append(settings))
     log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 10)
-    expect(made[0]["total"] == 40 and made[0]["initial"] == 10, made, "10 of 40", "Log.__init__")
+    monkeypatch.setattr(log, "rank", lambda: 1)
+    log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 10)
+    want = dict(total=40, initial=10, leave=False)
+    equal(made, [want | {"disable": None}, want | {"disable": True}], "None: not in a file")
 
 
 def test_a_log_is_whole_until_the_next_one_is(tmp_path, monkeypatch):
@@ -219,14 +230,11 @@ def test_what_is_counted_is_a_whole_number_on_the_screen(tmp_path):
 
 
 def test_the_bar_goes_one_step_a_step(tmp_path, monkeypatch):
-    """From whatever step."""
-    logged = log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 10)
+    """From whatever step, and after the last one it is closed."""
+    logged = log.Log(TrainingFlags(steps=13, out=str(tmp_path)), 10)
     seen = []
     monkeypatch.setattr(logged.bar, "update", lambda n=1: seen.append(n))
+    monkeypatch.setattr(logged.bar, "close", lambda: seen.append("closed"))
     for step in range(10, 13):
         logged(step, (1, "pairs"), {"loss": 0.0})
-    equal(seen, [1, 1, 1], "log.Log")
-    monkeypatch.setattr(logged.bar, "close", lambda: seen.append("closed"))
-    for step in (38, 39):
-        logged(step, (1, "pairs"), {"loss": 0.0})
-    equal(seen[3:], [1, 1, "closed"], "with the last step the bar goes")
+    equal(seen, [1, 1, 1, "closed"], "log.Log")

@@ -298,9 +298,9 @@ def test_gradcache_has_the_gradient_of_the_whole_batch():
 
 def test_lengths_are_rising_and_below_the_embeddings_own():
     """Everything else is refused, with what would be right."""
-    equal(losses.lengths_of("", 128), (), "none")
+    equal([losses.lengths_of(text, 128) for text in ("", " ")], [(), ()], "none")
     equal(losses.lengths_of(" 32, 64", 128), (32, 64), "two")
-    for text in ("128", "64,32", "32,32", "0,4", "32;64", "x", "32,", "3.5", "-1", "1_6"):
+    for text in ("128", "64,32", "32,32", "0,4", "32;64", "x", "32,", "3.5", "-1", "1_6", "\u0663"):
         with pytest.raises(InputError, match="--matryoshka .*rising lengths below 128"):
             losses.lengths_of(text, 128)
 

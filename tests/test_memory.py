@@ -116,8 +116,9 @@ def test_a_loss_that_does_not_fit_is_an_error_at_once(loss_of):
     """Smaller chunks would not make it smaller, and the ranks are in it together: in the loss and
     in its backward pass."""
     z = torch.ones(2, requires_grad=True)
-    with pytest.raises(InputError, match="in the loss, where smaller chunks do not help: planted"):
+    with pytest.raises(InputError, match="in the loss, where smaller chunks do not help") as told:
         meeting(loss_of)(z).backward()
+    equal(type(told.value), InputError, "of one rank: the others hear nothing of it")
 
 
 def test_the_meeting_changes_neither_loss_nor_gradient():
@@ -409,10 +410,10 @@ def test_all_ranks_give_up_together_where_each_row_stands_alone(others):
 
     # Meeting, longest rows; this rank's longest row has 500 tokens, the other's 80.
     others((FITS,), (80,), (FITS,))
-    equal(until_it_fits(attempt, 100, 500, lambda: starts.append(1)), 50, "100 is above 80")
+    equal(until_it_fits(attempt, 80, 500, lambda: starts.append(1)), 40, "two short rows")
     equal(starts, [1], "from the beginning")
     others((FITS,), (80,))
-    with pytest.raises(InputError, match="--chunk-tokens 70: try half of it"):
+    with pytest.raises(OfAllRanks, match="--chunk-tokens 70: try half of it"):
         until_it_fits(attempt, 70, 500, starts.clear)
 
 

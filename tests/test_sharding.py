@@ -86,8 +86,11 @@ def test_the_forward_pass_touches_the_tower(embedder, monkeypatch):
     equal(round(z.norm().item(), 5), 1.0, "before it is normalised")
 
 
-def test_whole_weights_are_those_of_the_model_a_tied_one_once(embedder, as_sharded):
-    """By the names that transformers saves them under."""
+def test_whole_weights_are_those_of_the_model_a_tied_one_once(embedder, as_sharded, monkeypatch):
+    """By the names that transformers saves them under; on the host: no GPU holds all."""
+    asked = []
+    make = sharding.dcp.StateDictOptions
+    monkeypatch.setattr(sharding.dcp, "StateDictOptions", lambda **x: asked.append(x) or make(**x))
     embedder.mllm.config.tie_word_embeddings = True
     embedder.mllm.lm_head.weight = embedder.mllm.get_input_embeddings().weight
     whole = sharding.whole_weights(embedder)
@@ -96,6 +99,7 @@ def test_whole_weights_are_those_of_the_model_a_tied_one_once(embedder, as_shard
     expect("lm_head.weight" not in whole, sorted(whole), "once", "a tied weight")
     for name, p in want.items():
         equal(whole[name], p.detach(), name)
+    equal(asked, [{"full_state_dict": True, "cpu_offload": True}], "whole, and on the host")
 
 
 class Rows:
