@@ -455,4 +455,6 @@ FRESH = [
      "tests/test_log.py -k where_the_run_goes_on"),
     ("plumbing/log.py", "rank() > 0 or None, leave=False", "rank() > 0 or None",
      "tests/test_log.py -k where_the_run_goes_on"),
+    ("data.py", "        if own_turn:\n            parts.append(Part(CONTENT, STYLES", "        if True:\n            parts.append(Part(CONTENT, STYLES",
+     "tests/test_collator.py -k without_a_code"),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from PIL import Image
 
 import data
 import model
-from data import ANSWER, COMPRESS, CONTENT, HEAD, PAD, QUESTION, Item
+from data import ANSWER, COMPRESS, CONTENT, HEAD, PAD, QUESTION, Collator, Item
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
 
@@ -189,6 +189,8 @@ def test_without_a_code_the_content_and_the_first_question_share_a_turn():
     want += "<|user|>what else?<|im_end|><|assistant|>a cat<|im_end|>"
     equal(decoded, want, "one user turn")
     equal(text_of(embedder, row, CONTENT), "see", "the content")
+    asked = Collator(embedder.processor, (), "coma").row(Item("see"), TURNS[:2])
+    equal(text_of(embedder, asked, CONTENT), "see", "nobody is asked to summarise for a code")
     alone = embedder.collate.row(Item("see")).tokens["input_ids"]
     equal(embedder.collate.tokenizer.decode(alone), "<|user|>see<|im_end|><|assistant|>", "alone")
 
