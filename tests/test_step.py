@@ -125,6 +125,29 @@ def test_what_no_row_went_through_stays_where_it_is():
     equal(len(states), len(parameters), "one each")
 
 
+def test_of_a_sharded_model_the_whole_norm_counts_and_no_rank_leaves_its_part_out(monkeypatch):
+    """One rank's part of a gradient may be zeros alone, where the others' are not; of the norm each
+    rank holds a part, too."""
+
+    class Sharded(torch.Tensor):
+        def full_tensor(self):
+            return torch.tensor(5.0)
+
+    net, cfg = nn.Linear(2, 2, bias=False), TrainingFlags(lr=0.1, muon_lr=0.0, warmup=0)
+    optimizers = optim.make_optimizers(net, cfg)
+    part = torch.zeros(()).as_subclass(Sharded)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: part)
+    moved = []
+    for step, grad in enumerate([torch.ones(2, 2), torch.zeros(2, 2).as_subclass(Sharded)]):
+        before = net.weight.detach().clone()
+        optim.begin_step(optimizers, step, cfg)
+        net.weight.grad = grad
+        norm = optim.end_step(net, optimizers, cfg, step, 1.0, [])
+        equal(norm, 5.0, "of the whole gradient")
+        moved.append(not torch.equal(net.weight, before))
+    equal(moved, [True, True], "by its momentum, as on the other ranks")
+
+
 def test_each_optimiser_has_a_rate_of_its_own():
     """Of its own peak, along one schedule; begin_step says AdamW's."""
     cfg = TrainingFlags(lr=0.1, muon_lr=0.2, steps=10, warmup=0.2)
