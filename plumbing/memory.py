@@ -2,6 +2,7 @@
 tower's remembered output."""
 
 import itertools
+import traceback
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -99,8 +100,11 @@ def all_ranks_or_none():
     word = FITS
     try:
         yield
-    except torch.OutOfMemoryError:
-        word = FITS_NOT  # and no more in here: the traceback keeps the graphs
+    except torch.OutOfMemoryError as e:
+        word = FITS_NOT
+        # Trap: until a `with` is left its error lives, and the graphs in its frames with it; where
+        # the ranks meet, and where the steps before are saved, their memory is needed.
+        traceback.clear_frames(e.__traceback__)
     except Leaving:
         word = LEFT
     meet(word)

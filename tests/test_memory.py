@@ -2,6 +2,7 @@
 ranks meet, and a step is left. (The gradient of a step that ran out of memory: test_gradcache.py;
 real signals: test_ending.py.)"""
 
+import weakref
 from types import SimpleNamespace
 
 import families
@@ -389,6 +390,24 @@ def test_each_attempt_ends_with_a_meeting_whatever_befell_it(others):
     equal(said, [], "all have met already")
     with pytest.raises(ZeroDivisionError):
         memory.fits_into_memory(raising(ZeroDivisionError()), 100)
+
+
+def test_the_graphs_of_a_rank_without_memory_are_gone_before_the_ranks_meet(monkeypatch):
+    """On a GPU to meet takes memory, too; and an error keeps what its frames held."""
+    made, alive = [], []
+
+    def attempt(chunk_tokens):
+        z = torch.ones(2, requires_grad=True).exp()
+        made.append(weakref.ref(z))
+        raise torch.OutOfMemoryError("planted")
+
+    def gather(x):
+        alive.append(made[0]() is not None)
+        return [x]
+
+    monkeypatch.setattr(memory, "gather_objects", gather)
+    equal(memory.fits_into_memory(attempt, 100), False, "planted")
+    equal(alive, [False], "a graph while the ranks meet")
 
 
 @pytest.mark.parametrize("mine", [False, True])
