@@ -1,6 +1,7 @@
 """The optimiser's step: rates, seeds, what each optimiser trains, clipping; where a number is not
 finite nothing is trained with it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,7 @@ import model
 import pretrain
 from plumbing import optim
 from plumbing.config import TrainingFlags
-from plumbing.errors import OfAllRanks
+from plumbing.errors import InputError, OfAllRanks
 
 
 @pytest.mark.parametrize(
@@ -239,6 +240,16 @@ def test_the_rate_of_loras_matrices_is_divided_by_their_scale(embedder):
     adam, muon = optim.make_optimizers(embedder, cfg)
     optim.begin_step([adam, muon], 0, cfg)
     close([x.param_groups[0]["lr"] for x in (adam, muon)], [0.1, 0.2 / 5], "--lr, --muon-lr")
+    layer, *_ = [layer for layer in embedder.modules() if hasattr(layer, "lora_A")]
+    for scale, want in ((3.0, 0.2 / 5), (20.0, 0.2 / 20)):  # as an alpha_pattern has it
+        layer.scaling["default"] = scale
+        close(optim.make_optimizers(embedder, cfg)[1].defaults["lr"], want, "the largest counts")
+    for layer in embedder.modules():
+        if hasattr(layer, "lora_A"):
+            layer.scaling["default"] = 0.0
+    with pytest.raises(InputError, match="scale is 0.0 in this adapter.* take --muon-lr 0"):
+        optim.make_optimizers(embedder, cfg)
+    optim.make_optimizers(embedder, dataclasses.replace(cfg, muon_lr=0.0))
 
 
 def test_muon_has_its_own_rate_where_it_trains_all():
