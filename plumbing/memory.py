@@ -70,7 +70,8 @@ class DoesNotFit(OfAllRanks):
 
     def __init__(self, where=""):
         way = "try half of it" if where else "try a smaller --chunk-tokens"
-        super().__init__(f"out of memory{where}: {way}, --checkpointing, or less --max-pixels")
+        another = "or another run with less --max-pixels"  # --resume would refuse it
+        super().__init__(f"out of memory{where}: {way}, --checkpointing, {another}")
 
 
 class Leaving(Exception):
