@@ -309,7 +309,8 @@ def refuse_folder(source):
         text = "in MMEB's layout; stage 2 reads its original-*.parquet and evaluate.py its "
         text += "test-*.parquet, while stage 1 takes a list of dialogues"
     elif any(Path(source).glob("*.parquet")):
-        text += "; it is one subset of MMEB itself: give the folder that holds it"
+        text = "one subset of MMEB; stage 2, evaluate.py and check read the folder that holds it, "
+        text += "while stage 1 takes a list of dialogues"
     elif lists:
         text += f"; name the list itself: {brief(lists[0])}"
     raise InputError(f"--data {brief(source)}: is {text}")
