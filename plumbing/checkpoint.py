@@ -305,7 +305,7 @@ def keep_base(save, embedder, cfg):
     def write():
         is_over = cfg.resume and Path(cfg.out, FINISHED).exists()
         if cfg.lora_rank and not is_over:
-            save(embedder, Path(cfg.out, "merged"))
+            save(embedder, Path(cfg.out, "merged"))  # alone, for no model is sharded yet
 
     on_rank_0(write)
 

@@ -270,7 +270,7 @@ class TrainingFlags(Flags):
     batch: int = flag(64, "examples a step, over all ranks", least=1, most=1_000_000)
     lr: float = flag(3e-3, "peak learning rate of AdamW", above=0)
     muon_lr: float = flag(
-        0.02, "peak rate of Muon on the matrices, of LoRA's / its scale; 0: AdamW alone", least=0
+        0.02, "peak rate of Muon on the matrices (LoRA's: / its scale); 0: AdamW alone", least=0
     )
     schedule: str = flag("cosine", "fall of the rate after the warm-up", ["cosine", "linear"])
     warmup: float = flag(
