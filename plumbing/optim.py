@@ -119,8 +119,8 @@ def end_step(embedder, optimizers, cfg, step, loss, ids) -> float:
         at = f"step {step + 1}, lr {optimizers[0].param_groups[0]['lr']:.2e}"
         raise OfAllRanks(
             f"{at}: loss {loss}, gradient norm {norm}; rank {rank()} had the examples {ids}. Look "
-            "at these examples, or start again with a lower --lr; at step 1 a flag of the loss is "
-            "too large or too small"
+            "at these examples, or begin another run with a lower --lr; at step 1 a flag of the "
+            "loss is too large or too small"
         )
     leave_untouched(parameters, optimizers)
     for optimizer in optimizers:
