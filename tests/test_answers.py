@@ -91,6 +91,16 @@ def test_a_question_is_never_a_label_even_without_a_code():
     expect((inputs["roles"] != COMPRESS).all(), "COMPRESS tokens", "none", "K = 0")
 
 
+def test_the_token_of_number_0_is_learned_like_any_other(shared):
+    """It is a word in some tokenizers: Qwen's "!"."""
+    row = shared.collate.row(Item("red"), TURNS)
+    answers = row.tokens["roles"] == ANSWER
+    row.tokens["input_ids"][answers.nonzero()[1]] = 0
+    inputs = shared.collate.pad_rows([row])
+    labels = pretrain.answer_logits(shared, inputs)[1]
+    equal(labels.tolist(), inputs["input_ids"][0][answers].tolist(), "each token of the answers")
+
+
 # ------------------------------------------------------------------------------------------ losses
 
 
@@ -242,6 +252,18 @@ def test_the_gradient_is_that_of_the_whole_batch_for_any_chunks(shared):
     """accumulate: in chunks of one row, some rows, all rows, the gradient of (all answers' nats /
     all answer tokens), however unequal the answers are."""
     check_accumulate(pretrain.accumulate, shared, unequal(shared))
+
+
+def test_the_share_of_right_answers_is_that_of_all_chunks(shared, monkeypatch):
+    """accumulate, where half of each row's answers are right."""
+
+    def half(logits, labels, roles):
+        return len(roles), 2 * len(roles)
+
+    monkeypatch.setattr(pretrain, "exact_answers", half)
+    for budget in (1, 150, 10**6):
+        share = pretrain.accumulate(shared, unequal(shared), budget)[1]
+        equal(share, 0.5, f"chunk_tokens={budget}")
 
 
 def test_a_rank_that_has_no_memory_for_a_chunk_ends_the_step_of_all(shared, monkeypatch):

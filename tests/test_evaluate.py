@@ -178,6 +178,7 @@ def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monk
 
     def counting(embedder, items, cfg, progress):
         seen.extend(items)
+        equal(progress, "words", "a bar with the name of the set")
         return encode(embedder, items, cfg, progress)
 
     monkeypatch.setattr(evaluate, "encode_over_ranks", counting)
@@ -192,6 +193,15 @@ def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monk
         got = evaluate.score(shared, task, cfg)
         equal(got["p_at_1"], 0.0, warning)
         expect(warning in got.get("warning", ""), got, warning, "the reader must see it")
+
+
+def test_the_chance_of_a_set_is_the_mean_of_its_queries_own(shared):
+    """Two candidates and four: (1/2 + 1/4) / 2, not 1 / 3."""
+    red, green, blue, grey = map(Item, ("red", "green", "blue", "grey"))
+    queries = [(red, [red, green]), (blue, [blue, red, green, grey])]
+    task = Task("unequal", "Classification", False, queries)
+    got = evaluate.score(shared, task, evaluate.Config(workers=0))
+    equal(got["chance"], 0.375, "score")
 
 
 def test_of_a_single_embedding_nobody_can_say_that_it_is_like_the_others(shared):

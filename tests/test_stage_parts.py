@@ -54,12 +54,16 @@ def watched(monkeypatch, tmp_path):
         monkeypatch.setattr(stage.checkpoint, "begin", lambda cfg: torch.device("cpu"))
         monkeypatch.setattr(stage, "load_for", lambda *_: start or toy())
         monkeypatch.setattr(stage.checkpoint, "start_or_resume", lambda *_: begin)
-        monkeypatch.setattr(stage, "Log", lambda cfg, start: SimpleNamespace(waiting=iter))
+
+        def log(cfg, start):
+            seen.update(logged_from=start)
+            return SimpleNamespace(waiting=iter)
 
         def prefetch(make, steps, workers, device):
             seen.update(make=make, steps=steps, workers=workers, device=device)
             raise Enough
 
+        monkeypatch.setattr(stage, "Log", log)
         monkeypatch.setattr(stage, "prefetch", prefetch)
         with pytest.raises(Enough):
             stage.main(cfg)
@@ -74,9 +78,10 @@ def watched(monkeypatch, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_goes_on_asks_for_the_steps_that_are_left(watched, stage):
     """From a checkpoint at step 3 of 7, with the flags' loader processes, for the rank's device: to
-    a GPU pictures travel in half the bytes."""
+    a GPU pictures travel in half the bytes. The log keeps what it says of the steps before."""
     seen = watched(stage, begin=3, steps=7, workers=1)
     equal((seen.steps, seen.workers, seen.device), (range(3, 7), 1, torch.device("cpu")), "main")
+    equal(seen.logged_from, 3, "Log(cfg, start)")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -284,6 +289,23 @@ def test_in_each_step_gradients_are_summed_over_ranks_before_the_step(monkeypatc
         equal(ids, names_of(stage, cfg, step), "its examples, for the message of a NaN")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_goes_on_counts_its_steps_from_the_first_on(monkeypatch, tmp_path, stage):
+    """Its learning rate, and the number of a checkpoint, are those of the last of four steps."""
+    saved_after, steps = stage.checkpoint.saved_after, []
+
+    def noted(embedder, optimizers, cfg, step):
+        steps.append(step)
+        return saved_after(embedder, optimizers, cfg, step)
+
+    monkeypatch.setattr(stage.checkpoint, "saved_after", noted)
+    monkeypatch.setattr(stage.checkpoint, "start_or_resume", lambda *_: 3)
+    flags = dict(steps=4, warmup=1.0)
+    cfg, calls, (line,), _ = trained(monkeypatch, stage, tmp_path / "out", **flags)
+    equal((line["step"], line["lr"]), (4, cfg.lr), "log.jsonl; a rate that rises over four steps")
+    equal((steps, calls[1][:2]), ([3], ("step", 3)), "checkpoint.saved_after, optim.end_step")
+
+
 def test_a_model_without_a_code_is_saved_as_no_embedder(monkeypatch, tmp_path):
     """K = 0: plain instruction tuning."""
     flags = dict(compress_tokens=0, compress=False, steps=1)
@@ -489,10 +511,10 @@ def scored(monkeypatch, z, ood=False, meta_task="VQA"):
 
 
 def test_only_embeddings_that_are_all_alike_are_called_collapsed(monkeypatch):
-    """By the component that differs most: a spread of 0.0005 is none, one of 0.002 is some; a
-    single item is alike with nothing."""
+    """By the component that differs most from item to item, however it differs from the others: a
+    spread of 0.0005 is none, one of 0.002 is some; a single item is alike with nothing."""
     for spread, warns in ((0.0, True), (5e-4, True), (2e-3, False), (0.05, False), (0.5, False)):
-        z = torch.full((4, 8), 0.3).numpy()
+        z = torch.linspace(-0.5, 0.5, 8).repeat(4, 1).numpy()
         z[::2, 3] += 2 * spread
         said = scored(monkeypatch, z).get("warning", "")
         equal(said.startswith("collapsed"), warns, f"spread {spread}: {said!r}")
