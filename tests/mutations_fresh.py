@@ -461,4 +461,13 @@ FRESH = [
     ("evaluate.py", "z.std(0).max() < 1e-3", "z.std() < 1e-3", "tests/test_stage_parts.py -k all_alike"),
     ("evaluate.py", "z.std(0).max() < 1e-3", "z.std(1).max() < 1e-3", "tests/test_stage_parts.py -k all_alike"),
     ("evaluate.py", "items, cfg, task.name)", 'items, cfg, "")', "tests/test_evaluate.py -k each_item_once"),
+    ("data.py", "self.tokenizer.pad_token_id or 0", "self.tokenizer.pad_token_id", "tests/test_collator.py -k without_a_pad"),
+    ("data.py", "if pictures and not texts[0] else", "if pictures and not texts[0].strip() else",
+     "tests/test_collator.py -k before_a_picture"),
+    ("model.py", 'elif embedder.device.type == "cuda":', "else:", "tests/test_precision.py -k trained_is"),
+    ("model.py", "    ranks.say(weights.describe(embedder))\n", "", "tests/test_settings.py -k said_when"),
+    ("model.py", "bar.update(len(chunk))", "bar.update(1)", "tests/test_embedder.py -k a_bar_counts"),
+    ("model.py", "or None, leave=False)", "or None)", "tests/test_embedder.py -k a_bar_counts"),
+    ("contrastive.py", "ln N = {math.log(cfg.batch)", "ln N = {math.log2(cfg.batch)", "tests/test_stage_parts.py -k loss_sees"),
+    ("contrastive.py", "{len(examples):>13,} pairs", "{len(pairs):>13,} pairs", "tests/test_stage_parts.py -k loss_sees"),
 ]  # fmt: skip

@@ -119,6 +119,14 @@ def test_padding_is_on_the_right_and_nothing_but_zeros(shared):
         equal(int(inputs[key][0, n:].abs().sum()), 0, f"{key}: zeros")
 
 
+def test_a_tokenizer_without_a_pad_token_pads_with_any():
+    """What is masked is not looked at."""
+    processor = model.load("toy-random", device="cpu").processor
+    processor.tokenizer.pad_token = None
+    inputs = Collator(processor)([Item("a"), Item("a longer text")])
+    equal(inputs["input_ids"][0, -1].item(), 0, "a token that every model has")
+
+
 def test_a_pad_token_within_a_row_is_a_token(shared):
     """What is padding is said by the role, and not by the id."""
     row = shared.collate.row(Item("red green"))
@@ -196,12 +204,13 @@ def test_without_a_code_the_content_and_the_first_question_share_a_turn():
 
 
 def test_what_stands_before_a_picture_is_not_what_stands_before_a_text(shared):
-    """By what the content begins with; an empty one is a text."""
+    """By what the content begins with, be it a blank; an empty one is a text."""
     collate, picture = copy.copy(shared.collate), Image.new("RGB", (64, 64))
     collate.template = dataclasses.replace(collate.template, before_text=":", before_picture=";")
     for item, want in (
         (Item("a"), ":"), (Item(""), ":"), (Item(IMAGE, (picture,)), ";"),
         (Item(f"a {IMAGE}", (picture,)), ":"), (Item(f"{IMAGE} a", (picture,)), ";"),
+        (Item(f" {IMAGE}", (picture,)), ":"),
     ):  # fmt: skip
         head = text_of(shared, collate.row(item), HEAD)
         equal(head, f"<|user|>{want}", f"{item.text!r}")

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +124,20 @@ def test_no_bar_is_drawn_where_nobody_looks(shared, capsys):
     """A cluster's log would hold a line for each of its updates."""
     shared.encode(["a", "b"], progress="embedding")
     equal(capsys.readouterr().err, "", "stderr is no terminal here")
+
+
+def test_a_bar_counts_the_items_and_is_gone_in_the_end(shared, monkeypatch):
+    """Items, not chunks; a table's lines stand without the bars of its sets."""
+    seen, updates = {}, []
+
+    def bar(**options):
+        seen.update(options)
+        return nullcontext(SimpleNamespace(update=updates.append))
+
+    monkeypatch.setattr(model, "tqdm", bar)
+    shared.encode(["a", "b", "c"], progress="embedding")
+    equal((seen["desc"], seen["total"], sum(updates)), ("embedding", 3, 3), "items")
+    equal(seen["leave"], False, "tqdm")
 
 
 def test_encode_does_not_depend_on_the_chunks(shared, mixed):

@@ -9,6 +9,7 @@ from checks import equal, toy
 
 import model
 from plumbing import weights
+from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.log import versions
 from plumbing.weights import Options, Settings, describe, device_of, draw_weights, settings
@@ -128,6 +129,13 @@ def test_a_model_is_described_by_what_is_trained():
     total = sum(p.numel() for p in embedder.parameters())
     says = f"qwen2_vl | {p.numel():,} of {total:,} parameters trained | K = 4, mean pooling, "
     equal(describe(embedder), says + "chat prompt | 1 rank(s) on cpu", "describe")
+
+
+def test_what_is_trained_is_said_when_it_is_chosen(capsys):
+    """In the run's first lines: who forgot --freeze-vision sees it there."""
+    embedder = toy()
+    model.choose_trained(embedder, TrainingFlags(freeze_vision=True))
+    equal(capsys.readouterr().out, describe(embedder) + "\n", "a line")
 
 
 def test_settings_are_written_with_the_versions_that_made_them(tmp_path, shared):

@@ -289,6 +289,15 @@ def test_in_each_step_gradients_are_summed_over_ranks_before_the_step(monkeypatc
         equal(ids, names_of(stage, cfg, step), "its examples, for the message of a NaN")
 
 
+def test_stage_2_says_what_its_loss_sees_and_what_chance_is(monkeypatch, tmp_path, capsys):
+    """And how many pairs each data set has."""
+    trained(monkeypatch, contrastive, tmp_path / "out", steps=0, subsets="vqa:5")
+    said = capsys.readouterr().out
+    line = f"loss sees N = 4 pairs (chance: ln N = {math.log(4):.2f})"
+    expect(line in said, said, line, "contrastive.main")
+    expect(" ".join(said.split()).startswith("vqa 5 pairs"), said, "vqa 5 pairs", "first of all")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_goes_on_counts_its_steps_from_the_first_on(monkeypatch, tmp_path, stage):
     """Its learning rate, and the number of a checkpoint, are those of the last of four steps."""
