@@ -188,14 +188,3 @@ def without_casts(adapter):
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
     return adapter
-
-
-def lora_scale(module) -> float:
-    """What LoRA's product B A is multiplied by, alpha / rank for one; the largest of its layers',
-    which differ in some adapters of others. 1 where there is no LoRA."""
-    layers = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
-    scale = max((layer.scaling[layer.active_adapters[0]] for layer in layers), default=1.0)
-    if not scale > 0:
-        text = f"LoRA's scale is {scale} in this adapter, and Muon's rate is divided by it"
-        raise InputError(f"{text}: take --muon-lr 0, or another lora_alpha")
-    return scale

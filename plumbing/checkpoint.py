@@ -126,11 +126,12 @@ def saved_after(embedder, optimizers, cfg, step):
             save_checkpoint(embedder, optimizers, cfg, step)
         stop(f"stopped by a signal: step {step + 1} is left, as if it had not begun", cfg)
     except OfAllRanks as e:
+        way = ""
         if step:
             save_checkpoint(embedder, optimizers, cfg, step)
-        way = way_on(cfg)
+            way = f". {way_on(cfg)}"
         forget_signals()
-        raise InputError(f"{e}. {way}") from None
+        raise InputError(f"{e}{way}") from None
     except BaseException:
         forget_signals()  # the run is over, and signals do again what they did before it
         raise

@@ -16,6 +16,7 @@ from plumbing.errors import InputError, brief
 
 # Padded tokens that go through the model at a time. A CPU likes what fits into its caches.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
+MUON_LR = 0.02  # where all weights are trained
 # The largest number of a flag that names no `most`, and the least by which one must exceed `above`:
 # beyond these it is a slip of the keyboard, or PyTorch cannot compute with it.
 MOST, SMALLEST = 1_000_000_000, 1e-12
@@ -269,8 +270,8 @@ class TrainingFlags(Flags):
     steps: int = flag(300, "optimiser steps", least=0)
     batch: int = flag(64, "examples a step, over all ranks", least=1, most=1_000_000)
     lr: float = flag(3e-3, "peak learning rate of AdamW", above=0)
-    muon_lr: float = flag(
-        0.02, "peak rate of Muon on the matrices (LoRA's: / its scale); 0: AdamW alone", least=0
+    muon_lr: float | None = flag(
+        None, "peak rate of Muon on matrices, 0: none; default: 0.02, LoRA's / its scale", least=0
     )
     schedule: str = flag("cosine", "fall of the rate after the warm-up", ["cosine", "linear"])
     warmup: float = flag(
@@ -296,6 +297,12 @@ class TrainingFlags(Flags):
     model_digest: str = dataclasses.field(default="", init=False)
     data_digest: int = dataclasses.field(default=0, init=False)
     fitting: int = dataclasses.field(default=0, init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.muon_lr is None:
+            # A step of LoRA's matrices moves the weight by alpha / rank times as much.
+            self.muon_lr = MUON_LR * self.lora_rank / self.lora_alpha if self.lora_rank else MUON_LR
 
 
 @dataclasses.dataclass

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import nn
 
-from plumbing.adapters import lora_scale
 from plumbing.combinations import given, spelled
 from plumbing.errors import InputError, OfAllRanks
 from plumbing.ranks import rank
@@ -31,9 +30,7 @@ def make_optimizers(embedder, cfg) -> list:
         decay = cfg.weight_decay
         optimizers.append(torch.optim.AdamW(adam, cfg.lr, (0.9, 0.98), weight_decay=decay))
     if muon:
-        # A step of LoRA's matrices moves the weight by its scale times as much.
-        peak = cfg.muon_lr / lora_scale(embedder)
-        optimizers.append(Muon(muon, peak, weight_decay=cfg.weight_decay))
+        optimizers.append(Muon(muon, cfg.muon_lr, weight_decay=cfg.weight_decay))
     return optimizers
 
 

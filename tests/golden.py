@@ -48,7 +48,7 @@ from plumbing.errors import InputError  # noqa: E402
 from toy.world import Shapes  # noqa: E402
 
 STAGES = {"pretrain": pretrain, "contrastive": contrastive, "evaluate": evaluate}
-LORA = dict(lora_rank=4, lora_dropout=0.1)
+LORA = dict(lora_rank=4, lora_dropout=0.1, muon_lr=0.02)  # as it was then
 PRETRAIN = dict(model="toy", steps=6, batch=8, workers=1)
 CONTRASTIVE = dict(model="toy", steps=6, batch=16, block=8, workers=1)
 RUNS = {  # name -> (stage, flags); each with OUT = the name

@@ -410,7 +410,7 @@ FIVE = [
     ("plumbing/optim.py", "(0.9, 0.98)", "(0.9, 0.999)", "tests/test_step.py -k muon"),
     ("plumbing/optim.py", "(0.9, 0.98), weight_decay=decay)", "(0.9, 0.98))",
      "tests/test_step.py -k muon"),
-    ("plumbing/optim.py", "Muon(muon, peak, weight_decay=cfg.weight_decay)", "Muon(muon, peak)",
+    ("plumbing/optim.py", "cfg.muon_lr, weight_decay=cfg.weight_decay)", "cfg.muon_lr)",
      "tests/test_step.py -k muon"),
     ("plumbing/optim.py", "sqrt(max(1, rows / columns))", "sqrt(max(1, columns / rows))",
      "tests/test_step.py -k muon"),

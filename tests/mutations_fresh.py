@@ -378,7 +378,7 @@ FRESH = [
     ("exercises/grade.py", "            file.flush()\n", "", "exercises/test_grader.py -k before_the_next"),
     # --------------------------------------------- where a kill, a GPU or a reader's curve would tell
     ("plumbing/config.py", "lr: float = flag(3e-3", "lr: float = flag(3e-4", "tests/test_compare_logs.py -k defaults_are"),
-    ("plumbing/config.py", '0.02, "peak rate of Muon', '0.002, "peak rate of Muon', "tests/test_compare_logs.py -k defaults_are"),
+    ("plumbing/config.py", "MUON_LR = 0.02", "MUON_LR = 0.002", "tests/test_compare_logs.py -k defaults_are"),
     ("plumbing/config.py", "weight_decay: float = flag(0.01,", "weight_decay: float = flag(0.1,", "tests/test_compare_logs.py -k defaults_are"),
     ("plumbing/config.py", "clip: float = flag(1.0,", "clip: float = flag(0.0,", "tests/test_compare_logs.py -k defaults_are"),
     ("plumbing/config.py", '0.05, "share of the steps', '0.5, "share of the steps', "tests/test_compare_logs.py -k defaults_are"),
@@ -407,7 +407,7 @@ FRESH = [
     ("tools/figures.py", "        if not path.exists():\n            raise InputError(f\"{path} is missing", "        if False:\n            raise InputError(f\"{path} is missing",
      "tests/test_figures.py -k not_there_costs"),
     ("tools/generate.py", "        if not getattr(cfg, name):\n", "        if False:\n", "tests/test_tools_refuse.py -k cannot_do_without"),
-    ("plumbing/checkpoint.py", "        way = way_on(cfg)\n        forget_signals()\n", "        forget_signals()\n        way = way_on(cfg)\n",
+    ("plumbing/checkpoint.py", "            way = f\". {way_on(cfg)}\"\n", "            forget_signals()\n            way = f\". {way_on(cfg)}\"\n",
      "tests/test_checkpoint_parts.py -k costs_no_step"),
     ("plumbing/checkpoint.py", '    say(f"{reason}. {way_on(cfg)}")\n', '    if rank() == 0:\n        say(f"{reason}. {way_on(cfg)}")\n',
      "tests/test_checkpoint_parts.py -k where_it_goes_on"),

@@ -9,11 +9,10 @@ import torch
 from checks import close, equal
 from torch import nn
 
-import model
 import pretrain
 from plumbing import optim
 from plumbing.config import TrainingFlags
-from plumbing.errors import InputError, OfAllRanks
+from plumbing.errors import OfAllRanks
 
 
 @pytest.mark.parametrize(
@@ -233,23 +232,17 @@ def test_a_warm_up_of_broken_steps_is_rounded(warmup, rise):
     close(optim.rate_at(rise - 1, 0.3, cfg), 0.3, "the peak")
 
 
-def test_the_rate_of_loras_matrices_is_divided_by_their_scale(embedder):
-    """A step of theirs moves the weight by alpha / rank times as much; AdamW trains the K rows."""
-    cfg = TrainingFlags(lora_rank=8, lora_alpha=40, lr=0.1, muon_lr=0.2, warmup=0)
-    model.choose_trained(embedder, pretrain.Config(lora_rank=8, lora_alpha=40))
-    adam, muon = optim.make_optimizers(embedder, cfg)
-    optim.begin_step([adam, muon], 0, cfg)
-    close([x.param_groups[0]["lr"] for x in (adam, muon)], [0.1, 0.2 / 5], "--lr, --muon-lr")
-    layer, *_ = [layer for layer in embedder.modules() if hasattr(layer, "lora_A")]
-    for scale, want in ((3.0, 0.2 / 5), (20.0, 0.2 / 20)):  # as an alpha_pattern has it
-        layer.scaling["default"] = scale
-        close(optim.make_optimizers(embedder, cfg)[1].defaults["lr"], want, "the largest counts")
-    for layer in embedder.modules():
-        if hasattr(layer, "lora_A"):
-            layer.scaling["default"] = 0.0
-    with pytest.raises(InputError, match="scale is 0.0 in this adapter.* take --muon-lr 0"):
-        optim.make_optimizers(embedder, cfg)
-    optim.make_optimizers(embedder, dataclasses.replace(cfg, muon_lr=0.0))
+def test_the_rate_of_loras_matrices_is_divided_by_their_scale():
+    """Where no flag says it: a step of theirs moves the weight by alpha / rank times as much. What
+    is said is taken as it is."""
+    for flags, want in (
+        ({}, 0.02), (dict(lora_rank=16), 0.005), (dict(lora_rank=8, lora_alpha=40), 0.004),
+        (dict(lora_rank=16, muon_lr=0.02), 0.02), (dict(lora_rank=16, muon_lr=0.0), 0.0),
+    ):  # fmt: skip
+        equal(TrainingFlags(**flags).muon_lr, want, f"{flags}")
+    words = ["--lora-rank", "16"]
+    equal(pretrain.Config.parse(words).muon_lr, 0.005, "on a command line")
+    equal(dataclasses.replace(pretrain.Config.parse(words), seed=1).muon_lr, 0.005, "once")
 
 
 def test_muon_has_its_own_rate_where_it_trains_all():
