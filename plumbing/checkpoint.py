@@ -516,8 +516,10 @@ def refuse_another_run(state, cfg, but=()):
     moved = [name for name, x in DIGEST_OF.items() if now[x] and then.get(x) == now[x]]
     # An older version's state lacks newer flags, which were at their defaults then; what it did not
     # compute is not compared.
+    defaults = type(cfg)()
     for field in dataclasses.fields(cfg):
-        then.setdefault(field.name, field.default if field.init else now[field.name])
+        known = defaults if field.init else cfg
+        then.setdefault(field.name, getattr(known, field.name))
     changes = []
     for name, value in now.items():
         was = then[name]

@@ -196,7 +196,7 @@ ROOMS = [
     ("plumbing/checkpoint.py", '"world": world(), "config"', '"world": 1, "config"', "tests/test_checkpoint_parts.py"),
     ("plumbing/checkpoint.py", 'or step > flags["steps"]', "", RESUME),
     ("plumbing/checkpoint.py", "now = dict(dataclasses.asdict(cfg), world=world())", "now = dict(dataclasses.asdict(cfg), world=state.world)", RESUME),
-    ("plumbing/checkpoint.py", "field.default if field.init else now[field.name])\n    changes", "now[field.name])\n    changes", RESUME),
+    ("plumbing/checkpoint.py", "known = defaults if field.init else cfg", "known = cfg", RESUME),
     ("plumbing/checkpoint.py", "not in (version, None)", "in (version, None)", RESUME),
     # ------------------------------------------------------------------------ plumbing/combinations
     ("plumbing/combinations.py", 'return cfg.data == "shapes"', 'return cfg.data != "mmeb"', FLAGS),
