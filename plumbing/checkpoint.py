@@ -304,8 +304,7 @@ def keep_base(save, embedder, cfg):
     stands there is left alone."""
 
     def write():
-        is_over = cfg.resume and Path(cfg.out, FINISHED).exists()
-        if cfg.lora_rank and not is_over:
+        if cfg.lora_rank and not is_finished(cfg):
             save(embedder, Path(cfg.out, "merged"))  # alone, for no model is sharded yet
 
     on_rank_0(write)

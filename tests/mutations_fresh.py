@@ -411,7 +411,7 @@ FRESH = [
      "tests/test_checkpoint_parts.py -k costs_no_step"),
     ("plumbing/checkpoint.py", '    say(f"{reason}. {way_on(cfg)}")\n', '    if rank() == 0:\n        say(f"{reason}. {way_on(cfg)}")\n',
      "tests/test_checkpoint_parts.py -k where_it_goes_on"),
-    ("plumbing/checkpoint.py", "is_over = cfg.resume and Path(cfg.out, FINISHED).exists()", "is_over = cfg.resume",
+    ("plumbing/checkpoint.py", "if not cfg.resume or not Path(cfg.out, FINISHED).exists():", "if not cfg.resume:",
      "tests/test_resume.py -k base_of_its_adapter"),
     ("plumbing/log.py", "together(lambda: next(batches))", "next(batches)",
      "tests/test_log.py -k error_of_all"),

@@ -493,7 +493,7 @@ def test_of_a_finished_run_the_base_of_its_adapter_is_left_alone(tmp_path, confi
     checkpoint.keep_base(save, None, dataclasses.replace(cfg, lora_rank=0))
     assert written == [tmp_path / "out" / "merged"] * 2
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "finished.json").write_text("{}")
+    checkpoint.mark_finished(cfg)
     checkpoint.keep_base(save, None, dataclasses.replace(cfg, resume=True))
     assert len(written) == 2, "finished"
     checkpoint.keep_base(save, None, cfg)
