@@ -23,6 +23,7 @@ STUDENT = {1: np.inf, 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 PAIRS = {"pairs-200": "200", "pairs-1000": "1,000", "pairs-5000": "5,000", "arms": "unlimited"}
 LORA = {"lora-200": "200", "lora-1000": "1,000", "lora-5000": "5,000", "lora": "unlimited"}
+LARGE = {"tokens-64": "unlimited"}
 RATES = {"rate-200": "200", "rate": "unlimited"}
 WIDTHS = {"K-control": "unlimited"}  # of the code
 BEYOND = {"beyond-200": "200", "beyond": "unlimited"}
@@ -54,6 +55,9 @@ PARTS = {
     "LoRA: CoMa, over contrastive only": (LORA, (("coma", "none"),)),
     "LoRA: the mask, mean of both": (LORA, MASK),
     "LoRA: dialogues beyond the paper, mean of both": (LORA, DIALOGUES),
+    "64 image tokens: CoMa, over contrastive only": (LARGE, (("coma", "none"),)),
+    "64 image tokens: the mask, mean of both": (LARGE, MASK),
+    "64 image tokens: dialogues beyond the paper, mean of both": (LARGE, DIALOGUES),
 }
 
 # (study, arm, the arm that it is held against, and the scores of both in the literature)

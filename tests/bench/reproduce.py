@@ -77,6 +77,7 @@ RATES = {
 }
 LARGE = "--min-pixels 16384 --max-pixels 16384"  # 128 x 128, twice the toy's: 64 image tokens
 LARGE_TOY = f"{PLAIN} --compress-tokens 0 {LARGE} --steps 1000"  # such arms start from this one
+MAIN = {arm: ARMS[arm] for arm in ("none", "plain", "coma", "both, no mask", "both")}
 
 
 def with_flags(arms, first="", second=""):
@@ -96,7 +97,7 @@ STUDIES = {
     **{
         f"lora-{n}": (5, with_flags(ARMS, LORA, f"{LORA} {caps(n)}")) for n in (200, 1000, 5000)
     },
-    "tokens-64": (5, with_flags(ARMS, LARGE, LARGE)),
+    "tokens-64": (3, with_flags(MAIN, LARGE, LARGE)),
     "dialogues": (5, {
         "multi-turn": (COMA, ""),
         "single turn": ("--turns 1", ""),
