@@ -50,7 +50,8 @@ def time_limit(request):
 
     def stop(*_):
         late.add(exercise)
-        raise TooLong(f"no end after {seconds} seconds")
+        more = f"a loop without an end? A busy machine needs more, EXERCISES_SECONDS={3 * SECONDS}"
+        raise TooLong(f"no end after {seconds} seconds: {more}")
 
     if not hasattr(signal, "SIGALRM"):  # Windows
         yield
