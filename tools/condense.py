@@ -1,7 +1,8 @@
 """Stage 2 with a part of stage 1 in it: for the first steps the K tokens of one side of a pair must
 also tell the text of the other (Bottleneck Tokens, arXiv 2604.11095).
 
-    python -m tools.condense                                       the toy world, no stage 1
+    python -m tools.condense --model toy                           the toy world, no stage 1
+    python -m tools.condense                                       from out/pretrain, if it is there
     torchrun --nproc-per-node 2 -m tools.condense --data MMEB-train     with the flags of stage 2,
                                                                    but --fsdp and --max-length
 
