@@ -253,7 +253,8 @@ class Flags(ModelFlags):
     """The flags of the three stages."""
 
     data: str = flag(
-        "shapes", "shapes (toy world), a list, a folder with captions; not pretrain: MMEB, a hub id"
+        "shapes",
+        "shapes (toy world), a list, a folder with captions; MMEB or a hub id (not pretrain)",
     )
     image_root: str = flag("", "where the pictures are; empty: beside the data")
     seed: int = flag(
