@@ -7,7 +7,7 @@ beside it.
 Stage 1 as it is, with other dialogues about the toy world: more objects, of few colours or of few
 shapes, and mostly the questions for which that matters. In ordinary dialogues such a case is rare,
 and after 2,500 steps of them it is what is still wrong: of two red objects side by side, the model
-tells the other one's place.
+tells the other one's place. --data, --caption and --texts ask for other dialogues, and are refused.
 """
 
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
