@@ -131,6 +131,13 @@ def test_two_ranks_that_are_stopped_say_so_once_and_what_gives_them_more_time():
         expect(more in error, error, more, "start")
 
 
+def test_a_conclusion_in_other_words_is_told_the_three_that_there_are(shared):
+    """The right one with a capital letter is none of them; the numbers are not what is wrong."""
+    failed, _ = failures("ex10", mistakes.table(conclusion="Higher"), shared)
+    said = str(failed["test_the_difference_and_what_may_be_said"])
+    expect("higher | lower | cannot tell" in said, said, "the three words", "test_ex10_ablation.py")
+
+
 @pytest.mark.parametrize("exercise", ladder.EXERCISES)
 def test_the_stub_fails_every_test(exercise, shared):
     """Not one point for an untouched file."""
