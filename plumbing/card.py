@@ -190,8 +190,8 @@ def training(flags) -> str:
     rows = []
     for name, value in flags.items():
         if value not in (None, "") and name not in UNSAID and not name.endswith("digest"):
-            if value is False:
-                name, value = f"no_{name}", ""
+            if isinstance(value, bool):  # as it is typed: --merge, --no-merge
+                name, value = name if value else f"no_{name}", ""
             rows.append((f"`{option(name)}`", value))
     return f"## Training: {stage}\n\n{table(rows)}"
 

@@ -333,7 +333,7 @@ def test_each_run_leaves_a_model_card(tmp_path, monkeypatch):
     ):
         assert words in card.text, words
     assert "## Scores" not in card.text and "--out" not in card.text
-    said = ("| `--muon-lr` | 0.0 |", "| `--no-caption` |  |", "| `--merge` | True |")
+    said = ("| `--muon-lr` | 0.0 |", "| `--no-caption` |  |", "| `--merge` |  |")
     assert all(words in card.text for words in said) and "`--command`" not in card.text
     order = [card.text.index(words) for words in ("## Training: comp", "## Training: contr")]
     assert order == sorted(order), "stage 1 comes first"
