@@ -96,16 +96,20 @@ def queries_of_targets(batch):
     -> (columns (targets,) of the targets; labels (targets, P), see contrastive.info_nce; how many
     queries each rank has)."""
     own = [row[row >= 0] for row in batch.labels]  # of each query of this rank: its columns
-    keys = batch.keys.view(len(batch.keys), -1)  # (columns, k)
-    mine = [keys[columns].flatten().tolist() for columns in own]  # of each query: its keys
+    # Of each column its keys as (place, key). Trap: without the place a target that equals another
+    # pair's query, as in lists of a -> b and b -> c, would share a key with that pair's target.
+    keys = [set(enumerate(row)) for row in batch.keys.view(len(batch.keys), -1).tolist()]
+    mine = []  # of each query of this rank: the keys of its columns
+    for row in own:
+        mine.append(set().union(*(keys[j] for j in row.tolist())))
     keys_of_ranks = ranks.gather_objects(mine)  # the same, of each rank
     queries_of_key = defaultdict(list)  # over all ranks: N queries
     for query, keys_of_query in enumerate(sum(keys_of_ranks, [])):
-        for key in set(keys_of_query):
+        for key in keys_of_query:
             queries_of_key[key].append(query)
     columns, positives = torch.cat(own), []
-    for keys_of_target in keys[columns].tolist():
-        queries = set().union(*(queries_of_key[key] for key in keys_of_target))
+    for j in columns.tolist():
+        queries = set().union(*(queries_of_key[key] for key in keys[j]))
         positives.append(torch.tensor(sorted(queries)))
     labels = pad_sequence(positives, batch_first=True, padding_value=-1)  # (targets, P)
     return columns, labels, [len(queries) for queries in keys_of_ranks]

@@ -18,6 +18,7 @@ import model
 import plumbing.card
 import pretrain
 from contrastive import Batch, info_nce, loss_over_ranks
+from data import Item
 from plumbing import losses
 from plumbing.errors import InputError
 from tools import search
@@ -229,6 +230,20 @@ def test_in_the_mirror_equal_queries_are_right_for_each_others_targets():
     third = -F.log_softmax(z[5] @ z[:3].T / TAU, 0)[2]
     first = -(F.logsigmoid((z[3] @ z[0] - z[3] @ z[2]) / TAU))
     close(share, (2 * first + third) / 3, "loops", rel=1e-6)
+
+
+def test_in_the_mirror_a_target_that_equals_a_query_is_no_other_targets_kin():
+    """Of a -> b and b -> c: query a has nothing to do with c, in either direction."""
+    a, b, c = Item("a"), Item("b"), Item("c")
+    keys = losses.keys_that_differ(2, 0)
+    losses.note_equals(keys, [b, c], [a, b], [torch.tensor([0]), torch.tensor([1])])
+    batch = Batch([], torch.tensor([[0], [1]]), keys)
+    _, labels, _ = losses.queries_of_targets(batch)
+    equal(labels.tolist(), [[0], [1]], "each target's queries: its own")
+    z = embeddings(4)
+    want = F.cross_entropy((z[:2] @ z[2:].T / TAU).T, torch.arange(2))
+    share, _ = losses.targets_look_for_queries(info_nce, z, batch, TAU)
+    close(share, want, "the other query is a negative", rel=1e-12)
 
 
 EVERYTHING = dict(symmetric=True, matryoshka="3", **LOUD)
