@@ -245,9 +245,9 @@ def begin(cfg) -> torch.device:
     device = join(cfg)
     cfg.command = command_of(cfg)
     cfg.model = cfg.model or stage_1_model()
-    by_rank_0(lambda: take(cfg))
+    on_rank_0(lambda: take(cfg))
     cfg.model_digest = same_model(cfg.model)
-    by_rank_0(lambda: refuse_taken(cfg))
+    on_rank_0(lambda: refuse_taken(cfg))
     return device
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from plumbing import card
-from plumbing.agreement import by_rank_0
+from plumbing.agreement import on_rank_0
 from plumbing.folders import read_json
 from plumbing.log import versions
 from plumbing.writing import refuse_other, refuse_unwritable, written
@@ -53,7 +53,7 @@ def refuse_json(cfg):
             refuse_unwritable(cfg.json, "--json", [cfg.data])
             refuse_other(cfg.json, "--json", is_scores, "file of scores")
 
-    by_rank_0(refuse)
+    on_rank_0(refuse)
 
 
 def is_scores(path) -> bool:

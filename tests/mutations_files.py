@@ -1183,7 +1183,7 @@ FILES = [
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/table.py", "    by_rank_0(refuse)\n", "",
+        "plumbing/table.py", "    on_rank_0(refuse)\n", "",
         "tests/test_evaluate.py",
     ),
     (

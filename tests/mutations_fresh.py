@@ -177,8 +177,8 @@ FRESH = [
     ("data.py", "digest_size=8", "digest_size=4", "tests/test_toy_world.py -k keys"),
     ("data.py", 'int.from_bytes(digest, "big") >> 1', 'int.from_bytes(digest, "big") >> 40', "tests/test_toy_world.py -k keys"),
     # ------------------------------------------------------------- what one rank alone would raise
-    ("plumbing/checkpoint.py", "    by_rank_0(lambda: take(cfg))\n", "    take(cfg)\n", "tests/test_checkpoint_parts.py -k all_are_told"),
-    ("plumbing/checkpoint.py", "    by_rank_0(lambda: refuse_taken(cfg))\n", "    refuse_taken(cfg)\n",
+    ("plumbing/checkpoint.py", "    on_rank_0(lambda: take(cfg))\n", "    take(cfg)\n", "tests/test_checkpoint_parts.py -k all_are_told"),
+    ("plumbing/checkpoint.py", "    on_rank_0(lambda: refuse_taken(cfg))\n", "    refuse_taken(cfg)\n",
      "tests/test_checkpoint_parts.py -k all_are_told"),
     ("plumbing/checkpoint.py", "    on_rank_0(lambda: forget_finished(cfg))\n", "", "tests/test_checkpoint_parts.py -k in_the_place"),
     ("plumbing/checkpoint.py", "on_rank_0(lambda: newest_whole(shapes, cfg))",

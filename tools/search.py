@@ -26,7 +26,7 @@ import model
 from data import Item
 from evaluate import encode_over_ranks
 from plumbing import ranks
-from plumbing.agreement import by_rank_0, join
+from plumbing.agreement import by_rank_0, join, on_rank_0
 from plumbing.checkpoint import same_model
 from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
@@ -303,7 +303,7 @@ def refuse_no_search(cfg):
     kind = Image.registered_extensions().get(Path(cfg.out).suffix.lower())
     if kind not in FORMATS or kind not in Image.SAVE:
         raise InputError(f"--out {brief(cfg.out)}: no kind of picture; end it with .png")
-    by_rank_0(lambda: refuse_place(cfg))
+    on_rank_0(lambda: refuse_place(cfg))
     find_pictures(cfg.images, quiet=True)  # they are listed, and what is left out, further on
 
 
