@@ -85,23 +85,24 @@ def write_marks(processor) -> Written:
     or, for a template that takes no lists, a string. InputError where neither works."""
     mark = {"type": "text", "text": MARK}
     forms = [([mark], [{"type": "image"}, mark]), (MARK, MARK)]
-    for text, picture_and_text in forms:
-        chats = [as_chat([text] * 4), as_chat([text]), as_chat([picture_and_text])]
+    for turn, turn_with_picture in forms:
+        chats = [as_chat([turn] * 4), as_chat([turn]), as_chat([turn_with_picture])]
         texts = render(chat_template(processor), chats, processor.tokenizer.special_tokens_map)
         errors = [text for text in texts if isinstance(text, InputError)]
         if errors:
             continue
+        four, one, picture = texts
         # Trap: a template for strings writes a list as Python would, quotes and all.
-        is_python = "'type':" in texts[0] or "'role':" in texts[0]
-        pieces = [] if is_python else texts[0].split(MARK)
+        is_python = "'type':" in four or "'role':" in four
+        pieces = [] if is_python else four.split(MARK)
         if len(pieces) == 5:
             head, middle, between, _, tail = pieces
-            one, picture = (text.split(MARK)[0] for text in texts[1:])
-            return Written(head, middle, between, tail, one, picture)
+            before_one, before_picture = one.split(MARK)[0], picture.split(MARK)[0]
+            return Written(head, middle, between, tail, before_one, before_picture)
     if errors:
         raise errors[0]
-    text = f"writes {brief(texts[0])!r} for four turns; each must stand in it once"
-    raise InputError(f"the chat template: {text}")
+    reason = f"writes {brief(four)!r} for four turns; each must stand in it once"
+    raise InputError(f"the chat template: {reason}")
 
 
 def as_chat(contents) -> list:

@@ -1215,8 +1215,8 @@ FILES = [
         "tests/test_rendering.py tests/test_template.py",
     ),
     (
-        "plumbing/template.py", 'is_python = "\'type\':" in texts[0] or "\'role\':" in texts[0]',
-        'is_python = "\'role\':" in texts[0]',
+        "plumbing/template.py", 'is_python = "\'type\':" in four or "\'role\':" in four',
+        'is_python = "\'role\':" in four',
         "tests/test_rendering.py tests/test_template.py",
     ),
     (
