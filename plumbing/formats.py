@@ -348,9 +348,9 @@ def caption_pairs(file, image_root) -> dict:
         if isinstance(caption, InputError):  # --skip-bad lists it
             continue
         path, text = caption
-        texts = texts_of.setdefault(path, [])
+        its_texts = texts_of.setdefault(path, [])
         if i not in bad:
-            texts.append(text)
+            its_texts.append(text)
     paths = list(texts_of)
 
     def picture_to_text(i):
@@ -363,7 +363,7 @@ def caption_pairs(file, image_root) -> dict:
 
     pictures = Lazy(len(paths), picture_to_text, captions.source)
     words = Lazy(len(captions), text_to_picture, captions.source)
-    texts = {text for texts in texts_of.values() for text in texts}
+    texts = set().union(*texts_of.values())
     without = frozenset(i for i, path in enumerate(paths) if not texts_of[path])
     name = Path(file).parent.name
     return {
