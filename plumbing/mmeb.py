@@ -126,8 +126,8 @@ def train_rows(files, subset, images) -> Lazy:
         return located(table.where(i), pair, rows.slice(i, 1).to_pylist()[0])
 
     def read(indices):  # in turn: a slice at a time is ten times as fast
-        plain = rows.slice(indices[0], len(indices)).to_pylist()
         first = indices[0]
+        plain = rows.slice(first, len(indices)).to_pylist()
         return attempts(lambda i: located(table.where(i), pair, plain[i - first]), indices)
 
     source = Source(table.digest, table, images, table.where, read)
