@@ -70,6 +70,8 @@ RULES = {  # a field -> the rules of every Config that has it
         Rule("lora_alpha", lambda c: c.lora_rank, NO_LORA),
         Rule("lora_dropout", lambda c: c.lora_rank, NO_LORA),
         Rule("dora", lambda c: c.lora_rank, NO_LORA),
+    ),
+    "save_every": (
         Rule("keep", lambda c: c.save_every, "--save-every 0 makes no checkpoints to keep"),
     ),
     "caption": (
