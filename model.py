@@ -57,7 +57,7 @@ class Embedder(nn.Module):
 
     settings (plumbing.weights.Settings): K; pooling, the "mean" of the K tokens or the "last"
     token; the prompt's style; the prefixes of z that Matryoshka trained. max_length: see Collator.
-    dim: z is cut to its first `dim` numbers; 0: all. `.adapter`: peft's wrapper of it, or None."""
+    dim: numbers of z, its first ones; 0: all. `.adapter`: peft's wrapper of the MLLM, or None."""
 
     def __init__(self, mllm, processor, settings, max_length=0, dim=0):
         super().__init__()
