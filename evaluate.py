@@ -99,19 +99,19 @@ def encode_over_ranks(embedder, items, cfg, progress, bad=None) -> np.ndarray:
 
 def score(embedder, task, cfg) -> dict:
     """Encodes a set, each item once. -> {"p_at_1", "chance", "queries", "meta_task", "ood", ...}"""
-    items, row_of = [], {}  # the distinct items; an item's key -> its row of z
+    items, row_of_key = [], {}  # the distinct items; an item's key -> its row of z
 
-    def row_number(item):
-        if item.key not in row_of:
-            row_of[item.key] = len(items)
+    def row_of(item):  # that of an equal item, or a new one
+        if item.key not in row_of_key:
+            row_of_key[item.key] = len(items)
             items.append(item)
-        return row_of[item.key]
+        return row_of_key[item.key]
 
     queries, candidates = [], []  # as rows of z
     for query, choices in task.queries:
-        queries.append(row_number(query))
-        candidates.append([row_number(choice) for choice in choices])
-    pool = [row_number(Item(*content)) for content in task.pool]
+        queries.append(row_of(query))
+        candidates.append([row_of(choice) for choice in choices])
+    pool = [row_of(Item(*content)) for content in task.pool]
     z = encode_over_ranks(embedder, items, cfg, task.name)  # (items, D)
     if task.rights:  # one's own data: several may be right, and Recall@5 and 10 count too
         result = retrieval.measures(z[queries], z, candidates, task.rights, pool)

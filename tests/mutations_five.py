@@ -375,7 +375,7 @@ FIVE = [
      "tests/test_threads.py"),
     ("evaluate.py", "        if rank_errors:\n", "        if rank_errors and r == 0:\n",
      "tests/test_threads.py"),
-    ("evaluate.py", "if item.key not in row_of:", "if item.text not in row_of:",
+    ("evaluate.py", "if item.key not in row_of_key:", "if item.text not in row_of_key:",
      "tests/test_evaluate.py -k encodes"),
     ("evaluate.py", "z.std(0).max() < 1e-3", "z.std(0).min() < 1e-3",
      "tests/test_stage_parts.py -k collapsed"),
