@@ -88,17 +88,17 @@ def info_nce(q, t, temperature, labels=None, keys=None, reweigh=None):
     keys = keys.view(len(t), -1)  # (M, k)
 
     def loss_of_rows(q_rows, t, rows):  # of a block of queries, with a graph of its own
-        return info_nce_rows(q_rows, t, labels[rows], keys, temperature, reweigh)
+        return info_nce_rows(q_rows, t, temperature, labels[rows], keys, reweigh)
 
     nats, hits = sum_over_blocks(loss_of_rows, q, t)
     return nats / len(q), hits / len(q)
 
 
-def info_nce_rows(q, t, labels, keys, temperature, reweigh=None):
+def info_nce_rows(q, t, temperature, labels, keys, reweigh):
     """Eq. (1) for b queries: -log( e^(q.t+ / tau) / (e^(q.t+ / tau) + sum of e^(q.t- / tau)) ).
 
     q (b, D), t (M, D), labels (b, P) columns of the positives, -1 where a query has fewer than P,
-    keys (M, k): a column that shares a key with one of my positives is not my negative.
+    keys (M, k): a column that shares a key with a positive is no negative; reweigh: see info_nce.
     -> (nats (b,), mean over positives; hit (b,), whether a positive beats all negatives)."""
     scores = products(q, t) / temperature  # (b, M); never bfloat16 or TF32: they have 3 digits
     valid = labels >= 0  # (b, P)
