@@ -190,12 +190,12 @@ def run(main, config):
     """main(config) of a script, and the end of the process, whatever ends it: one clear line where
     a user can put it right, else the traceback. torchrun then ends the ranks that are left."""
 
-    def whole(argv):
+    def command(argv):
         main(config.parse(argv))
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    run_command(whole)
+    run_command(command)
 
 
 def run_command(main):
