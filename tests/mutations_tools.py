@@ -90,7 +90,7 @@ TOOLS = [
     ("tools/compare_logs.py", "in_a_row == IN_A_ROW or not np.isfinite(loss[i])", "in_a_row == IN_A_ROW", f"{COMPARE} -k would_be_normal"),
     ("tools/compare_logs.py", "low, high = band.low[step - 1], band.high[step - 1]", "low, high = band.low[-1], band.high[-1]", f"{COMPARE} -k would_be_normal"),
     ("tools/compare_logs.py", "normal is {max(low, 0):.3f} to {high:.3f}", "normal is {high:.3f} to {max(low, 0):.3f}", f"{COMPARE} -k would_be_normal"),
-    ("tools/compare_logs.py", "out workers save_every", "out save_every", f"{COMPARE} -k change_no_loss"),
+    ("tools/compare_logs.py", '"out", "workers", "save_every"', '"out", "save_every"', f"{COMPARE} -k change_no_loss"),
     # ------------------------------------------------------------------------------ tools/generate.py
     ("tools/generate.py", 'random.Random(f"{cfg.seed}/{name}")', "random.Random(name)", f"{GENERATE} -k draws_its"),
     ("tools/generate.py", 'random.Random(f"{cfg.seed}/{name}")', "random.Random(cfg.seed)", f"{GENERATE} -k draws_its"),

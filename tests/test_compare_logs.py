@@ -110,10 +110,11 @@ def test_the_band_is_one_and_a_half_times_as_wide_on_either_side():
 
 
 def test_flags_that_change_no_loss_are_no_difference(reference):
-    """How often it was saved, by whom it was read, where it was begun."""
+    """How often it was saved, by whom it was read and where from, where it was begun."""
     run = compare_logs.read_log(reference)
     same = dict(workers=7, save_every=3, keep=5, resume=True, graph_memory="1GiB", model="m")
     same.update(seed=9, out="b", fitting=5, model_digest="x", data_digest=3, command="pretrain")
+    same.update(image_root="elsewhere")
     mine = run._replace(header={**run.header, "config": {**run.config, **same}})
     equal(compare_logs.differences(mine, run), "", "not said")
 

@@ -32,10 +32,10 @@ IN_A_ROW = 10  # steps outside of the band, before a run is called outside
 LEAST = 2  # runs of which a spread can be said
 MOST_STEPS = 10**8  # of a run; beyond it a log is damaged, and would take the memory
 # Flags that change no loss, or that are what is compared.
-OTHERWISE = set(
-    "seed out workers save_every keep resume fitting model"
-    " model_digest data_digest graph_memory command".split()
-)
+OTHERWISE = {
+    *("out", "workers", "save_every", "keep", "resume", "fitting", "graph_memory", "image_root"),
+    *("seed", "model", "model_digest", "data_digest", "command"),
+}
 
 
 class Run(NamedTuple):
