@@ -12,7 +12,8 @@ from plumbing.errors import InputError, OfAllRanks, brief
 from plumbing.ranks import gather_objects, rank, said_while_waiting, setup
 
 # What may differ from node to node: where things lie on its disks (their content is compared, by
-# digests), and how many processes read them.
+# digests), and how many processes read them. Trap: pictures are equal where their paths are, see
+# Item.key; with other paths on a node, two equal targets of two nodes are each other's negatives.
 OF_A_NODE = ("model", "data", "image_root", "skip_bad", "out", "json", "workers")
 
 
