@@ -232,4 +232,12 @@ TOOLS = [
     ("tools/study_tables.py", '"same direction" if same else "opposite"', '"opposite" if same else "same direction"', f"{TABLES} -k literature"),
     ("tools/study_tables.py", "        if study in PAIRS or study in LORA:\n", "        if study:\n", f"{TABLES} -k curve"),
     ("tools/study_tables.py", '("overall", "ind", "ood")', '("overall", "ood", "ind")', f"{TABLES} -k all_tables"),
+    # -------------------------------------------------------- what a reader, and a user, would see
+    ("tools/search.py", "pictures = [open_image(Path(cfg.images, paths[i])) for i in best]", "pictures = [open_image(Path(cfg.images, paths[i])) for i in sorted(best)]",
+     f"{SEARCH} -k sheet_shows"),
+    ("tools/search.py", 'captions = [f"{scores[i]:.3f}', 'captions = [f"{scores[0]:.3f}', f"{SEARCH} -k sheet_shows"),
+    ("tools/search.py", "- 1) < 1e-3  # no NaN is", "- 1) < 1  # no NaN is", f"{SEARCH} -k a_row_of_an_index"),
+    ("tools/search.py", "Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST", "Image.Resampling.NEAREST", f"{SEARCH} -k smoothly"),
+    ("tools/search.py", "rows = -(-len(pictures) // columns)", "rows = len(pictures) // columns + 1", f"{SEARCH} -k as_large_as"),
+    ("tools/search.py", "columns = min(4, len(pictures))", "columns = 4", f"{SEARCH} -k as_large_as"),
 ]  # fmt: skip

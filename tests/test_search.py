@@ -230,12 +230,16 @@ def test_an_index_of_anything_else_is_made_again(folder, shared, capsys, damage)
     assert "12 of them new" in said and said.splitlines()[1:] == want.splitlines()[1:]
 
 
-def test_a_row_of_an_index_that_is_no_embedding_costs_that_picture_alone(folder, shared, capsys):
+@pytest.mark.parametrize("factor", [np.nan, 0.5])
+def test_a_row_of_an_index_that_is_no_embedding_costs_that_picture_alone(
+    folder, shared, capsys, factor
+):
+    """NaN, or of another length than 1: its cosine would be half of what it is."""
     run(folder, shared, capsys, text="two")
     (index,) = indices(folder)
     with np.load(index) as old:
         files, z = old["files"], old["z"]
-    z[5, 3] = np.nan
+    z[5] *= factor
     np.savez(index, files=files, z=z)
     assert " 1 of them new" in run(folder, shared, capsys, text="two")
 
@@ -515,6 +519,43 @@ def test_a_sheet_is_read_as_a_text_is():
             search.HEAD + row * (search.SIDE + search.CAPTION) + search.SIDE // 2,
         )
         equal(sheet.getpixel(middle), picture.getpixel((0, 0)), colours[n])
+
+
+def test_the_sheet_shows_what_is_printed_each_picture_over_its_own_cosine(
+    folder, shared, capsys, monkeypatch
+):
+    """The best first, which is not the order of the folder."""
+    drawn = []
+
+    def draw_sheet(title, pictures, captions):
+        drawn.extend(zip(pictures, captions, strict=True))
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(search, "draw_sheet", draw_sheet)
+    said = run(folder, shared, capsys, query_image=str(folder / "9.PNG"), top=4)
+    rows = [x.strip().partition("  ") for x in said.splitlines() if f"  {folder}" in x]
+    equal((len(rows), len(drawn), rows[0][2]), (4, 4, str(folder / "9.PNG")), said)
+    for (cosine, _, path), (picture, caption) in zip(rows, drawn, strict=True):
+        number, _, name = caption.partition(" ")
+        expect(abs(float(number) - float(cosine)) < 1e-3, caption, cosine, "its cosine")
+        equal(str(folder / name), path, "its name")
+        equal(picture.tobytes(), Image.open(path).convert("RGB").tobytes(), f"pixels of {name}")
+
+
+@pytest.mark.parametrize(("n", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (4, 4, 1), (5, 4, 2)])
+def test_a_sheet_is_as_large_as_its_pictures(n, columns, rows):
+    """No empty column, no empty row."""
+    sheet = search.draw_sheet("", [Image.new("RGB", (8, 8))] * n, [""] * n)
+    height = search.HEAD + rows * (search.SIDE + search.CAPTION)
+    equal(sheet.size, (columns * search.SIDE, height), "search.draw_sheet")
+
+
+def test_a_photograph_is_made_smaller_smoothly():
+    """Of stripes that are finer than the sheet's pixels a grey is left, and no other stripes."""
+    stripes = (np.indices((8, 4 * search.SIDE)).sum(0) % 2 * 255).astype(np.uint8)
+    sheet = search.draw_sheet("", [Image.fromarray(stripes).convert("RGB")], [""])
+    grey, *_ = sheet.getpixel((search.SIDE // 2, search.HEAD))
+    expect(100 < grey < 155, grey, "127, or nearly", "Image.Resampling")
 
 
 def test_no_weight_of_a_large_matrix_is_left_out_of_the_fingerprint():
