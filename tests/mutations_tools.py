@@ -240,4 +240,7 @@ TOOLS = [
     ("tools/search.py", "Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST", "Image.Resampling.NEAREST", f"{SEARCH} -k smoothly"),
     ("tools/search.py", "rows = -(-len(pictures) // columns)", "rows = len(pictures) // columns + 1", f"{SEARCH} -k as_large_as"),
     ("tools/search.py", "columns = min(4, len(pictures))", "columns = 4", f"{SEARCH} -k as_large_as"),
+    ("tools/mine.py", ", ensure_ascii=False)", ")", f"{MINE} -k stay_readable"),
+    ("tools/check.py", "if len(lost) > 1:", "if lost:", f"{CHECK} -k one_lost"),
+    ("tools/pictures.py", "key=lambda x: (-x[1], x[0])", "key=lambda x: (x[1], x[0])", f"{PICTURES} -k most_files"),
 ]  # fmt: skip

@@ -64,6 +64,13 @@ def test_of_twenty_errors_no_other_is_left(tmp_path, capsys):
     equal((said.count("  bad: "), said.count(" more")), (20, 0), f"all of them: {said}")
 
 
+def test_of_one_lost_picture_no_other_is_said_to_be_lost(tmp_path, capsys):
+    """ "So it is with 0 more" would say nothing."""
+    equal(check.main([listed(tmp_path / "p.jsonl", ("<image>", "a.png"), ("x",))]), 1, "one is bad")
+    said = capsys.readouterr().out
+    expect("a.png: no such picture" in said and "more" not in said, said, "once", "first_of_each")
+
+
 def test_a_list_without_a_good_line_is_told_as_what_it_was_meant_to_be(tmp_path, capsys):
     """Dialogues that all have one mistake are no pairs."""
     talk = {"image": "a.png", "video": "x", "conversations": [{"from": "human", "value": "q"}]}

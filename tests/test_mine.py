@@ -271,6 +271,17 @@ def test_a_target_is_said_with_the_first_line_that_names_it(four, shared, monkey
         mine_with(shared, monkeypatch, "--first", "1")
 
 
+def test_letters_of_any_script_stay_readable(four, shared, monkeypatch):
+    """As the list has them, and not as \\u732b: a person looks into what was mined."""
+    lines = [json.loads(line) for line in (four / "pairs.jsonl").read_text().splitlines()]
+    lines[0]["target"] = {"text": "eine \u732b"}
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (four / "pairs.jsonl").write_text(text, encoding="utf-8")
+    mine_with(shared, monkeypatch, "--first", "1", "--last", "3")
+    mined = (four / "out.jsonl").read_text(encoding="utf-8")
+    equal(mined.count("eine \u732b"), 4, "a target once, and a negative of the three others")
+
+
 def test_a_list_that_is_saved_anew_meanwhile_is_read_once(four, shared):
     """Another order would give each query the negatives of another one."""
     path = four / "pairs.jsonl"

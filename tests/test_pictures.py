@@ -34,7 +34,7 @@ from plumbing.images import Images, ZipImage, decoded_formats, open_image
 from plumbing.loader import prefetch
 from plumbing.zips import index_of, open_zip
 from tools.check import check
-from tools.pictures import find_pictures
+from tools.pictures import find_pictures, say_others
 
 RED = Image.new("RGB", (40, 20), (200, 30, 40))
 
@@ -181,6 +181,14 @@ def test_a_searched_folder_may_hold_anything(tmp_path, capsys):
     find_pictures(tmp_path / "sub")
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 6 and said[-1] == "left out: 3 more", said
+
+
+def test_the_ending_of_the_most_files_is_said_first(capsys):
+    """A phone's pictures, and not a text beside them; of equal counts in the order of letters."""
+    counts = {".a": 1, ".b": 1, ".c": 2, ".d": 1, ".e": 1, ".f": 1, ".heic": 1200}
+    say_others(counts)
+    said = "left out, by their endings: 1,200 .heic, 2 .c, 1 .a, 1 .b, 1 .d, 2 more\n"
+    assert capsys.readouterr().out == said
 
 
 # -------------------------------------------------------------------------------- what is decoded
