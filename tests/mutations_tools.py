@@ -243,4 +243,10 @@ TOOLS = [
     ("tools/mine.py", ", ensure_ascii=False)", ")", f"{MINE} -k stay_readable"),
     ("tools/check.py", "if len(lost) > 1:", "if lost:", f"{CHECK} -k one_lost"),
     ("tools/pictures.py", "key=lambda x: (-x[1], x[0])", "key=lambda x: (x[1], x[0])", f"{PICTURES} -k most_files"),
+    ("tools/generate.py", "            if names:\n                time.sleep", "            if True:\n                time.sleep", f"{GENERATE} -k nothing_is_waited"),
+    ("tools/generate.py", "ThreadPoolExecutor(cfg.batch if cfg.server else 1)", "ThreadPoolExecutor(cfg.batch)", f"{GENERATE} -k batches_in_turn"),
+    ("tools/generate.py", "size = 1 if cfg.server else cfg.batch", "size = 1", f"{GENERATE} -k batches_in_turn"),
+    ("tools/generate.py", "        refuse_template(reply)\n        # \"1.", "        # \"1.", f"{GENERATE} -k questions_behind"),
+    ("tools/generate.py", "(max(1, int(w * scale)), max(1, int(h * scale)))", "(int(w * scale), int(h * scale))", f"{GENERATE} -k narrow"),
+    ("tools/generate.py", " and parts.port != 0", "", "tests/test_tools.py -k no_url"),
 ]  # fmt: skip

@@ -226,6 +226,47 @@ def test_what_failed_alone_is_asked_again_twice_after_longer_and_longer_waits(
     equal(len((tmp_path / "d.jsonl").read_text().splitlines()), 1, "lines")
 
 
+def test_where_nothing_failed_nothing_is_waited_for(tmp_path, monkeypatch):
+    """Half a minute, by default, behind a run that is done."""
+    slept = []
+    bar = failing(monkeypatch, set(), [])
+    monkeypatch.setattr(generator.time, "sleep", slept.append)
+    args = config(out=str(tmp_path / "d.jsonl"), wait=5.0)
+    equal(generator.ask_until_done(["a.png", "b.png"], [], None, args, bar), {}, "no failure")
+    equal([x for x in slept if x], [], "--wait")
+
+
+@pytest.mark.parametrize(("server", "sizes", "threads"), [("", [2, 2, 1], 1), ("s", [1] * 5, 2)])
+def test_a_model_answers_batches_in_turn_and_a_server_several_requests_at_once(
+    tmp_path, monkeypatch, server, sizes, threads
+):
+    """--batch 2, five pictures: a batch is one call of the model, and two at once would need twice
+    its memory; of a server a request is about one picture."""
+    names = [f"{i}.png" for i in range(5)]
+    for name in names:
+        PICTURE.save(tmp_path / name)
+    asked, pools, pool = [], [], generator.ThreadPoolExecutor
+
+    def replies(part):
+        asked.append(len(part))
+        return ["yes"] * len(part)
+
+    monkeypatch.setattr(generator, "ThreadPoolExecutor", lambda n: pools.append(n) or pool(n))
+    flags = dict(images=str(tmp_path), out=str(tmp_path / "d.jsonl"), batch=2, server=server)
+    bar = SimpleNamespace(n=0, update=lambda: None)
+    errors = generator.ask_until_done(names, QUESTIONS[:3], replies, config(**flags), bar)
+    equal((errors, pools), ({}, [threads]), "threads")
+    equal(sorted(asked, reverse=True), [size for size in sizes for _ in range(3)], "three turns")
+
+
+def test_a_list_of_questions_behind_a_templates_token_is_none():
+    """The server and the model do not agree about the template, though the list reads well."""
+    talk = generator.interview()
+    next(talk)
+    with pytest.raises(InputError, match="begins with a template's own token"):
+        talk.send("<|assistant|>\n1. what?\n2. where?\n3. why?")
+
+
 def test_fifty_failures_without_a_success_end_the_run(tmp_path, monkeypatch):
     """It is not the pictures; after a success it may be."""
     names = [f"{i:02}.png" for i in range(60)]
@@ -307,3 +348,9 @@ def test_a_small_picture_is_sent_to_the_server_as_it_is(most, size):
     for picture, want in ((Image.new("RGB", (60, 40)), size), (Image.new("RGB", (6, 4)), (6, 4))):
         _, content = generator.as_url(picture, most).split(",")
         equal(Image.open(io.BytesIO(base64.b64decode(content))).size, want, "as_url")
+
+
+def test_a_narrow_picture_keeps_a_pixel_of_its_width():
+    """4,000 to 1, made smaller: none would be no picture."""
+    _, content = generator.as_url(Image.new("RGB", (4000, 1)), 1000).split(",")
+    equal(Image.open(io.BytesIO(base64.b64decode(content))).size, (2000, 1), "as_url")

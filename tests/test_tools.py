@@ -400,6 +400,7 @@ def test_a_server_that_misbehaves_costs_a_retry_and_what_always_fails_is_listed(
         "http://",
         "http://a b/",
         "http://h:99999/v1",
+        "http://h:0/v1",
         "http://\u732b/",
     ],
 )
