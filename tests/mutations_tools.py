@@ -248,5 +248,7 @@ TOOLS = [
     ("tools/generate.py", "size = 1 if cfg.server else cfg.batch", "size = 1", f"{GENERATE} -k batches_in_turn"),
     ("tools/generate.py", "        refuse_template(reply)\n        # \"1.", "        # \"1.", f"{GENERATE} -k questions_behind"),
     ("tools/generate.py", "(max(1, int(w * scale)), max(1, int(h * scale)))", "(int(w * scale), int(h * scale))", f"{GENERATE} -k narrow"),
-    ("tools/generate.py", " and parts.port != 0", "", "tests/test_tools.py -k no_url"),
+    ("tools/generate.py", " and parts.port != 0", " and parts.port != -1", "tests/test_tools.py -k no_url"),
+    ("tools/search.py", "sort_keys=True, default", "default", f"{SEARCH} -k read_alike"),
+    ("tools/search.py", "lambda x: sorted(x, key=str)", "list", f"{SEARCH} -k read_alike"),
 ]  # fmt: skip

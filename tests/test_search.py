@@ -659,6 +659,17 @@ def test_the_picture_that_is_searched_with_is_not_drawn_over(folder, tmp_path):
         search.refuse_place(cfg)
 
 
+def test_an_adapter_s_flags_read_alike_in_every_process():
+    """A set has no order of its own: words in it come otherwise each time that Python begins."""
+    read = []
+    for names in ({0, 8}, {8, 0}):
+        noted = {"a": names, "b": 1} if not read else {"b": 1, "a": names}
+        config = SimpleNamespace(to_dict=lambda noted=noted: dict(noted))
+        read.append(search.flags_of(SimpleNamespace(active_peft_config=config)))
+    expect(list({0, 8}) != list({8, 0}), "one order", "two", "Python's sets of numbers")
+    equal(read[0], read[1], "search.flags_of")
+
+
 def test_a_weight_that_is_not_trained_counts_too():
     """Under an adapter all but its own are frozen."""
     frozen = shorten(toy()).requires_grad_(False)
