@@ -251,4 +251,12 @@ TOOLS = [
     ("tools/generate.py", " and parts.port != 0", " and parts.port != -1", "tests/test_tools.py -k no_url"),
     ("tools/search.py", "sort_keys=True, default", "default", f"{SEARCH} -k read_alike"),
     ("tools/search.py", "lambda x: sorted(x, key=str)", "list", f"{SEARCH} -k read_alike"),
+    ("tools/search.py", "top: int = flag(8,", "top: int = flag(80,", "tests/test_start.py -k page_says"),
+    ("tools/mine.py", "first: int = flag(5,", "first: int = flag(1,", "tests/test_start.py -k page_says"),
+    ("tools/generate.py", "temperature: float = flag(0.7,", "temperature: float = flag(0.0,", "tests/test_start.py -k page_says"),
+    ("tools/condense.py", 'out: str = flag("out/condense"', 'out: str = flag("out/contrastive"', "tests/test_start.py -k page_says"),
+    ("tools/lessons.py", "least: int = flag(3,", "least: int = flag(4,", "tests/test_start.py -k page_says"),
+    ("tools/export.py", "examples: int = flag(100,", "examples: int = flag(10,", "tests/test_start.py -k page_says"),
+    ("plumbing/config.py", 'workers: int = flag(1, "loader processes of a rank"', 'workers: int = flag(0, "loader processes of a rank"', "tests/test_start.py -k of_the_readme"),
+    ("plumbing/start.py", "        os.set_inheritable(number, True)\n", "        pass\n", "tests/test_start.py -k has_an_output_too"),
 ]  # fmt: skip
