@@ -259,4 +259,6 @@ TOOLS = [
     ("tools/export.py", "examples: int = flag(100,", "examples: int = flag(10,", "tests/test_start.py -k page_says"),
     ("plumbing/config.py", 'workers: int = flag(1, "loader processes of a rank"', 'workers: int = flag(0, "loader processes of a rank"', "tests/test_start.py -k of_the_readme"),
     ("plumbing/start.py", "        os.set_inheritable(number, True)\n", "        pass\n", "tests/test_start.py -k has_an_output_too"),
+    ("tools/lessons.py", "rng.sample(list(part), rng.randint(1, 3))", "rng.sample(list(part), rng.randint(1, 2))", "tests/test_toy_mllm.py -k that_finished_the_toy"),
+    ("tools/lessons.py", '["next", "next", "place",', '["next", "count", "place",', "tests/test_toy_mllm.py -k that_finished_the_toy"),
 ]  # fmt: skip
