@@ -261,4 +261,7 @@ TOOLS = [
     ("plumbing/start.py", "        os.set_inheritable(number, True)\n", "        pass\n", "tests/test_start.py -k has_an_output_too"),
     ("tools/lessons.py", "rng.sample(list(part), rng.randint(1, 3))", "rng.sample(list(part), rng.randint(1, 2))", "tests/test_toy_mllm.py -k that_finished_the_toy"),
     ("tools/lessons.py", '["next", "next", "place",', '["next", "count", "place",', "tests/test_toy_mllm.py -k that_finished_the_toy"),
+    ("tools/explain_numbers.py", "in values.exp().tolist()", "in values.tolist()", f"{PAGE} -k only_looks_like"),
+    ("tools/explain_numbers.py", "norm(dim=-1).mean(0).double()", "norm(dim=-1)[0].double()", f"{PAGE} -k norms_of_the_cache"),
+    ("tools/explain_numbers.py", "self.embeddings.extend(dz.norm(dim=1)", "self.embeddings.extend(z.norm(dim=1)", f"{PAGE} -k half_batches"),
 ]  # fmt: skip

@@ -20,7 +20,8 @@ import model
 import pretrain
 from data import ANSWER, CONTENT, read_dialogues, read_pairs
 from plumbing.errors import InputError
-from tools import explain, explain_numbers, explain_page
+from plumbing.families import position_ids
+from tools import explain, explain_numbers, explain_page, mask_as_cache
 from tools.measured import eager
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +136,8 @@ def test_a_token_that_only_looks_like_the_right_one_is_not_right():
     guesses = explain_numbers.guesses_of(tokenizer, logits, torch.tensor([0, 1]))
     equal([guess.best[0][0] for guess in guesses], ["red", "red"], "without its space")
     equal([guess.right for guess in guesses], [False, True], "by their ids")
+    for guess, p in zip(guesses, logits.softmax(-1), strict=True):
+        close([share for _, share in guess.best[:2]], [p[1], p[0]], "probabilities", 1e-3)
 
 
 def test_the_cache_is_the_mask(content, embedder):
@@ -146,6 +149,19 @@ def test_the_cache_is_the_mask(content, embedder):
     before = len(cache["norms"][0])
     kept = before - int((roles == CONTENT).sum())
     close(cache["kept"] / cache["whole"], kept / before, "bytes", 1e-9)
+
+
+def test_the_norms_of_the_cache_are_of_its_keys(content, embedder):
+    """Of each layer and token, the mean over heads."""
+    inputs, norms = row_of(embedder), content["story"]["cache"]["norms"]
+    positions = position_ids(embedder.mllm, inputs, False)[..., 0, : len(norms[0])]
+    with torch.no_grad():
+        run = mask_as_cache.runner(embedder, inputs)
+        _, cache = run(inputs["input_ids"][0, : len(norms[0])], positions, None)
+    for (keys, _), got in zip(cache, norms, strict=True):
+        heads = keys[0].norm(dim=-1)  # (heads, tokens up to C)
+        expect((heads[0] - heads.mean(0)).abs().max() > 0.01, heads, "heads that differ", "keys")
+        close(got, heads.mean(0), "their mean", 1e-3)
 
 
 def test_the_matrix_is_the_functions(content, embedder):
@@ -249,7 +265,9 @@ def test_two_half_batches_are_as_far_away_as_their_mean_loss(monkeypatch):
 
     halves = (loss(slice(0, 2)) + loss(slice(2, 4))) / 2
     want = gap(gradient(halves), gradient(loss(slice(0, 4))))
+    (dz,) = torch.autograd.grad(loss(slice(0, 4)), z, retain_graph=True)  # (8, D)
     got = explain_numbers.passes(embedder, chosen, 0.1, 200)
+    close(got.embeddings, dz.norm(dim=1), "what the loss asks of each embedding", 1e-3)
     close(got.halves, want, "the gap of two half batches", 1e-3)
     expect(got.apart < 1e-3, got.apart, "none", "GradCache")
 
