@@ -264,4 +264,9 @@ TOOLS = [
     ("tools/explain_numbers.py", "in values.exp().tolist()", "in values.tolist()", f"{PAGE} -k only_looks_like"),
     ("tools/explain_numbers.py", "norm(dim=-1).mean(0).double()", "norm(dim=-1)[0].double()", f"{PAGE} -k norms_of_the_cache"),
     ("tools/explain_numbers.py", "self.embeddings.extend(dz.norm(dim=1)", "self.embeddings.extend(z.norm(dim=1)", f"{PAGE} -k half_batches"),
+    ("tools/sentence_transformers_folder.py", '"image": "\\nRepresent the given image.\\n"', '"image": "Represent the given image.\\n"', f"{LIBRARIES} -k prompt_stands"),
+    ("tools/sentence_transformers_folder.py", 'with the following question: "', 'with the following question:"', f"{LIBRARIES} -k prompt_stands"),
+    ("plumbing/card.py", "        tags=TAGS,\n", "", f"{LIBRARIES} -k found_and_named"),
+    ("plumbing/card.py", "{folder.absolute().name}: {kind}", "{folder.name}: {kind}", f"{LIBRARIES} -k found_and_named"),
+    ("plumbing/card.py", "file = try_to_load_from_cache(base, CARD)", "return None", f"{LIBRARIES} -k licence_of_a_base"),
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.folders import digest_of_weights
 from tools import merge
+from tools.sentence_transformers_folder import PROMPTS
 from toy.world import Scene, Shapes
 
 # Qwen's, SmolVLM2's and InternVL's load in that library only where torchvision is installed.
@@ -164,6 +165,16 @@ def test_with_torchvision_every_family_loads_there(tmp_path, family, pooling):
     items = ["a red circle.", "What is\nit? ", picture, {"image": picture, "text": QUESTION}]
     cosines = SentenceTransformer(words[1], device="cpu").encode(items) * embedder.encode(items)
     assert cosines.sum(1).min() > 0.9999
+
+
+def test_a_prompt_stands_apart_from_a_picture_and_from_a_text():
+    """As MMEB writes them: on a line of its own behind the picture, a blank before a text."""
+    before_a_text = "question about image, caption to image, changed image, object in image"
+    for name, prompt in PROMPTS.items():
+        if name not in ("query", "document"):  # these add nothing
+            equal(prompt.startswith("\n"), name != "caption to image", f"{name}: its beginning")
+            end = " " if name in before_a_text.split(", ") else "\n"
+            equal((prompt[-1], prompt.strip()[-1:] != ""), (end, True), f"{name}: its end")
 
 
 def test_nothing_of_ours_is_run(exported):
@@ -413,6 +424,15 @@ def test_the_card_names_the_base_models_licence(tmp_path):
     assert written.data.license == "apache-2.0" and "| licence | apache-2.0 |" in written.text
 
 
+def test_the_licence_of_a_base_of_the_hub_is_that_of_its_cached_card(tmp_path, monkeypatch):
+    """Nothing is asked for: what is not in the cache is not known."""
+    (tmp_path / "card").write_text("---\nlicense: mit\n---\n")
+    cached = {("Qwen/Qwen2-VL", "README.md"): str(tmp_path / "card")}
+    monkeypatch.setattr(plumbing.card, "try_to_load_from_cache", lambda *name: cached.get(name))
+    equal(plumbing.card.licence_of("Qwen/Qwen2-VL"), "mit", "card.licence_of")
+    equal(plumbing.card.licence_of("Qwen/another"), None, "not in the cache")
+
+
 def test_a_card_that_is_no_file_costs_the_card_alone(tmp_path, good, capsys):
     """A pipe is not waited for, a folder is no error; one's own in any letters stays;
     and no model is refused for its card."""
@@ -491,6 +511,15 @@ def test_the_card_links_to_a_base_on_the_hub_and_to_no_folder(tmp_path, monkeypa
     Path("finished.json").write_text(json.dumps({"config": {"model": base}}))
     card = ModelCard(plumbing.card.text_of(tmp_path, tmp_path))
     equal(card.data.base_model, None if base == "out/base" else base, "card.text_of")
+
+
+def test_the_card_is_found_and_named_where_the_folder_is_the_working_folder(tmp_path, monkeypatch):
+    """`python -m tools.merge IN .`: the hub's search goes by tags, a reader by the heading."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    card = ModelCard(plumbing.card.text_of(Path("."), Path(".")))
+    equal(card.data.tags, plumbing.card.TAGS, "ModelCardData")
+    expect("# mine: a multimodal" in card.text, card.text, "# mine", "card.text_of")
 
 
 def test_the_card_has_each_mean_under_its_name(tmp_path):
