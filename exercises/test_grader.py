@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import json
 import os
 import re
 import signal
@@ -332,6 +333,52 @@ def test_a_submission_that_cannot_be_interrupted_is_killed(tmp_path):
     equal((points, remark), ({"ex10": 0}, "stopped after 1 s"), "the process' time limit")
 
 
+def test_a_submission_writes_no_large_file(tmp_path, monkeypatch):
+    """Neither of its own nor by printing without end: the disk is everybody's. In the place of its
+    tests a program that writes and nothing else."""
+    start, line = subprocess.Popen, "open('large', 'wb', 0).write(bytes(2**17)) == 2**17 or 1 / 0"
+    monkeypatch.setattr(
+        grade.subprocess, "Popen", lambda _, **more: start([sys.executable, "-c", line], **more)
+    )
+    for largest, status in ((2**16, 1), (2**18, 0)):
+        monkeypatch.setattr(grade, "LARGEST", largest)
+        with open(tmp_path / "report.txt", "w") as output:
+            equal(grade.run_tests(["ex10"], dict(os.environ), output, 60), status, f"{largest}")
+
+
+def test_a_file_that_is_named_from_here_is_found_from_the_empty_folder(tmp_path, monkeypatch):
+    """`python -m exercises.grade my.py`"""
+    graded = []
+
+    def run_tests(names, environment, *_):
+        graded.append(environment["EXERCISES"])
+        return 1
+
+    monkeypatch.setattr(grade, "run_tests", run_tests)
+    monkeypatch.chdir(tmp_path)
+    Path("my.py").touch()
+    grade.grade(Path("my.py"), only="ex10")
+    equal(graded, [str(tmp_path / "my.py")], "its whole path")
+
+
+def test_of_what_was_noted_the_last_record_of_a_test_counts(tmp_path):
+    """And half a line, or what a submission writes between them, is no record."""
+    first, last = ({"exercise": "ex1", "test": "a", **more} for more in ({}, {"passed": True}))
+    other = {"exercise": "ex1", "test": "b", "passed": False}
+    lines = [json.dumps(x) for x in (first, {}, [], 5, other, last)]
+    (tmp_path / "notes").write_text("\n".join(lines) + '\n{"exercise": "ex1", "te')
+    equal(grade.read_records(tmp_path / "notes"), {"ex1": {"a": last, "b": other}}, "read_records")
+    equal(grade.read_records(tmp_path / "none"), {}, "no test was found")
+
+
+def test_why_no_test_could_run_is_remarked(tmp_path, monkeypatch):
+    """pytest says it in its report alone, and ends as after tests that fail."""
+    monkeypatch.setattr(grade, "run_tests", lambda *_: 1)
+    (tmp_path / "a.py").write_text("import contrastive\n")
+    _, remark = grade.grade(tmp_path / "a.py", only="ex10")
+    expect(remark.startswith("ImportError: a.py, line 1 imports"), remark, "why", "grade.refused")
+
+
 def test_a_part_of_an_exercise_is_a_part_of_its_points(tmp_path, monkeypatch):
     """Two tests of three."""
     tests = {"a": {"passed": True}, "b": {"passed": False}, "c": {"passed": True}}
@@ -342,9 +389,12 @@ def test_a_part_of_an_exercise_is_a_part_of_its_points(tmp_path, monkeypatch):
     equal(grade.grade(tmp_path / "a.py", only="ex10"), ({"ex10": points * 2 / 3}, ""), "grade")
 
 
+@pytest.mark.parametrize(("words", "seconds"), [(["--seconds", "7"], 7.0), ([], 300)])
 @pytest.mark.parametrize("single", [True, False])
-def test_a_file_is_given_the_seconds_of_the_command_line(tmp_path, monkeypatch, single):
-    """Alone, or as one of a class."""
+def test_a_file_is_given_the_seconds_of_the_command_line(
+    tmp_path, monkeypatch, single, words, seconds
+):
+    """Alone, or as one of a class; without the flag those that TEACHING.md says."""
     asked = []
 
     def note(path, seconds=300, only="", report=None):
@@ -352,12 +402,33 @@ def test_a_file_is_given_the_seconds_of_the_command_line(tmp_path, monkeypatch, 
         return {"ex10": 0}, ""
 
     (tmp_path / "a.py").touch()
-    words = [str(tmp_path / "a.py" if single else tmp_path), "--seconds", "7", "--only", "ex10"]
+    words = [str(tmp_path / "a.py" if single else tmp_path), *words, "--only", "ex10"]
     monkeypatch.setattr(grade, "grade", note)
     monkeypatch.setattr(grade, "heed_signals", lambda: None)
     monkeypatch.setattr(sys, "argv", ["grade", *words])
     grade.main()
-    equal(asked, [("a.py", 7.0, "ex10")], "grade.main")
+    equal(asked, [("a.py", seconds, "ex10")], "grade.main")
+
+
+@pytest.mark.parametrize(("only", "most"), [("", 100), ("ex10", 9)])
+def test_a_score_is_said_beside_what_there_is_to_get(tmp_path, monkeypatch, capsys, only, most):
+    """Of each exercise, and of all that were graded; a class has the same sum in its table."""
+    points = {"ex10": 6.0} if only else dict.fromkeys(ladder.EXERCISES, 1.5) | {"ex10": 6.0}
+    monkeypatch.setattr(grade, "grade", lambda *_: (points, "a remark"))
+    (tmp_path / "a.py").touch()
+    cfg = SimpleNamespace(path=tmp_path / "a.py", only=only, seconds=1)
+    grade.grade_file(cfg)
+    *rows, last = capsys.readouterr().out.splitlines()
+    total = 6.0 if only else 28.5
+    equal(last.split(), ["total", f"{total}", "of", f"{most}", "a", "remark"], "in all")
+    equal(len(rows), len(points), "a line each")
+    expect("ex10  ablation               6.0 of 9" in rows, rows, "of its points", "grade_file")
+    cfg.path = tmp_path
+    grade.grade_class(cfg)
+    with open(next(tmp_path.glob("scores*.csv"))) as file:
+        (row,) = csv.DictReader(file)
+    got = [row[name] for name in ("submission", "ex10", "total", "remark")]
+    equal(got, ["a.py", "6.0", f"{total}", "a remark"], "scores.csv")
 
 
 def test_a_score_is_in_the_table_before_the_next_submission_runs(tmp_path, monkeypatch):
@@ -472,7 +543,7 @@ def test_a_teachers_files_are_not_handed_out(tmp_path, monkeypatch):
     """Other students' solutions, their scores, photographs: at the root, or among the exercises."""
     clone = hand_out.hand_out(tmp_path / "clone")
     for name in ("alice.py", "photo.jpg", "class26/bob.py", "out/reports/a.txt",
-                 "exercises/.ipynb_checkpoints/eve.py",
+                 "exercises/.ipynb_checkpoints/eve.py", "exercises/__pycache__/eve.pyc",
                  "exercises/submissions/eve.py", "exercises/reports/eve.txt"):  # fmt: skip
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).touch()
@@ -488,8 +559,10 @@ def test_a_students_copy_is_graded_where_it_is(tmp_path):
     second hand_out does not overwrite it."""
     copy = hand_out.hand_out(tmp_path / "copy")
     there = {path.name for path in copy.iterdir()}
-    tracked = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", *hand_out.FIVE}
-    expect(there == {*tracked, *hand_out.FOLDERS, ladder.OWN.name}, there, "ours alone", "hand_out")
+    tracked = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "my_exercises.py"}
+    tracked |= {f"{name}.py" for name in ("data", "model", "pretrain", "contrastive", "evaluate")}
+    tracked |= {"plumbing", "toy", "tools", "exercises", "tests", "docs"}
+    equal(there, tracked, "ours alone, and all of it: hand_out")
     expect(not (copy / "exercises" / "TEACHING.md").exists(), "TEACHING.md", "none", "LEFT_OUT")
     named = (copy / "README.md").read_text().count("exercises/TEACHING.md")
     expect(named == 0, named, "no link to what is not there", "hand_out")
