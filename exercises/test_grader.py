@@ -446,6 +446,21 @@ def test_a_score_is_in_the_table_before_the_next_submission_runs(tmp_path, monke
     equal(seen[1], 2, "the head, and a.py")
 
 
+def test_a_class_is_graded_again_into_the_same_files(tmp_path, monkeypatch):
+    """When the last ones have come: of all that are there now."""
+    monkeypatch.setattr(grade, "grade", lambda *_: ({"ex10": 0}, ""))
+    cfg = SimpleNamespace(path=tmp_path, only="", seconds=1)
+    with pytest.raises(SystemExit, match="no .*.py in it or in its folders"):
+        grade.grade_class(cfg)
+    equal(list(tmp_path.iterdir()), [], "nothing is written")
+    (tmp_path / "b").mkdir()
+    for name in ("a.py", "b/c.py"):
+        (tmp_path / name).touch()
+        grade.grade_class(cfg)
+    with open(tmp_path / "scores.csv") as file:
+        equal([row["submission"] for row in csv.DictReader(file)], ["a.py", "b/c.py"], "both")
+
+
 @pytest.mark.parametrize("word", ["0", "-1", "nan", "inf"])
 def test_a_grading_takes_some_time_and_ends(word):
     """--seconds 0 would stop each submission before its first test: no points for anybody."""

@@ -121,6 +121,9 @@ def test_a_name_is_asked_for_on_the_hub_only_where_that_is_meant(adapter, monkey
     for name in (None, "", 5):
         with pytest.raises(InputError, match="its adapter names no base model"):
             find_base(folder, {"base_model_name_or_path": name})
+    for beside in (5, ["a"]):
+        with pytest.raises(InputError, match="its adapter names no base model"):
+            find_base(*adapter("team/base", base_beside=beside))
 
 
 def test_an_adapter_of_a_hub_id_is_saved_as_one(embedder, good, tmp_path, monkeypatch):

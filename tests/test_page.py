@@ -233,6 +233,15 @@ def test_four_layers_at_most_are_shown_and_the_last_among_them():
     equal([shown(n) for n in (1, 4, 6, 28)], want, "shown_layers")
 
 
+def test_a_row_that_the_page_cannot_hold_is_refused(embedder, monkeypatch):
+    """It shows each token, and the attention from each to each."""
+    dialogue = read_dialogues()[0]
+    L = len(explain_numbers.story(embedder, dialogue).tokens)
+    monkeypatch.setattr(explain_numbers, "LONGEST", L - 1)
+    with pytest.raises(InputError, match=f"the first row has {L} tokens, of {L - 1}; lower --max-"):
+        explain_numbers.story(embedder, dialogue)
+
+
 def test_a_turn_that_max_length_has_cost_is_not_shown():
     """The row ends in the first answer."""
     roles = [explain_numbers.QUESTION, explain_numbers.ANSWER, explain_numbers.ANSWER]

@@ -679,6 +679,7 @@ OUTS = {
     "nul\0": "is no text",
     "start": "would overwrite start",
     "link_to_start": "would overwrite start",
+    "link_to_nowhere": "link_to_nowhere: is a symbolic link to gone, which is not there",
     "adapter": "would overwrite adapter",
 }
 
@@ -693,6 +694,7 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(out, tmp_path, monkeyp
     Path("checkpoints_is_a_file/checkpoints").touch()
     Path("start").mkdir()
     Path("link_to_start").symlink_to("start")
+    Path("link_to_nowhere").symlink_to("gone")
     Path("adapter").mkdir()
     Path("adapter/adapter_config.json").write_text('{"base_model_name_or_path": "start"}')
     start = out if out == "adapter" else "start"
