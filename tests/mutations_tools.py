@@ -284,4 +284,7 @@ TOOLS = [
     ("tools/explain_numbers.py", "    if L > LONGEST:", "    if False:", f"{PAGE} -k cannot_hold"),
     ("plumbing/outfolder.py", "if os.path.islink(name) and not os.path.exists(name):", "if False:", "tests/test_resume.py -k link_to_nowhere"),
     ("plumbing/adapters.py", " or not isinstance(beside, str | None):", ":", "tests/test_origins.py -k asked_for_on_the_hub"),
+    ("tools/generate.py", "tqdm(total=total, initial=start,", "tqdm(total=total, initial=0,", f"{GENERATE} -k bar_begins"),
+    ("tools/search.py", "        except OSError as e:\n            errors.append", "        except ZeroDivisionError as e:\n            errors.append", f"{SEARCH} -k removed_meanwhile"),
+    ("toy/make.py", "    torch.manual_seed(0)\n", "", "tests/test_toy_mllm.py -k the_script_draws"),
 ]  # fmt: skip

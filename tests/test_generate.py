@@ -292,6 +292,24 @@ def test_the_status_says_whether_anything_came_of_it(tmp_path, monkeypatch, bad,
     equal((tmp_path / "d.jsonl.failed.jsonl").exists(), bool(bad), "the list of failures")
 
 
+def test_the_bar_begins_where_an_earlier_run_ended(tmp_path, monkeypatch):
+    """Of all pictures, those among them that are done."""
+    failing(monkeypatch, set(), [])
+    bars, tqdm = [], generator.tqdm
+
+    def bar(**words):
+        bars.append((words["initial"], words["total"]))
+        return tqdm(**words)
+
+    monkeypatch.setattr(generator, "tqdm", bar)
+    monkeypatch.setattr(generator, "ask_model", lambda args: None)
+    words = ["--images", str(tmp_path), "--model", "toy", "--out", str(tmp_path / "d.jsonl")]
+    for name in ("a.png", "b.png"):
+        PICTURE.save(tmp_path / name)
+        equal(generator.main([*words, "--wait", "0"]), 0, name)
+    equal(bars, [(0, 1), (1, 2)], "tqdm")
+
+
 def test_a_server_that_refuses_is_not_asked_about_all_the_other_pictures(tmp_path, monkeypatch):
     """They wait for a thread already: with a wrong key each would be asked about, for nothing."""
     for i in range(40):

@@ -438,6 +438,16 @@ def test_a_file_is_the_same_while_its_size_and_its_time_are(tmp_path):
     equal((len(set(map(tuple, times))), times[2]), (3, times[3]), f"files of these names: {seen}")
 
 
+def test_a_picture_that_is_removed_meanwhile_is_left_out(tmp_path, monkeypatch):
+    """Between its name and its size; the others are searched."""
+    (tmp_path / "a.png").touch()
+    monkeypatch.setattr(search, "find_pictures", lambda folder: ["gone.png", "a.png"])
+    errors = []
+    paths = search.list_files(tmp_path, "x.png", errors)
+    equal(list(paths.values()), ["a.png"], "search.list_files")
+    equal(errors, [f"{tmp_path / 'gone.png'}: No such file or directory"], "left out")
+
+
 def test_two_pictures_of_one_size_and_time_may_change_their_names(folder, shared, capsys):
     """As a zip file leaves them: else each is found by what the other one shows."""
     for name, colour in (("a.bmp", "red"), ("b.bmp", "blue")):

@@ -76,6 +76,16 @@ def test_the_toy_mllm_is_what_its_script_makes(tmp_path):
         assert got == want, path.name
 
 
+def test_the_weights_that_the_script_draws_are_the_same_each_time(finished, monkeypatch):
+    """Whatever was drawn before."""
+    monkeypatch.setattr(make, "build_tokenizer", lambda: finished.processor.tokenizer)
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        drawn.append(build_toy()[0].state_dict())
+    equal([k for k, x in drawn[0].items() if not x.equal(drawn[1][k])], [], "toy.make: its seed")
+
+
 def test_weights_that_are_there_are_not_replaced_by_random_ones(tmp_path):
     """`python -m toy.make toy/mllm` once more would cost the finished model."""
     shutil.copy(TOY / "config.json", tmp_path)
