@@ -64,7 +64,8 @@ def choose(subsets, names) -> dict:
     chosen = {}
     for word in subsets.split(","):
         name, colon, rows = word.strip().partition(":")
-        is_number = rows.isascii() and rows.isdigit() and int(rows) > 0
+        # Trap: int() takes no more than 4,300 digits, and len() gives no more than 2^63 - 1.
+        is_number = rows.isascii() and rows.isdigit() and len(rows) <= 18 and int(rows) > 0
         if name not in names or (colon and not is_number):
             choices = brief(",".join(names))
             raise InputError(f"--subsets {brief(subsets)}: choose name or name:rows of {choices}")

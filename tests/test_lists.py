@@ -869,6 +869,8 @@ def test_missing_pictures_of_mmeb_are_known_before_training_and_scoring(tmp_path
         ("A:0", "--subsets A:0: choose"),
         ("A:\u00b2", "--subsets A:\u00b2: choose"),
         ("A,,B", "--subsets A,,B: choose"),
+        ("A:1" + "0" * 18, "--subsets A:10*: choose"),
+        ("A:" + "9" * 5000, "--subsets A:999.*: choose"),
         ("A,B,A:3", "A stands twice"),
     ],
 )
