@@ -303,6 +303,8 @@ def find_subsets(source, subsets, pattern) -> tuple:
         raise InputError(f"--data {brief(source)}: no <subset>/{pattern} in it{what_else(root)}")
     if subsets == "mmeb20":
         refuse_part_of_mix(source, files_of)
+    if not subsets and os.path.isdir(source):
+        say_left_out(root, files_of, pattern)
     chosen = choose(words, files_of)
     for name in chosen:
         refuse_missing_parts(files_of[name])
@@ -319,6 +321,14 @@ def refuse_unreadable_sets(root, hint="Mend that, or name the sets to read: --su
             reason = "a folder that may not be read by this user (permissions)"
         if reason:
             raise InputError(f"{brief(entry.path)}: is {reason}. {hint}")
+
+
+def say_left_out(root, files_of, pattern):
+    """A line about the sets that have tables and none of the kind that is read: of --split's other
+    kind, of the other stage, or called in another way."""
+    there = {path.parent.name for path in root.glob("*/*.parquet")}
+    if others := sorted(there - files_of.keys()):
+        say(f"{brief(root)}: left out for want of {pattern}: {brief(', '.join(others))}")
 
 
 def refuse_missing_parts(files):

@@ -217,6 +217,8 @@ TOOLS = [
      f"{PICTURES} -k one_for_all"),
     ("plumbing/zips.py", "max(0, length - END.size - 0xFFFF), min(length, END.size + 0xFFFF))", "max(0, length - END.size - 0xFF), min(length, END.size + 0xFF))",
      f"{PICTURES} -k longest_comment"),
+    ("plumbing/mmeb.py", "sorted(there - files_of.keys())", "sorted(files_of.keys() - there)",
+     "tests/test_data.py -k kind_that_is_read"),
     ("plumbing/mmeb.py", 'name.startswith(("original-", "diverse_instruction-"))', 'name.startswith("original-")',
      "tests/test_reading.py -k said_to_be_one"),
     ("plumbing/ranks.py", "text, re.IGNORECASE)", "text)", "tests/test_ranks.py -k backend_is_spelled"),

@@ -309,6 +309,21 @@ def test_a_set_that_cannot_be_looked_into_is_refused(tmp_path, monkeypatch):
         data.read_pairs(str(tmp_path))
 
 
+def test_a_set_that_has_no_table_of_the_kind_that_is_read_is_named(tmp_path, capsys):
+    """Of --split's other kind, or misnamed: it was left out without a word. Of a folder whose sets
+    are all read, and where a user says which sets are meant, nothing is said."""
+    for name in ("a/original", "b/diverse_instruction", "c/train"):
+        write_pairs(tmp_path / f"{name}-0.parquet")
+    assert list(data.read_pairs(str(tmp_path))) == ["a"]
+    want = f"{tmp_path}: left out for want of original-*.parquet: b, c\n"
+    equal(capsys.readouterr().out, want, "mmeb.say_left_out")
+    data.read_pairs(str(tmp_path), subsets="a")
+    for name in "bc":
+        write_pairs(tmp_path / name / "original-0.parquet")
+    data.read_pairs(str(tmp_path))
+    equal(capsys.readouterr().out, "", "nothing is left out")
+
+
 def test_files_of_a_set_may_hold_their_texts_in_any_of_arrows_ways(tmp_path):
     """And have columns beside them that differ in kind."""
     kinds = [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary("int32", "string")]
