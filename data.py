@@ -144,7 +144,7 @@ def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="orig
 def read_tasks(source="shapes", image_root=None, subsets="", limit=0, seed=0) -> list:
     """Evaluation sets: a list of Tasks. source: "shapes" (5 tasks, each three times: in
     distribution, with combinations and with wordings never trained on), a folder or hub id in
-    MMEB-eval's layout, a list of pairs, a folder with captions. subsets: see read_pairs. limit:
+    MMEB-eval's layout, a list of pairs, a folder with captions. subsets: names with caps. limit:
     most queries of a set; 0: all, or 100 of a toy set without a cap. Raises InputError."""
     tasks, limit = [], whole_number("limit", limit, 0)
     if source == "shapes":

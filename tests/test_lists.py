@@ -921,6 +921,15 @@ def test_mmeb20_takes_its_20_sets_with_their_caps_and_asks_the_hub_for_no_others
     equal(lists, [[f"{name}/original-*.parquet" for name in mix]] if hub else [], "hub.fetch")
 
 
+def test_the_mix_of_training_is_none_of_evaluation(tmp_path):
+    """It said that ImageNet_1K was missing, which the eval folder calls ImageNet-1K, and the words
+    that it told to take in its place left that set out, and had training's caps."""
+    for name in ("ImageNet-1K", "CIRR"):
+        write(tmp_path / name / "test-0.parquet", EVAL)
+    with pytest.raises(InputError, match="--subsets mmeb20: the mix of training; leave it out"):
+        data.read_tasks(str(tmp_path), subsets="mmeb20")
+
+
 # -------------------------------------------------------------------- a loss that would say nothing
 
 
