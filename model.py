@@ -131,7 +131,7 @@ class Embedder(nn.Module):
         z = np.full((len(items), self.dim), np.nan, np.float32)  # NaN: not read
 
         def rows_of(window):  # made in workers; {number of an item: its row, or an error}
-            rows = try_each(lambda i: row_of(self.collate, items, i), window, bad is not None)
+            rows = try_each(lambda i: row_of(self, items, i), window, bad is not None)
             return dict(zip(window, rows, strict=True))
 
         windows = Windows([len(item.images) for item in items])  # as many items as fit

@@ -127,6 +127,14 @@ def refuse_longer(mllm, positions):
         raise InputError(f"{text}: --max-length {most} cuts texts that are longer")
 
 
+def refuse_longer_row(embedder, row):
+    """`refuse_longer` of one row, before it is padded with others."""
+    most = getattr(embedder.mllm.config.get_text_config(), "max_position_embeddings", None)
+    if most and row.length > most:  # else its positions are not worth their time
+        inputs = embedder.collate.pad_rows([row])
+        position_ids(embedder.mllm, inputs, embedder.style == "vlm2vec")
+
+
 def attention_mask(mllm, inputs, mask):
     """The mask in the form that the family needs. mask: bool (B, 1, L, L) or None (plain causal).
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from plumbing.errors import InputError, brief
+from plumbing.families import refuse_longer_row
 from plumbing.formats import IMAGE, Content, with_marks
 from plumbing.images import load_pixels
 
@@ -117,15 +118,21 @@ def listed(items, item_of) -> list:
     return contents
 
 
-def row_of(collate, items, i):
-    """The row of items[i]. Where no picture's name tells, an error says which input it is."""
+def row_of(embedder, items, i):
+    """The row of items[i], which the model takes. Where no picture's name tells, an error says
+    which input it is."""
     try:
-        return collate.row(items[i])
+        row = embedder.collate.row(items[i])
     except InputError as e:
         pictures = items[i].images
         if pictures and all(isinstance(x, str | os.PathLike) for x in pictures):
             raise
         raise InputError(f"input {i}: {e}") from None
+    try:  # now: when rows are embedded together, nobody knows whose it is
+        refuse_longer_row(embedder, row)
+    except InputError as e:
+        raise InputError(f"input {i}: {e}; {brief(items[i], 80)}") from None
+    return row
 
 
 def read_once(pictures):

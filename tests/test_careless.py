@@ -508,6 +508,19 @@ def test_a_row_beyond_what_the_model_was_made_for_is_refused(shared):
     refuse_longer(shared.mllm, torch.zeros(3, 1, 2 * most, dtype=torch.long))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_input_beyond_what_the_model_was_made_for_is_named_and_costs_no_other(shared, workers):
+    """Of ten thousand texts nobody knew which one it was, and with a list `bad`, too, all were
+    lost."""
+    small = shared.encode(["a", "b"])
+    book = "a red thing " * shared.mllm.config.get_text_config().max_position_embeddings
+    refused(lambda: shared.encode(["a", book], workers=workers), "input 1: a row of", "a red thing")
+    bad = []
+    z = shared.encode(["a", book, "b"], workers=workers, bad=bad)
+    assert np.isnan(z[1]).all() and len(bad) == 1 and "input 1: a row of" in bad[0], bad
+    assert abs(z[[0, 2]] - small).max() < 1e-6, "the others"
+
+
 def test_threads_that_encode_do_not_wake_each_other_s_dropout(embedder):
     """The first that was through put the module back into training mode under the others."""
     embedder.train()
