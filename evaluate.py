@@ -136,11 +136,11 @@ def main(cfg):
     digest = checkpoint.same_model(cfg.model)
     tasks = read_tasks(cfg.data, cfg.image_root, cfg.subsets, cfg.limit, cfg.seed)
     embedder = load_for(cfg, device)
-    say(f"evaluating {cfg.model}")
+    checkpoint.refuse_replaced(cfg.model, digest)
 
     # 2. Each set, those in distribution first.
     note, sets = table.partial_note(cfg), {}
-    say(table.head(note))
+    say(f"evaluating {cfg.model}\n{table.head(note)}")
     for ood, group in ((False, "in distribution"), (True, "out of distribution")):
         chosen = [task for task in tasks if task.ood == ood]
         if chosen:

@@ -258,6 +258,14 @@ def same_model(name) -> str:
     return digest
 
 
+def refuse_replaced(name, digest):
+    """InputError, on all ranks alike, where a model that is loaded now is not the one of `digest`,
+    with which the command began: reading the data took its time."""
+    if same_model(name) != digest:
+        text = "its files were replaced since this command began; begin it again"
+        raise InputError(f"--model {brief(name, 60)}: {text}")
+
+
 def same_data(cfg):
     """InputError on all ranks alike where they read other data, or skip other examples of them."""
     data = {"data (their digest)": cfg.data_digest, "--skip-bad": digest_of_listed(cfg.skip_bad)}
@@ -316,9 +324,7 @@ def start_or_resume(embedder, optimizers, cfg) -> int:
     finished already ends here, with status 0."""
     note_signals()
     same_data(cfg)
-    if same_model(cfg.model) != cfg.model_digest:  # reading the data took its time
-        text = "its files were replaced since this command began; begin it again"
-        raise InputError(f"--model {brief(cfg.model, 60)}: {text}")
+    refuse_replaced(cfg.model, cfg.model_digest)
     shapes = {name: p.shape for name, p in embedder.named_parameters() if p.requires_grad}
     layout = (embedder.K, embedder.pooling, embedder.style, len(shapes))
     agree({"K, pooling, prompt, trained weights": layout}, f"--model {brief(cfg.model, 60)}")

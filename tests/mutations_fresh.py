@@ -47,6 +47,8 @@ FRESH = [
      "tests/test_threads.py -k teacher"),
     # ----------------------------------------------------------- ranks that do not have the same
     ("evaluate.py", "digest = checkpoint.same_model(cfg.model)", "digest = checkpoint.digest_of_model(cfg.model)", "tests/test_stage_parts.py -k last_stage"),
+    ("evaluate.py", "    checkpoint.refuse_replaced(cfg.model, digest)\n", "", "tests/test_stage_parts.py -k when_it_is_loaded"),
+    ("plumbing/checkpoint.py", "    refuse_replaced(cfg.model, cfg.model_digest)\n", "", "tests/test_checkpoint_parts.py -k replaced_while"),
     ("plumbing/checkpoint.py", "if by_rank_0(lambda: is_finished(cfg)):", "if is_finished(cfg):",
      "tests/test_checkpoint_parts.py -k rank_0_finds"),
     ("plumbing/folders.py", "    for path in sorted(Path(folder).glob(WEIGHTS)):\n        size",
@@ -61,7 +63,7 @@ FRESH = [
     # ------------------------------------------------------------------------------- what is said
     ("evaluate.py", "table.line(name + note, means", "table.line(name, means",
      "tests/test_stage_parts.py -k left_out"),
-    ("evaluate.py", "say(table.head(note))", 'say(table.head(""))', "tests/test_stage_parts.py -k left_out"),
+    ("evaluate.py", "{table.head(note)}", '{table.head("")}', "tests/test_stage_parts.py -k left_out"),
     ("plumbing/hub.py", "{size / 1e9:.2f} GB", "{size / 2**30:.2f} GB", "tests/test_fetch.py -k so_much"),
     ("plumbing/folders.py", "shutil.disk_usage(above).free", "shutil.disk_usage(above).total",
      "tests/test_folders.py -k room_that_is_left"),

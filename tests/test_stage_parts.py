@@ -469,6 +469,13 @@ def test_the_last_stage_that_is_there_is_evaluated(evaluated, tmp_path):
     equal(evaluated(model="x").model, "x", "--model")
 
 
+def test_that_the_model_is_the_same_is_asked_again_when_it_is_loaded(evaluated):
+    """Reading MMEB's sets takes minutes, and a training may end in that folder meanwhile: the file
+    of scores had the digest of the old model, and of several ranks some could have loaded it."""
+    hint = "before the sets are read, and behind load_for"
+    equal(evaluated(model="x").agreed, ["flags", "x", "x"], hint)
+
+
 def test_sets_in_distribution_come_first_each_under_its_heading(evaluated):
     """And each once."""
     seen = evaluated(model="x")
