@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from plumbing.errors import InputError, brief
-from plumbing.files import digest_of_content, on_the_disk, open_file
+from plumbing.files import absence, digest_of_content, on_the_disk, open_file
 from plumbing.hub import fetch
 from plumbing.images import MOST_PIXELS
 from plumbing.locks import OF_A_MODEL, OF_A_RUN, locked, refuse_locked
@@ -377,6 +377,8 @@ def refuse_unwritable_folder(path):
         above = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
     except OSError as e:  # a name that no file can have
         raise InputError(f"{brief(path)!r} cannot be written: {e.strerror}") from None
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{brief(path)}: {absence(path, 'folder')}; take another folder")
     if not str(path).strip(". ") or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{brief(path)!r} cannot be written: {above} is no folder that you may "
                          "write into. Take another one")  # fmt: skip

@@ -671,6 +671,16 @@ def test_what_cannot_be_written_is_one_line(shared, tmp_path):
     equal((tmp_path / "file").read_text(), "x", "the file")
 
 
+def test_a_link_to_nowhere_is_no_place_for_a_model(tmp_path):
+    """It was said after all the work: that something stood there, and that more room was wanted."""
+    (tmp_path / "old disk").mkdir()
+    (tmp_path / "link").symlink_to("old disk")
+    folders.refuse_unwritable_folder(tmp_path / "link")
+    (tmp_path / "old disk").rmdir()
+    with pytest.raises(InputError, match="link: is a symbolic link to old disk, which is not the"):
+        folders.refuse_unwritable_folder(tmp_path / "link")
+
+
 # ------------------------------------------------------------------------ what users pass to `load`
 
 
