@@ -63,7 +63,7 @@ FRESH = [
     # ------------------------------------------------------------------------------- what is said
     ("evaluate.py", "table.line(name + note, means", "table.line(name, means",
      "tests/test_stage_parts.py -k left_out"),
-    ("evaluate.py", "{table.head(note)}", '{table.head("")}', "tests/test_stage_parts.py -k left_out"),
+    ("evaluate.py", "{table.head(note)}", "{table.head('')}", "tests/test_stage_parts.py -k left_out"),
     ("plumbing/hub.py", "{size / 1e9:.2f} GB", "{size / 2**30:.2f} GB", "tests/test_fetch.py -k so_much"),
     ("plumbing/folders.py", "shutil.disk_usage(above).free", "shutil.disk_usage(above).total",
      "tests/test_folders.py -k room_that_is_left"),
