@@ -119,8 +119,8 @@ def listed(items, item_of) -> list:
 
 
 def row_of(embedder, items, i):
-    """The row of items[i], which the model takes. Where no picture's name tells, an error says
-    which input it is."""
+    """The row of items[i]; InputError where it cannot be made, or is too long for the model. Where
+    no picture's name tells, the error says which input it is."""
     try:
         row = embedder.collate.row(items[i])
     except InputError as e:
@@ -131,7 +131,8 @@ def row_of(embedder, items, i):
     try:  # now: when rows are embedded together, nobody knows whose it is
         refuse_longer_row(embedder, row)
     except InputError as e:
-        raise InputError(f"input {i}: {e}; {brief(items[i], 80)}") from None
+        shown = items[i].images[0] if items[i].images else brief(items[i].text, 80)
+        raise InputError(f"input {i}: {e}; {brief(shown)}") from None
     return row
 
 

@@ -238,6 +238,7 @@ TOOLS = [
     ("tools/search.py", "pictures = [open_image(Path(cfg.images, paths[i])) for i in best]", "pictures = [open_image(Path(cfg.images, paths[i])) for i in sorted(best)]",
      f"{SEARCH} -k sheet_shows"),
     ("tools/search.py", 'captions = [f"{scores[i]:.3f}', 'captions = [f"{scores[0]:.3f}', f"{SEARCH} -k sheet_shows"),
+    ("tools/search.py", "row_of(embedder, items, i)", "embedder.collate.row(items[i])", f"{SEARCH} -k too_long_is_named"),
     ("tools/search.py", "- 1) < 1e-3  # no NaN is", "- 1) < 1  # no NaN is", f"{SEARCH} -k a_row_of_an_index"),
     ("tools/search.py", "Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST", "Image.Resampling.NEAREST", f"{SEARCH} -k smoothly"),
     ("tools/search.py", "rows = -(-len(pictures) // columns)", "rows = len(pictures) // columns + 1", f"{SEARCH} -k as_large_as"),

@@ -306,6 +306,16 @@ def test_a_picture_whose_embedding_is_not_finite_is_named_and_left_out(
         assert "nan" not in said.replace("nanocoma", ""), said
 
 
+def test_a_picture_whose_row_is_too_long_is_named_once(folder, shared):
+    """It has no embedding, and so none that is not finite."""
+    text = "a " * shared.mllm.config.get_text_config().max_position_embeddings
+    items = [Item(IMAGE, (str(folder / "2.PNG"),)), Item(IMAGE + text, (str(folder / "3.PNG"),))]
+    errors = []
+    z = search.embed_pictures(shared, items, search.Config(workers=0), "", errors)
+    equal(np.isfinite(z).all(1).tolist(), [True, False], "of the other one")
+    equal((len(errors), errors[0].count("a row of"), "3.PNG" in errors[0]), (1, 1, True), errors)
+
+
 def test_no_index_is_left_of_pictures_that_cannot_be_embedded(folder, shared, monkeypatch):
     """Each is named, and nothing is written."""
     spoil(monkeypatch, lambda item: item.images)

@@ -33,6 +33,7 @@ from plumbing.errors import InputError, brief
 from plumbing.files import open_file, refuse_special
 from plumbing.formats import IMAGE, with_marks
 from plumbing.images import FORMATS, open_image
+from plumbing.inputs import row_of
 from plumbing.log import versions
 from plumbing.weights import trained_model
 from plumbing.writing import refuse_unwritable, written
@@ -159,8 +160,8 @@ def embed_pictures(embedder, items, cfg, progress, errors) -> np.ndarray:
     finite embedding, is NaN, and goes to errors."""
     z = encode_over_ranks(embedder, items, cfg, progress, errors)
     for i in np.flatnonzero(~np.isfinite(z).all(1)):
-        with suppress(InputError):  # it could not be read, and is in errors
-            embedder.collate.row(items[i])
+        with suppress(InputError):  # it has no row, and is in errors
+            row_of(embedder, items, i)
             errors.append(f"{brief(items[i].images[0])}: its embedding is not finite")
     return z
 
