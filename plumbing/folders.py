@@ -374,11 +374,12 @@ def refuse_unwritable_folder(path):
     """An InputError, before any work, where no folder can be written at `path`."""
     path = Path(path)
     try:
-        above = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
+        places = (path, *path.absolute().parents)  # the first that is there counts, or is a link
+        above = next(p for p in places if p.exists() or p.is_symlink())
     except OSError as e:  # a name that no file can have
         raise InputError(f"{brief(path)!r} cannot be written: {e.strerror}") from None
-    if path.is_symlink() and not path.exists():
-        raise InputError(f"{brief(path)}: {absence(path, 'folder')}; take another folder")
+    if not above.exists():
+        raise InputError(f"{brief(above)}: {absence(above, 'folder')}; take another folder")
     if not str(path).strip(". ") or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{brief(path)!r} cannot be written: {above} is no folder that you may "
                          "write into. Take another one")  # fmt: skip

@@ -427,7 +427,7 @@ ROOMS = [
     ("plumbing/folders.py", "(path / file).parent.mkdir(exist_ok=True)", "pass", FOLDERS),
     ("plumbing/folders.py", "as it was; {free}. Free", "as it was. Free", FOLDERS),
     ("plumbing/folders.py", "& 0o666  # a new", "& 0o600  # a new", FOLDERS),
-    ("plumbing/folders.py", "above = path if path.exists() else next(", "above = next(", FOLDERS),
+    ("plumbing/folders.py", "places = (path, *path.absolute().parents)", "places = path.absolute().parents", FOLDERS),
     # ----------------------------------------------------------------------------- plumbing/formats
     ("plumbing/lines.py", "        if self.count:\n", "        if self.count > 1:\n", LISTS),
     ("plumbing/formats.py", "len(x) + x.source.digest for", "len(x) for", "tests/test_checkpoint_parts.py"),

@@ -285,6 +285,7 @@ TOOLS = [
     ("exercises/grade.py", "    reports.mkdir(exist_ok=True)", "    reports.mkdir()", f"{GRADER} -k graded_again"),
     ("exercises/grade.py", "    if not submissions:", "    if False:", f"{GRADER} -k graded_again"),
     ("tools/explain_numbers.py", "    if L > LONGEST:", "    if False:", f"{PAGE} -k cannot_hold"),
+    ("plumbing/folders.py", "if p.exists() or p.is_symlink())", "if p.exists())", "tests/test_folders.py -k link_to_nowhere"),
     ("plumbing/outfolder.py", "if os.path.islink(name) and not os.path.exists(name):", "if False:", "tests/test_resume.py -k link_to_nowhere"),
     ("plumbing/adapters.py", " or not isinstance(beside, str | None):", ":", "tests/test_origins.py -k asked_for_on_the_hub"),
     ("tools/generate.py", "tqdm(total=total, initial=start,", "tqdm(total=total, initial=0,", f"{GENERATE} -k bar_begins"),

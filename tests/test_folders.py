@@ -672,13 +672,16 @@ def test_what_cannot_be_written_is_one_line(shared, tmp_path):
 
 
 def test_a_link_to_nowhere_is_no_place_for_a_model(tmp_path):
-    """It was said after all the work: that something stood there, and that more room was wanted."""
+    """Nor what would be below it, as where a disk is not mounted. It was said after all the work:
+    that something stood there, and that more room was wanted."""
     (tmp_path / "old disk").mkdir()
     (tmp_path / "link").symlink_to("old disk")
-    folders.refuse_unwritable_folder(tmp_path / "link")
+    for target in (tmp_path / "link", tmp_path / "link" / "a" / "b"):
+        folders.refuse_unwritable_folder(target)
     (tmp_path / "old disk").rmdir()
-    with pytest.raises(InputError, match="link: is a symbolic link to old disk, which is not the"):
-        folders.refuse_unwritable_folder(tmp_path / "link")
+    for target in (tmp_path / "link", tmp_path / "link" / "a" / "b"):
+        with pytest.raises(InputError, match="/link: is a symbolic link to old disk, which is not"):
+            folders.refuse_unwritable_folder(target)
 
 
 # ------------------------------------------------------------------------ what users pass to `load`
