@@ -234,7 +234,7 @@ def not_empty(rows) -> Lazy:
 def eval_sets(source, image_root, subsets, limit) -> dict:
     """{name: Lazy of (query, candidates)} of a folder in MMEB-eval's layout; limit > 0: at most so
     many of each. Their pictures are looked up now."""
-    if subsets == "mmeb20":  # of which the eval folder calls one otherwise, and caps are no matter
+    if subsets == "mmeb20":  # its caps are training's, and MMEB-eval spells one name otherwise
         way_out = "leave it out, and all sets that are there are evaluated; or name some"
         raise InputError(f"--subsets mmeb20: the mix of training; {way_out}")
     root, chosen = find_subsets(source, subsets, "test-*.parquet")
