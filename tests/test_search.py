@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -560,6 +562,38 @@ def test_the_sheet_shows_what_is_printed_each_picture_over_its_own_cosine(
         expect(abs(float(number) - float(cosine)) < 1e-3, caption, cosine, "its cosine")
         equal(str(folder / name), path, "its name")
         equal(picture.tobytes(), Image.open(path).convert("RGB").tobytes(), f"pixels of {name}")
+
+
+def test_a_picture_that_goes_after_it_was_indexed_costs_no_other_its_place_on_the_sheet(
+    folder, shared, capsys, monkeypatch
+):
+    """It is named, and the others are drawn over their own cosines; where all are gone, a line."""
+    drawn, index_pictures = [], search.index_pictures
+
+    def draw_sheet(title, pictures, captions):
+        drawn.extend(zip(pictures, captions, strict=True))
+        return Image.new("RGB", (8, 8))
+
+    def index_and_lose(names, *arguments):
+        indexed = index_pictures(*arguments)
+        for name in names:
+            (folder / name).unlink()
+        return indexed
+
+    monkeypatch.setattr(search, "draw_sheet", draw_sheet)
+    beside = shutil.copy(folder / "9.PNG", folder.parent / "asked.png")
+    cfg = dict(query_image=str(beside), top=12)
+    monkeypatch.setattr(search, "index_pictures", partial(index_and_lose, ["9.PNG"]))
+    said = run(folder, shared, capsys, **cfg)
+    assert f"not drawn: {folder / '9.PNG'}: no such picture" in said and "wrote" in said, said
+    equal(len(drawn), 11, "all others are drawn")
+    for picture, caption in drawn:
+        path = folder / caption.partition(" ")[2]
+        equal(picture.tobytes(), Image.open(path).convert("RGB").tobytes(), caption)
+    rest = [str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.is_file()]
+    monkeypatch.setattr(search, "index_pictures", partial(index_and_lose, rest))
+    with pytest.raises(InputError, match=f"--images {folder}: nothing of what was found can be"):
+        run(folder, shared, capsys, **cfg)
 
 
 @pytest.mark.parametrize(("n", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (4, 4, 1), (5, 4, 2)])

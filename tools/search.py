@@ -259,8 +259,16 @@ def search(embedder, cfg):
         ranks.say(f"{scores[i]:7.4f}  {brief(Path(cfg.images, paths[i]))}")
     if ranks.rank() > 0:
         return
-    pictures = [open_image(Path(cfg.images, paths[i])) for i in best]
-    captions = [f"{scores[i]:.3f} {brief(paths[i][-30:])}" for i in best]
+    pictures, captions = [], []
+    for i in best:
+        try:
+            pictures.append(open_image(Path(cfg.images, paths[i])))
+        except InputError as e:  # it was there when it was indexed; it costs no other its place
+            ranks.say(f"not drawn: {e}")
+        else:
+            captions.append(f"{scores[i]:.3f} {brief(paths[i][-30:])}")
+    if not pictures:
+        raise InputError(f"--images {cfg.images}: nothing of what was found can be opened any more")
     title = title_of(query, cfg)
     with written(cfg.out, "--out") as part:
         mark = Image.Exif()
