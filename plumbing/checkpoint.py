@@ -60,6 +60,8 @@ HARMLESS = (
 ROUNDING = ("chunk_tokens", "checkpointing")
 # This one too, for it is the way out where a row of the data turns out to be too long.
 CUTTING = "max_length"
+# What a run is called by that is no flag: torchrun is told how many.
+RANKS = "the number of ranks"
 # Names of what a digest tells better: a folder may be moved between runs.
 DIGEST_OF = {"model": "model_digest", "data": "data_digest"}
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -515,8 +517,8 @@ def read_state(folder, name="state.json") -> State:
 def refuse_another_run(state, cfg, but=()):
     """Raises InputError, with the names of the flags, where the state is of another run. but: what
     is not known yet."""
-    then = dict(state.flags, world=state.world)
-    now = dict(dataclasses.asdict(cfg), world=world())
+    then = state.flags | {RANKS: state.world}
+    now = dataclasses.asdict(cfg) | {RANKS: world()}
     # A folder may have been moved: where its digest is the same, its name does not count.
     moved = [name for name, x in DIGEST_OF.items() if now[x] and then.get(x) == now[x]]
     # An older version's state lacks newer flags, which were at their defaults then; what it did not

@@ -195,7 +195,7 @@ ROOMS = [
     ("plumbing/checkpoint.py", "broadcast_from_rank0=world() > 1", "broadcast_from_rank0=False", "tests/test_checkpoint_parts.py"),
     ("plumbing/checkpoint.py", '"world": world(), "config"', '"world": 1, "config"', "tests/test_checkpoint_parts.py"),
     ("plumbing/checkpoint.py", 'or step > flags["steps"]', "", RESUME),
-    ("plumbing/checkpoint.py", "now = dict(dataclasses.asdict(cfg), world=world())", "now = dict(dataclasses.asdict(cfg), world=state.world)", RESUME),
+    ("plumbing/checkpoint.py", "{RANKS: world()}", "{RANKS: state.world}", RESUME),
     ("plumbing/checkpoint.py", "known = defaults if field.init else cfg", "known = cfg", RESUME),
     ("plumbing/checkpoint.py", "not in (version, None)", "in (version, None)", RESUME),
     # ------------------------------------------------------------------------ plumbing/combinations

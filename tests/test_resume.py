@@ -432,7 +432,7 @@ def test_another_value_of_any_flag_is_another_run(stage):
             was = re.escape(repr(default))
             with pytest.raises(InputError, match=f"not the same run: {name} was {was}, is 'other'"):
                 checkpoint.refuse_another_run(older, mine)
-    with pytest.raises(InputError, match="not the same run: world was 2, is 1"):
+    with pytest.raises(InputError, match="not the same run: the number of ranks was 2, is 1"):
         checkpoint.refuse_another_run(checkpoint.State(1, flags, 2, {}), cfg)
 
 
