@@ -50,8 +50,8 @@ def time_limit(request):
 
     def stop(*_):
         late.add(exercise)
-        more = f"a loop without an end? A busy machine needs more, EXERCISES_SECONDS={3 * SECONDS}"
-        raise TooLong(f"no end after {seconds} seconds: {more}")
+        more = f"A busy machine needs more, EXERCISES_SECONDS={3 * SECONDS} (now {SECONDS})"
+        raise TooLong(f"no end after {seconds} seconds: a loop without an end? {more}")
 
     if not hasattr(signal, "SIGALRM"):  # Windows
         yield
