@@ -71,7 +71,9 @@ def open_image(ref, name=None) -> Image.Image:
     if hasattr(ref, "render"):
         return ref.render()
     if isinstance(ref, str | os.PathLike):
-        with open_file(ref, name, "picture", "Is --image-root right?") as file:
+        # No question: lists' pictures are looked for before the work, and others have no such flag.
+        hint = "Those of a list are looked for below --image-root"
+        with open_file(ref, name, "picture", hint) as file:
             size = os.fstat(file.fileno()).st_size
             shown = f"{brief(name or ref)} ({size} bytes)"
             if size > MOST_BYTES:
