@@ -53,7 +53,9 @@ def refuse_unfit(sets):
     for source in one_sided:
         text = brief(f"{source.where(0)}: {source.same}")
         if len({x.same for x in one_sided}) == 1 and len(one_sided) == len(sets):
-            raise InputError(f"{text}: there is nothing to tell apart")
+            raise InputError(
+                f"{text}: there is nothing to tell apart; add other pairs, or negatives"
+            )
         say(f"{text}: only other lists have its negatives")
 
 
@@ -98,6 +100,9 @@ class Content(NamedTuple):
 
     text: str
     images: tuple = ()
+
+    def __str__(self):  # as errors show it
+        return " ".join([self.text, *map(str, self.images)])
 
 
 def with_marks(text) -> str:

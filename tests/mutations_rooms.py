@@ -479,6 +479,7 @@ ROOMS = [
     ("plumbing/lines.py", "if self.count > 1 else", "if self.count else", LISTS),
     ("plumbing/lines.py", "        self.at += 1\n        return character", "        return character", LISTS),
     ("plumbing/formats.py", "same=all_the_same(paths, texts)", "same=''", LISTS),
+    ("plumbing/formats.py", "[self.text, *map(str, self.images)]", "[self.text]", f"{LISTS} -k all_one"),
     ("plumbing/formats.py", "pictures.about(skipped=without, same=all_the_same(texts, paths))", "pictures.about(skipped=without)", LISTS),
     # --------------------------------------------------------------------------------- plumbing/hub
     ("plumbing/hub.py", "if dist.is_initialized():\n        return fetch_together", "if False:\n        return fetch_together", "tests/test_fetch.py"),
