@@ -26,11 +26,18 @@ LORA = {"lora-200": "200", "lora-1000": "1,000", "lora-5000": "5,000", "lora": "
 LARGE = {"tokens-64": "unlimited"}
 RATES = {"rate-200": "200", "rate": "unlimited"}
 WIDTHS = {"K-control": "unlimited"}  # of the code
+TEMPERATURES = {"temperature": "unlimited"}
 BEYOND = {"beyond-200": "200", "beyond": "unlimited"}
 # An arm with a part of its own, beside the one without it.
 MASK = (("coma", "plain"), ("both", "both, no mask"))
 DIALOGUES = (("both", "coma"), ("both, no mask", "plain"))
 SLOW = tuple((f"{arm}, slow", arm) for arm in ("coma", "plain", "both", "both, no mask"))
+AT_TEMPERATURE = ("contrastive only", "the same dialogues, no mask", "CoMa")
+COLDER = tuple((f"{arm}, temperature 0.01", f"{arm}, temperature 0.03") for arm in AT_TEMPERATURE)
+WARMER = tuple((f"{arm}, temperature 0.1", f"{arm}, temperature 0.03") for arm in AT_TEMPERATURE)
+COMA_COLD, COMA_MILD, COMA_WARM = (
+    ((f"CoMa, temperature {t}", f"contrastive only, temperature {t}"),) for t in (0.01, 0.03, 0.1)
+)
 SLOW_MASK = tuple((f"{arm}, slow", f"{other}, slow") for arm, other in MASK)
 # part: (its studies, with the number of their pairs; arms with it, each beside one without it)
 PARTS = {
@@ -51,6 +58,11 @@ PARTS = {
     "CoMa, over contrastive only, K = 1": (WIDTHS, (("CoMa, K=1", "contrastive only, K=1"),)),
     "CoMa, over contrastive only, K = 4": (WIDTHS, (("CoMa, K=4", "contrastive only, K=4"),)),
     "CoMa, over contrastive only, K = 16": (WIDTHS, (("CoMa, K=16", "contrastive only, K=16"),)),
+    "temperature 0.01 in the place of 0.03, mean of three arms": (TEMPERATURES, COLDER),
+    "temperature 0.1 in the place of 0.03, mean of three arms": (TEMPERATURES, WARMER),
+    "temperature 0.01: CoMa, over contrastive only": (TEMPERATURES, COMA_COLD),
+    "temperature 0.03: CoMa, over contrastive only": (TEMPERATURES, COMA_MILD),
+    "temperature 0.1: CoMa, over contrastive only": (TEMPERATURES, COMA_WARM),
     "condense, after CoMa": (PAIRS, (("coma, condense", "coma"),)),
     "LoRA: CoMa, over contrastive only": (LORA, (("coma", "none"),)),
     "LoRA: the mask, mean of both": (LORA, MASK),

@@ -55,7 +55,6 @@ ARMS = {  # name: (flags of stage 1, or NONE; flags of stage 2; words of ours as
     "condense": (NONE, "condense"),
     "coma, condense": (COMA, "condense"),
 }
-PAPER = {arm: ARMS[arm] for arm in ("none", "plain", "coma")}
 BEYOND = {
     "none": (NONE, ""),
     "coma": (COMA, ""),
@@ -131,8 +130,10 @@ STUDIES = {
         for steps in (100, 400, 1200) for arm, first in (("coma", COMA), ("plain", PLAIN))
     }),
     "temperature": (3, {
-        f"{arm} {t}": (first, f"--temperature {t}" if t != 0.03 else "")
-        for arm, (first, _) in PAPER.items() for t in (0.01, 0.03, 0.1)
+        f"{arm}, temperature {t}": (first, f"--temperature {t}" if t != 0.03 else "")
+        for arm, first in (
+            ("contrastive only", NONE), ("the same dialogues, no mask", PLAIN), ("CoMa", COMA)
+        ) for t in (0.03, 0.01, 0.1)
     }),
     "batch": (3, {
         f"N={n}": (COMA, f"--batch {n} --block {min(n, 32)} --steps 100")
