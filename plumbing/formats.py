@@ -51,7 +51,7 @@ def refuse_unfit(sets):
             say(f"--skip-bad: {len(skipped):,} of {len(examples):,} examples are skipped")
     one_sided = [x.source for x in sets if x.source.same]
     for source in one_sided:
-        text = brief(f"{source.where(0)}: {source.same}")
+        text = f"{source.where(0)}: {source.same}"
         if len({x.same for x in one_sided}) == 1 and len(one_sided) == len(sets):
             raise InputError(
                 f"{text}: there is nothing to tell apart; add other pairs, or negatives"

@@ -949,7 +949,7 @@ def test_a_list_whose_targets_are_all_one_is_refused(place):
 def test_a_list_whose_queries_are_all_one_is_refused(place):
     """As where the pictures were forgotten: all targets are right for it, and the loss is 0."""
     pairs = [{**PAIR, "target": {"text": str(i)}} for i in range(3)]
-    says = f"line 1: every query of its list is the same, <image> x {re.escape(str(place))}.a.png: "
+    says = f"line 1: every query of its list is the same, <image> x {re.escape(str(place))}.a.png"
     with pytest.raises(InputError, match=says):
         checked_digest(data.read_pairs(jsonl(place, *pairs)).values())
     with pytest.raises(InputError, match="nothing to tell apart"):
