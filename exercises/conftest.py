@@ -14,8 +14,6 @@ from conftest import shared  # noqa: F401  the suite's own: one thread, no netwo
 
 from exercises import ladder
 
-# Of one test: an endless loop costs the rest of its exercise and no other one.
-SECONDS = int(os.environ.get("EXERCISES_SECONDS", "60"))
 scores = {}  # exercise -> test -> passed; None: not run
 late = set()  # exercises with a test that did not end
 
@@ -44,14 +42,14 @@ def time_limit(request):
         return
     if exercise in late:
         pytest.fail("not run: the exercise timed out before", pytrace=False)
-    seconds = SECONDS
+    seconds = ladder.SECONDS
     if exercise == "ex9":
         seconds *= 5  # there our own tests run, many at once
 
     def stop(*_):
         late.add(exercise)
-        more = f"A busy machine needs more, EXERCISES_SECONDS={3 * SECONDS} (now {SECONDS})"
-        raise TooLong(f"no end after {seconds} seconds: a loop without an end? {more}")
+        reason = f"a loop without an end? {ladder.MORE_TIME}"
+        raise TooLong(f"no end after {seconds} seconds: {reason}")
 
     if not hasattr(signal, "SIGALRM"):  # Windows
         yield

@@ -14,6 +14,9 @@ from exercises.planting import ROOT, TESTS
 
 HERE = Path(__file__).resolve().parent
 STUB = HERE / "stub.py"
+# Of one test: an endless loop costs the rest of its exercise and no other one.
+SECONDS = int(os.environ.get("EXERCISES_SECONDS", "60"))
+MORE_TIME = f"A busy machine needs more, EXERCISES_SECONDS={3 * SECONDS} (now {SECONDS})"
 OWN = ROOT / "my_exercises.py"  # the student's file; hand_out.py puts it there
 CLOSED = {  # where the solutions stand: what a student's file may not import
     "model": "model.py",

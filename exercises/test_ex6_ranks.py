@@ -17,8 +17,7 @@ from exercises.two_ranks import CHECKS, WRONG
 
 pytestmark = pytest.mark.ex6
 
-LIMIT = int(os.environ.get("EXERCISES_SECONDS", "60"))
-SECONDS = LIMIT * 11 // 12  # before conftest.py's end
+SECONDS = ladder.SECONDS * 11 // 12  # before conftest.py's end
 
 
 def environment():
@@ -46,8 +45,8 @@ def start(folder, subjects, seconds):
             for process in ranks:
                 process.wait(seconds)
         except subprocess.TimeoutExpired:
-            output.write(f"\nno end after {seconds} s: does a rank wait for the other one? ")
-            output.write(f"A busy machine needs more, EXERCISES_SECONDS={3 * LIMIT}")
+            reason = f"does a rank wait for the other one? {ladder.MORE_TIME}"
+            output.write(f"\nno end after {seconds} s: {reason}")
         finally:
             for process in ranks:
                 process.kill()

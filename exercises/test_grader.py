@@ -128,7 +128,7 @@ def test_two_ranks_that_are_stopped_say_so_once_and_what_gives_them_more_time():
     errors = test_ex6_ranks.two_ranks("reference", seconds=0.01)["reference"]
     for error in errors.values():
         equal(error.count("no end after 0.01 s"), 1, error)
-        more = f"EXERCISES_SECONDS={3 * test_ex6_ranks.LIMIT}"
+        more = f"EXERCISES_SECONDS={3 * ladder.SECONDS}"
         expect(more in error, error, more, "start")
 
 

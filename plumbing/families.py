@@ -116,10 +116,15 @@ def position_ids(mllm, inputs, sequential):
     return positions
 
 
+def most_positions(mllm):
+    """How many of a row the model was made for; None: its config does not say."""
+    return getattr(mllm.config.get_text_config(), "max_position_embeddings", None)
+
+
 def refuse_longer(mllm, positions):
     """InputError where a row has more positions than the model was made for: a whole book in one
     text would take the memory, or hours, for a vector of no use."""
-    most = getattr(mllm.config.get_text_config(), "max_position_embeddings", None)
+    most = most_positions(mllm)
     L = positions.shape[-1]
     # The numbers are looked at only where they may be too large: a GPU would be waited for.
     if most and L > most and positions.max() >= most:
@@ -129,7 +134,7 @@ def refuse_longer(mllm, positions):
 
 def refuse_longer_row(embedder, row):
     """`refuse_longer` of one row, before it is padded with others."""
-    most = getattr(embedder.mllm.config.get_text_config(), "max_position_embeddings", None)
+    most = most_positions(embedder.mllm)
     if most and row.length > most:  # else its positions are not worth their time
         inputs = embedder.collate.pad_rows([row])
         position_ids(embedder.mllm, inputs, embedder.style == "vlm2vec")

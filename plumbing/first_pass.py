@@ -142,7 +142,8 @@ def all_the_same(targets, queries) -> str:
     its queries, for which all targets are right. "" where both differ."""
     for side, distinct in (("target", targets), ("query", queries)):
         if len(distinct) == 1:
-            return f"every {side} of its list is the same, {brief(*distinct)}"
+            (only,) = distinct
+            return f"every {side} of its list is the same, {brief(only)}"
     return ""
 
 

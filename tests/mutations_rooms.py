@@ -524,6 +524,7 @@ ROOMS = [
     ("plumbing/start.py", '{"--help", "-h"} & set(sys.argv[1:])', '{"--help"} & set(sys.argv[1:])', "tests/test_start.py"),
     ("plumbing/start.py", "            leave(status=0)\n", "            leave(status=2)\n", "tests/test_start.py"),
     # ------------------------------------------------------------------------------ plumbing/kernels
+    ("plumbing/families.py", '"max_position_embeddings", None)', '"no_such_name", None)', "tests/test_careless.py -k beyond_what"),
     ("plumbing/families.py", "if most and row.length > most:", "if False:", "tests/test_careless.py -k costs_no_other"),
     ("plumbing/families.py", 'if key != "last_hidden_state"})', "})", "tests/test_memory.py -k takes"),
     ("plumbing/families.py", 'if not hasattr(tower, "merger"):', "if False:", "tests/test_memory.py -k takes"),

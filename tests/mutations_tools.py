@@ -235,8 +235,7 @@ TOOLS = [
     ("tools/study_tables.py", "        if study in PAIRS or study in LORA:\n", "        if study:\n", f"{TABLES} -k curve"),
     ("tools/study_tables.py", '("overall", "ind", "ood")', '("overall", "ood", "ind")', f"{TABLES} -k all_tables"),
     # -------------------------------------------------------- what a reader, and a user, would see
-    ("tools/search.py", "    for i in best:\n        try:\n            pictures", "    for i in sorted(best):\n        try:\n            pictures",
-     f"{SEARCH} -k sheet_shows"),
+    ("tools/search.py", "paths[i])), best)\n", "paths[i])), sorted(best))\n", f"{SEARCH} -k sheet_shows"),
     ("tools/search.py", 'captions.append(f"{scores[i]:.3f}', 'captions.append(f"{scores[0]:.3f}', f"{SEARCH} -k sheet_shows"),
     ("tools/search.py", "row_of(embedder, items, i)", "embedder.collate.row(items[i])", f"{SEARCH} -k too_long_is_named"),
     ("tools/search.py", "- 1) < 1e-3  # no NaN is", "- 1) < 1  # no NaN is", f"{SEARCH} -k a_row_of_an_index"),

@@ -34,6 +34,7 @@ from plumbing.files import open_file, refuse_special
 from plumbing.formats import IMAGE, with_marks
 from plumbing.images import FORMATS, open_image
 from plumbing.inputs import row_of
+from plumbing.lines import attempts
 from plumbing.log import versions
 from plumbing.weights import trained_model
 from plumbing.writing import refuse_unwritable, written
@@ -260,12 +261,12 @@ def search(embedder, cfg):
     if ranks.rank() > 0:
         return
     pictures, captions = [], []
-    for i in best:
-        try:
-            pictures.append(open_image(Path(cfg.images, paths[i])))
-        except InputError as e:  # it was there when it was indexed; it costs no other its place
-            ranks.say(f"not drawn: {e}")
+    opened = attempts(lambda i: open_image(Path(cfg.images, paths[i])), best)
+    for i, picture in zip(best, opened, strict=True):
+        if isinstance(picture, InputError):  # it was there when it was indexed
+            ranks.say(f"not drawn: {picture}")
         else:
+            pictures.append(picture)
             captions.append(f"{scores[i]:.3f} {brief(paths[i][-30:])}")
     if not pictures:
         raise InputError(f"--images {cfg.images}: nothing of what was found can be opened any more")

@@ -31,13 +31,20 @@ BEYOND = {"beyond-200": "200", "beyond": "unlimited"}
 # An arm with a part of its own, beside the one without it.
 MASK = (("coma", "plain"), ("both", "both, no mask"))
 DIALOGUES = (("both", "coma"), ("both, no mask", "plain"))
+
+
+def in_each_arm(t):
+    """The arms of the study `temperature` at t, each beside itself at 0.03."""
+    arms = ("contrastive only", "the same dialogues, no mask", "CoMa")
+    return tuple((f"{arm}, temperature {t}", f"{arm}, temperature 0.03") for arm in arms)
+
+
+def coma_at(setting):
+    """CoMa beside contrastive training alone, both at a setting."""
+    return ((f"CoMa, {setting}", f"contrastive only, {setting}"),)
+
+
 SLOW = tuple((f"{arm}, slow", arm) for arm in ("coma", "plain", "both", "both, no mask"))
-AT_TEMPERATURE = ("contrastive only", "the same dialogues, no mask", "CoMa")
-COLDER = tuple((f"{arm}, temperature 0.01", f"{arm}, temperature 0.03") for arm in AT_TEMPERATURE)
-WARMER = tuple((f"{arm}, temperature 0.1", f"{arm}, temperature 0.03") for arm in AT_TEMPERATURE)
-COMA_COLD, COMA_MILD, COMA_WARM = (
-    ((f"CoMa, temperature {t}", f"contrastive only, temperature {t}"),) for t in (0.01, 0.03, 0.1)
-)
 SLOW_MASK = tuple((f"{arm}, slow", f"{other}, slow") for arm, other in MASK)
 # part: (its studies, with the number of their pairs; arms with it, each beside one without it)
 PARTS = {
@@ -55,14 +62,14 @@ PARTS = {
     "a slow stage 1, dialogues beyond the paper": (RATES, SLOW[2:]),
     "a slow stage 1, mean of four": (RATES, SLOW),
     "the mask, at slow rates, mean of both": (RATES, SLOW_MASK),
-    "CoMa, over contrastive only, K = 1": (WIDTHS, (("CoMa, K=1", "contrastive only, K=1"),)),
-    "CoMa, over contrastive only, K = 4": (WIDTHS, (("CoMa, K=4", "contrastive only, K=4"),)),
-    "CoMa, over contrastive only, K = 16": (WIDTHS, (("CoMa, K=16", "contrastive only, K=16"),)),
-    "temperature 0.01 in the place of 0.03, mean of three arms": (TEMPERATURES, COLDER),
-    "temperature 0.1 in the place of 0.03, mean of three arms": (TEMPERATURES, WARMER),
-    "temperature 0.01: CoMa, over contrastive only": (TEMPERATURES, COMA_COLD),
-    "temperature 0.03: CoMa, over contrastive only": (TEMPERATURES, COMA_MILD),
-    "temperature 0.1: CoMa, over contrastive only": (TEMPERATURES, COMA_WARM),
+    "CoMa, over contrastive only, K = 1": (WIDTHS, coma_at("K=1")),
+    "CoMa, over contrastive only, K = 4": (WIDTHS, coma_at("K=4")),
+    "CoMa, over contrastive only, K = 16": (WIDTHS, coma_at("K=16")),
+    "temperature 0.01 in the place of 0.03, mean of three arms": (TEMPERATURES, in_each_arm(0.01)),
+    "temperature 0.1 in the place of 0.03, mean of three arms": (TEMPERATURES, in_each_arm(0.1)),
+    "temperature 0.01: CoMa, over contrastive only": (TEMPERATURES, coma_at("temperature 0.01")),
+    "temperature 0.03: CoMa, over contrastive only": (TEMPERATURES, coma_at("temperature 0.03")),
+    "temperature 0.1: CoMa, over contrastive only": (TEMPERATURES, coma_at("temperature 0.1")),
     "condense, after CoMa": (PAIRS, (("coma, condense", "coma"),)),
     "LoRA: CoMa, over contrastive only": (LORA, (("coma", "none"),)),
     "LoRA: the mask, mean of both": (LORA, MASK),
