@@ -232,6 +232,9 @@ TOOLS = [
     ("tools/study_tables.py", "np.mean(differences, axis=0)", "np.sum(differences, axis=0)", f"{TABLES} -k mean_of_its_contrasts"),
     ("tools/study_tables.py", "if has(records, study, sum(contrasts, ())):", "if study in records:", f"{TABLES} -k has_not_been_run"),
     ("tools/study_tables.py", '"same direction" if same else "opposite"', '"opposite" if same else "same direction"', f"{TABLES} -k literature"),
+    ("tools/study_tables.py", "        if records.keys() & studies:\n", "        if studies:\n", f"{TABLES} -k side_by_side"),
+    ("tools/study_tables.py", "difference(gains(runs, base)) for runs in others", "difference(gains(base, runs)) for runs in others", f"{TABLES} -k side_by_side"),
+    ("tools/study_tables.py", "for column in columns.values() for runs in column.values()}", "for column in [arms] for runs in column.values()}", f"{TABLES} -k side_by_side"),
     ("tools/study_tables.py", "        if study in PAIRS or study in LORA:\n", "        if study:\n", f"{TABLES} -k curve"),
     ("tools/study_tables.py", '("overall", "ind", "ood")', '("overall", "ood", "ind")', f"{TABLES} -k all_tables"),
     # -------------------------------------------------------- what a reader, and a user, would see

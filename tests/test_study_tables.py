@@ -123,6 +123,23 @@ def test_a_part_is_worth_the_mean_of_its_contrasts():
     expect(row.startswith(f"{part} +15.0 ± 5.0 | +15.0 ± 5.0 | -15.0 ± 5.0 |"), row, "", "parts")
 
 
+def test_arms_stand_side_by_side_for_every_number_of_pairs():
+    """A score, and what the other arm is over it; a study that has not been run has no column."""
+    few = {"none": runs(0.2, 0.3), "coma": runs(0.3, 0.4)}
+    many = {"none": runs(0.5, 0.7), "coma": runs(0.4, 0.7)}
+    records = {"lora": many, "lora-200": few}
+    want = ["| 2 seeds | 200 | unlimited |", "|---|---|---|"]
+    want += ["| contrastive only | 25.0 ± 5.0 | 60.0 ± 10.0 |"]
+    want += [f"| CoMa | {study_tables.difference([0.1, 0.1])} | -5.0 ± 5.0 |"]
+    equal(study_tables.by_pairs(records, study_tables.LORA), want, "table")
+    three = {"none": runs(0.5, 0.6, 0.7), "coma": runs(0.5, 0.6, 0.7)}
+    head, *_ = study_tables.by_pairs({"lora": three, "lora-200": few}, study_tables.LORA)
+    equal(head, "| 2 seeds or 3 seeds | 200 | unlimited |", "head")
+    page = "\n".join(study_tables.page({"arms": many}, []))
+    expect("By the number of pairs, all weights" in page, "its section", page, "page")
+    expect("By the number of pairs, LoRA" not in page, "a section of nothing", page, "page")
+
+
 def test_what_has_not_been_run_has_no_row():
     """A study without some of the arms; a study of its own."""
     records = {"arms": {"coma": runs(0.5, 0.6), "none": runs(0.5, 0.5)}, "rate": {}}

@@ -158,6 +158,24 @@ def curves(arms) -> list:
     return lines
 
 
+def overall(arms) -> list:
+    """A cell for each arm: the first one's score overall, of the others what they are over it."""
+    base, *others = arms.values()
+    score = percent([run["overall"] for run in base])
+    return [score, *(difference(gains(runs, base)) for runs in others)]
+
+
+def by_pairs(records, studies) -> list:
+    """The same arms, beside each other for every number of pairs that has been run."""
+    columns = {pairs: records[study] for study, pairs in studies.items() if study in records}
+    arms, *_ = columns.values()
+    counts = {len(runs) for column in columns.values() for runs in column.values()}
+    lines = head(" or ".join(map(seeds, sorted(counts))), *columns)
+    for arm, *cells in zip(arms, *map(overall, columns.values()), strict=True):
+        lines.append(row(name_of(arm), *cells))
+    return lines
+
+
 def worth(arms, contrasts) -> np.ndarray:
     """What a part is worth: (seeds, 1 + meta-tasks), the mean over contrasts of the arm with it
     minus the one without it, of the same seed."""
@@ -209,6 +227,9 @@ def page(records, studies) -> list:
         lines += ["", f"## `{study}`", "", *table(records[study])]
         if study in PAIRS or study in LORA:
             lines += ["", *curves(records[study])]
+    for title, studies in (("all weights", PAIRS), ("LoRA", LORA)):
+        if records.keys() & studies:
+            lines += ["", f"## By the number of pairs, {title}", "", *by_pairs(records, studies)]
     lines += ["", "## What each part is worth", "", WORTH, "", *parts(records)]
     return [*lines, "", "## Beside the literature", "", *beside_the_literature(records)]
 
