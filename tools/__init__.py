@@ -1,1 +1,2 @@
-"""Commands that no training needs, one a file: `python -m tools.NAME`. Nobody imports them."""
+"""Commands that no training needs, `python -m tools.NAME`, and what they are made of. No stage
+imports them."""
