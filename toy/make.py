@@ -60,12 +60,12 @@ def toy_text() -> list:
 
 
 def build_tokenizer():
-    """640 tokens of byte-level BPE: bytes cover all that the toy world never says."""
+    """478 tokens of byte-level BPE: bytes cover all that the toy world never says."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=640,
+        vocab_size=640,  # at most: the toy world has fewer words
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
