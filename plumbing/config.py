@@ -272,7 +272,9 @@ class TrainingFlags(Flags):
     batch: int = flag(64, "examples a step, over all ranks", least=1, most=1_000_000)
     lr: float = flag(3e-3, "peak learning rate of AdamW", above=0)
     muon_lr: float | None = flag(
-        None, "peak rate of Muon on matrices, 0: none; default: 0.02, LoRA's / its scale", least=0
+        None,
+        "peak rate of Muon on matrices; 0: none; default: 0.02, with LoRA 0.02 / LoRA's scale",
+        least=0,
     )
     schedule: str = flag("cosine", "fall of the rate after the warm-up", ["cosine", "linear"])
     warmup: float = flag(

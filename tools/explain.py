@@ -52,7 +52,9 @@ class Config(ModelFlags):
     data: str = flag("shapes", "shapes (the toy world), a .jsonl, a folder or hub id like MMEB")
     image_root: str = flag("", "where the pictures are; empty: beside the data")
     seed: int = flag(0, "of the data", least=0, most=2_147_483_647)
-    chunk_tokens: int = flag(150, "contrastive: padded tokens of a chunk; few: several", least=1)
+    chunk_tokens: int = flag(
+        150, "contrastive: padded tokens of a chunk; fewer: more chunks", least=1
+    )
     compress: bool = flag(True, "pretrain: the compression mask; off: plain causal attention")
     caption: bool = flag(False, "pretrain: a full description in place of the dialogue (toy world)")
     temperature: float = flag(0.03, "contrastive: tau; cosines are divided by it", above=0)

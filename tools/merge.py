@@ -30,7 +30,7 @@ class Config(CommandLine):
 
     source: str = word("a folder that a stage wrote", "IN")
     target: str = word("the new folder", "OUT")
-    export: str | None = flag(None, "and this library too", ["sentence-transformers"])
+    export: str | None = flag(None, "OUT is for this library, too", ["sentence-transformers"])
 
 
 def main(argv):
