@@ -69,9 +69,10 @@ class DoesNotFit(OfAllRanks):
     """Some rank ran out of memory, and all ranks know."""
 
     def __init__(self, where=""):
-        way = "try half of it" if where else "try a smaller --chunk-tokens"
+        # Where it has been halved until it cuts nothing any more, half of it would not help.
+        way = "a smaller --graph-memory" if where else "a smaller --chunk-tokens"
         another = "or another run with less --max-pixels"  # --resume would refuse it
-        super().__init__(f"out of memory{where}: {way}, --checkpointing, {another}")
+        super().__init__(f"out of memory{where}: try {way}, --checkpointing, {another}")
 
 
 class Leaving(Exception):
@@ -150,7 +151,7 @@ def until_it_fits(attempt, chunk_tokens, longest, start_over) -> int:
     while not fits_into_memory(attempt, chunk_tokens):
         # Then each rank's largest chunk is its longest row, and nothing cuts that.
         if chunk_tokens < min(gather_objects(longest)):
-            raise DoesNotFit(f" at --chunk-tokens {chunk_tokens}")
+            raise DoesNotFit(f" at --chunk-tokens {chunk_tokens}, the longest row alone")
         start_over()  # gradients of a half-done pass 2 must not count twice
         say(f"out of memory: --chunk-tokens {chunk_tokens} is halved from here on")
         chunk_tokens //= 2

@@ -538,7 +538,7 @@ FIVE = [
     ("plumbing/memory.py", "            raise Leaving\n        yield chunk",
      "            return\n        yield chunk", "tests/test_memory.py"),
     ("plumbing/memory.py", "    except Leaving:\n        word = LEFT\n", "", "tests/test_memory.py"),
-    ("plumbing/memory.py", '"try half of it" if where else', '"try half of it" if not where else',
+    ("plumbing/memory.py", '"a smaller --graph-memory" if where', '"a smaller --graph-memory" if not where',
      "tests/test_memory.py"),
     ("plumbing/memory.py", "        return False\n    return True", "        return True\n    return True",
      "tests/test_memory.py"),

@@ -96,7 +96,8 @@ def test_a_budget_that_does_not_fit_is_halved_until_it_does(capsys):
     said = capsys.readouterr().out
     for budget in (1600, 800):
         expect(f"--chunk-tokens {budget} is halved" in said, said, budget, "until_it_fits")
-    with pytest.raises(OfAllRanks, match="out of memory at --chunk-tokens 50: try half of it"):
+    way_out = "at --chunk-tokens 50, the longest row alone: try a smaller --graph-memory"
+    with pytest.raises(OfAllRanks, match=f"out of memory {way_out}"):
         until_it_fits(no_memory, 400, 60, starts.clear)
 
 
@@ -432,7 +433,7 @@ def test_all_ranks_give_up_together_where_each_row_stands_alone(others):
     equal(until_it_fits(attempt, 80, 500, lambda: starts.append(1)), 40, "two short rows")
     equal(starts, [1], "from the beginning")
     others((FITS,), (80,))
-    with pytest.raises(OfAllRanks, match="--chunk-tokens 70: try half of it"):
+    with pytest.raises(OfAllRanks, match="--chunk-tokens 70, the longest row alone: try"):
         until_it_fits(attempt, 70, 500, starts.clear)
 
 
