@@ -275,7 +275,7 @@ class Images:
                 open_zip(archive)
 
     def find(self, path: str, subset=""):
-        """-> a path or a ZipImage. What is nowhere is reported when it is opened."""
+        """-> a path or a ZipImage. What is nowhere is noted in `lost`."""
         cut = path.rfind("/") + 1
         name = path[cut:]
         for folder in self.folders(path[:cut]):
