@@ -231,6 +231,8 @@ TOOLS = [
     ("tools/study_tables.py", "scores_of(arms[its]) - scores_of(arms[other])", "scores_of(arms[other]) - scores_of(arms[its])", f"{TABLES} -k mean_of_its_contrasts"),
     ("tools/study_tables.py", "np.mean(differences, axis=0)", "np.sum(differences, axis=0)", f"{TABLES} -k mean_of_its_contrasts"),
     ("tools/study_tables.py", "if has(records, study, sum(contrasts, ())):", "if study in records:", f"{TABLES} -k has_not_been_run"),
+    ("tools/study_tables.py", "worth(records[study], contrasts) - worth(records[study], others)", "worth(records[study], contrasts)", f"{TABLES} -k a_change_is"),
+    ("tools/study_tables.py", "sum(contrasts + others, ())", "sum(contrasts, ())", f"{TABLES} -k a_change_is"),
     ("tools/study_tables.py", '"same direction" if same else "opposite"', '"opposite" if same else "same direction"', f"{TABLES} -k literature"),
     ("tools/study_tables.py", "        if records.keys() & studies:\n", "        if studies:\n", f"{TABLES} -k side_by_side"),
     ("tools/study_tables.py", "difference(gains(runs, base)) for runs in others", "difference(gains(base, runs)) for runs in others", f"{TABLES} -k side_by_side"),

@@ -140,6 +140,23 @@ def test_arms_stand_side_by_side_for_every_number_of_pairs():
     expect("By the number of pairs, LoRA" not in page, "a section of nothing", page, "page")
 
 
+def test_a_change_is_by_how_much_a_part_is_worth_more():
+    """CoMa's gain at K = 16, less that at K = 1, by seed: one seed's luck is in both."""
+    arms = {
+        "CoMa, K=16": [run(0.5, 0.2), run(0.9, 0.2)],
+        "contrastive only, K=16": [run(0.6, 0.1), run(1.0, 0.2)],
+        "CoMa, K=1": [run(0.3, 0.2), run(0.6, 0.2)],
+        "contrastive only, K=1": [run(0.6, 0.2), run(1.0, 0.2)],
+    }
+    *_, row = study_tables.parts({"K-control": arms})
+    name = "| CoMa, over contrastive only, K = 16 over K = 1 | unlimited | 2 |"
+    # -10 and -10, less -30 and -40; VQA +10 and 0, less nothing.
+    expect(row.startswith(f"{name} +25.0 ± 5.0 | +25.0 ± 5.0 | +5.0 ± 5.0 |"), row, "", "a change")
+    del arms["CoMa, K=1"]
+    rows = study_tables.parts({"K-control": arms})
+    expect("over K" not in " ".join(rows), rows, "", "one of its arms has not been run")
+
+
 def test_what_has_not_been_run_has_no_row():
     """A study without some of the arms; a study of its own."""
     records = {"arms": {"coma": runs(0.5, 0.6), "none": runs(0.5, 0.5)}, "rate": {}}

@@ -78,6 +78,15 @@ PARTS = {
     "64 image tokens: the mask, mean of both": (LARGE, MASK),
     "64 image tokens: dialogues beyond the paper, mean of both": (LARGE, DIALOGUES),
 }
+# By how much a part is worth more in one setting than in another. Two intervals side by side do not
+# say it: what the settings share of a seed's luck is in both.
+CHANGES = {  # name: (a part, the one that it is held against)
+    f"CoMa, over contrastive only, K = 16 over K = {k}": (
+        "CoMa, over contrastive only, K = 16",
+        f"CoMa, over contrastive only, K = {k}",
+    )
+    for k in (1, 4)
+}
 
 # (study, arm, the arm that it is held against, and the scores of both in the literature)
 PUBLISHED = (
@@ -184,7 +193,7 @@ def worth(arms, contrasts) -> np.ndarray:
 
 
 def parts(records) -> list:
-    """What each part of an arm is worth, for every number of pairs that has been run."""
+    """What each part of an arm is worth, for every number of pairs that was run; then CHANGES."""
     metas = ("Classification", "VQA", "Retrieval", "Grounding")
     lines = head("what", "pairs", "seeds", "overall", *metas)
     for part, (studies, contrasts) in PARTS.items():
@@ -192,6 +201,12 @@ def parts(records) -> list:
             if has(records, study, sum(contrasts, ())):
                 its = worth(records[study], contrasts)  # (seeds, 5)
                 lines.append(row(part, pairs, str(len(its)), *map(difference, its.T)))
+    for change, (part, other) in CHANGES.items():
+        (studies, contrasts), (_, others) = PARTS[part], PARTS[other]  # of the same studies
+        for study, pairs in studies.items():
+            if has(records, study, sum(contrasts + others, ())):
+                its = worth(records[study], contrasts) - worth(records[study], others)
+                lines.append(row(change, pairs, str(len(its)), *map(difference, its.T)))
     return lines
 
 
