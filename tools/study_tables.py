@@ -75,6 +75,7 @@ PARTS = {
     "LoRA: the mask, mean of both": (LORA, MASK),
     "LoRA: dialogues beyond the paper, mean of both": (LORA, DIALOGUES),
     "64 image tokens: CoMa, over contrastive only": (LARGE, (("coma", "none"),)),
+    "64 image tokens: the mask, dialogues of pictures": (LARGE, MASK[:1]),
     "64 image tokens: the mask, mean of both": (LARGE, MASK),
     "64 image tokens: dialogues beyond the paper, mean of both": (LARGE, DIALOGUES),
 }
