@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -146,6 +147,11 @@ def digest_of_settings(folder, adapter) -> str:
 
 
 # ------------------------------------------------------------------------------- what it may hold
+
+
+# Trap: transformers leaves out a model's start values, and peft's warnings are listened to, by a
+# change of the whole process: of two threads one would leave it as the other had made it.
+building = threading.Lock()
 
 
 @contextmanager

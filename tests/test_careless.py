@@ -549,6 +549,31 @@ def test_threads_that_encode_do_not_wake_each_other_s_dropout(embedder):
     equal([part.training for part in embedder.modules()], modes, "and it comes back")
 
 
+def test_models_may_be_loaded_in_several_threads(tmp_path):
+    """Each said that the other one's folder was damaged; and torch.nn.init did nothing from then
+    on, in the whole process. (In a process of its own, which may be left so.)"""
+    said = tmp_path / "said"
+
+    def load_again(want, seen):
+        try:
+            seen.append(float(abs(model.load("toy").encode(["a red circle"]) - want).max()))
+        except InputError as e:
+            seen.append(e)
+
+    def main():
+        want, seen = model.load("toy").encode(["a red circle"]), []
+        fill = torch.nn.init.normal_
+        threads = [threading.Thread(target=load_again, args=(want, seen)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(seen, torch.nn.init.normal_ is fill)
+
+    equal(Fork(main, said).wait(), 0, said.read_text())
+    equal(said.read_text(), "[0.0, 0.0, 0.0, 0.0] True\n", "the same vectors, and torch as it was")
+
+
 @pytest.mark.parametrize("path", [None, 5, "", " ", b"x"])
 def test_a_model_is_saved_into_a_folder_that_has_a_name(embedder, path):
     refused(lambda: model.save(embedder, path), "is saved into a folder", "names none")
