@@ -30,6 +30,7 @@ MOVED = {
     "--figures": "python -m tools.figures",
 }
 DATA = ("data", "subsets", "skip_bad", "images")  # flags that name what is read
+TEXTS = ("text", "image_text")  # flags that are words for a model; other text names a place
 KINDS = {  # of a field -> what its value must be, and how that is called
     bool: (bool, "True or False"),
     int: (numbers.Integral, "a whole number"),
@@ -95,6 +96,10 @@ def refuse_value(field, value):
     if kind is str:
         if "\0" in value or not is_unicode(value):
             raise InputError(f"{name} {brief(ascii(value))} is no text (UTF-8): rename or copy it")
+        # Trap: of --out=~/x the shell leaves ~ as it is, and a folder of that name would be made.
+        if value.partition("/")[0] == "~" and field.name not in TEXTS:
+            text = "~ is no home folder here: leave a blank in the place of =, or write the whole"
+            raise InputError(f"{name} {brief(value)}: {text} path")
     elif kind is not bool and not in_range(field, value):
         default = "" if field.default is None else f"; the default is {field.default}"
         is_too_large = value > MOST and not field.metadata["most"]

@@ -106,6 +106,19 @@ def refused(make, *parts):
 # ------------------------------------------------------------------------------- the values of one
 
 
+def test_a_home_folder_that_no_shell_has_put_in_its_place_is_no_folder_of_that_name():
+    """Of `--out=~/x` bash and dash leave it as it is: a run went into a folder called "~", which
+    nobody looks into, and which nobody dares to remove."""
+    for value in ("~", "~/x"):
+        with pytest.raises(InputError, match=f"--out {value}: ~ is no home folder here"):
+            pretrain.Config(out=value)
+        with pytest.raises(InputError, match="write the whole path"):
+            evaluate.Config.parse([f"--json={value}"])
+    pretrain.Config(out="x~")
+    pretrain.Config(out="out/~")
+    search.Config(images="DIR", text="~/x, what is in it?")  # words, and no place
+
+
 @pytest.mark.parametrize("flag", list(all_flags(int, float)), ids=named)
 def test_every_number_has_a_range_and_keeps_to_it(flag):
     """The numbers at its ends are taken; those beyond them, no number at all, NaN and infinity are
