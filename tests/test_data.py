@@ -279,7 +279,8 @@ def test_the_parts_of_a_set_are_counted_however_their_names_go_on(tmp_path, name
 
 
 @pytest.mark.parametrize(
-    "names", [("0-of-3", "1-of-3"), ("0-of-1", "0-of-2", "1-of-2"), ("1-of-1",)]
+    "names",
+    [("0-of-3", "1-of-3"), ("0-of-1", "0-of-2", "1-of-2"), ("1-of-1",), ("0-of-9999999999999",)],
 )
 def test_a_set_of_which_a_part_is_missing_is_refused(tmp_path, names):
     """Or of which an older version is left: what it says would be said of a part."""
@@ -290,6 +291,15 @@ def test_a_set_of_which_a_part_is_missing_is_refused(tmp_path, names):
         data.read_pairs(str(tmp_path))
     write_pairs(tmp_path / "t" / "original-mine.parquet")
     data.read_pairs(str(tmp_path), subsets="t")
+
+
+@pytest.mark.parametrize("other", ["old", "00000"])
+def test_a_file_of_another_name_beside_a_sets_numbered_ones_is_refused(tmp_path, other):
+    """A version that was set aside, `test-old.parquet`: each row of the set was read twice."""
+    for name in (other, "00000-of-00001"):
+        write_pairs(tmp_path / "s" / f"original-{name}.parquet")
+    with pytest.raises(InputError, match=f"/s: holds .*original-{other}.parquet.*, no whole set"):
+        data.read_pairs(str(tmp_path))
 
 
 def test_a_set_that_cannot_be_looked_into_is_refused(tmp_path, monkeypatch):
