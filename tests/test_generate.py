@@ -360,6 +360,15 @@ def test_a_line_of_blanks_is_no_question(tmp_path):
         generator.read_questions(tmp_path / "q.txt")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_question_may_hold_what_ends_a_line_elsewhere(tmp_path, end):
+    """A soft break, as Word and PowerPoint write it, made two questions of one: each half was asked
+    of its own."""
+    lines = ["what\vis it?", "where\u2028is it?", "", "is\x85it\fred?"]
+    (tmp_path / "q.txt").write_bytes(end.join(lines).encode())
+    equal(generator.read_questions(tmp_path / "q.txt"), [x for x in lines if x], "three")
+
+
 @pytest.mark.parametrize(("most", "size"), [(0, (60, 40)), (2400, (60, 40)), (600, (30, 20))])
 def test_a_small_picture_is_sent_to_the_server_as_it_is(most, size):
     """--max-pixels makes large ones smaller, and none larger."""

@@ -360,7 +360,8 @@ def read_questions(path) -> list:
         reason = f"{brief(e)}; a text file (UTF-8) is wanted"
         raise InputError(f"--questions {brief(path)}: {reason}") from None
     questions = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Trap: to str.splitlines a line ends at ten characters, as at the one of a soft break in Word.
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if mark := mark_in(line):
             reason = f"has {mark}, which is no text of a question; take it out"
             raise InputError(f"--questions {brief(path)}, line {number}: {reason}")
