@@ -6,6 +6,7 @@ import ctypes
 import io
 import logging
 import os
+import unicodedata
 import warnings
 from array import array
 from bisect import bisect_left
@@ -293,7 +294,7 @@ class Images:
             if self.is_there(full := os.path.join(top, inner), path):
                 return full
         shown = self.root / path if path == path.strip() else repr(path)  # blanks are seen
-        self.lost.append(brief(shown))  # for messages
+        self.lost.append(brief(shown) + self.other_spelling(inner))  # for messages
         return str(self.root / path)
 
     def below_root(self, path) -> str:
@@ -341,6 +342,15 @@ class Images:
             return False
         self.refuse_outside(full, path)
         return os.path.isfile(full)
+
+    def other_spelling(self, inner) -> str:
+        """A remark where a file is there by a name that looks the same: an accent is a character of
+        its own, as Macs write it, or one with its letter."""
+        for form in () if inner.isascii() else ("NFC", "NFD"):
+            name = unicodedata.normalize(form, inner)
+            if any(os.path.lexists(os.path.join(top, name)) for top in self.tops):
+                return f" (a file of this name in Unicode {form} is there: rename it)"
+        return ""
 
     def is_inside(self, real) -> bool:
         """Does a path without links lie in one of the places?"""

@@ -159,8 +159,8 @@ FILES = [
         "tests/test_pictures.py",
     ),
     (
-        "plumbing/images.py", "self.lost.append(brief(shown))",
-        "self.lost.append(shown)",
+        "plumbing/images.py", "self.lost.append(brief(shown) + self",
+        "self.lost.append(str(shown) + self",
         "tests/test_pictures.py tests/test_lists.py",
     ),
     (

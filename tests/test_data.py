@@ -3,6 +3,7 @@ right, bad input gets a clear error that names its place (test_golden.py: the sa
 
 import json
 import os
+import unicodedata
 import zipfile
 
 import numpy as np
@@ -137,6 +138,20 @@ def test_missing_pictures_are_named_before_training(tmp_path):
     with pytest.raises(InputError, match=r"a.png: no such picture \(and 1 more are missing"):
         checked_digest(pairs.values())
     assert pairs["pairs"][0].query.text == IMAGE * 2, "pictures without a text are they alone"
+
+
+@pytest.mark.parametrize(("there", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_missing_picture_whose_name_only_looks_the_same_is_said_to_be(tmp_path, there, asked):
+    """From a Mac: `ls` shows the very name that the message calls missing."""
+    file = tmp_path / unicodedata.normalize(there, "dögs/é.png")
+    file.parent.mkdir()
+    file.touch()
+    images = Images(tmp_path)
+    images.find(unicodedata.normalize(asked, "dögs/é.png"))
+    images.find(unicodedata.normalize(asked, "dögs/ü.png"))
+    first, second = images.lost
+    assert first.endswith(f" (a file of this name in Unicode {there} is there: rename it)"), first
+    assert second.endswith(".png"), "it is nowhere"
 
 
 def test_the_ablations_of_stage_1_change_what_is_asked(tmp_path):
