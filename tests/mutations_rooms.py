@@ -86,6 +86,7 @@ ROOMS = [
     ("plumbing/mmeb.py", "entry.is_symlink() and not os.path.exists(entry.path)", "False", "tests/test_data.py -k looked_into"),
     ("plumbing/mmeb.py", "not os.access(entry.path, os.R_OK | os.X_OK)", "False", "tests/test_data.py -k looked_into"),
     ("plumbing/mmeb.py", "if parts != [(i, len(files)) for i in range(len(files))]:", "if None in parts:", "tests/test_data.py -k part_is_missing"),
+    ("plumbing/config.py", 'value.partition("/")[0] == "~"', 'value == "~"', "tests/test_flags.py -k home_folder"),
     ("plumbing/optim.py", 'if muon and not adam and "lr" in given(cfg):', "if False:", "tests/test_flags.py -k only_the_model"),
     ("plumbing/optim.py", "p.grad = p.grad if is_touched else None", "pass", "tests/test_step.py -k went_through"),
     ("plumbing/optim.py", "if p in known and not", "if not", "tests/test_step.py -k went_through"),

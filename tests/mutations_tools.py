@@ -94,6 +94,7 @@ TOOLS = [
     # ------------------------------------------------------------------------------ tools/generate.py
     ("tools/generate.py", 'random.Random(f"{cfg.seed}/{name}")', "random.Random(name)", f"{GENERATE} -k draws_its"),
     ("tools/generate.py", 'random.Random(f"{cfg.seed}/{name}")', "random.Random(cfg.seed)", f"{GENERATE} -k draws_its"),
+    ("tools/generate.py", "io.StringIO(text, newline=None)", "text.splitlines()", f"{GENERATE} -k what_ends_a_line"),
     ("tools/generate.py", "rng.randint(3, 5)))", "5))", f"{GENERATE} -k draws_its"),
     ("tools/generate.py", "list(dict.fromkeys(numbered))[:5]", "list(dict.fromkeys(numbered))", f"{GENERATE} -k long_list"),
     ("tools/generate.py", "list(dict.fromkeys(numbered))[:5]", "numbered[:5]", f"{GENERATE} -k long_list"),
