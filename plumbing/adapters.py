@@ -11,7 +11,6 @@ from plumbing.errors import InputError, brief, needs
 from plumbing.families import LANGUAGE_ATTENTION, RENAMED
 from plumbing.folders import (
     TOYS,
-    building,
     digest_of_weights,
     local_folder,
     longest_side,
@@ -142,7 +141,7 @@ def load_adapter(mllm, path):
     lacks, or calls by another name, peft leaves at random with a mere warning."""
     with needs("peft", "a LoRA checkpoint"):
         import peft
-    with building, reading(path, "adapter_*"):
+    with reading(path, "adapter_*"):
         refuse_absurd_adapter(path)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

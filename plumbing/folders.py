@@ -151,16 +151,17 @@ def digest_of_settings(folder, adapter) -> str:
 
 # Trap: transformers leaves out a model's start values, and peft's warnings are listened to, by a
 # change of the whole process: of two threads one would leave it as the other had made it.
-building = threading.Lock()
+one_at_a_time = threading.RLock()
 
 
 @contextmanager
 def reading(folder, *files):
     """Around calls of the libraries that read a folder from elsewhere: whatever they raise is the
     folder's fault, and becomes an InputError with its name and those of the files that they read.
-    files: their names, or patterns."""
+    files: their names, or patterns. Threads wait for each other."""
     try:
-        yield
+        with one_at_a_time:
+            yield
     except (InputError, torch.OutOfMemoryError):
         raise
     except ImportError as e:  # it is of no folder's making

@@ -23,7 +23,7 @@ from plumbing.adapters import Origin, find_base, origin_of, refuse_in_place_of_b
 from plumbing.combinations import option
 from plumbing.errors import InputError, brief
 from plumbing.families import load_processor, refuse_cross_attention
-from plumbing.folders import CARD, WEIGHTS, building, read_json, reading, written_beside
+from plumbing.folders import CARD, WEIGHTS, read_json, reading, written_beside
 from plumbing.formats import IMAGE, Content
 from plumbing.inputs import evaluating, whole_number
 from plumbing.log import versions
@@ -174,7 +174,7 @@ def load_mllm(path, name, options) -> tuple:
         say(f"--model {path}: {text}. The model that is taken may be that of the run before")
     folders.refuse_absurd_config(base)
     folders.refuse_absurd_processor(processor_folder)
-    with building, reading(base, "config.json"):
+    with reading(base, "config.json"):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         refuse_other_kinds(base, config)
         refuse_larger_than_its_files(base, config)
@@ -186,7 +186,7 @@ def load_mllm(path, name, options) -> tuple:
         if template := read_json(path, "nanocoma.json").get("chat_template"):
             # The folder's other one is for sentence-transformers.
             processor.chat_template = processor.tokenizer.chat_template = template
-    with building, reading(base, "config.json", "generation_config.json", WEIGHTS):
+    with reading(base, "config.json", "generation_config.json", WEIGHTS):
         if origin.name == "toy-random":
             mllm = draw_weights(config, options.attn)
         else:

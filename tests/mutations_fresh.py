@@ -200,6 +200,7 @@ FRESH = [
     # --------------------------------------------------------------- what a user has in his hands
     ("plumbing/inputs.py", "    read_once(picture for item in contents for picture in item.images)\n", "",
      "tests/test_inputs.py -k read_before"),
+    ("plumbing/folders.py", "        with one_at_a_time:\n            yield", "        yield", "tests/test_careless.py -k in_several_threads"),
     ("plumbing/inputs.py", "with one_at_a_time, suppress(Exception):", "with one_at_a_time:", "tests/test_inputs.py -k read_before"),
     ("plumbing/inputs.py", 'if hasattr(items, "columns"):', "if False:", "tests/test_inputs.py -k table"),
     ("plumbing/inputs.py", "Content(with_marks(str(x)))", "Content(str(x))", "tests/test_inputs.py -k with_marks"),
