@@ -1,5 +1,7 @@
 """Large calls give what transformers' many small ones give: in vision towers, norms, MLPs."""
 
+import weakref
+
 import families
 import pytest
 import torch
@@ -65,6 +67,17 @@ def test_pieces_of_one_length_go_together():
     equal(pieces_of(begins) is pieces_of(begins), True, "once for all layers")
 
 
+def test_the_places_of_a_batch_that_is_over_are_forgotten():
+    """A run has as many batches as steps; on a GPU each one's places would stay there."""
+    begins = torch.tensor([0, 2, 5])
+    pieces_of(begins)
+    is_there = weakref.ref(begins)
+    del begins
+    for end in (3, 4, 5, 6):
+        pieces_of(torch.tensor([0, 2, end]))
+    equal(is_there(), None, "kernels.pieces_of remembers two of them")
+
+
 def test_a_piece_sees_itself_alone():
     """By hand, a piece at a time, with a scale of its own."""
     torch.manual_seed(0)
@@ -128,6 +141,14 @@ def test_zeros_beside_a_layer_add_nothing(widths, bias):
         close(got, want, f"widths {widths}", 1e-10)
 
 
+@pytest.mark.parametrize("widths", [(5, 16), (16, 5), (3, 9)])
+def test_what_a_gpu_multiplies_has_widths_of_whole_eights(widths, monkeypatch):
+    shapes, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: shapes.append(args[1].shape) or linear(*args))
+    EvenLinear(*widths)(torch.randn(2, widths[0]))
+    equal(shapes, [tuple(-(-width // 8) * 8 for width in reversed(widths))], "the weight's")
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_norm_in_one_kernel_is_the_norm(family, tmp_path):
     """Each of a family's, with random weights; its gradient; bfloat16 stays bfloat16. Gemma's are
@@ -149,6 +170,21 @@ def test_a_norm_in_one_kernel_is_the_norm(family, tmp_path):
             half = norm.ours(h.detach().bfloat16())
         equal(half.dtype, torch.bfloat16, "the stream's type")
         close(half.float(), want, "in bfloat16", 0.02)
+
+
+def test_a_norm_is_one_kernel_in_the_type_of_the_stream(tmp_path, monkeypatch):
+    """A weight of another type, or autocast, would make several of it, in float32."""
+    mllm = AutoModelForImageTextToText.from_pretrained(families.build("qwen2_vl", tmp_path / "m"))
+    norm, seen, rms_norm = in_large_calls(mllm).get_decoder().norm, [], F.rms_norm
+
+    def watched(h, shape, weight, epsilon):
+        seen.append((h.dtype, weight.dtype, torch.is_autocast_enabled("cpu")))
+        return rms_norm(h, shape, weight, epsilon)
+
+    monkeypatch.setattr(F, "rms_norm", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        norm.ours(torch.randn(2, len(norm.weight), dtype=torch.bfloat16))
+    equal(seen, [(torch.bfloat16, torch.bfloat16, False)], "stream, weight, autocast")
 
 
 def test_a_cpu_takes_the_librarys_norm(tmp_path, monkeypatch):
