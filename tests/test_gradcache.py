@@ -6,7 +6,7 @@ import functools
 import gc
 import json
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -25,6 +25,7 @@ from data import Item, Pair
 from plumbing.errors import InputError
 from plumbing.families import vision_tower
 from plumbing.memory import Budget, token_chunks, until_it_fits
+from plumbing.replay import replay, rng_state
 
 
 @pytest.fixture(scope="module")
@@ -512,6 +513,19 @@ def test_the_dropout_check_fails_without_replay(dropping, monkeypatch, trained):
     gap = distance(got.grad, want.grad)
     expect(gap > 0.01, f"gap {gap:.1e}", "> 0.01", "does the model drop anything?")
     check_dropout(embedder, want, after, budget)
+
+
+def test_the_random_numbers_of_the_ranks_own_gpu_are_drawn_again(monkeypatch):
+    """Dropout on a GPU takes them from its generator; the other ranks' GPUs are left alone."""
+    forked, set_to = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "of the GPU")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_to.append)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda gpus: forked.append(gpus) or nullcontext())
+    with replay(rng_state()):
+        equal(forked, [[3]], "put back behind it")
+        equal(set_to, ["of the GPU"], "set to what it was in pass 1")
 
 
 # ------------------------------------------------------------------- dropout inside a frozen tower

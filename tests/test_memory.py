@@ -267,6 +267,26 @@ def test_what_is_remembered_is_a_copy_and_not_the_same_container():
     equal(moved["a"].device.type, "meta", "to_device")
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_goes_to_a_gpu_is_pinned_where_it_is_on_the_host(is_there):
+    """What a GPU holds cannot be pinned: a frozen tower's output that waits there."""
+    went = []
+
+    class Moving(torch.Tensor):
+        is_cuda = is_there
+
+        def pin_memory(self):
+            went.append("pinned")
+            return self
+
+        def to(self, device, non_blocking=False):
+            went.append((device.type, non_blocking))
+            return self
+
+    memory.to_device({"a": torch.ones(2).as_subclass(Moving)}, torch.device("cuda"))
+    equal(went, ["pinned"] * (not is_there) + [("cuda", True)], "and the host goes on")
+
+
 # ----------------------------------------------------------------------------- what a step may take
 
 
