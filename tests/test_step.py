@@ -209,6 +209,8 @@ def test_an_orthogonal_update_has_singular_values_around_one(size):
     equal(update.dtype, torch.float32, "on a CPU")
     elsewhere = optim.orthogonal(torch.empty(size, device="meta"), coefficients)
     equal(elsewhere.dtype, torch.bfloat16, "elsewhere")
+    zero = optim.orthogonal(torch.zeros(size), coefficients)  # a first step without pictures
+    equal(zero, torch.zeros(size), "a gradient of zeros moves nothing, and is no NaN")
 
 
 @pytest.mark.parametrize(("clip", "factor"), [(1.0, 0.2), (10.0, 1.0), (0.0, 1.0)])
