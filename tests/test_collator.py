@@ -56,6 +56,22 @@ def test_of_a_row_that_is_too_long_the_first_turn_is_left(shared):
         equal(text_of(shared, row, ANSWER), answers, "the first turns, in their order")
 
 
+def test_a_first_question_and_its_answer_are_never_cut(shared):
+    """However long they are beside the content; where it has no words, nothing is left to cut."""
+    turn = ("what is to be seen in it?", "a brown dog in a park")
+    collate = copy.copy(shared.collate)
+    for item in (Item("a cat"), Item(f"{IMAGE} a cat", (Image.new("RGB", (64, 64)),))):
+        collate.max_length = shared.collate.row(item, [turn]).length - 1
+        row = collate.row(item, [turn])
+        equal(row.cut, 1, "of the content")
+        expect(turn[0] in text_of(shared, row, QUESTION), item, turn[0], "template.shorten")
+        equal(text_of(shared, row, ANSWER), f"{turn[1]}<|im_end|>", "template.shorten")
+    picture = Item(IMAGE, item.images)
+    collate.max_length = shared.collate.row(picture, [turn]).length - 1
+    with pytest.raises(InputError, match="no text is left to cut"):
+        collate.row(picture, [turn])
+
+
 def test_each_role_is_the_text_that_it_names(shared):
     """Of a dialogue of two turns with a picture, spelled out."""
     item = Item(f"see {IMAGE}", (Image.new("RGB", (64, 64)),))
@@ -71,6 +87,14 @@ def test_each_role_is_the_text_that_it_names(shared):
     ):  # fmt: skip
         equal(text_of(shared, row, role), want, f"role {role}")
     equal(row.tokens["roles"].tolist()[0], HEAD, "it begins with the head")
+
+
+def test_each_picture_of_a_text_has_the_tokens_of_its_own_size(shared):
+    pictures = [Image.new("RGB", size) for size in ((64, 64), (128, 64))]
+    for order, want in ((pictures, [16, 10]), (pictures[::-1], [10, 16])):
+        row = shared.collate.row(Item(f"{IMAGE} and {IMAGE}", tuple(order)))
+        texts = text_of(shared, row, CONTENT).split(" and ")
+        equal([text.count("<|image_pad|>") for text in texts], want, "each its own columns")
 
 
 def test_a_users_words_are_known_as_such(shared, monkeypatch):
@@ -172,6 +196,10 @@ def test_the_sentence_of_a_style_stands_behind_what_is_embedded():
         sentence = content.removeprefix(begins).removesuffix("<|im_end|><|assistant|>")
         want = "\nSummarize above image and text in a few words."
         equal(sentence, want, "the official code's")
+    template = embedder.collate.template
+    embedder.collate.template = dataclasses.replace(template, after_text=" ASSISTANT:")
+    content = text_of(embedder, embedder.collate.row(Item("a dog")), CONTENT)
+    expect(f"{want} ASSISTANT:" in content, content, want, "before what closes the user's turn")
 
 
 def test_rows_hold_integers_and_pictures_stand_end_to_end(shared):
