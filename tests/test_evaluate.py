@@ -195,6 +195,21 @@ def test_a_set_encodes_each_item_once_and_scores_its_own_candidates(shared, monk
         expect(warning in got.get("warning", ""), got, warning, "the reader must see it")
 
 
+def test_a_query_is_scored_by_its_own_embedding(monkeypatch):
+    """Not by that of its right candidate, which would be a hit each time, or of another row."""
+    angle_of = {"cold": 0.0, "ice": 0.1, "warm": 0.3, "fire": 1.5}
+
+    def angles(embedder, items, cfg, progress):
+        angle = np.array([angle_of[item.text] for item in items])
+        return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+    monkeypatch.setattr(evaluate, "encode_over_ranks", angles)
+    ice, fire = Item("ice"), Item("fire")
+    queries = [(Item("cold"), [ice, fire]), (Item("warm"), [fire, ice])]
+    task = Task("words", "Classification", False, queries)
+    equal(evaluate.score(None, task, None)["p_at_1"], 0.5, "warm is nearer to ice than to fire")
+
+
 def test_the_chance_of_a_set_is_the_mean_of_its_queries_own(shared):
     """Two candidates and four: (1/2 + 1/4) / 2, not 1 / 3."""
     red, green, blue, grey = map(Item, ("red", "green", "blue", "grey"))

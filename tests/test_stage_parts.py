@@ -328,6 +328,14 @@ def test_a_model_with_a_code_is_an_embedder_without_the_mask_too(monkeypatch, tm
     equal(calls[-1], ("finish", {"is_embedder": True}), "checkpoint.finish")
 
 
+def test_what_a_step_of_stage_1_found_goes_into_the_log(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrain, "accumulate", lambda *_: (1.5, 0.25, 77))
+    monkeypatch.setattr(pretrain.optim, "end_step", lambda *_: 0.5)
+    _, _, lines, _ = trained(monkeypatch, pretrain, tmp_path / "out")
+    want = {"loss": 1.5, "exact": 0.25, "norm": 0.5}
+    equal({key: lines[0][key] for key in want}, want, "log.jsonl")
+
+
 def test_what_a_step_of_stage_2_found_goes_into_the_log_and_the_next_step(monkeypatch, tmp_path):
     """Chance is ln of the columns, hard negatives among them; what fitted into memory is the next
     step's budget, and --temperature the loss'."""
