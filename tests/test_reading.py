@@ -2,6 +2,7 @@
 the toy world and of files. (Lines and files that are wrong: test_lists.py, test_data.py.)"""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pyarrow
@@ -15,6 +16,7 @@ from data import Dialogue, Item, Pair, read_dialogues, read_pairs, read_tasks
 from plumbing import formats
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
+from plumbing.images import Images, ZipImage
 from plumbing.mmeb import what_else
 from toy.world import META_TASK
 
@@ -140,22 +142,54 @@ def test_of_mmebs_sets_the_chosen_ones_are_read_in_the_chosen_wording(mmeb):
     equal(texts, {"B": ["B diverse_instruction 0", "B diverse_instruction 1"]}, "chosen")
 
 
-def test_the_pictures_of_mmebs_folders_may_lie_elsewhere(tmp_path):
-    """--image-root, for training and for evaluation: the tables and the pictures are two downloads
-    of the hub."""
-    (tmp_path / "tables" / "A").mkdir(parents=True)
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / "a.png")
+def with_a_picture(tables) -> str:
+    """A folder with a set's tables, for training and for evaluation, that name a.png."""
+    Path(tables, "A").mkdir(parents=True)
     train = dict(qry="<|image_1|>", qry_image_path="a.png", pos_text="x", pos_image_path="")
     test = dict(qry_text="<|image_1|>", qry_img_path="a.png", tgt_text=["x"], tgt_img_path=[""])
     for name, row in (("original", train), ("test", test)):
         table = pyarrow.table({key: [x] for key, x in row.items()})
-        pq.write_table(table, tmp_path / "tables" / "A" / f"{name}-0.parquet")
-    tables, pictures = str(tmp_path / "tables"), str(tmp_path / "pictures")
+        pq.write_table(table, Path(tables, "A", f"{name}-0.parquet"))
+    return str(tables)
+
+
+def test_the_pictures_of_mmebs_folders_may_lie_elsewhere(tmp_path):
+    """--image-root, for training and for evaluation: the tables and the pictures are two downloads
+    of the hub."""
+    tables, pictures = with_a_picture(tmp_path / "tables"), str(tmp_path / "pictures")
+    Path(pictures).mkdir()
+    Image.new("RGB", (32, 32)).save(f"{pictures}/a.png")
     want = (f"{pictures}/a.png",)
     equal(read_pairs(tables, pictures)["A"][0].query.images, want, "training")
     (task,) = read_tasks(tables, pictures)
     equal(task.queries[0][0].images, want, "evaluation")
+
+
+def test_the_pictures_of_a_set_may_lie_in_a_zip_of_its_name(tmp_path):
+    """For training and for evaluation."""
+    tables = with_a_picture(tmp_path)
+    (tmp_path / "images_zip").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "images_zip" / "A.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    (tmp_path / "a.png").unlink()
+    want = (ZipImage(str(tmp_path / "images_zip" / "A.zip"), "a.png"),)
+    equal(read_pairs(tables)["A"][0].query.images, want, "mmeb.train_rows")
+    (task,) = read_tasks(tables)
+    equal(task.queries[0][0].images, want, "mmeb.eval_rows")
+
+
+def test_a_set_s_zip_is_indexed_before_workers_are_forked(mmeb, monkeypatch):
+    """Else each of them reads its table anew: of training, and of evaluation."""
+    row = dict(qry_text="q", qry_img_path="", tgt_text=["x", "y"], tgt_img_path=["", ""])
+    table = pyarrow.table({key: [x] for key, x in row.items()})
+    pq.write_table(table, Path(mmeb, "B", "test-0.parquet"))
+    prepared = []
+    monkeypatch.setattr(Images, "prepare", lambda images, subset: prepared.append(subset))
+    read_pairs(mmeb)
+    equal(prepared, ["A", "B"], "mmeb.train_rows")
+    read_tasks(mmeb)
+    equal(prepared, ["A", "B", "B"], "mmeb.eval_rows")
 
 
 @pytest.mark.parametrize("split", ["original", "diverse_instruction"])
