@@ -46,6 +46,8 @@ def config(**flags):
 def test_the_side_that_is_words_alone_is_told_by_the_other(query, target, want):
     """The target where both are words, nothing where both have pictures."""
     equal(condense.side_and_text(Pair(query, (target,))), want, "told")
+    others = Item("another"), SEEN
+    equal(condense.side_and_text(Pair(query, (target, *others))), want, "of several the first")
 
 
 def test_rows_end_in_the_text_in_the_first_steps_alone():

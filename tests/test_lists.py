@@ -82,6 +82,10 @@ DIALOGUES = {
     "MMEB's mark alone": (turn(0, value=" <|image_1|>"), r"conversations\[0\] has <image> alone"),
     "MMEB's mark later": (turn(2, value="<|image_1|> And?"), r"conversations\[2\] has <image>"),
     "no picture at all": ({"conversations": MORE}, 'has no "image".* nothing to compress'),
+    "a list of no pictures": (
+        {"image": [], "conversations": MORE},
+        'has no "image".* nothing to compress',
+    ),
     "an id of another type": ({**DIALOGUE, "id": ["1"]}, '"id" must be a string or a number'),
     "a number as picture": ({**DIALOGUE, "image": 0}, '"image" a path'),
     "a list": ([DIALOGUE], "needs an object .*in a file that is called .json"),
