@@ -248,7 +248,6 @@ def eval_sets(source, image_root, subsets, limit) -> dict:
 def look_at_sets(sets, images):
     """InputError where a row of the evaluation sets is bad, or a picture nowhere: known before
     hours of scoring. No picture is opened."""
-    images.lost.clear()
     for name, rows in sets.items():
         look_at_rows(rows, contents_of(images, name))
     lost = list(dict.fromkeys(images.lost))

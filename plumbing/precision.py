@@ -40,7 +40,7 @@ class Products(torch.autograd.Function):
     def backward(ctx, grad):
         q, t = ctx.saved_tensors
         with full_float32(q.device.type):
-            return grad @ t, grad.T @ q  # contiguous, for what sums it over ranks
+            return grad @ t, grad.T @ q
 
 
 def products(q, t):
