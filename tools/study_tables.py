@@ -76,8 +76,6 @@ PARTS = {
     "LoRA: dialogues beyond the paper, mean of both": (LORA, DIALOGUES),
     "64 image tokens: CoMa, over contrastive only": (LARGE, (("coma", "none"),)),
     "64 image tokens: the mask, dialogues of pictures": (LARGE, MASK[:1]),
-    "64 image tokens: the mask, mean of both": (LARGE, MASK),
-    "64 image tokens: dialogues beyond the paper, mean of both": (LARGE, DIALOGUES),
 }
 # By how much a part is worth more in one setting than in another. Two intervals side by side do not
 # say it: what the settings share of a seed's luck is in both.

@@ -76,7 +76,7 @@ RATES = {
 }
 LARGE = "--min-pixels 16384 --max-pixels 16384"  # 128 x 128, twice the toy's: 64 image tokens
 LARGE_TOY = f"{PLAIN} --compress-tokens 0 {LARGE} --steps 400"  # such arms start from this one
-MAIN = {arm: ARMS[arm] for arm in ("none", "plain", "coma", "both, no mask", "both")}
+MAIN = {arm: ARMS[arm] for arm in ("none", "plain", "coma")}
 
 
 def with_flags(arms, first="", second=""):
