@@ -8,6 +8,7 @@ import json
 import urllib.error
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from checks import equal, expect, toy
@@ -115,6 +116,32 @@ def test_a_model_is_asked_as_the_flags_say(monkeypatch, starts):
         expect(not asked["attention_mask"].all(), "no padding", "some", "too easy")
 
 
+def test_each_question_stands_behind_its_own_picture():
+    """Two of a batch: an answer about the other's picture would be learned."""
+    spy, pictures = Spy(), [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
+    replies = generator.replies_of(spy, spy, config(temperature=0.0))
+    replies(list(zip(pictures, CHATS, strict=True)))
+    read, _ = spy.calls
+    equal(read["images"], [[picture] for picture in pictures], "of each chat its own")
+    for text, chat in zip(read["text"], CHATS, strict=True):
+        before = text.partition(chat[0][1])[0]
+        expect("<|image_pad|>" in before, text, "the picture, then the question", "prompt")
+
+
+def test_each_of_a_models_ends_ends_a_reply():
+    """Qwen has two, beside its tokenizer's; what stands behind one is padding."""
+    tokenizer = toy().processor.tokenizer
+    added = tokenizer.added_tokens_decoder.items()
+    special = {i for i, token in added if token.special} - {tokenizer.eos_token_id}
+    first, second, other = sorted(special)[:3]
+    ends = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[first, second]))
+    read = generator.reply_reader(ends, tokenizer)
+    (dog,) = tokenizer("dog", add_special_tokens=False)["input_ids"][:1]
+    for tail in ([first], [second], [tokenizer.eos_token_id], [second, other, other]):
+        expect(isinstance(read([dog, *tail]), str), tail, "a whole reply", "reply_reader")
+    expect(isinstance(read([dog, other]), generator.CutOff), other, "cut off", "no end")
+
+
 def test_a_model_draws_by_the_seed(monkeypatch):
     """Set when it is there, whatever was drawn before."""
     spy = Spy()
@@ -164,10 +191,26 @@ def test_a_server_is_asked_as_the_flags_say(monkeypatch):
     ((request, timeout),) = seen
     equal((request.full_url, timeout), ("http://h/v1/chat/completions", 3.5), "--server")
     equal(request.get_header("Authorization"), "Bearer secret", "--api-key")
+    equal(request.get_header("Content-type"), "application/json", "or vLLM refuses it")
     body = json.loads(request.data)
     asked = {key: body[key] for key in ("model", "max_tokens", "temperature")}
     equal(asked, {"model": "m", "max_tokens": 7, "temperature": 0.3}, "in the body")
     equal([x["role"] for x in body["messages"]], ["user", "assistant", "user"], "all of the chat")
+    (picture, question), *others = (x["content"] for x in body["messages"])
+    equal((picture["type"], question["type"]), ("image_url", "text"), "the picture in front")
+    equal([question["text"], *others], ["a longer one?", "b", "c?"], "in its order")
+
+
+def test_an_answer_without_a_word_is_an_empty_one():
+    """`null`, as a server has it whose model said nothing: it costs a picture, and names why."""
+    answer = {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}
+    equal(generator.read_reply(json.dumps(answer)), "", "generate.read_reply")
+
+
+@pytest.mark.parametrize("server", ["http://h/v1", "https://h:8000/v1"])
+def test_a_server_may_be_behind_either_kind_of_url(server):
+    """One's own, or one that is paid for."""
+    generator.refuse_no_url(server, "key")
 
 
 @pytest.mark.parametrize(
@@ -265,6 +308,18 @@ def test_a_list_of_questions_behind_a_templates_token_is_none():
     next(talk)
     with pytest.raises(InputError, match="begins with a template's own token"):
         talk.send("<|assistant|>\n1. what?\n2. where?\n3. why?")
+
+
+@pytest.mark.parametrize(
+    "token", ["<s>", "</s>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<think>",
+              "</think>", "<|im_end|>"]
+)  # fmt: skip
+def test_a_reply_may_not_begin_with_the_token_of_any_template(token):
+    """One that opens something or one that closes it, behind blanks too."""
+    for reply in (f"{token}a dog", f" \n{token} a dog"):
+        with pytest.raises(InputError, match="begins with a template's own token"):
+            generator.refuse_template(reply)
+    generator.refuse_template(f"a dog {token}")
 
 
 def test_fifty_failures_without_a_success_end_the_run(tmp_path, monkeypatch):
@@ -381,3 +436,12 @@ def test_a_narrow_picture_keeps_a_pixel_of_its_width():
     """4,000 to 1, made smaller: none would be no picture."""
     _, content = generator.as_url(Image.new("RGB", (4000, 1)), 1000).split(",")
     equal(Image.open(io.BytesIO(base64.b64decode(content))).size, (2000, 1), "as_url")
+
+
+def test_a_picture_is_sent_to_the_server_as_it_looks():
+    """A JPEG of fine noise: some numbers off, and nothing that would be seen."""
+    noise = np.random.default_rng(0).normal(128, 40, (64, 64)).clip(0, 255).astype(np.uint8)
+    kind, content = generator.as_url(Image.fromarray(noise).convert("RGB"), 0).split(",")
+    equal(kind, "data:image/jpeg;base64", "what it is")
+    sent = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("L"), float)
+    expect(abs(sent - noise).mean() < 6, abs(sent - noise).mean(), "below 6", "as_url: quality")
