@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as pq
 import pytest
-from checks import equal
+from checks import equal, expect
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 import data
@@ -32,6 +32,7 @@ from plumbing.files import open_file, refuse_special
 from plumbing.formats import IMAGE
 from plumbing.images import Images, ZipImage, decoded_formats, open_image
 from plumbing.loader import prefetch
+from plumbing.mmeb import MMEB
 from plumbing.zips import index_of, open_zip
 from tools.check import check
 from tools.pictures import find_pictures, say_others
@@ -414,21 +415,39 @@ def test_transparent_is_white_in_every_mode():
         assert image.getpixel((0, 0)) == (255, 255, 255), mode
 
 
-def test_a_key_of_16_bits_is_one_of_the_colours_high_bytes():
-    """PNG of three colours of 16 bits: Pillow keeps their high bytes, and the key as it was."""
+@pytest.mark.parametrize("green", [0x5678, 0x0034])
+def test_a_key_of_16_bits_is_one_of_the_colours_high_bytes(green):
+    """PNG of three colours of 16 bits: Pillow keeps their high bytes, and the key as it was. One of
+    the colours may be dark, and its number fit into 8 bits."""
 
     def chunk(kind, content):
         check = struct.pack(">L", zlib.crc32(kind + content))
         return struct.pack(">L", len(content)) + kind + content + check
 
-    pixels = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1334, 0x5678, 0x9ABC)
+    pixels = struct.pack(">6H", 0x1234, green, 0x9ABC, 0x1334, green, 0x9ABC)
     whole = b"\x89PNG\r\n\x1a\n" + b"".join([
         chunk(b"IHDR", struct.pack(">LLBBBBB", 2, 1, 16, 2, 0, 0, 0)),
         chunk(b"tRNS", pixels[:6]), chunk(b"IDAT", zlib.compress(b"\0" + pixels)),
         chunk(b"IEND", b""),
     ])  # fmt: skip
     image = open_image(io.BytesIO(whole))
-    assert [image.getpixel((i, 0)) for i in range(2)] == [(255, 255, 255), (0x13, 0x56, 0x9A)]
+    assert [image.getpixel((i, 0)) for i in range(2)] == [
+        (255, 255, 255), (0x13, green >> 8, 0x9A)]  # fmt: skip
+
+
+def test_a_picture_of_the_users_own_stays_as_it_is():
+    """Its key of 16 bits is made one of 8 in a copy."""
+    image, key = RED.copy(), (0xC800, 0x1E00, 0x2800)
+    image.info["transparency"] = key
+    equal(open_image(image).getpixel((0, 0)), (255, 255, 255), "transparent")
+    equal(image.info["transparency"], key, "to_rgb")
+
+
+def test_black_may_be_the_grey_that_is_transparent():
+    """The key 0, which is no missing one."""
+    grey = Image.fromarray(np.array([[0, 20000]], np.uint16))
+    image = open_image(io.BytesIO(encoded("PNG", grey, transparency=0)))
+    equal([image.getpixel((i, 0))[0] for i in range(2)], [255, 78], "eight_bits")
 
 
 def test_whole_numbers_are_of_8_or_of_16_bits():
@@ -892,6 +911,12 @@ def test_a_zip_is_indexed_with_its_subset(tmp_path, monkeypatch):
     monkeypatch.setattr(zips, "read_table", lambda file: pytest.fail("the table is read too late"))
     for subset in ("A", "B"):
         assert found(images, f"{subset}/a.png", subset) == (40, 20)
+
+
+def test_all_of_mmebs_zips_stay_indexed():
+    """Each set has its own: where one were forgotten, each picture would have its table read."""
+    most = index_of.cache_info().maxsize
+    expect(most >= len(MMEB), most, len(MMEB), "zips.index_of: lru_cache")
 
 
 def test_a_zip_is_indexed_once_and_before_the_workers_are_forked(tmp_path, monkeypatch):
