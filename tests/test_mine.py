@@ -152,11 +152,11 @@ def four(tmp_path, monkeypatch):
     return tmp_path
 
 
-def mine_with(embedder, monkeypatch, *words):
+def mine_with(embedder, monkeypatch, *words, data="pairs.jsonl"):
     """The command, with an embedder that is there."""
     monkeypatch.setattr(model, "load_for", lambda *_: embedder)
     words = ["--model", "toy-random", "--out", "out.jsonl", "--workers", "0", *words]
-    mine.main(["--data", "pairs.jsonl", *words])
+    mine.main(["--data", data, *words])
 
 
 def test_another_lines_target_of_the_same_query_is_never_mined(tmp_path):
@@ -319,6 +319,25 @@ def test_a_target_that_stands_twice_in_a_line_is_one(four, shared, monkeypatch):
     (first, *_) = map(json.loads, (four / "out.jsonl").read_text().splitlines())
     equal(first["target"], lines[0]["target"], "the line's own")
     equal(sorted(x["text"] for x in first["negatives"]), ["t 1", "t 2", "t 3"], "as_written")
+
+
+def test_negatives_may_be_none_or_no_target_of_any_line(four, shared, monkeypatch):
+    """`null`, as pandas writes it; a text that stands in no other line: it stays in front."""
+    lines = [json.loads(line) for line in (four / "pairs.jsonl").read_text().splitlines()]
+    lines[0]["negatives"], lines[1]["negatives"] = None, [{"text": "nowhere else"}]
+    (four / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mine_with(shared, monkeypatch, "--first", "1", "--last", "3")
+    lines = [json.loads(line) for line in (four / "out.jsonl").read_text().splitlines()]
+    mined = [line["negatives"] for line in lines]
+    equal([len(negatives) for negatives in mined], [3, 4, 3, 3], "mine.mine")
+    equal(mined[1][0], {"text": "nowhere else"}, "in front")
+
+
+def test_a_lists_name_may_end_in_capitals(four, shared, monkeypatch):
+    """As files from elsewhere do; training takes it, too."""
+    (four / "pairs.jsonl").rename(four / "PAIRS.JSONL")
+    mine_with(shared, monkeypatch, "--first", "1", "--last", "1", data="PAIRS.JSONL")
+    equal(len((four / "out.jsonl").read_text().splitlines()), 4, "mine.main")
 
 
 def test_targets_that_are_equally_near_come_in_the_order_of_the_list():

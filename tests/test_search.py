@@ -529,6 +529,33 @@ def test_pictures_are_embedded_with_the_instruction_that_is_asked_for(folder, sh
     equal(texts, {f"{IMAGE} what is it?"}, "Item(cfg.image_text, ...)")
 
 
+def test_pictures_that_are_equally_near_come_in_the_order_of_the_folder(
+    folder, shared, capsys, monkeypatch
+):
+    """On every machine. (Of sixteen or fewer even a sort that is not stable leaves the order.)"""
+    q = shared.encode([Item("two")])[0]
+    z = np.zeros((300, len(q)), np.float32)
+    z[:, 0] = [np.sign(q[0]) if i % 2 else -np.sign(q[0]) for i in range(300)]
+    names = [f"{i:03}.png" for i in range(300)]
+    monkeypatch.setattr(search, "index_pictures", lambda *_: (names, z))
+    monkeypatch.setattr(search, "open_image", lambda path: Image.new("RGB", (8, 8)))
+    said = run(folder, shared, capsys, text="two", top=300)
+    order = [int(x[-7:-4]) for x in said.splitlines() if f"  {folder}" in x]
+    equal(order, [*range(1, 300, 2), *range(0, 300, 2)], "search.search: stable")
+
+
+def test_the_end_of_a_long_name_stands_on_the_sheet(folder, shared, capsys, monkeypatch):
+    """Thirty characters, the file's own among them: folders are many pictures'."""
+    captions, name = [], "a folder of many pictures/and another one below it/7.png"
+    z = shared.encode([Item("two")])
+    monkeypatch.setattr(search, "index_pictures", lambda *_: ([name], z))
+    monkeypatch.setattr(search, "open_image", lambda path: Image.new("RGB", (8, 8)))
+    draw = search.draw_sheet
+    monkeypatch.setattr(search, "draw_sheet", lambda *x: captions.extend(x[2]) or draw(*x))
+    run(folder, shared, capsys, text="two")
+    equal(captions, [f"1.000 {name[-30:]}"], "search.search")
+
+
 def test_a_sheet_is_read_as_a_text_is():
     """Four in a row, the best first, then the next row."""
     colours = ["red", "lime", "blue", "yellow", "black", "cyan"]
