@@ -116,7 +116,8 @@ def test_a_home_folder_that_no_shell_has_put_in_its_place_is_no_folder_of_that_n
             evaluate.Config.parse([f"--json={value}"])
     pretrain.Config(out="x~")
     pretrain.Config(out="out/~")
-    search.Config(images="DIR", text="~/x, what is in it?")  # words, and no place
+    for name in ("text", "image_text"):
+        search.Config(images="DIR", **{name: "~/x, what is in it?"})  # words, and no place
 
 
 @pytest.mark.parametrize("flag", list(all_flags(int, float)), ids=named)

@@ -16,6 +16,7 @@ import model
 from plumbing import config, folders, hub, images, lines, rendering, weights, zips
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
+from tools import generate
 
 MARK = "MODEL_FOLDER_RAN_CODE"
 
@@ -186,6 +187,8 @@ LIMITS = {  # what comes from elsewhere -> the most of it that is read, made or 
     (lines, "MOST"): 16 * 2**20,
     (images, "MOST_PIXELS"): 100_000_000,
     (images, "MOST_STRETCHED"): 200,
+    (images, "DEEPEST"): 200,
+    (images, "MOST_SIZES"): 256,
     (zips, "MOST_BYTES"): 200_000_000,
     (zips, "MOST_TABLE"): 2_000_000_000,
     (folders, "LONGEST_JSON"): 50_000_000,
@@ -196,6 +199,7 @@ LIMITS = {  # what comes from elsewhere -> the most of it that is read, made or 
     (hub, "LONGEST_WAIT"): 3600,
     (weights, "MOST_K"): 1_000,
     (config, "MOST"): 1_000_000_000,
+    (generate, "LONGEST_REPLY"): 10_000_000,
 }
 
 

@@ -107,6 +107,10 @@ RANGES = {  # (least, most, above)
     **dict.fromkeys(("max_length", "min_pixels", "max_pixels", "dim", "limit"), AT_LEAST_0),
     **dict.fromkeys(("lr", "temperature"), ABOVE_0),
     **dict.fromkeys(("block", "keep", "lora_alpha", "chunk_tokens"), (1, None, None)),
+    "save_every": AT_LEAST_0,
+    "seed": (0, 2_147_483_647, None),
+    "workers": (0, 256, None),
+    "lora_rank": (0, 16_384, None),
     "lora_dropout": (0, 0.9, None),
     "margin": (0, 2, None),
     "compress_tokens": (0, 1000, None),
@@ -124,6 +128,31 @@ def test_numbers_that_would_train_or_score_nonsense_are_out_of_range(script):
             seen[field.name] = tuple(field.metadata[x] for x in ("least", "most", "above"))
     equal(seen, {name: {**RANGES, **batch}[name] for name in seen}, "flag(...)")
     expect(len(seen) >= 6, seen, "most of them", "a flag of another name?")
+
+
+AT_LEAST_1, SECONDS = (1, None, None), (0, 86_400, None)
+TOOLS = {  # of a command's own flags: (least, most, above)
+    "condense": {"condense": ABOVE_0, "condense_share": (None, 1, 0)},
+    "explain": {"chunk_tokens": AT_LEAST_1, "seed": RANGES["seed"], "temperature": ABOVE_0},
+    "export": {"examples": (1, 100_000, None)},
+    "figures": {"seed": RANGES["seed"]},
+    "generate": {"batch": (1, 1024, None), "max_pixels": AT_LEAST_0, "max_tokens": AT_LEAST_1,
+                 "temperature": (0, 10, None), "timeout": (None, 86_400, 0), "wait": SECONDS,
+                 "seed": RANGES["seed"]},
+    "lessons": {"least": (1, 4, None)},
+    "mine": {"workers": RANGES["workers"], "first": AT_LEAST_1, "last": AT_LEAST_1},
+    "search": {"workers": RANGES["workers"], "dim": AT_LEAST_0, "top": (1, 1000, None)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_the_numbers_of_a_command_have_their_ranges_too(name):
+    """A rank 0 is none, a share is none beyond 1, and no picture has five objects."""
+    read = start.read_config(start.ROOT / "tools" / f"{name}.py")
+    fields = [x for x in dataclasses.fields(read) if x.name in read.__annotations__]
+    numbers = [x for x in fields if config.kind_of(x) in (int, float)]
+    found = {x.name: tuple(x.metadata[y] for y in ("least", "most", "above")) for x in numbers}
+    equal(found, TOOLS[name], "flag(...)")
 
 
 def test_a_script_without_a_config_is_none(tmp_path):
