@@ -235,7 +235,8 @@ def test_what_is_not_damaged_is_taken(known, shapes):
         MemoryError("no memory"),
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-        *(OSError(code, os.strerror(code)) for code in (errno.ESTALE, errno.EMFILE, errno.ENOMEM)),
+        *(OSError(code, os.strerror(code)) for code in (errno.ESTALE, errno.EMFILE)),
+        *(OSError(code, os.strerror(code)) for code in (errno.ENFILE, errno.ENOMEM)),
     ],
 )
 def test_what_the_machine_lacks_is_no_damage(known, shapes, monkeypatch, error):
@@ -535,12 +536,16 @@ def test_the_digest_of_a_model_changes_with_all_that_is_read_of_it(tmp_path):
     digests = [checkpoint.digest_of_model(str(folder))]
     files = ("config.json", "nanocoma.json", "tokenizer.json", "processor_config.json", "x.jinja")
     files += ("vocab.json", "merges.txt", "added_tokens.json", "chat_template.json")
+    files += ("tokenizer_config.json", "preprocessor_config.json", "special_tokens_map.json")
     for name in files:
         before = folder / name
         text = before.read_text() if before.exists() else ""
         before.write_text(text + " ")
         digests.append(checkpoint.digest_of_model(str(folder)))
         assert digests[-1] not in digests[:-1], name
+    (folder / "x.jinja").rename(folder / "y.jinja")
+    digests.append(checkpoint.digest_of_model(str(folder)))
+    assert digests[-1] not in digests[:-1], "another template of the same words"
     (folder / "README.md").write_text("a card")
     (folder / "scores.json").write_text("{}")
     moved = folder.rename(tmp_path / "elsewhere")
