@@ -40,6 +40,21 @@ def test_the_report_counts_words_and_sorts_pictures_by_their_pixels(tmp_path, ca
     expect("  pictures  3: 50 x 4 to 20 x 20 pixels\n" in said, said, "200 to 400 pixels", "report")
 
 
+def test_the_words_of_captions_and_of_turns_are_counted(tmp_path, capsys):
+    """A caption; of a dialogue what stands beside the picture, and each question and answer."""
+    Image.new("RGB", (10, 30)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one two three"}\n')
+    equal(check.main([str(tmp_path)]), 0, "a good caption")
+    said = capsys.readouterr().out
+    expect("  texts     1: 3 to 3 words, median 3\n" in said, said, "three", "parse_captioned")
+    turns = [("human", "<image>\nwhat is it?"), ("gpt", "a dog")]
+    talk = [{"from": who, "value": text} for who, text in turns]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"image": "a.png", "conversations": talk}) + "\n")
+    equal(check.main([str(tmp_path / "d.jsonl")]), 0, "a good dialogue")
+    said = capsys.readouterr().out
+    expect("  texts     3: 0 to 3 words, median 2\n" in said, said, "0, 3, 2", "parse_talk")
+
+
 def test_twenty_errors_are_shown_and_the_others_counted(tmp_path, capsys):
     """Of pictures that are nowhere one, in front: it may be the cause of all of them."""
     path = tmp_path / "p.jsonl"

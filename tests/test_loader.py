@@ -195,7 +195,12 @@ def test_no_workers_are_left_where_one_cannot_be_forked(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EMFILE, "too many"), RuntimeError("received 0 items of ancdata")]
+    "error",
+    [
+        OSError(errno.EMFILE, "too many"),
+        OSError(errno.ENFILE, "too many of all processes"),
+        RuntimeError("received 0 items of ancdata"),
+    ],
 )
 def test_a_process_without_a_free_descriptor_waits_for_no_worker(error, monkeypatch):
     """Its worker is alive, and would never end."""
@@ -232,6 +237,17 @@ def test_memory_that_is_short_in_a_worker_is_one_clear_line(what, says, monkeypa
         monkeypatch.setattr(os, "memfd_create", lambda name: os.open("/dev/full", os.O_WRONLY))
     with pytest.raises(InputError, match=f"{says}.*try fewer --workers"):
         list(loader.prefetch(make, range(2), 2))
+
+
+def test_a_limit_on_a_files_size_is_no_lack_of_memory(monkeypatch):
+    """A batch is written into one: fewer workers would write the same."""
+
+    def too_large(*_, **__):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(loader, "open", too_large, raising=False)
+    with pytest.raises(InputError, match="File too large.*a higher ulimit -f, or --workers 0"):
+        loader.write_block([torch.zeros(3)])
 
 
 def test_an_error_of_another_kind_in_a_worker_shows_where_it_was():

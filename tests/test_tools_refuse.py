@@ -110,11 +110,12 @@ def test_dialogues_are_lines_of_json_and_are_called_so(place, out):
     assert not Path(out).exists()
 
 
-def test_the_copy_of_a_list_is_called_what_it_is(place):
+@pytest.mark.parametrize("name", ["good.csv", "good.json"])
+def test_the_copy_of_a_list_is_called_what_it_is(place, name):
     """`tools.check --clean good.csv`: lines of JSON, in good.jsonl."""
     Path("talks.jsonl").write_text(json.dumps(DIALOGUE) + "\n")
-    check.main(["talks.jsonl", "--image-root", "p", "--clean", "good.csv"])
-    assert not Path("good.csv").exists()
+    check.main(["talks.jsonl", "--image-root", "p", "--clean", name])
+    assert not Path(name).exists()
     equal(len(data.read_dialogues("good.jsonl", "p")), 1, "read by its ending")
 
 
