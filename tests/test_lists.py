@@ -532,15 +532,20 @@ def test_a_bad_table_is_told_by_file_row_and_column(tmp_path, change, says):
         ({"tgt_text": ["t"]}, "column tgt_text must hold lists of texts, not text"),
         ({"tgt_text": [[1, 2]]}, "column tgt_text must hold lists of texts, not list<"),
         ({"tgt_images": [[""]]}, "column tgt_images would be lost"),
+        (dict.fromkeys(EVAL, pyarrow.array([], LISTS)) | {"qry_text": [], "qry_img_path": []},
+         "test-0.parquet: holds no rows"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_table_of_candidates_is_told_by_column(tmp_path, change, says):
     write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
     with pytest.raises(InputError, match=says):
         data.read_tasks(str(tmp_path))
 
 
-@pytest.mark.parametrize(("texts", "paths"), [(["t"], ["", ""]), ([], [""]), ([], []), (["t"], [])])
+@pytest.mark.parametrize(
+    ("texts", "paths"),
+    [(["t"], ["", ""]), ([], [""]), ([], []), (["t"], []), (["t"], None), (None, [""])],
+)
 def test_a_row_without_its_candidates_is_refused(tmp_path, texts, paths):
     """None at all, or one text for two pictures."""
     lists = {

@@ -136,6 +136,20 @@ def test_of_a_set_of_several_files_each_row_is_skipped_in_its_own_file(files):
         data.read_pairs(str(train), Place(skip_bad=str(beyond)), "classify")
 
 
+def test_a_row_whose_picture_is_nowhere_is_skipped_in_the_first_look_too(files):
+    """A set's pictures are looked for before training begins: not those of a row that is listed."""
+    train = str(files / "MMEB-train")
+    (lost,) = data.read_pairs(train)["classify"][1].query.images
+    (files / lost).unlink()
+    bad = files / "bad.jsonl"
+    equal(check.main([train, "--list-bad", str(bad)]), 0, "it is listed")
+    pairs = data.read_pairs(train, Place(skip_bad=str(bad)))
+    checked_digest(pairs.values())
+    with pytest.raises(InputError, match="no such picture"):
+        checked_digest(data.read_pairs(train).values())
+    equal(pairs["classify"].source.skipped, {1}, "mmeb.try_sets")
+
+
 def test_captions_skip_a_bad_picture_both_ways(tmp_path, files):
     """Picture -> captions and caption -> picture keep their lengths and draw all others as ever."""
     folder = tmp_path / "birds"
