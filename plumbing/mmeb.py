@@ -94,7 +94,7 @@ def meta_task_of(name) -> tuple:
 TRAIN = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 NEGATIVES = ("neg_text", "neg_image_path")  # may be missing: CIRR has none
 # Of a set that is cut into several files. The hub may write a hash behind it, a browser " (1)".
-PART = re.compile(r"-(\d+)-of-(\d+)(?!\d)")
+PART = re.compile(r"-(\d+)-of-(\d+)")
 EVAL, EVAL_LISTS = ("qry_text", "qry_img_path"), ("tgt_text", "tgt_img_path")
 
 

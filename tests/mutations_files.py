@@ -820,7 +820,7 @@ FILES = [
         "tests/test_lists.py -k repeat",
     ),
     (
-        "plumbing/mmeb.py", '-of-(\\d+)(?!\\d)")', '-of-(\\d+)[.]parquet$")',
+        "plumbing/mmeb.py", '-of-(\\d+)")', '-of-(\\d+)[.]parquet$")',
         "tests/test_data.py -k names_go_on",
     ),
     (
