@@ -235,8 +235,7 @@ def test_what_is_not_damaged_is_taken(known, shapes):
         MemoryError("no memory"),
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-        *(OSError(code, os.strerror(code)) for code in (errno.ESTALE, errno.EMFILE)),
-        *(OSError(code, os.strerror(code)) for code in (errno.ENFILE, errno.ENOMEM)),
+        *(OSError(code, os.strerror(code)) for code in (errno.ESTALE, errno.EMFILE, errno.ENOMEM)),
     ],
 )
 def test_what_the_machine_lacks_is_no_damage(known, shapes, monkeypatch, error):
