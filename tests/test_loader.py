@@ -209,6 +209,7 @@ def test_a_process_without_a_free_descriptor_waits_for_no_worker(error, monkeypa
         raise error
 
     monkeypatch.setattr(loader.reduction, "recv_handle", receive)
+    monkeypatch.setattr(loader.Team, "explain_end_of", lambda *_: pytest.fail("it would wait"))
     with pytest.raises(InputError, match="too many open files: raise `ulimit -n`, or .* --workers"):
         next(loader.prefetch(batch, range(3), 1))
 
