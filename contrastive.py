@@ -117,7 +117,7 @@ def info_nce_rows(q, t, temperature, labels, keys, reweigh):
         negatives = reweigh(negatives, best[:, None], temperature)
     log_sum = negatives.logsumexp(1, keepdim=True)  # (b, 1) of Eq. (1)'s sum over t-
     nats = -F.logsigmoid(positive - log_sum) * valid  # (b, P) -log(e^p / (e^p + sum))
-    return nats.sum(1) / valid.sum(1), hit.detach()
+    return nats.sum(1) / valid.sum(1), hit
 
 
 # ---------------------------------------------------------------------------- the idea: GradCache

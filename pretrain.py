@@ -150,7 +150,7 @@ def accumulate(embedder, examples, chunk_tokens=None, compress=True, teacher_log
                 loss = distillation_loss(logits, teacher_logits([examples[i] for i in chunk]))
             else:
                 loss = answer_loss(logits, labels)
-            chunk_right, chunk_answers = exact_answers(logits.detach(), labels, inputs["roles"])
+            chunk_right, chunk_answers = exact_answers(logits, labels, inputs["roles"])
             loss_sum += loss.item()
             right += chunk_right
             answers += chunk_answers
