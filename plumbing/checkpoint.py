@@ -505,7 +505,7 @@ def read_state(folder, name="state.json") -> State:
             raise not_now(folder, e) from None
         raise Damaged(brief(e)) from None
     step, flags, ranks = (raw.get(key) for key in ("step", "config", "world"))
-    if not isinstance(flags, dict) or not type(step) is type(ranks) is int:
+    if not isinstance(flags, dict) or type(step) is not int or type(ranks) is not int:
         raise Damaged(f"{path}: is missing, or lacks step, config or world")
     numbers = [step, flags.get("steps"), flags.get("fitting", 0)]
     if any(type(x) is not int or x < 0 for x in numbers) or step > flags["steps"]:
