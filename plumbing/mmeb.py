@@ -336,11 +336,11 @@ def say_left_out(root, files_of, pattern):
 def refuse_missing_parts(files):
     """InputError where of a set in several files, as test-00000-of-00003.parquet, some are not
     there: its scores, or its share of the training, would be those of a part."""
-    numbers = [PART.search(file.name) for file in files]
-    if not any(numbers):  # called in a user's own way
+    matches = [PART.search(file.name) for file in files]
+    if not any(matches):  # called in a user's own way
         return
     # Of a file without numbers beside them nobody knows whose rows it holds, perhaps the same.
-    parts = [number and (int(number[1]), int(number[2])) for number in numbers]
+    parts = [(int(match[1]), int(match[2])) if match else None for match in matches]
     if parts != [(i, len(files)) for i in range(len(files))]:
         names = ", ".join(file.name for file in files)
         hint = "copy what is missing, and remove what is of another version"
