@@ -81,8 +81,8 @@ def own_task(name, pairs, limit) -> tuple:
         rights = rights_of[content]
         return content, [*rights, *(wrong for wrong in negatives if wrong not in rights)]
 
-    rights = [len(rights_of[content]) for content, _ in lines]
     queries = Lazy(len(pairs), query).first(limit)
+    rights = [len(rights_of[content]) for content, _ in lines[: len(queries)]]
     return name, "Retrieval", False, queries, rights, list(pool)
 
 
@@ -118,7 +118,7 @@ def measures(q, c, candidates, rights, pool) -> dict:
     the first k), each 0 ... 1, of one's own data. Arguments: see ranks_of_right."""
     ranks = ranks_of_right(q, c, candidates, rights, pool)
     chances = []
-    for rows, n in zip(candidates, rights, strict=False):  # --limit: fewer queries
+    for rows, n in zip(candidates, rights, strict=True):
         all_rows = set(rows) if len(rows) > n else pool
         chances.append(n / len(all_rows))
     result = {"p_at_1": float((ranks == 0).mean()), "chance": float(np.mean(chances))}

@@ -1121,8 +1121,8 @@ FILES = [
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/retrieval.py", "[len(rights_of[content]) for content, _ in lines]",
-        "[len(targets) for _, targets in lines]",
+        "plumbing/retrieval.py", "[len(rights_of[content]) for content, _ in lines[",
+        "[len(targets) for _, targets in lines[",
         "tests/test_evaluate.py",
     ),
     (
