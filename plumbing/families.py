@@ -107,7 +107,7 @@ def position_ids(mllm, inputs, sequential):
         positions = (places - first).clamp(min=0)  # (B, L)
     else:
         positions, _ = rope(
-            input_ids=inputs.get("input_ids"),
+            input_ids=inputs["input_ids"],
             mm_token_type_ids=inputs.get("mm_token_type_ids"),
             image_grid_thw=inputs.get("image_grid_thw"),
             attention_mask=mask,
