@@ -160,13 +160,14 @@ class Once(argparse.Action):
 
 def add_flag(parser, field):
     """One field of a Config as an argument of the parser."""
+    if field.default is dataclasses.MISSING:  # a word
+        shown = field.metadata["shown"]
+        parser.add_argument(field.name, metavar=shown, help=field.metadata["description"])
+        return
     default = "" if field.default in (None, "") else f" (default: {field.default})"
     text = (field.metadata["description"] + default).replace("%", "%%")  # argparse formats it
     kind, name = kind_of(field), option(field.name)
-    if field.default is dataclasses.MISSING:
-        shown = field.metadata["shown"]
-        parser.add_argument(field.name, metavar=shown, help=field.metadata["description"])
-    elif kind is bool:
+    if kind is bool:
         action = argparse.BooleanOptionalAction
         parser.add_argument(name, default=field.default, help=text, action=action)
     else:
