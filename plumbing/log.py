@@ -39,7 +39,7 @@ class Log:
         self.cfg, self.start = cfg, start
         self.began, self.waited = time.monotonic(), 0.0  # seconds
         self.count = 0  # of what a step's speed is counted in, since `start`
-        self.complaint = ""  # of the disk, said once
+        self.lacks_lines = False  # a full disk has cost some, which is said once
         self.every = max(1, min(20, cfg.steps // 10))  # steps between two lines on the screen
         self.file = on_rank_0(lambda: open_log(cfg, start))
         self.bar = tqdm(total=cfg.steps, initial=start, disable=rank() > 0 or None, leave=False)
@@ -75,9 +75,9 @@ class Log:
         try:
             write_whole(self.file, (json.dumps(record) + "\n").encode())
         except OSError as e:
-            if not self.complaint:
+            if not self.lacks_lines:
                 say(f"{self.file.name} lacks lines from here on: {e}. The run goes on")
-            self.complaint = str(e)
+            self.lacks_lines = True
 
     def line(self, step, unit, numbers) -> str:
         """The line on the screen; its speed is the mean since `start`."""
