@@ -36,7 +36,7 @@ NAMES = {  # of the arms
 FIELDS = {"first", "second", "seed", "pairs", "K", "steps", "curve", "ind", "ood", "overall"}
 
 
-def read_records(path=RECORDS) -> dict:
+def read_records(path) -> dict:
     """{study: {arm: [run, by seed]}}; a run: seed, pairs, K, steps, curve, ind, ood, overall, ...
     Of a study only the seeds that all of its arms have run, so that every comparison is between the
     same seeds; before there is one, the study is left out."""
