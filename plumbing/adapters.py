@@ -36,11 +36,12 @@ class Origin(NamedTuple):
     @staticmethod
     def of(name, folder) -> "Origin":
         """Of the model `name`, whose files are in `folder`."""
-        if str(name) in TOYS:
-            digest = digest_of_weights(folder) if str(name) == "toy" else None
-            return Origin(str(name), folder, digest)
+        name = str(name)
+        if name in TOYS:
+            digest = digest_of_weights(folder) if name == "toy" else None
+            return Origin(name, folder, digest)
         is_hub = not os.path.isdir(name)
-        name = str(name) if is_hub else os.path.abspath(name)
+        name = name if is_hub else os.path.abspath(name)
         return Origin(name, os.path.abspath(folder), digest_of_weights(folder), is_hub)
 
     def refuse_in_its_place(self, path):
