@@ -75,8 +75,8 @@ class Layout(NamedTuple):
                 kinds[name] = self.kind_of(name, schema.field(name).type)
                 want = "list" if name in self.lists else "text"
                 if kinds[name] != want:
-                    of = "lists of texts" if want == "list" else "texts"
-                    raise InputError(f"{file}: column {name} must hold {of}, not {kinds[name]}")
+                    texts = "lists of texts" if want == "list" else "texts"
+                    raise InputError(f"{file}: column {name} must hold {texts}, not {kinds[name]}")
         return kinds
 
 
@@ -108,7 +108,9 @@ class Table:
     and that the files agree; `load` reads them."""
 
     def __init__(self, files, layout):
-        self.files, self.digests, kinds = tuple(map(str, files)), [], None
+        self.files = tuple(map(str, files))
+        self.kinds = None  # of the columns, see Layout.check: the first file's, and so of all
+        self.digests = []  # of each file
         self.starts = [0]  # the first row of each file, and the one behind the last
         self.stamps = []  # of each file, see `stamp_of`
         for file in self.files:
@@ -117,13 +119,12 @@ class Table:
                 self.digests.append(digest_of_content(file))
                 parquet = pyarrow().parquet.ParquetFile(file)
                 schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-            columns = layout.check(file, schema)
-            if kinds is not None and columns != kinds:
-                differ = ", ".join(sorted(columns.keys() ^ kinds.keys()))
+            kinds = layout.check(file, schema)
+            if self.kinds not in (None, kinds):
+                differ = ", ".join(sorted(kinds.keys() ^ self.kinds.keys()))
                 raise InputError(f"{file}: has other columns than {self.files[0]}: {differ}")
-            kinds = columns
+            self.kinds = kinds
             self.starts.append(self.starts[-1] + rows)
-        self.kinds = kinds
 
     @property
     def digest(self) -> int:
@@ -163,9 +164,8 @@ class Table:
     def copy(self, chosen, file):
         """Writes some of the rows."""
         self.refuse_changed()
-        # An empty list of numbers needs its type said.
         pa = pyarrow()
-        indices = pa.array(chosen, "int64")
+        indices = pa.array(chosen, "int64")  # of an empty list arrow would not know the type
         with readable(self.files[0]):
             tables = [pa.parquet.read_table(path) for path in self.files]
             whole = pa.concat_tables(tables)

@@ -912,8 +912,8 @@ FILES = [
         "tests/test_lists.py",
     ),
     (
-        "plumbing/parquet.py", "if kinds is not None and columns != kinds:",
-        "if kinds and columns.keys() < kinds.keys():",
+        "plumbing/parquet.py", "if self.kinds not in (None, kinds):",
+        "if self.kinds and kinds.keys() < self.kinds.keys():",
         "tests/test_lists.py",
     ),
     (
