@@ -99,23 +99,23 @@ def checked(item):
     return item
 
 
-def listed(items, item_of) -> list:
+def listed(inputs, item_of) -> list:
     """The Items of a list, tuple, generator, array or column of inputs, each by `item_of`."""
-    single = isinstance(items, str | bytes | dict | Image.Image | os.PathLike | torch.Tensor)
-    if isinstance(items, np.ndarray):  # of one picture, a list of its rows
-        single = items.ndim == 0 or (items.ndim in (2, 3) and items.dtype == np.uint8)
-    if hasattr(items, "columns"):  # it would give their names
+    single = isinstance(inputs, str | bytes | dict | Image.Image | os.PathLike | torch.Tensor)
+    if isinstance(inputs, np.ndarray):  # of one picture, a list of its rows
+        single = inputs.ndim == 0 or (inputs.ndim in (2, 3) and inputs.dtype == np.uint8)
+    if hasattr(inputs, "columns"):  # it would give their names
         raise no_list('of a table one column, as table["text"]')
-    if single or isinstance(items, set | frozenset) or not hasattr(items, "__iter__"):
-        raise no_list(f"[{brief(repr(items), 80)}] for a single one")
-    contents = []
-    for i, x in enumerate(items):
+    if single or isinstance(inputs, set | frozenset) or not hasattr(inputs, "__iter__"):
+        raise no_list(f"[{brief(repr(inputs), 80)}] for a single one")
+    items = []
+    for i, x in enumerate(inputs):
         try:
-            contents.append(item_of(x))
+            items.append(item_of(x))
         except InputError as e:
             raise InputError(f"input {i}: {e}") from None
-    read_once(picture for item in contents for picture in item.images)
-    return contents
+    read_once(picture for item in items for picture in item.images)
+    return items
 
 
 def row_of(embedder, items, i):

@@ -341,7 +341,8 @@ FILES = [
         "tests/test_inputs.py",
     ),
     (
-        "plumbing/inputs.py", "items.ndim in (2, 3) and items.dtype == np.uint8", "items.ndim == 3",
+        "plumbing/inputs.py", "inputs.ndim in (2, 3) and inputs.dtype == np.uint8",
+        "inputs.ndim == 3",
         "tests/test_inputs.py",
     ),
     (

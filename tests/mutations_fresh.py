@@ -198,11 +198,11 @@ FRESH = [
     ("plumbing/card.py", 'UNSAID = ("out", "workers", ', 'UNSAID = ("out", ', "tests/test_other_libraries.py -k left_out_and"),
     ("plumbing/card.py", "(CoMa, arXiv:2511.08480)", "(CoMa)", "tests/test_other_libraries.py -k left_out_and"),
     # --------------------------------------------------------------- what a user has in his hands
-    ("plumbing/inputs.py", "    read_once(picture for item in contents for picture in item.images)\n", "",
+    ("plumbing/inputs.py", "    read_once(picture for item in items for picture in item.images)\n", "",
      "tests/test_inputs.py -k read_before"),
     ("plumbing/folders.py", "        with one_at_a_time:\n            yield", "        yield", "tests/test_careless.py -k in_several_threads"),
     ("plumbing/inputs.py", "with one_at_a_time, suppress(Exception):", "with one_at_a_time:", "tests/test_inputs.py -k read_before"),
-    ("plumbing/inputs.py", 'if hasattr(items, "columns"):', "if False:", "tests/test_inputs.py -k table"),
+    ("plumbing/inputs.py", 'if hasattr(inputs, "columns"):', "if False:", "tests/test_inputs.py -k table"),
     ("plumbing/inputs.py", "Content(with_marks(str(x)))", "Content(str(x))", "tests/test_inputs.py -k with_marks"),
     ("plumbing/inputs.py", '            raise InputError(f"input {i}: {e}")', '            raise InputError(f"input {i + 1}: {e}")', "tests/test_inputs.py -k by_its_number"),
     ("plumbing/outfolder.py", '            refuse_other(out / "log.jsonl", "--out", is_log, "log of a run")\n', "            pass\n",
