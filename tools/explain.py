@@ -128,7 +128,8 @@ def print_tokens(embedder, inputs):
     columns = torch.stack([ids[0], roles[0], labels[0]], dim=1)  # (L, 3)
     for i, (token_id, role, label) in enumerate(columns.tolist()):
         target = f"-> {decode([label])!r}" if label >= 0 else ""
-        if not token_id == last == image:
+        is_in_picture = token_id == image and last == image
+        if not is_in_picture:
             print(f"  {i:>3} {LETTER[role]} {decode([token_id])!r:<24}{target}")
         last = token_id
 
