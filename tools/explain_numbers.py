@@ -130,11 +130,18 @@ def zeros_and_ones(mask) -> list:
     return ["".join(map(str, row)) for row in mask.int().tolist()]
 
 
+def word_of(tokenizer, token_id) -> str:
+    """A token as the page writes it."""
+    return tokenizer.decode([token_id]).strip() or "␣"  # of blanks alone nothing would be seen
+
+
 def tokens_of(embedder, inputs) -> list:
     """Each token as text, with its role."""
     ids, roles = inputs["input_ids"][0].tolist(), inputs["roles"][0].tolist()
-    decode = embedder.processor.tokenizer.decode
-    return [Token(decode([i]).strip() or "␣", NAMES[r]) for i, r in zip(ids, roles, strict=True)]
+    tokens = []
+    for token_id, role in zip(ids, roles, strict=True):
+        tokens.append(Token(word_of(embedder.processor.tokenizer, token_id), NAMES[role]))
+    return tokens
 
 
 def turns_of(turns, roles) -> list:
@@ -205,7 +212,7 @@ def guesses_of(tokenizer, logits, labels) -> list:
     right = (best.indices[:, 0] == labels).tolist()
     rows = zip(nats.tolist(), best.values, best.indices, right, strict=True)
     for x, values, ids, is_right in rows:
-        words = [tokenizer.decode([i]).strip() or "␣" for i in ids.tolist()]
+        words = [word_of(tokenizer, token_id) for token_id in ids.tolist()]
         shares = [round(p, 4) for p in values.exp().tolist()]
         guesses.append(Guess(round(x, 5), list(zip(words, shares, strict=True)), is_right))
     return guesses
