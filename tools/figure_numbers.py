@@ -128,8 +128,8 @@ def answered(embedder, asked) -> float:
 
 def most_frequent(asked) -> float:
     """Share that the best constant answer gets right: what is known without a picture."""
-    (_, count), *_ = Counter(answer for _, _, answer in asked).most_common(1)
-    return count / len(asked)
+    counts = Counter(answer for _, _, answer in asked)
+    return max(counts.values()) / len(asked)
 
 
 # ----------------------------------------------------------------------------------------- ranking
