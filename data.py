@@ -202,7 +202,7 @@ class Collator:
     max_length: longer rows lose their last turns, then text from the content's middle; 0: none."""
 
     def __init__(self, processor, compress_ids=(), style="chat", max_length=0):
-        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.tokenizer = processor.tokenizer
         self.compress_ids, self.style, self.max_length = list(compress_ids), style, max_length
         self.template = read_template(processor, style)  # what stands around the user's words
         self.pad_id = self.tokenizer.pad_token_id or 0  # any id will do: it is masked

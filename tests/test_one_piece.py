@@ -41,7 +41,7 @@ def collate(request, family, tmp_path_factory):
 def as_others_do(collate, contents, pictures) -> list:
     """Chat template, then processor, on the whole dialogue. contents: the turns' texts and
     pictures; the code is the assistant's first answer."""
-    processor = collate.processor
+    processor = collate.encode_picture.processor
     variables = processor.tokenizer.special_tokens_map
     (text,) = render(chat_template(processor), [as_chat(contents)], variables)
     text = SYSTEM.sub("", text)

@@ -58,7 +58,7 @@ def check(encoder, picture, hint):
 def test_every_familys_pictures_are_as_its_processor_writes_them(collate, whole_calls):
     """Square, wide, high and stretched ones, in turn; and from a size's third picture on the image
     processor alone is asked (64 x 64 has come once before)."""
-    encoder = PictureEncoder(collate.processor, collate.template.picture)
+    encoder = PictureEncoder(collate.encode_picture.processor, collate.template.picture)
     equal(whole_calls, [(64, 64)], "one picture shows the family's columns")
     for seed in range(4):
         for size in SIZES:
