@@ -19,7 +19,6 @@ from data import Item, read_tasks
 from model import load_for
 from plumbing import agreement, checkpoint, ranks, retrieval, table
 from plumbing.config import Flags, flag
-from plumbing.ranks import say
 from plumbing.weights import trained_model
 
 
@@ -139,23 +138,24 @@ def main(cfg):
     checkpoint.refuse_replaced(cfg.model, digest)
 
     # 2. Each set, those in distribution first.
-    note, sets = table.partial_note(cfg), {}
-    say(f"evaluating {cfg.model}\n{table.head(note)}")
+    note = table.partial_note(cfg)
+    sets = {}  # a set's name -> what `score` returns
+    ranks.say(f"evaluating {cfg.model}\n{table.head(note)}")
     for ood, group in ((False, "in distribution"), (True, "out of distribution")):
         chosen = [task for task in tasks if task.ood == ood]
         if chosen:
-            say(f"-- {group}")
+            ranks.say(f"-- {group}")
         for task in chosen:
             row = sets[task.name] = score(embedder, task, cfg)
-            say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))
+            ranks.say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))
 
     # 3. The means, and the file.
     means = summary(sets)
-    say("-- mean over sets")
+    ranks.say("-- mean over sets")
     for name, row in means["meta_tasks"].items():
-        say(table.line("  " + name, row))
+        ranks.say(table.line("  " + name, row))
     for name in ("IND", "OOD", "Overall"):
-        say(table.line(name + note, means[name.lower()]))
+        ranks.say(table.line(name + note, means[name.lower()]))
     if cfg.json and ranks.rank() == 0:
         table.write_json(cfg, embedder, digest, sets, means)
 
