@@ -244,7 +244,8 @@ def names_in_zip(inner, archive) -> list:
     """What a picture may be called in images_zip/SUBSET.zip or images.zip: the hub's have the zip's
     own name as a folder on top, or `images`, or neither. Trap: where another folder is left out of
     its name, another set's picture is taken for it."""
-    names, (top, _, rest) = [inner, f"images/{inner}"], inner.partition("/")
+    names = [inner, f"images/{inner}"]
+    top, _, rest = inner.partition("/")
     if top in ("images", Path(archive).stem):
         names.append(rest)
     return names
@@ -268,10 +269,14 @@ class Images:
         self.folder = lru_cache(10_000)(self.read_folder)
         self.folders = lru_cache(10_000)(self.look_up_folders)
 
+    def zip_of(self, subset):
+        """The zip file that a subset's pictures may be in: its own, or that of all; else None."""
+        return self.zips.get(subset) or self.zips.get("images")
+
     def prepare(self, subset):
         """Indexes a subset's zip file, for all the processes that will be forked. A damaged one is
         refused when a picture is looked for in it."""
-        if archive := self.zips.get(subset) or self.zips.get("images"):
+        if archive := self.zip_of(subset):
             with suppress(InputError):
                 open_zip(archive)
 
@@ -285,7 +290,7 @@ class Images:
                 if not holds(folder.links, name) or self.is_there(full, path):
                     return full
         inner = self.below_root(path)
-        if archive := self.zips.get(subset) or self.zips.get("images"):
+        if archive := self.zip_of(subset):
             members = open_zip(archive)
             for member in names_in_zip(inner, archive):
                 if member in members:
@@ -304,8 +309,9 @@ class Images:
         inner = os.path.normpath(path)
         if os.path.isabs(inner):
             for top in (self.tops[0], self.places[0]):
-                if inner.startswith(os.path.join(top, "")):
-                    return inner[len(os.path.join(top, "")) :]
+                start = os.path.join(top, "")
+                if inner.startswith(start):
+                    return inner.removeprefix(start)
             self.refuse_outside(inner, path)
         elif inner.split("/", 1)[0] == "..":
             raise self.outside(path)

@@ -212,7 +212,7 @@ TOOLS = [
     ("plumbing/folders.py", '("tokenizer.json", "tokenizer_config.json", "tokenizer.model")', '("tokenizer.json", "tokenizer_config.json")',
      f"{FOLDERS} -k would_believe"),
     ("plumbing/hub.py", "return patiently(download)", "return download()", "tests/test_fetch.py -k midst_of_a_download"),
-    ("plumbing/images.py", '        if archive := self.zips.get(subset) or self.zips.get("images"):\n            members', "        if archive := self.zips.get(subset):\n            members",
+    ("plumbing/images.py", 'self.zips.get(subset) or self.zips.get("images")', "self.zips.get(subset)",
      f"{PICTURES} -k one_for_all"),
     ("plumbing/images.py", 'zips = [*self.root.glob("images_zip/*.zip"), *self.root.glob("images.zip")]', 'zips = [*self.root.glob("images_zip/*.zip")]',
      f"{PICTURES} -k one_for_all"),
