@@ -198,7 +198,9 @@ def remember_tower(embed, mllm, where):
 def answering(tower, outputs, name, where):
     """Inside, the tower's output is remembered (pass 1, without a graph) or recalled (pass 2). To
     wrap the tower itself takes along all that a family makes of it, Qwen3-VL's deepstack too."""
-    forward, calls, home = tower.forward, itertools.count(), next(tower.parameters()).device
+    forward = tower.forward
+    calls = itertools.count()  # a chunk may call the tower several times
+    home = next(tower.parameters()).device
     away = torch.device("cpu") if where == "host" else home
     second_pass = torch.is_grad_enabled()
 

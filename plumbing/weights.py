@@ -279,7 +279,8 @@ def prove(embedder, folder):
     collate.max_length = 0  # whatever --max-length makes of them
     # Of no round size, and not black: a processor that has lost how to resize is found out, and one
     # that scales to infinity.
-    picture, z = Image.new("RGB", (70, 50), "white"), []
+    picture = Image.new("RGB", (70, 50), "white")
+    z = []  # of (1, D): the text's, and the picture's
     # Not `encode`: its loader draws a random number, and the run would be another one.
     with evaluating(embedder):
         with reading(folder, "config.json", "tokenizer.json"):

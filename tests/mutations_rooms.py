@@ -57,7 +57,7 @@ ROOMS = [
     ("plumbing/families.py", "positions.max() >= most:", "L >= most:", CARELESS),
     ("plumbing/inputs.py", "if module not in inside:", "if True:", CARELESS),
     ("plumbing/inputs.py", "if not inside[module].count:", "if inside[module].count < 2:", CARELESS),
-    ("plumbing/weights.py", 'Image.new("RGB", (70, 50), "white"), []', 'Image.new("RGB", (64, 64), "white"), []', CARELESS),
+    ("plumbing/weights.py", 'Image.new("RGB", (70, 50), "white")', 'Image.new("RGB", (64, 64), "white")', CARELESS),
     # ---------------------------------------------------------------------------- plumbing/adapters
     ("plumbing/blocks.py", "grad_t += grad", "grad_t = grad", "tests/test_infonce.py -k block"),
     ("plumbing/blocks.py", "hits = hits + row_hits.sum()", "hits = row_hits.sum()", "tests/test_infonce.py"),

@@ -405,8 +405,9 @@ def ask_once(names, questions, replies, cfg, pool):
         running.append(pool.submit(converse, replies, talks))
     for part in as_completed(running):
         for path, outcome in part.result().items():
-            name, failed = os.path.relpath(path, cfg.images), isinstance(outcome, Exception)
-            yield name, outcome if failed else line_of(name, outcome)
+            name = os.path.relpath(path, cfg.images)
+            is_error = isinstance(outcome, Exception)
+            yield name, outcome if is_error else line_of(name, outcome)
 
 
 def ask_until_done(names, questions, replies, cfg, bar) -> dict:

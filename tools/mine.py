@@ -49,7 +49,8 @@ def nearest_wrong(q, t, own, first, last) -> list:
     """Of each query the rows of t at ranks first to last, counted from 1 and from the nearest,
     its own left out. q (n, D), t (m, D); own[i]: the rows of t that are right for query i.
     -> n lists, shorter where there are fewer wrong ones."""
-    chosen, everything = [], np.arange(len(t))
+    chosen = []
+    everything = np.arange(len(t))
     for start in range(0, len(q), BLOCK):
         scores = q[start : start + BLOCK] @ t.T  # (BLOCK, m)
         for row, right in zip(scores, own[start : start + BLOCK], strict=True):

@@ -185,8 +185,9 @@ class Seldom:
 def index_pictures(embedder, cfg) -> tuple:
     """-> (paths below --images, embeddings (n, D)). Only new and changed files are embedded, and
     the index is written as it grows. A file that is no readable picture is named."""
-    folder, key = Path(cfg.images), fingerprint(embedder, cfg.image_text)
-    store, errors = index_path(folder, key), []
+    folder = Path(cfg.images)
+    store = index_path(folder, fingerprint(embedder, cfg.image_text))
+    errors = []  # of what is left out
     # Rank 0's, for all: a picture may come in between, and an index lie on its disk alone.
     paths = by_rank_0(lambda: list_files(folder, cfg.out, errors))
     old = by_rank_0(lambda: read_index(store, embedder.dim))
