@@ -138,10 +138,10 @@ class Gate(torch.autograd.Function):
 def attention(module, query, key, value, cu_seq_lens_q, scaling, **others):
     """As transformers calls it: query, key, value (1, heads, S, d), cu_seq_lens_q (pieces + 1,)
     where each piece begins. -> ((1, S, heads, d), None)."""
-    numbers, order, back = pieces_of(cu_seq_lens_q)
+    counts, order, back = pieces_of(cu_seq_lens_q)
     q, k, v = (x[0].index_select(1, order).transpose(0, 1) for x in (query, key, value))
     parts, start = [], 0
-    for length, n in numbers.items():
+    for length, n in counts.items():
         end = start + n * length
         together = [x[start:end].unflatten(0, (n, length)).transpose(1, 2) for x in (q, k, v)]
         z = F.scaled_dot_product_attention(*together, scale=scaling)  # (n, heads, length, d)
@@ -161,5 +161,5 @@ def pieces_of(begins) -> tuple:
     for length, starts in starts_of.items():
         places.append((torch.tensor(starts)[:, None] + torch.arange(length)).flatten())
     order = torch.cat(places).to(begins.device)  # (S,)
-    numbers = {length: len(starts) for length, starts in starts_of.items()}
-    return numbers, order, order.argsort()
+    counts = {length: len(starts) for length, starts in starts_of.items()}
+    return counts, order, order.argsort()
