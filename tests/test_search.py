@@ -663,10 +663,12 @@ def test_a_small_picture_grows_pixel_by_pixel():
 
 
 def test_the_last_stage_that_is_there_searches_alike_on_all_ranks(folder, tmp_path, monkeypatch):
-    """Stage 2's model, else stage 1's, else the toy; its weights are compared before it is read."""
+    """Stage 2's model, else stage 1's, else the toy; its weights are compared before it is read,
+    and after: a run that ends meanwhile may have put another model there."""
     monkeypatch.chdir(tmp_path)
-    compared = []
-    monkeypatch.setattr(search, "same_model", compared.append)
+    compared, after = [], []
+    monkeypatch.setattr(search, "same_model", lambda name: compared.append(name) or "digest")
+    monkeypatch.setattr(search, "refuse_replaced", lambda *args: after.append(args))
     monkeypatch.setattr(search, "search", lambda *_: None)
     monkeypatch.setattr(model, "load_for", lambda cfg, _: equal(cfg.model, compared[-1], "first"))
     for stage in ("toy", "out/pretrain", "out/contrastive"):
@@ -675,6 +677,7 @@ def test_the_last_stage_that_is_there_searches_alike_on_all_ranks(folder, tmp_pa
             (tmp_path / stage / "config.json").write_text("{}")
         search.main(search.Config(images=str(folder), text="two"))
         equal(compared[-1], stage, "weights.first_model")
+        equal(after[-1], (stage, "digest"), "behind load_for")
 
 
 def test_the_index_is_rank_0s_and_so_is_the_sheet(folder, shared, monkeypatch, capsys):

@@ -27,7 +27,7 @@ from data import Item
 from evaluate import encode_over_ranks
 from plumbing import ranks
 from plumbing.agreement import by_rank_0, join, on_rank_0
-from plumbing.checkpoint import same_model
+from plumbing.checkpoint import refuse_replaced, same_model
 from plumbing.config import ModelFlags, flag
 from plumbing.errors import InputError, brief
 from plumbing.files import open_file, refuse_special
@@ -323,8 +323,9 @@ def main(cfg):
     device = join(cfg)
     refuse_no_search(cfg)
     cfg.model = cfg.model or trained_model()
-    same_model(cfg.model)
+    digest = same_model(cfg.model)
     embedder = model.load_for(cfg, device)
+    refuse_replaced(cfg.model, digest)
     ranks.say(f"searching with {cfg.model}")
     search(embedder, cfg)
 
