@@ -125,9 +125,9 @@ def digest_of_weights(folder) -> str:
     its header and samples all over it. (A whole 13 GB file would take a minute to read.)"""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(Path(folder).glob(WEIGHTS)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
+        with open_file(path, hint="If a run replaces it now, try again when it is over") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name} {size}".encode())
             for start in range(0, size, max(size // 256, SAMPLE)):
                 file.seek(start)
                 digest.update(file.read(SAMPLE))

@@ -193,6 +193,14 @@ def test_the_digest_changes_with_any_weight(tmp_path):
     equal(folders.digest_of_weights(tmp_path) in digests, True, "and with nothing else")
 
 
+def test_weights_that_go_while_their_digest_is_taken_are_one_clear_line(tmp_path, monkeypatch):
+    """A run whose model takes the place of an adapter, or of one in more files, removes them."""
+    gone = tmp_path / "adapter_model.safetensors"
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([gone]))
+    with pytest.raises(InputError, match="adapter_model.safetensors: no such file. If a run"):
+        folders.digest_of_weights(tmp_path)
+
+
 def test_the_digest_is_the_same_in_whatever_order_a_disk_lists_the_files(tmp_path, monkeypatch):
     """Or --resume on another disk would be another run."""
     for name in "abc":
