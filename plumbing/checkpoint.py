@@ -221,6 +221,14 @@ def weight_of(embedder) -> int:
     return sum(p.nbytes for p in embedder.parameters() if p.requires_grad or whole)
 
 
+def remove_halves(out):
+    """What a kill left of a checkpoint that was being written, or removed: it takes the room of a
+    whole one, without which the next one, or the model, may not fit."""
+    folder = Path(out, "checkpoints")
+    for half in [folder / "part", *folder.glob(f"removed-{STEP}")]:
+        shutil.rmtree(half, ignore_errors=True)
+
+
 def remove_checkpoints(out):
     """The run is over, or a new one begins: the checkpoints are needed no more. Only what is ours
     goes: `checkpoints` may be a link to a disk on which others keep things, too."""
@@ -250,6 +258,7 @@ def begin(cfg) -> torch.device:
     on_rank_0(lambda: take(cfg))
     cfg.model_digest = same_model(cfg.model)
     on_rank_0(lambda: refuse_taken(cfg))
+    on_rank_0(lambda: remove_halves(cfg.out))
     return device
 
 

@@ -354,6 +354,8 @@ ROOMS = [
     ("plumbing/folders.py", "not 0 <= value <= most:", "not value <= most:", "tests/test_origins.py"),
     ("plumbing/folders.py", "                ordinary_permissions(part)\n", "", FOLDERS),
     ("plumbing/folders.py", "if isinstance(e, OSError | SafetensorError) or type(e) is Exception:", "if isinstance(e, OSError | SafetensorError):", "tests/test_origins.py"),
+    ("plumbing/checkpoint.py", "    on_rank_0(lambda: remove_halves(cfg.out))\n", "", "tests/test_checkpoint_parts.py -k left_half"),
+    ("plumbing/checkpoint.py", '[folder / "part", *folder.glob(f"removed-{STEP}")]', '[folder / "part"]', "tests/test_checkpoint_parts.py -k left_half"),
     ("plumbing/folders.py", "    except BaseException:\n        shutil.rmtree(part, ignore_errors=True)\n", "    except BaseException:\n        pass\n", "tests/test_origins.py -k beside"),
     ("plumbing/folders.py", "for pattern in STALE for old in path", "for pattern in STALE[:1] for old in path", "tests/test_origins.py -k between_two"),
     ("plumbing/folders.py", "                refuse_folders(part, path)\n", "", "tests/test_origins.py -k place_of_a_file"),

@@ -167,6 +167,20 @@ def test_the_newest_ones_stay_and_the_others_go_once_it_is_there(cfg):
     equal(left, ["step-00000009"], "no half of another one")
 
 
+def test_what_a_kill_left_half_takes_no_room_from_the_run_that_goes_on(cfg):
+    """Half a checkpoint that was being written, or removed, is as large as a whole one: on a disk
+    that was measured for --keep of them no other would fit beside it, nor the model."""
+    cfg.command = "pretrain"
+    saved(cfg)
+    folder = Path(cfg.out, "checkpoints")
+    for name in ("part", "removed-step-00000002", f"damaged-{STEP}", "removed-by-hand"):
+        (folder / name).mkdir()
+        (folder / name / "weights.safetensors").touch()
+    checkpoint.begin(dataclasses.replace(cfg, resume=True))
+    left = sorted(path.name for path in folder.iterdir())
+    equal(left, [f"damaged-{STEP}", "lock", "removed-by-hand", STEP], "checkpoint.remove_halves")
+
+
 def test_a_disk_that_refuses_costs_the_checkpoint_alone(cfg, monkeypatch, capsys):
     """One line; older ones stay, nothing half is left."""
     saved(cfg)
