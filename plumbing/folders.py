@@ -296,15 +296,29 @@ def written_beside(path):
 @contextmanager
 def part_in(path):
     """A new folder inside of `path`, which may be a disk of its own: a rename must be all that is
-    left to do. It goes again where it is not made whole."""
+    left to do. It goes again where it is not made whole. One that was there, of a command that
+    broke off, is emptied and stays: by it `refuse_foreign` knows that the folder may be written."""
     part = path / ".part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    was_there = part.exists()
+    part.mkdir(exist_ok=True)
+    empty(part)
     try:
         yield part
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):
+            empty(part)
+            if not was_there:
+                part.rmdir()
         raise
+
+
+def empty(folder):
+    """All that is in a folder goes."""
+    for path in list(folder.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def refuse_foreign(path):

@@ -226,6 +226,24 @@ def test_a_kill_between_two_files_leaves_no_mixture_of_two_models(tmp_path, monk
         folders.refuse_foreign(tmp_path)
 
 
+def test_a_folder_that_was_broken_off_stays_ours_when_the_next_try_fails_too(tmp_path):
+    """A sick disk fails more than once: --resume must be able to finish all the same. In a folder
+    that was not broken off nothing stays."""
+    part = older_and_newer(tmp_path)
+    for name in folders.MODELS_OWN:
+        (tmp_path / name).unlink(missing_ok=True)
+    (part / "deep").mkdir()
+    with pytest.raises(InputError, match="not written: "), folders.written_beside(tmp_path) as part:
+        equal(list(part.iterdir()), [], "nothing of the older try is mixed with the new one")
+        (part / "model.safetensors").touch()
+        raise OSError(28, "No space left on device")
+    equal(list(part.iterdir()), [], "it takes no room")
+    folders.refuse_foreign(tmp_path)
+    with pytest.raises(InputError), folders.written_beside(tmp_path / "other") as part:
+        raise OSError(28, "No space left on device")
+    equal((tmp_path / "other").exists(), False, "folders.part_in")
+
+
 def test_a_folder_in_the_place_of_a_file_is_told_before_any_file_is_replaced(tmp_path):
     """Else the error would say that what stood there is as it was."""
     part = older_and_newer(tmp_path)
