@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from plumbing.combinations import option
+from plumbing.ending import StepLeft
 from plumbing.errors import InputError, OfAllRanks, brief
 from plumbing.ranks import gather_objects, rank, said_while_waiting, setup
 
@@ -36,14 +37,21 @@ def agree(mine, note=""):
 
 
 def together(work):
-    """work() on this rank. An InputError of any rank is raised on all, as OfAllRanks: nobody waits
-    in a collective for a rank that has ended. -> what work() returned here."""
+    """work() on this rank. An InputError of any rank is raised on all, as OfAllRanks, and so is a
+    StepLeft: nobody waits in a collective for a rank that has ended. -> what work() returned here.
+    """
     result = error = None
+    is_left = False
     try:
         result = work()
     except InputError as e:
         error = str(e)
-    for number, (host, text) in enumerate(gather_objects((socket.gethostname(), error))):
+    except StepLeft:
+        is_left = True
+    everyone = gather_objects((socket.gethostname(), error, is_left))
+    if any(left for _, _, left in everyone):
+        raise StepLeft
+    for number, (host, text, _) in enumerate(everyone):
         if text:
             raise OfAllRanks(f"rank {number} ({host}): {text}" if number else text)
     return result

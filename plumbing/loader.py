@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch.utils._pytree import tree_map_only
 
-from plumbing.ending import be_a_child
+from plumbing.ending import StepLeft, be_a_child, overdue
 from plumbing.errors import InputError
 
+GLANCE = 0.5  # seconds between two looks for a signal, while a batch is waited for
 AHEAD = 2  # batches that are being made, or made and not yet asked for
 ALIGNED = 64  # bytes, for a tensor's first number
 # Of `encode`: what is made into rows at a time, and sorted by length.
@@ -194,7 +195,11 @@ class Team:
         return shares[0].load(shares[0].frame, rows)
 
     def share_of(self, number):
-        """What one worker has made of the batch: a Block, or a Failure."""
+        """What one worker has made of the batch: a Block, or a Failure. StepLeft where a signal has
+        waited too long for it: a slow disk may take minutes, and the steps before are not saved."""
+        while not self.pipes[number].poll(GLANCE):
+            if overdue():
+                raise StepLeft
         try:
             share = self.pipes[number].recv()
             if isinstance(share, Failure):

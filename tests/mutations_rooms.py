@@ -357,6 +357,8 @@ ROOMS = [
     ("plumbing/folders.py", "            if not was_there:\n", "            if True:\n", "tests/test_origins.py -k broken_off"),
     ("plumbing/folders.py", "            shutil.rmtree(path)\n", "            pass\n", "tests/test_origins.py -k broken_off"),
     ("plumbing/folders.py", "    part.mkdir(exist_ok=True)\n    empty(part)\n", "    part.mkdir(exist_ok=True)\n", "tests/test_origins.py -k broken_off"),
+    ("plumbing/loader.py", "            if overdue():\n                raise StepLeft\n", "            pass\n", "tests/test_loader.py -k too_long"),
+    ("plumbing/agreement.py", "    if any(left for _, _, left in everyone):\n", "    if is_left:\n", "tests/test_agreement.py -k one_rank_leaves"),
     ("plumbing/checkpoint.py", "    on_rank_0(lambda: remove_halves(cfg.out))\n", "", "tests/test_checkpoint_parts.py -k left_half"),
     ("plumbing/checkpoint.py", '[folder / "part", *folder.glob(f"removed-{STEP}")]', '[folder / "part"]', "tests/test_checkpoint_parts.py -k left_half"),
     ("plumbing/folders.py", "            if not was_there:\n                part.rmdir()\n", "", "tests/test_origins.py -k beside"),

@@ -7,11 +7,13 @@ import json
 import sys
 
 import pytest
+from threads import on_ranks
 
 import contrastive
 import evaluate
 import pretrain
 from plumbing import agreement, checkpoint
+from plumbing.ending import StepLeft
 from plumbing.errors import InputError, OfAllRanks
 from tools import condense
 
@@ -159,13 +161,27 @@ def test_an_error_of_one_rank_is_an_error_of_all(monkeypatch, culprit):
         assert str(told.value).startswith("rank 1 (" if culprit else "pairs.jsonl")
 
 
+@pytest.mark.parametrize("last", [fails, lambda: "fine"])
+def test_a_step_that_one_rank_leaves_is_left_by_all(monkeypatch, last):
+    """Whatever the others have done meanwhile: none waits for it, and all of them save."""
+
+    def leaves():
+        raise StepLeft
+
+    def work(rank):
+        with pytest.raises(StepLeft):
+            agreement.together((leaves, last)[rank])
+
+    on_ranks(monkeypatch, 2, work)
+
+
 def test_a_message_names_the_machine_of_the_rank_that_it_is_about(monkeypatch):
     """Whichever rank says it: of several nodes that one is to be mended."""
     everyone = [("node-a", {"--lr": 1}), ("node-b", {"--lr": 2})]
     monkeypatch.setattr(agreement, "gather_objects", lambda x: everyone)
     with pytest.raises(InputError, match=r"^rank 1 \(node-b\) has --lr 2 .* \(rank 0: node-a\)"):
         agreement.agree({"--lr": 1})
-    monkeypatch.setattr(agreement, "gather_objects", lambda x: [("node-a", None), ("node-b", "x")])
+    everyone = [("node-a", None, False), ("node-b", "x", False)]
     with pytest.raises(InputError, match=r"^rank 1 \(node-b\): x"):
         agreement.together(lambda: "fine")
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 import model
 from plumbing import loader
+from plumbing.ending import StepLeft
 from plumbing.errors import InputError
 
 
@@ -165,6 +166,19 @@ def test_a_signal_ends_no_worker(number):
     worker = next(batches)
     os.kill(worker, number)
     equal(list(batches), [worker] * 8, "be_a_child")
+
+
+def test_a_batch_that_takes_too_long_after_a_signal_is_not_waited_for(monkeypatch):
+    """Pictures on a slow disk take minutes, and torchrun kills after 30 seconds: the steps since
+    the last checkpoint would be lost. Before that time it is waited for."""
+    looks = iter([False, False, True])
+    monkeypatch.setattr(loader, "overdue", lambda: next(looks))
+    monkeypatch.setattr(loader, "GLANCE", 0.01)
+    there = holdings()
+    with pytest.raises(StepLeft):
+        next(loader.prefetch(lambda i: time.sleep(60), range(9), 2))
+    equal(next(looks, "none"), "none", "the third look found it")
+    equal(holdings()[1], there[1], "Team.close")
 
 
 def test_what_is_closed_has_no_worker_and_no_open_pipe():
