@@ -50,9 +50,20 @@ class Origin(NamedTuple):
             text = "an adapter cannot stand in the place of the model that it is an adapter of"
             raise InputError(f"{path}: {text}; take another folder")
 
+    def is_another(self) -> bool:
+        """Whether other weights are in its place by now, or none."""
+        return self.digest is not None and digest_of_weights(self.folder) != self.digest
+
+    def refuse_replaced(self):
+        """InputError where its weights are other ones by now, of a run that has ended in the same
+        folder: of a model in several files, what was read may be a part of each."""
+        if self.is_another():
+            text = "its files were replaced while they were read; begin again"
+            raise InputError(f"--model {brief(self.folder)}: {text}")
+
     def say_if_gone(self):
         """A line where the base is another one by now, or nowhere: the adapter needs it."""
-        if self.digest and digest_of_weights(self.folder) != self.digest:
+        if self.is_another():
             text = "was replaced or removed since this command read it. Restore it: the adapter"
             say(f"{self.folder} {text} that is saved now was trained beside it, and needs it")
 

@@ -191,6 +191,7 @@ def load_mllm(path, name, options) -> tuple:
             mllm = draw_weights(config, options.attn)
         else:
             mllm = read_weights(base, config, options.attn)
+    origin.refuse_replaced()
     mllm.origin = origin
     return mllm, processor, bool(adapter)
 

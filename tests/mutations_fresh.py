@@ -274,7 +274,7 @@ FRESH = [
     ("plumbing/checkpoint.py", "            card.write(cfg.out)  # the run may", "            pass  # the run may", "tests/test_checkpoint_parts.py -k lacks_its_card"),
     ("plumbing/outfolder.py", '        refuse_unwritable(out / "log.jsonl", "--out")', "        pass", "tests/test_checkpoint_parts.py -k wherever_its"),
     ("plumbing/folders.py", " or Path(folder, OF_A_RUN).exists()", "", "tests/test_careless.py -k unfinished"),
-    ("plumbing/adapters.py", "if self.digest and digest_of_weights(self.folder) != self.digest:", "if False:", "tests/test_folders.py -k base_is_gone"),
+    ("plumbing/adapters.py", "return self.digest is not None and digest_of_weights(self.folder) != self.digest", "return False", "tests/test_folders.py -k base_is_gone"),
     ("plumbing/weights.py", "        origin_of(embedder.mllm).say_if_gone()\n", "        pass\n", "tests/test_folders.py -k base_is_gone"),
     # --------------------------------------------------- one bad example, and not the whole list
     ("plumbing/lines.py", "restkey=SURPLUS, ", "", "tests/test_lists.py -k csv_loses"),

@@ -23,7 +23,7 @@ import contrastive
 import model
 import pretrain
 from data import Item
-from plumbing import folders, hub, images
+from plumbing import folders, hub, images, weights
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from plumbing.formats import IMAGE
@@ -191,6 +191,19 @@ def test_the_digest_changes_with_any_weight(tmp_path):
     digests.add(folders.digest_of_weights(tmp_path))
     equal(len(digests), 6, "nothing, three places, the size, the name")
     equal(folders.digest_of_weights(tmp_path) in digests, True, "and with nothing else")
+
+
+def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(folder, monkeypatch):
+    """Of one in several files the first could be the old model's, and the rest the new one's."""
+    read = weights.read_weights
+
+    def replaced_meanwhile(*args):
+        mllm = read(*args)
+        save_file(load_file(folder / "model.safetensors"), folder / "model-00002.safetensors")
+        return mllm
+
+    monkeypatch.setattr(weights, "read_weights", replaced_meanwhile)
+    refused(folder, "its files were replaced while they were read; begin again")
 
 
 def test_weights_that_go_while_their_digest_is_taken_are_one_clear_line(tmp_path, monkeypatch):
