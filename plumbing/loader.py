@@ -98,9 +98,20 @@ def each(make, inputs) -> list:
     """[make(x) for x in inputs]: the long part of making a batch, shared among the workers.
 
     Trap: in a worker these are Slots. What calls this must pass them on as they are."""
-    if not making:
-        return [make(x) for x in inputs]
-    return [making[-1].take(make, x) for x in inputs]
+    if making:
+        return [making[-1].take(make, x) for x in inputs]
+    made = []
+    for x in inputs:
+        leave_if_overdue()
+        made.append(make(x))
+    return made
+
+
+def leave_if_overdue():
+    """StepLeft where a signal has waited too long for a batch: a slow disk may take minutes, and
+    the steps before are not saved yet."""
+    if overdue():
+        raise StepLeft
 
 
 def try_each(make, inputs, keep_errors) -> list:
@@ -195,11 +206,9 @@ class Team:
         return shares[0].load(shares[0].frame, rows)
 
     def share_of(self, number):
-        """What one worker has made of the batch: a Block, or a Failure. StepLeft where a signal has
-        waited too long for it: a slow disk may take minutes, and the steps before are not saved."""
+        """What one worker has made of the batch: a Block, or a Failure."""
         while not self.pipes[number].poll(GLANCE):
-            if overdue():
-                raise StepLeft
+            leave_if_overdue()
         try:
             share = self.pipes[number].recv()
             if isinstance(share, Failure):

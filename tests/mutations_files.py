@@ -553,7 +553,7 @@ FILES = [
         "tests/test_loader.py",
     ),
     (
-        "plumbing/loader.py", "    if not making:\n", "    if True:\n",
+        "plumbing/loader.py", "    if making:\n", "    if False:\n",
         "tests/test_loader.py",
     ),
     (

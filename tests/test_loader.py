@@ -168,15 +168,20 @@ def test_a_signal_ends_no_worker(number):
     equal(list(batches), [worker] * 8, "be_a_child")
 
 
-def test_a_batch_that_takes_too_long_after_a_signal_is_not_waited_for(monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_takes_too_long_after_a_signal_is_not_waited_for(workers, monkeypatch):
     """Pictures on a slow disk take minutes, and torchrun kills after 30 seconds: the steps since
     the last checkpoint would be lost. Before that time it is waited for."""
     looks = iter([False, False, True])
     monkeypatch.setattr(loader, "overdue", lambda: next(looks))
     monkeypatch.setattr(loader, "GLANCE", 0.01)
     there = holdings()
+
+    def make(i):  # in a worker one row takes all of the time, here the third one is too late
+        return loader.each(lambda x: time.sleep(60 if workers else 0), range(9))
+
     with pytest.raises(StepLeft):
-        next(loader.prefetch(lambda i: time.sleep(60), range(9), 2))
+        next(loader.prefetch(make, range(9), workers))
     equal(next(looks, "none"), "none", "the third look found it")
     equal(holdings()[1], there[1], "Team.close")
 
