@@ -190,7 +190,7 @@ def test_what_rank_0_alone_does_the_others_are_told(monkeypatch):
     """And do not do: only its disk counts."""
     done = []
     for me in (0, 1):
-        everyone = iter([[("node", None)] * 2, ["what rank 0 found", None]])
+        everyone = iter([[("node", None, False)] * 2, ["what rank 0 found", None]])
         monkeypatch.setattr(agreement, "gather_objects", lambda x, e=everyone: next(e))
         monkeypatch.setattr(agreement, "rank", lambda me=me: me)
         assert agreement.by_rank_0(lambda me=me: done.append(me)) == "what rank 0 found"

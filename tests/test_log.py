@@ -60,7 +60,8 @@ def test_the_time_that_steps_wait_is_that_of_their_batches_but_the_first(tmp_pat
 def test_a_batch_that_a_rank_cannot_make_is_an_error_of_all(tmp_path, monkeypatch):
     """Each rank hears of it before the step, so that all can save what was trained before."""
     logged = log.Log(TrainingFlags(steps=5, out=str(tmp_path)), 0)
-    monkeypatch.setattr(agreement, "gather_objects", lambda x: [x, ("node-b", "a broken picture")])
+    other = ("node-b", "a broken picture", False)
+    monkeypatch.setattr(agreement, "gather_objects", lambda x: [x, other])
     with pytest.raises(OfAllRanks, match="^rank 1 .node-b.: a broken picture$"):
         next(logged.waiting(iter("abcde")))
 
