@@ -100,11 +100,11 @@ def each(make, inputs) -> list:
     Trap: in a worker these are Slots. What calls this must pass them on as they are."""
     if making:
         return [making[-1].take(make, x) for x in inputs]
-    made = []
+    results = []
     for x in inputs:
         leave_if_overdue()
-        made.append(make(x))
-    return made
+        results.append(make(x))
+    return results
 
 
 def leave_if_overdue():

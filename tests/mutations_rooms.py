@@ -358,7 +358,7 @@ ROOMS = [
     ("plumbing/folders.py", "            shutil.rmtree(path)\n", "            pass\n", "tests/test_origins.py -k broken_off"),
     ("plumbing/folders.py", "    part.mkdir(exist_ok=True)\n    empty(part)\n", "    part.mkdir(exist_ok=True)\n", "tests/test_origins.py -k broken_off"),
     ("plumbing/loader.py", "    if overdue():\n        raise StepLeft\n", "    pass\n", "tests/test_loader.py -k too_long"),
-    ("plumbing/loader.py", "        leave_if_overdue()\n        made.append", "        made.append", "tests/test_loader.py -k too_long"),
+    ("plumbing/loader.py", "        leave_if_overdue()\n        results.append", "        results.append", "tests/test_loader.py -k too_long"),
     ("plumbing/agreement.py", "    if any(left for _, _, left in everyone):\n", "    if is_left:\n", "tests/test_agreement.py -k one_rank_leaves"),
     ("plumbing/adapters.py", 'a part of each."""\n        if self.is_another():', 'a part of each."""\n        if False:', "tests/test_folders.py -k while_it_is_loaded"),
     ("plumbing/adapters.py", 'the adapter needs it."""\n        if self.is_another():', 'the adapter needs it."""\n        if False:', "tests/test_folders.py -k base_is_gone"),
