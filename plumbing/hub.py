@@ -13,7 +13,7 @@ from huggingface_hub.utils import enable_progress_bars
 
 from plumbing.errors import InputError, brief
 from plumbing.once import once_a_node
-from plumbing.ranks import say
+from plumbing.ranks import rank, say
 
 WAITS = (5, 15, 60, 180, 300, 300)  # seconds after a 429 that says no time of its own; 14 minutes
 LONGEST_WAIT = 3600  # that a hub's own time is waited for
@@ -95,7 +95,6 @@ def announce(name, kind, files, need):
             folders = sorted({f.split("/")[0] for f in there if fnmatch(f, f"*/{file}")})
             raise ValueError(f"no {pattern} in it; it has {','.join(folders) or 'none'}")
     size = sum(f.file_size or 0 for f in files if f.will_download)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: {size / 1e9:.2f} GB to download" if size else f"{name}: all here")
-        if size:  # Trap: weights.py switches these bars off, with those of transformers
-            enable_progress_bars()
+    say(f"{name}: {size / 1e9:.2f} GB to download" if size else f"{name}: all here")
+    if size and rank() == 0:  # Trap: weights.py switches these bars off, with those of transformers
+        enable_progress_bars()

@@ -505,7 +505,8 @@ ROOMS = [
     ("plumbing/hub.py", "min(int(asked), LONGEST_WAIT)", "int(asked)", HUB),
     ("plumbing/hub.py", "if not any(fnmatch(f.filename, pattern) for f in files):", "if False:", "tests/test_fetch.py"),
     ("plumbing/hub.py", "for f in files if f.will_download)", "for f in files)", "tests/test_fetch.py"),
-    ("plumbing/hub.py", "            enable_progress_bars()\n", "            pass\n", "tests/test_fetch.py"),
+    ("plumbing/hub.py", "if size and rank() == 0:", "if size:", "tests/test_fetch.py"),
+    ("plumbing/hub.py", "        enable_progress_bars()\n", "        pass\n", "tests/test_fetch.py"),
     # --------------------------------------------------------------------------- plumbing/outfolder
     ("plumbing/outfolder.py", "if not str(cfg.out).strip():", "if not cfg.out:", "tests/test_checkpoint_parts.py"),
     ("plumbing/outfolder.py", "        lock_run(out)\n", "", RESUME),

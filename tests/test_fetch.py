@@ -8,7 +8,7 @@ import pytest
 from checks import equal, expect
 from huggingface_hub import errors
 
-from plumbing import hub, once
+from plumbing import hub, once, ranks
 from plumbing.errors import InputError
 
 
@@ -33,7 +33,6 @@ class Library:
 
 @pytest.fixture
 def library(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
     library = Library()
     monkeypatch.setattr(hub, "snapshot_download", library)
     bars = []
@@ -63,9 +62,12 @@ def test_so_much_is_said_as_is_not_here_yet(library, capsys):
     equal(capsys.readouterr().out, "team/set: all here\n", "hub.announce")
     equal(len(library.bars), 1, "no second one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANK", "1")
+        for module in (hub, ranks):
+            patch.setattr(module, "rank", lambda: 1)
+        library.files[0].will_download = True
         hub.fetch_here("team/set", "dataset", [], ["A/*.parquet"])
     equal(capsys.readouterr().out, "", "another rank")
+    equal(len(library.bars), 1, "and no bar of its own")
 
 
 def test_a_pattern_that_finds_nothing_is_an_error_before_anything_is_fetched(library, monkeypatch):
@@ -127,6 +129,7 @@ def test_of_several_ranks_one_of_a_node_asks(library, monkeypatch):
     equal(hub.fetch("team/set", "dataset", [], []), "/cache/here", "one process")
     equal(works, [], "one process")
     monkeypatch.setattr(hub.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(hub.dist, "get_rank", lambda: 0)
     for _ in range(2):
         equal(hub.fetch("team/set", "dataset", [], []), "/theirs", "as one of several")
     equal(len(works), 1, "fetch_together")
