@@ -33,9 +33,7 @@ def write(folder, source=None):
         text = text_of(Path(folder), source or folder)
         with written(file, "the model card") as part:
             part.write_text(text + signature(text), encoding="utf-8")
-    except InputError as e:
-        say(str(e))
-    except OSError as e:  # what the card is of may be gone by now
+    except (InputError, OSError) as e:  # what the card is of may be gone by now
         say(f"{file} is not written: {e}")
 
 

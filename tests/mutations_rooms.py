@@ -66,7 +66,7 @@ ROOMS = [
     ("plumbing/card.py", "if file.exists() and not is_ours(", "if not file.exists() and not is_ours(", CARD),
     ("plumbing/card.py", 'decode(errors="replace")', 'decode("ascii")', CARD),
     ("plumbing/card.py", "if not known or not is_of(folder, known):", "if not known:", CARD),
-    ("plumbing/card.py", "    except OSError as e:  # what the card", "    except ZeroDivisionError as e:  # what the card", CARD),
+    ("plumbing/card.py", "    except (InputError, OSError) as e:  # what the card", "    except ZeroDivisionError as e:  # what the card", CARD),
     ("plumbing/table.py", "        model_digest=digest,\n", "", "tests/test_evaluate.py"),
     ("plumbing/card.py", "source or folder)", "folder)", CARD),
     ("plumbing/card.py", "hashlib.blake2b(text.encode()", "hashlib.blake2b(text[:9].encode()", CARD),

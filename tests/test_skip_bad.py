@@ -124,12 +124,13 @@ def test_of_a_set_of_several_files_each_row_is_skipped_in_its_own_file(files):
     """The same rows again behind them, in a second file: the same picture is bad there, too."""
     train = files / "MMEB-train"
     (first,) = train.glob("classify/original*.parquet")
-    shutil.copy(first, first.with_name("original-second.parquet"))
+    shutil.copy(first, first.with_name("original-00001-of-00002.parquet"))
+    first.rename(first.with_name("original-00000-of-00002.parquet"))
     whole = data.read_pairs(str(train), subsets="classify")["classify"]
     bad = spoil(files, whole, 1)
     pairs = data.read_pairs(str(train), Place(skip_bad=str(bad)), "classify")["classify"]
     equal(pairs.source.skipped, {1, N + 1}, "bad_rows")
-    (last,) = [line for line in bad.read_text().splitlines() if "original-second" in line]
+    (last,) = [line for line in bad.read_text().splitlines() if "original-00001" in line]
     beyond = files / "beyond.jsonl"
     beyond.write_text(json.dumps({**json.loads(last), "example": N + 1}) + "\n")
     with pytest.raises(InputError, match="beyond.jsonl"):
