@@ -34,7 +34,7 @@ def write(folder, source=None):
         with written(file, "the model card") as part:
             part.write_text(text + signature(text), encoding="utf-8")
     except (InputError, OSError) as e:  # what the card is of may be gone by now
-        say(f"{file} is not written: {e}")
+        say(f"no model card: {e}")
 
 
 def text_in(file) -> str:

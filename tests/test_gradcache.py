@@ -341,7 +341,9 @@ def test_a_chunk_that_does_not_fit_halves_the_budget(built, monkeypatch, in_pass
     equal(got.chunk_tokens, 250, "1000, 500, 250: what fits 300")
     monkeypatch.setattr(embedder, "forward", no_memory)
     # The longest row has 42 tokens: below that each stands alone, and smaller ones change nothing.
-    with pytest.raises(InputError, match="out of memory at --chunk-tokens 31, the longest row alone: "):
+    with pytest.raises(
+        InputError, match="out of memory at --chunk-tokens 31, the longest row alone: "
+    ):
         ranks.step(embedder, batch, budget)
 
 

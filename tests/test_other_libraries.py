@@ -459,7 +459,7 @@ def test_what_a_card_is_of_may_be_gone(tmp_path, capsys):
     (out / "finished.json").write_text(json.dumps({"config": flags}))
     plumbing.card.write(out)
     said = capsys.readouterr().out
-    assert "README.md is not written: " in said and not (out / "README.md").exists(), said
+    assert "no model card: " in said and not (out / "README.md").exists(), said
 
 
 def test_the_card_says_of_scores_what_was_left_out_and_of_flags_what_makes_the_model(tmp_path):
