@@ -65,9 +65,10 @@ RANKS = "the number of ranks"
 # Names of what a digest tells better: a folder may be moved between runs.
 DIGEST_OF = {"model": "model_digest", "data": "data_digest"}
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-# What a run leaves in OUT/checkpoints.
+# What a run leaves in OUT/checkpoints, and of that what a kill leaves half.
 STEP = Path(CHECKPOINTS).name
-OURS = (STEP, f"damaged-{STEP}", f"removed-{STEP}", "part", "lock")
+HALVES = ("part", f"removed-{STEP}")
+OURS = (STEP, f"damaged-{STEP}", *HALVES, "lock")
 
 
 def save_checkpoint(embedder, optimizers, cfg, step):
@@ -221,28 +222,25 @@ def weight_of(embedder) -> int:
     return sum(p.nbytes for p in embedder.parameters() if p.requires_grad or whole)
 
 
-def remove_halves(out):
-    """What a kill left of a checkpoint that was being written, or removed: it takes the room of a
-    whole one, without which the next one, or the model, may not fit."""
-    folder = Path(out, "checkpoints")
-    for half in [folder / "part", *folder.glob(f"removed-{STEP}")]:
-        shutil.rmtree(half, ignore_errors=True)
-
-
 def remove_checkpoints(out):
     """The run is over, or a new one begins: the checkpoints are needed no more. Only what is ours
     goes: `checkpoints` may be a link to a disk on which others keep things, too."""
     if rank() > 0:
         return
+    remove_all(out, OURS)
+    with suppress(OSError):  # a link, or something is left in it
+        Path(out, "checkpoints").rmdir()
+
+
+def remove_all(out, patterns):
+    """What is called so in OUT/checkpoints goes."""
     folder = Path(out, "checkpoints")
-    for path in [path for pattern in OURS for path in folder.glob(pattern)]:
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-    with suppress(OSError):  # a link, or something is left in it
-        folder.rmdir()
 
 
 # --------------------------------------------------------------------------------------- beginning
@@ -258,7 +256,8 @@ def begin(cfg) -> torch.device:
     on_rank_0(lambda: take(cfg))
     cfg.model_digest = same_model(cfg.model)
     on_rank_0(lambda: refuse_taken(cfg))
-    on_rank_0(lambda: remove_halves(cfg.out))
+    # They take the room of whole ones, without which the next one, or the model, may not fit.
+    on_rank_0(lambda: remove_all(cfg.out, HALVES))
     return device
 
 

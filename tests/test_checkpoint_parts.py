@@ -178,7 +178,7 @@ def test_what_a_kill_left_half_takes_no_room_from_the_run_that_goes_on(cfg):
         (folder / name / "weights.safetensors").touch()
     checkpoint.begin(dataclasses.replace(cfg, resume=True))
     left = sorted(path.name for path in folder.iterdir())
-    equal(left, [f"damaged-{STEP}", "lock", "removed-by-hand", STEP], "checkpoint.remove_halves")
+    equal(left, [f"damaged-{STEP}", "lock", "removed-by-hand", STEP], "checkpoint.begin")
 
 
 def test_a_disk_that_refuses_costs_the_checkpoint_alone(cfg, monkeypatch, capsys):
