@@ -191,21 +191,27 @@ def worth(arms, contrasts) -> np.ndarray:
     return np.mean(differences, axis=0)
 
 
+def worths(records, part) -> dict:
+    """{pairs: what a part is worth (seeds, 5)}, for every number of pairs that has been run."""
+    studies, contrasts = PARTS[part]
+    its = {}
+    for study, pairs in studies.items():
+        if has(records, study, sum(contrasts, ())):
+            its[pairs] = worth(records[study], contrasts)
+    return its
+
+
 def parts(records) -> list:
-    """What each part of an arm is worth, for every number of pairs that was run; then CHANGES."""
+    """What each part of an arm is worth, then by how much more in one setting than in another."""
+    rows = {part: worths(records, part) for part in PARTS}
+    for change, (part, other) in CHANGES.items():  # of the same studies
+        known = [pairs for pairs in rows[part] if pairs in rows[other]]
+        rows[change] = {pairs: rows[part][pairs] - rows[other][pairs] for pairs in known}
     metas = ("Classification", "VQA", "Retrieval", "Grounding")
     lines = head("what", "pairs", "seeds", "overall", *metas)
-    for part, (studies, contrasts) in PARTS.items():
-        for study, pairs in studies.items():
-            if has(records, study, sum(contrasts, ())):
-                its = worth(records[study], contrasts)  # (seeds, 5)
-                lines.append(row(part, pairs, str(len(its)), *map(difference, its.T)))
-    for change, (part, other) in CHANGES.items():
-        (studies, contrasts), (_, others) = PARTS[part], PARTS[other]  # of the same studies
-        for study, pairs in studies.items():
-            if has(records, study, sum(contrasts + others, ())):
-                its = worth(records[study], contrasts) - worth(records[study], others)
-                lines.append(row(change, pairs, str(len(its)), *map(difference, its.T)))
+    for name, its in rows.items():
+        for pairs, x in its.items():  # (seeds, 5)
+            lines.append(row(name, pairs, str(len(x)), *map(difference, x.T)))
     return lines
 
 
