@@ -137,7 +137,7 @@ STUDIES = {
     }),
     "batch": (3, {
         f"N={n}": (COMA, f"--batch {n} --block {min(n, 32)} --steps 100")
-        for n in (16, 64, 256, 1024)
+        for n in (16, 64, 256)
     }),
     "false-negatives": (3, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
     "instructions": (3, {"with": (COMA, ""), "without": (COMA, "bare")}),
