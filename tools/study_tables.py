@@ -245,7 +245,7 @@ def page(records, studies) -> list:
         if study not in records:
             continue
         lines += ["", f"## `{study}`", "", *table(records[study])]
-        if study in PAIRS or study in LORA:
+        if study in PAIRS | LORA | LARGE:
             lines += ["", *curves(records[study])]
     for title, studies in (("all weights", PAIRS), ("LoRA", LORA)):
         if records.keys() & studies:
