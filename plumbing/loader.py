@@ -26,7 +26,7 @@ GLANCE = 0.5  # seconds between two looks for a signal, while a batch is waited 
 AHEAD = 2  # batches that are being made, or made and not yet asked for
 ALIGNED = 64  # bytes, for a tensor's first number
 # Of `encode`: what is made into rows at a time, and sorted by length.
-WINDOW_ITEMS = 256
+WINDOW_ITEMS = 1024
 WINDOW_BYTES = 256 * 2**20  # of pictures
 FIRST_GUESS = 8 * 2**20  # bytes of a picture, until one was seen
 

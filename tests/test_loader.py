@@ -286,7 +286,7 @@ def test_pictures_travel_in_bfloat16_to_a_gpu_only():
 
 
 def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
-    """256 texts a window; of pictures what fits into WINDOW_BYTES, by the largest one so far."""
+    """1,024 texts a window; of pictures what fits into WINDOW_BYTES, by the largest one so far."""
     monkeypatch.setattr(loader, "WINDOW_BYTES", 1000)
     monkeypatch.setattr(loader, "FIRST_GUESS", 100)
 
@@ -296,13 +296,13 @@ def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
     class Small:
         images = {"pixel_values": torch.zeros(10, dtype=torch.uint8)}
 
-    windows = loader.Windows([0] * 300 + [1] * 40 + [30])
+    windows = loader.Windows([0] * 1068 + [1] * 40 + [30])
     sizes = []
     for window in windows:
         sizes.append(len(window))
         if any(windows.pictures[i] for i in window):
             windows.saw(dict.fromkeys(window, Row()))
-    equal(sizes, [256, 54, 20, 10, 1], "texts, then 10 pictures by the guess, then 20, one of 30")
+    equal(sizes, [1024, 54, 20, 10, 1], "texts, then 10 pictures by the guess, then 20, one of 30")
     windows = loader.Windows([2] * 25)
     for window in windows:
         sizes.append(len(window))
