@@ -84,14 +84,14 @@ class Pair(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One evaluation set. `queries[i]` is (query, candidates): the first one is right, of your own
-    data the first rights[i], and there a query without wrong ones is compared with `pool`."""
+    """One evaluation set. A query's first candidate is the right one; of your own data the first
+    rights[i] of query i are right, and where they are all it has, the wrong ones are in `pool`."""
 
     name: str
     meta_task: str  # Classification, VQA, Retrieval, Grounding, or Other
     ood: bool  # out of distribution: nothing like it was trained on
-    queries: Sequence
-    rights: Sequence = ()
+    queries: Sequence  # of (query Item, its candidates, a list of Items)
+    rights: Sequence = ()  # of numbers; empty where one candidate is right
     pool: Sequence = ()  # all targets, each (text, images)
 
 
@@ -104,8 +104,8 @@ def read_dialogues(
     """Stage 1's data: a sequence of Dialogues.
 
     source: "shapes" (10^9 toy dialogues), a list in LLaVA's layout, or a folder of pictures with
-    captions (metadata.jsonl or .csv). image_root: a folder, or a plumbing.formats.Place. turns: at
-    most so many questions; 0: all. In the toy world only: caption, one description in place of the
+    captions (metadata.jsonl or .csv). image_root: a folder, or a plumbing.first_pass.Place. turns:
+    the most questions; 0: all. In the toy world only: caption, one description in place of the
     dialogue; texts, the share of dialogues about a text. Raises InputError."""
     turns = whole_number("turns", turns, 0)
     if source == "shapes":
@@ -126,9 +126,9 @@ def read_dialogues(
 def read_pairs(source="shapes", image_root=None, subsets="", seed=0, split="original") -> dict:
     """Stage 2's data: {name: sequence of Pairs}, one entry a data set.
 
-    source: "shapes", a list of pairs, a folder of pictures with captions (two sets: i2t, t2i), a
-    folder or hub id in MMEB-train's layout. image_root: see read_dialogues. subsets: names with
-    caps, "ImageNet_1K:100000,CIRR", or "mmeb20". split: "original" or "diverse_instruction"."""
+    source: "shapes", a list of pairs, a folder with captions (two sets: i2t, t2i), a folder or hub
+    id in MMEB-train's layout. image_root: see read_dialogues. subsets: names with caps, "A:1000,B",
+    or "mmeb20". split: "original" or "diverse_instruction". Raises InputError."""
     if source == "shapes":
         sets = {}
         for task, cap in formats.choose(subsets, META_TASK).items():
