@@ -64,8 +64,9 @@ class Origin(NamedTuple):
     def say_if_gone(self):
         """A line where the base is another one by now, or nowhere: the adapter needs it."""
         if self.is_another():
-            text = "was replaced or removed since this command read it. Restore it: the adapter"
-            say(f"{self.folder} {text} that is saved now was trained beside it, and needs it")
+            text = "was replaced or removed since this command read it. Restore it"
+            why = "the adapter that is saved now was trained beside it, and needs it"
+            say(f"{self.folder} {text}: {why}")
 
 
 def origin_of(mllm) -> Origin:

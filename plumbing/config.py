@@ -98,8 +98,8 @@ def refuse_value(field, value):
             raise InputError(f"{name} {brief(ascii(value))} is no text (UTF-8): rename or copy it")
         # Trap: of --out=~/x the shell leaves ~ as it is, and a folder of that name would be made.
         if value.partition("/")[0] == "~" and field.name not in TEXTS:
-            text = "~ is no home folder here: leave a blank in the place of =, or write the whole"
-            raise InputError(f"{name} {brief(value)}: {text} path")
+            text = "~ is no home folder here: leave a blank in the place of ="
+            raise InputError(f"{name} {brief(value)}: {text}, or write the whole path")
     elif kind is not bool and not in_range(field, value):
         default = "" if field.default is None else f"; the default is {field.default}"
         is_too_large = value > MOST and not field.metadata["most"]

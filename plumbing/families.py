@@ -174,7 +174,6 @@ def refuse_cross_attention(mllm):
     of ours says which tokens see it."""
     for name, _ in mllm.get_decoder().named_modules():
         if name.endswith(("cross_attn", "crossattention")):
-            text = (
-                f"{mllm.config.model_type}'s text sees pictures by cross-attention, past any mask"
-            )
-            raise InputError(f"--model: {text} of tokens; take a family without it")
+            text = f"{mllm.config.model_type}'s text sees pictures by cross-attention"
+            way_out = "past any mask of tokens; take a family without it"
+            raise InputError(f"--model: {text}, {way_out}")

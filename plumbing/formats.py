@@ -147,8 +147,8 @@ def parse_turn(raw, i) -> str:
     """One turn of a dialogue, the i-th -> what is said in it."""
     speaker = "gpt" if i % 2 else "human"
     if not isinstance(raw, dict) or raw.get("from") != speaker:
-        text = f'conversations[{i}] must have "from": "{speaker}" and a "value"; human and gpt '
-        raise ValueError(f"{text}take turns, and it has {brief(raw, 80)}")
+        text = f'conversations[{i}] must have "from": "{speaker}" and a "value"'
+        raise ValueError(f"{text}; human and gpt take turns, and it has {brief(raw, 80)}")
     value = raw.get("value")
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'conversations[{i}] must have a "value", a string that is not blank')

@@ -370,5 +370,5 @@ def refuse_part_of_mix(source, files_of):
     if len(present) < len(words):
         others = ", ".join(w.partition(":")[0] for w in words if w not in present)
         way = f"--subsets {','.join(present)}" if present else "their names"
-        text = f"--subsets mmeb20: of its 20 sets {brief(source)} lacks {brief(others)}. Take"
-        raise InputError(f"{text} those that are there: {way}")
+        text = f"--subsets mmeb20: of its 20 sets {brief(source)} lacks {brief(others)}"
+        raise InputError(f"{text}. Take those that are there: {way}")
