@@ -131,12 +131,12 @@ def facts(folder, base, licence) -> str:
     return table(
         [
             ("base model", base),
-            ("family", config.get("model_type", "")),
-            ("dimensions", config.get("text_config", config).get("hidden_size", "")),
+            ("family", config.get("model_type")),
+            ("dimensions", config.get("text_config", config).get("hidden_size")),
             ("prefixes trained, too", ", ".join(map(str, settings.get("matryoshka", ()))) or None),
-            ("compression tokens K", settings.get("compress_tokens", "")),
-            ("pooling", pooling.get(settings.get("pooling"), "")),
-            ("prompt", settings.get("prompt", "")),
+            ("compression tokens K", settings.get("compress_tokens")),
+            ("pooling", pooling.get(settings.get("pooling"))),
+            ("prompt", settings.get("prompt")),
             ("licence", licence or "the base model's (its card was not on the training disk)"),
         ]
     )

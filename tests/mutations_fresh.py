@@ -245,7 +245,7 @@ FRESH = [
     ("tools/compare_logs.py", "in_a_row = in_a_row + 1 if is_outside else 0", "in_a_row = in_a_row + 1 if is_outside else in_a_row", "tests/test_compare_logs.py -k are_in_a_row"),
     ("tools/compare_logs.py", "smooth(self.loss[self.steps <= last])", "smooth(self.loss)[self.steps <= last]", "tests/test_compare_logs.py -k longer_run_is"),
     ("tools/compare_logs.py", '"model_digest", "data_digest", "command"', '"model_digest", "data_digest", "command", "lr"', "tests/test_compare_logs.py -k moves_a_loss"),
-    ("plumbing/card.py", '            ("prompt", settings.get("prompt", "")),\n', "", "tests/test_other_libraries.py -k vector_is_made"),
+    ("plumbing/card.py", '            ("prompt", settings.get("prompt")),\n', "", "tests/test_other_libraries.py -k vector_is_made"),
     ("plumbing/card.py", '"last": "last token"}', '"last": "mean of the K tokens"}', "tests/test_other_libraries.py -k vector_is_made"),
     ("plumbing/card.py", "or \"the base model's (its card was not on the training disk)\"", 'or ""', "tests/test_other_libraries.py -k vector_is_made"),
     ("plumbing/log.py", '"cut": ",d", "skipped": ",d"', '"cut": ",d"', "tests/test_log.py -k whole_number_on_the_screen"),

@@ -100,7 +100,7 @@ ROOMS = [
     ("plumbing/card.py", "if not file.exists():", "if file.exists():", CARD),
     ("plumbing/card.py", "str(runs[-1].get", "str(runs[0].get", CARD),
     ("plumbing/card.py", 'lines.append(f"| {name} | {cell} |")', "pass", CARD),
-    ("plumbing/card.py", 'settings.get("compress_tokens", "")', 'settings.get("K", "")', CARD),
+    ("plumbing/card.py", 'settings.get("compress_tokens")', 'settings.get("K")', CARD),
     ("plumbing/card.py", "THEIRS if exported else EXPORT", "EXPORT if exported else THEIRS", CARD),
     ("plumbing/card.py", 'if "temperature" in flags:', 'if "temperature" not in flags:', CARD),
     ("plumbing/card.py", "{100 * x:.1f}", "{x:.1f}", CARD),

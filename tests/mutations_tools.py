@@ -191,7 +191,7 @@ TOOLS = [
     ("plumbing/card.py", '"IND": known.get("ind"), "OOD": known.get("ood")', '"IND": known.get("ood"), "OOD": known.get("ind")',
      f"{LIBRARIES} -k each_mean"),
     ("plumbing/card.py", '    means.update(meta_tasks)\n', "", f"{LIBRARIES} -k each_mean"),
-    ("plumbing/card.py", 'config.get("text_config", config).get("hidden_size", "")', 'config.get("hidden_size", "")',
+    ("plumbing/card.py", 'config.get("text_config", config).get("hidden_size")', 'config.get("hidden_size")',
      f"{LIBRARIES} -k facts_of_the_folder"),
     ("plumbing/checkpoint.py", "            shutil.rmtree(aside, ignore_errors=True)\n", "", f"{CHECKPOINT} -k damaged_again"),
     ("plumbing/checkpoint.py", 'flags.get("steps"), flags.get("fitting", 0)]', 'flags.get("steps")]', f"{CHECKPOINT} -k what_fitted_is_a_number"),

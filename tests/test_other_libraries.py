@@ -547,11 +547,14 @@ def test_scores_that_another_hand_has_written_cost_the_card_its_scores_alone(
 
 @pytest.mark.parametrize("config", [{"text_config": {"hidden_size": 128}}, {"hidden_size": 128}])
 def test_the_card_has_the_facts_of_the_folder(tmp_path, config):
-    """The width stands in the language model's part of config.json, or on top."""
+    """The width stands in the language model's part of config.json, or on top. What is not there,
+    as K and pooling of a model that is no embedder, has no row."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"} | config))
     said = plumbing.card.facts(tmp_path, "toy", None)
     for row in ("| family | qwen2_vl |", "| dimensions | 128 |"):
         expect(row in said, said, row, "card.facts")
+    names = [line.split(" | ")[0].strip("| ") for line in said.splitlines()[2:]]
+    equal(names, ["base model", "family", "dimensions", "licence"], "card.facts: rows")
 
 
 def test_the_card_of_a_merged_model_has_the_scores_of_what_was_merged(tmp_path):
