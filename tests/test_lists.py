@@ -749,14 +749,22 @@ def test_the_split_is_the_files_that_are_named_so(tmp_path):
         equal([pair.query.text for pair in pairs], want, split)
 
 
-def test_a_negative_is_a_text_or_a_picture_or_both(place):
-    """Either column may be empty in a row."""
+@pytest.mark.parametrize(
+    ("texts", "paths", "want"),
+    [
+        (["n", ""], ["", "n.png"], [[("n", 0)], [("<image>", 1)]]),
+        ([None, ""], ["n.png", ""], [[("<image>", 1)], []]),
+        (["<|image_1|> n", "n"], ["n.png", None], [[("<image> n", 1)], [("n", 0)]]),
+    ],
+)
+def test_a_negative_is_a_text_or_a_picture_or_both(place, texts, paths, want):
+    """Either column may be empty or null in a row; where both are, it has no negative."""
     Image.new("RGB", (8, 8)).save(place / "n.png")
-    negatives = {"neg_text": ["n", ""], "neg_image_path": ["", "n.png"]}
+    negatives = {"neg_text": texts, "neg_image_path": paths}
     write(place / "neg" / "A" / "original-0.parquet", {**TRAIN, **negatives})
     pairs = data.read_pairs(str(place / "neg"), image_root=str(place))["A"]
-    texts = [[(x.text, len(x.images)) for x in pair.negatives] for pair in pairs]
-    equal(texts, [[("n", 0)], [("<image>", 1)]], "neg_text, neg_image_path")
+    read = [[(x.text, len(x.images)) for x in pair.negatives] for pair in pairs]
+    equal(read, want, "neg_text, neg_image_path")
 
 
 def test_blanks_around_a_name_are_seen(tmp_path):
@@ -1144,13 +1152,3 @@ def test_a_picture_that_is_nowhere_is_lost_once_however_often_it_is_named(tmp_pa
     write(tmp_path / "A" / "test-0.parquet", {**EVAL, **change})
     with pytest.raises(InputError, match=r"A/y.png: no such picture\. Is"):
         data.read_tasks(str(tmp_path))
-
-
-def test_a_negative_without_a_text_is_a_picture_and_one_without_both_is_none(place):
-    """Null or empty."""
-    Image.new("RGB", (8, 8)).save(place / "n.png")
-    negatives = {"neg_text": [None, ""], "neg_image_path": ["n.png", ""]}
-    write(place / "neg" / "A" / "original-0.parquet", {**TRAIN, **negatives})
-    pairs = data.read_pairs(str(place / "neg"), image_root=str(place))["A"]
-    texts = [[(x.text, len(x.images)) for x in pair.negatives] for pair in pairs]
-    equal(texts, [[("<image>", 1)], []], "neg_text, neg_image_path")
