@@ -39,18 +39,11 @@ def test_stage_1_is_walked_through(capsys, place):
     assert "with the mask off" in said and re.search(r"logits +\(\d+, \d+\)", said)
 
 
-def test_stage_1_without_the_mask(capsys, place):
-    """--no-compress draws a triangle, and compares with nothing; pretrain is the default stage."""
-    explain.main(["--no-compress"])
-    said = capsys.readouterr().out
-    drawn = re.findall(r"^  [hxCQA] ([#.]+)$", said, re.MULTILINE)
-    assert drawn == ["#" * (i + 1) + "." * (len(drawn) - 1 - i) for i in range(len(drawn))]
-    assert "with the mask off" not in said
-
-
-def test_stage_1_without_a_code_is_shown_as_it_is_trained(capsys, place):
-    """K = 0: training uses no mask, so that none is drawn and nothing is compared with it off."""
-    explain.main(["--compress-tokens", "0", "--pooling", "last"])
+@pytest.mark.parametrize("flags", ["--no-compress", "--compress-tokens 0 --pooling last"])
+def test_stage_1_without_the_mask(capsys, place, flags):
+    """Switched off, or K = 0, where training uses none: a triangle is drawn, and nothing compared
+    with it; pretrain is the default stage."""
+    explain.main(flags.split())
     said = capsys.readouterr().out
     drawn = re.findall(r"^  [hxCQA] ([#.]+)$", said, re.MULTILINE)
     assert drawn == ["#" * (i + 1) + "." * (len(drawn) - 1 - i) for i in range(len(drawn))]

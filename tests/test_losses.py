@@ -105,16 +105,10 @@ def looped_symmetric(z, labels, keys, **weights):
     return (looped(z, labels, keys, **weights) + looped_mirror(z, labels, keys, **weights)) / 2
 
 
-def looped_matryoshka(z, labels, keys):
-    """The whole vectors, and their first 2 and 3 numbers."""
+def looped_matryoshka(z, labels, keys, loss=looped):
+    """The mean loss of the whole vectors, and of their first 2 and 3 numbers."""
     parts = [z, *(F.normalize(z[:, :n], dim=-1) for n in (2, 3))]
-    return sum(looped(part, labels, keys) for part in parts) / 3
-
-
-def looped_symmetric_matryoshka(z, labels, keys):
-    """Each length's mean of both directions."""
-    parts = [z, *(F.normalize(z[:, :n], dim=-1) for n in (2, 3))]
-    return sum(looped_symmetric(part, labels, keys) for part in parts) / 3
+    return sum(loss(part, labels, keys) for part in parts) / 3
 
 
 ORACLES = {
@@ -125,7 +119,10 @@ ORACLES = {
     "symmetric": (dict(symmetric=True), looped_symmetric),
     "symmetric, weighed": (dict(symmetric=True, **LOUD), partial(looped_symmetric, **LOUD)),
     "matryoshka": (dict(matryoshka="2,3"), looped_matryoshka),
-    "symmetric, matryoshka": (dict(symmetric=True, matryoshka="2,3"), looped_symmetric_matryoshka),
+    "symmetric, matryoshka": (
+        dict(symmetric=True, matryoshka="2,3"),
+        partial(looped_matryoshka, loss=looped_symmetric),
+    ),
 }
 
 
