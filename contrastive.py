@@ -87,8 +87,8 @@ def info_nce(q, t, temperature, labels=None, keys=None, reweigh=None):
     labels = labels.view(len(q), -1)  # (B, P)
     keys = keys.view(len(t), -1)  # (M, k)
 
-    def loss_of_rows(q_rows, t, rows):  # of a block of queries, with a graph of its own
-        return info_nce_rows(q_rows, t, temperature, labels[rows], keys, reweigh)
+    def loss_of_rows(q_rows, columns, rows):  # of a block of queries, with a graph of its own
+        return info_nce_rows(q_rows, columns, temperature, labels[rows], keys, reweigh)
 
     nats, hits = sum_over_blocks(loss_of_rows, q, t)
     return nats / len(q), hits / len(q)
