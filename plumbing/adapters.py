@@ -133,7 +133,7 @@ def refuse_absurd_adapter(path):
         raise InputError(f"--model {path}: an adapter of type {kind}; only plain LoRA is read")
     shapes = shapes_of_weights(path, FILE)
     if not shapes:
-        raise InputError(f"--model {path}: no weights in its adapter_model.safetensors")
+        raise InputError(f"--model {path}: no weights in its {FILE}")
     most = longest_side(shapes)
     for key in ("r", "rank_pattern"):
         for _, r in numbers_in(config.get(key)):

@@ -72,7 +72,7 @@ def open_image(ref, name=None) -> Image.Image:
     if hasattr(ref, "render"):
         return ref.render()
     if isinstance(ref, str | os.PathLike):
-        # No question: lists' pictures are looked for before the work, and others have no such flag.
+        # No question, "is --image-root right?": a list's were found before, others have no flag.
         hint = "Those of a list are looked for below --image-root"
         with open_file(ref, name, "picture", hint) as file:
             size = os.fstat(file.fileno()).st_size

@@ -92,7 +92,7 @@ def both(x) -> Content:
 
 
 def checked(item):
-    """An Item as it is, where its text and pictures are some."""
+    """The Item itself; InputError where its text is no string, or one of its images no picture."""
     good = isinstance(item.text, str) and isinstance(item.images, tuple | list)
     if not good or not all(isinstance(x, str) or is_picture(x) for x in item.images):
         raise wrong_input(item, "an Item is Item(text, (picture, ...))")

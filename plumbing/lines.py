@@ -24,7 +24,7 @@ TOO_LONG = f"longer than {MOST // 2**20} MB, which no example is; one example a 
 ARRAY = "One example a line; or all in [ ], in a file that is called .json"
 csv.field_size_limit(MOST)  # of a text in a csv; Python's own limit is 128 kB
 BLANKS = re.compile(r"[ \t\n\r]*")
-BLOCK = 2**20  # characters of an array that are read at a time
+BLOCK = 2**20  # bytes, or characters of an array, that are read at a time
 # The key of a csv row's fields that have no column; no record has such a key, so it is refused.
 SURPLUS = "more fields than the first line names: a text with a comma needs quotes"
 NO_TEXT = {  # how a file begins that is no list -> what it is, and the way out

@@ -15,7 +15,7 @@ from plumbing.errors import InputError, brief
 
 def asked_for(cfg, prefixes, loss_over_ranks, info_nce):
     """The loss that the flags ask for, made of contrastive.py's two functions: loss(z, batch,
-    temperature) -> (this rank's share, (mean nats, top1, columns)). prefixes: lengths."""
+    temperature) -> (this rank's share, (mean nats, top1, columns)). prefixes: see lengths_of."""
     reweigh = None
     if cfg.hardness or cfg.margin:
         reweigh = partial(weighed, hardness=cfg.hardness, margin=cfg.margin)
