@@ -40,6 +40,20 @@ def test_a_line_says_speed_waiting_and_what_is_left_of_the_run(tmp_path, clock, 
     equal(line, want.replace(" | eta", " | 3.0 GiB | eta"), "the most that a GPU has held")
 
 
+def test_each_name_on_the_screen_is_in_the_readme(tmp_path, clock, monkeypatch):
+    """Of a number its name, of speed and memory their unit."""
+    logged = log.Log(TrainingFlags(steps=40, out=str(tmp_path)), 0)
+    clock[0] += 60
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    line = logged.line(29, "pairs", {"loss": 1.5, "lr": 0.002, "cut": 7})
+    page = Path(__file__).parent.parent / "README.md"
+    explained = page.read_text().partition("## Logged quantities")[2].partition("\n## ")[0]
+    for part in line.split(" | ")[1:]:  # a name and a number, or a number and its unit
+        name = next(word for word in part.split() if not word[0].isdigit())
+        expect(f"`{name}`" in explained, part, f"a row for `{name}`", "README: Logged quantities")
+
+
 def test_the_time_that_steps_wait_is_that_of_their_batches_but_the_first(tmp_path, clock):
     """Three batches of 2 s each, steps of 5 s; the first batch is not made ahead."""
 
