@@ -196,26 +196,6 @@ def test_a_disk_that_refuses_costs_the_checkpoint_alone(cfg, monkeypatch, capsys
     equal(left, [STEP], "the older one")
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(cfg, monkeypatch):
-    """Each of its files: where the machine loses its power, none is there that is not whole."""
-    synced, late, fsync, replace = set(), [], os.fsync, os.replace
-
-    def watched_sync(fd):
-        fsync(fd)
-        synced.add(os.fstat(fd).st_ino)
-
-    def watched_replace(old, new):
-        if Path(new).name == STEP:
-            files = list(Path(old).iterdir())
-            late.append((len(files), [x.name for x in files if x.stat().st_ino not in synced]))
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", watched_sync)
-    monkeypatch.setattr(os, "replace", watched_replace)
-    saved(cfg)
-    equal(late, [(3, [])], "files, and those that are only in memory")
-
-
 def test_what_is_there_already_is_not_written_again(cfg, capsys, monkeypatch):
     """The step after it was left: the state is a function of the step."""
     saved(cfg)

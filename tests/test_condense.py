@@ -285,8 +285,8 @@ def test_without_compression_tokens_there_is_nothing_that_tells(tmp_path, monkey
         condense.main(condense.Config(out="x", compress_tokens=0, **flags))
 
 
-def test_help_is_answered_without_torch():
-    """The flags of stage 2, and the two more."""
+def test_help_reads_the_flags_from_its_file():
+    """Those of stage 2, and the two more."""
     read = start.read_config(Path(condense.__file__))
     names = [field for field in read.__dataclass_fields__]
     equal(set(condense.Config.__dataclass_fields__), set(names), "fields")
