@@ -155,7 +155,7 @@ def main(cfg):
     for name, row in means["meta_tasks"].items():
         ranks.say(table.line("  " + name, row))
     for name in ("IND", "OOD", "Overall"):
-        ranks.say(table.line(name + note, means[name.lower()]))
+        ranks.say(table.line(name, means[name.lower()], note))
     if cfg.json and ranks.rank() == 0:
         table.write_json(cfg, embedder, digest, sets, means)
 

@@ -13,7 +13,7 @@ from plumbing.writing import refuse_other, refuse_unwritable, written
 
 def head(note) -> str:
     """The line above the rows."""
-    return f"\n{'Precision@1 x 100' + note:<34} {'score':>6}   {'chance':>6}   queries"
+    return f"\n{'Precision@1 x 100':<34} {'score':>6}   {'chance':>6}   queries {note}".rstrip()
 
 
 def line(name, row, note="") -> str:
@@ -36,13 +36,13 @@ def ending(row) -> str:
 
 
 def partial_note(cfg) -> str:
-    """What of the evaluation was left out, " (partial: --limit 20)"; "" where nothing was."""
+    """What of the evaluation was left out, "(partial: --limit 20)"; "" where nothing was."""
     cuts = []
     if cfg.limit:
         cuts.append(f"--limit {cfg.limit}")
     if cfg.subsets:
         cuts.append("--subsets")
-    return f" (partial: {', '.join(cuts)})" if cuts else ""
+    return f"(partial: {', '.join(cuts)})" if cuts else ""
 
 
 def refuse_json(cfg):

@@ -61,7 +61,7 @@ FRESH = [
      '    agree({"K, pooling, prompt, trained weights": layout}, f"--model {brief(cfg.model, 60)}")\n', "",
      "tests/test_checkpoint_parts.py tests/test_agreement.py"),
     # ------------------------------------------------------------------------------- what is said
-    ("evaluate.py", "table.line(name + note, means", "table.line(name, means",
+    ("evaluate.py", "means[name.lower()], note)", "means[name.lower()])",
      "tests/test_stage_parts.py -k left_out"),
     ("evaluate.py", "{table.head(note)}", "{table.head('')}", "tests/test_stage_parts.py -k left_out"),
     ("plumbing/hub.py", "{size / 1e9:.2f} GB", "{size / 2**30:.2f} GB", "tests/test_fetch.py -k so_much"),

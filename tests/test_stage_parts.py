@@ -495,11 +495,12 @@ def test_sets_in_distribution_come_first_each_under_its_heading(evaluated):
 
 def test_what_was_left_out_is_said_beside_each_mean(evaluated):
     """Who copies the last line alone into a paper has it there."""
-    for flags, note in (({}, ""), *(({"limit": n}, f" (partial: --limit {n})") for n in (1, 3))):
+    for flags, note in (({}, ""), *(({"limit": n}, f"(partial: --limit {n})") for n in (1, 3))):
         lines = evaluated(model="x", **flags).said.splitlines()
         for name in ("Precision@1 x 100", "IND", "OOD", "Overall"):
-            lines_of = [line for line in lines if line.startswith(f"{name}{note} ")]
-            equal(len(lines_of), 1, f"{name}{note}: {lines}")
+            noted = [x for x in lines if x.startswith(name) and x.endswith(note)]
+            equal(len(noted), 1, f"{name} {note}: {lines}")
+            equal("partial" in noted[0], bool(flags), noted[0])
 
 
 def test_the_flags_of_the_data_reach_the_tasks(evaluated):
