@@ -251,7 +251,7 @@ def failing(monkeypatch, bad, asked):
             yield name, InputError("trouble") if name in bad else line
 
     monkeypatch.setattr(generator, "ask_once", ask_once)
-    return SimpleNamespace(n=0, update=lambda: None)
+    return SimpleNamespace(update=lambda: None)
 
 
 def test_what_failed_alone_is_asked_again_twice_after_longer_and_longer_waits(
@@ -296,7 +296,7 @@ def test_a_model_answers_batches_in_turn_and_a_server_several_requests_at_once(
 
     monkeypatch.setattr(generator, "ThreadPoolExecutor", lambda n: pools.append(n) or pool(n))
     flags = dict(images=str(tmp_path), out=str(tmp_path / "d.jsonl"), batch=2, server=server)
-    bar = SimpleNamespace(n=0, update=lambda: None)
+    bar = SimpleNamespace(update=lambda: None)
     errors = generator.ask_until_done(names, QUESTIONS[:3], replies, config(**flags), bar)
     equal((errors, pools), ({}, [threads]), "threads")
     equal(sorted(asked, reverse=True), [size for size in sizes for _ in range(3)], "three turns")
@@ -323,16 +323,18 @@ def test_a_reply_may_not_begin_with_the_token_of_any_template(token):
 
 
 def test_fifty_failures_without_a_success_end_the_run(tmp_path, monkeypatch):
-    """It is not the pictures; after a success it may be."""
+    """It is not the pictures; after a success it may be, on a terminal and in a log file, where the
+    bar counts nothing."""
     names = [f"{i:02}.png" for i in range(60)]
     monkeypatch.setattr(generator.time, "sleep", lambda _: None)
     args = config(out=str(tmp_path / "d.jsonl"))
     with pytest.raises(InputError, match="50 pictures failed, none succeeded"):
         bar = failing(monkeypatch, set(names), [])
         generator.ask_until_done(names, [], None, args, bar)
-    bar = failing(monkeypatch, set(names[1:]), [])
-    bar.update = lambda: setattr(bar, "n", bar.n + 1)
-    equal(len(generator.ask_until_done(names, [], None, args, bar)), 59, "all are tried")
+    failing(monkeypatch, set(names[1:]), [])
+    for disable in (False, True):
+        bar = generator.tqdm(total=60, file=io.StringIO(), disable=disable)
+        equal(len(generator.ask_until_done(names, [], None, args, bar)), 59, "all are tried")
 
 
 @pytest.mark.parametrize(("bad", "status"), [(set(), 0), ({"0.png"}, 0), ({"0.png", "1.png"}, 1)])

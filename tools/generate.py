@@ -413,7 +413,7 @@ def ask_once(names, questions, replies, cfg, pool):
 def ask_until_done(names, questions, replies, cfg, bar) -> dict:
     """Asks about all pictures, and up to twice again about those that failed; writes each dialogue
     when it is there. -> {picture: error} of what failed three times."""
-    errors, before = {}, bar.n
+    errors, any_made = {}, False  # Trap: not by bar.n, which stays as it is in a log file
     # A server is asked about many pictures at once, a thread for each; a model in batches.
     pool = ThreadPoolExecutor(cfg.batch if cfg.server else 1)
     try:
@@ -424,10 +424,11 @@ def ask_until_done(names, questions, replies, cfg, bar) -> dict:
             for name, outcome in ask_once(names, questions, replies, cfg, pool):
                 if not isinstance(outcome, Exception):
                     append_whole(cfg.out, outcome, "--out")
+                    any_made = True
                     bar.update()
                     continue
                 errors[name] = f"{type(outcome).__name__}: {brief(outcome)}"
-                if len(errors) == HOPELESS and bar.n == before:
+                if len(errors) == HOPELESS and not any_made:
                     raise InputError(f"{HOPELESS} pictures failed, none succeeded: {errors[name]}")
             names = sorted(errors)
     finally:
