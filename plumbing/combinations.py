@@ -166,6 +166,9 @@ def refuse_for_model(embedder, cfg):
         )
     if "merge" in mine and not adapter:
         raise InputError("--no-merge: the model is no LoRA adapter; leave it out")
+    if adapter and "fsdp" in mine:
+        text = "full fine-tuning, and the model brings a LoRA adapter; leave --no-merge out"
+        raise InputError(f"--fsdp is for {text}, and it is folded in first")
     if "vision_cache" in mine and not (adapter or cfg.lora_rank or cfg.freeze_vision):
         raise InputError(f"{spelled(cfg, 'vision_cache')}: the tower is trained, and not frozen")
     is_stage_1, K = hasattr(cfg, "compress"), embedder.K

@@ -265,6 +265,7 @@ ROOMS = [
     ("plumbing/combinations.py", "unit = math.lcm(cfg.block, world)", "unit = cfg.block", FLAGS),
     ("plumbing/combinations.py", "cfg.muon_lr or world == 1)", "world == 1)", FLAGS),
     ("plumbing/combinations.py", "if adapter and cfg.lora_rank:", "if cfg.lora_rank:", FLAGS),
+    ("plumbing/combinations.py", "if adapter and \"fsdp\" in mine:", "if False:", FLAGS),
     ("plumbing/combinations.py", "not (adapter or cfg.lora_rank or cfg.freeze_vision)", "not (adapter or cfg.lora_rank)", FLAGS),
     ("plumbing/combinations.py", "if is_stage_1 and cfg.compress and not K:", "if is_stage_1 and not K:", FLAGS),
     # ------------------------------------------------------------------------------ plumbing/ending

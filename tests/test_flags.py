@@ -360,8 +360,8 @@ def test_every_rule_has_its_row():
 
 
 def test_what_only_the_model_decides_is_refused_when_it_is_loaded(embedder):
-    """An adapter of its own and LoRA flags; none, and --no-merge; K = 0, and the mask; AdamW's rate
-    where Muon trains all."""
+    """An adapter of its own, and LoRA flags or --fsdp; none, and --no-merge; K = 0, and the mask;
+    AdamW's rate where Muon trains all."""
     plain = model.load("toy-random", 0, device="cpu")  # K = 0
     for loaded, cfg, says in (
         (embedder, contrastive.Config(merge=False), "--no-merge: the model is no LoRA adapter"),
@@ -381,6 +381,9 @@ def test_what_only_the_model_decides_is_refused_when_it_is_loaded(embedder):
         contrastive.Config(merge=False, lora_rank=4, dora=True),
     ):
         refused(lambda c=cfg: model.choose_trained(embedder, c), "a LoRA adapter of its own")
+    # Before the training: a sharded adapter could not be saved at its end.
+    sharded = contrastive.Config(merge=False, fsdp=True, muon_lr=0.0)
+    refused(lambda: model.choose_trained(embedder, sharded), "--fsdp", "leave --no-merge out")
     model.choose_trained(embedder, contrastive.Config(merge=False, vision_cache="host"))
     model.choose_trained(toy(), contrastive.Config(vision_cache="off", freeze_vision=True))
 
