@@ -24,11 +24,13 @@ import contrastive
 import data
 import evaluate
 import model
+import pretrain
 from plumbing import checkpoint, ending, outfolder, ranks, start, table
-from plumbing.errors import InputError
+from plumbing.errors import InputError, OfAllRanks
 from plumbing.families import refuse_longer
 from plumbing.folders import STALE, read_json, refuse_foreign
 from plumbing.lines import MOST, open_lines, parse_json
+from plumbing.memory import Budget
 from plumbing.retrieval import read_named
 from tools import check, compare_logs, explain, export, generate, merge, mine
 from tools.pictures import find_pictures
@@ -506,6 +508,16 @@ def test_a_row_beyond_what_the_model_was_made_for_is_refused(shared):
         lambda: refuse_longer(shared.mllm, torch.arange(most + 1)[None]), f"{most + 1:,} tokens"
     )
     refuse_longer(shared.mllm, torch.zeros(3, 1, 2 * most, dtype=torch.long))
+
+
+def test_a_row_that_is_too_long_is_an_error_of_all_ranks_in_either_stage(shared):
+    """Upon which the steps before are saved: --max-length, the way out, goes with --resume."""
+    row = shared.collate.row(data.Item("a red thing " * 4096), [("what?", "a dog")])
+    with pytest.raises(OfAllRanks, match="--max-length 4096"):
+        pretrain.accumulate(shared, [pretrain.Example(row)])
+    batch = contrastive.Batch([row, row], torch.zeros(1, 1).long(), torch.zeros(1, 2).long())
+    with pytest.raises(OfAllRanks, match="--max-length 4096"):
+        contrastive.gradcache_step(shared, batch, 0.03, Budget(1024))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
