@@ -124,6 +124,15 @@ def test_a_log_without_steps_costs_its_figure(runs, tmp_path):
         sources.log("contrastive")
 
 
+@pytest.mark.parametrize("line", [b'{"step": 2, "lo', b"\xff", b"\0\0\0"])
+def test_a_log_that_is_damaged_costs_its_figure(tmp_path, line):
+    """It was a traceback, and no figure that comes behind it was drawn."""
+    (tmp_path / "nanocoma.json").write_text("{}")
+    (tmp_path / "log.jsonl").write_bytes(b'{"config": {}}\n{"step": 1}\n' + line + b"\n")
+    with pytest.raises(InputError, match="log.jsonl is damaged: .*take the bad lines out"):
+        figures.Sources(tmp_path).log("contrastive")
+
+
 def test_a_log_that_is_not_there_costs_its_figure_and_no_other(tmp_path):
     """A model that was copied without it: `draw` leaves out what is an InputError."""
     (tmp_path / "pretrain").mkdir()

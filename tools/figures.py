@@ -19,7 +19,7 @@ from pathlib import Path
 
 import model
 from plumbing.config import CommandLine, flag, word
-from plumbing.errors import InputError, needs
+from plumbing.errors import InputError, brief, needs
 from plumbing.ranks import run_command, setup
 from plumbing.writing import refuse_no_folder, refuse_unwritable
 from tools.records import RECORDS, read_records
@@ -69,7 +69,10 @@ class Sources:
         path = self.folder(name) / "log.jsonl"
         if not path.exists():
             raise InputError(f"{path} is missing: training writes it")
-        steps = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        try:
+            steps = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        except ValueError as e:  # what a power cut leaves
+            raise InputError(f"{path} is damaged: {brief(e)}; take the bad lines out") from None
         if not steps:
             raise InputError(f"{path} has no steps: the model was not trained")
         return steps
