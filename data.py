@@ -23,7 +23,7 @@ from plumbing import formats, mmeb, retrieval
 from plumbing.errors import InputError, brief
 from plumbing.formats import IMAGE, Lazy
 from plumbing.images import PictureEncoder, join_images, open_image, pixels_of
-from plumbing.inputs import checked, content_of, whole_number
+from plumbing.inputs import checked, content_of, refuse_empty, whole_number
 from plumbing.template import STYLES, Part, picture_parts, read_template, shorten, spell
 from toy.world import META_TASK, Shapes, evaluation_sets
 
@@ -201,9 +201,10 @@ class Collator:
     processor: of transformers (tokenizer, image processor); compress_ids: the K tokens' ids;
     max_length: longer rows lose their last turns, then text from the content's middle; 0: none."""
 
-    def __init__(self, processor, compress_ids=(), style="chat", max_length=0):
+    def __init__(self, processor, compress_ids=(), style="chat", max_length=0, check=refuse_empty):
         self.tokenizer = processor.tokenizer
         self.compress_ids, self.style, self.max_length = list(compress_ids), style, max_length
+        self.check = check  # called with a row and its item: an InputError where it does not fit
         self.template = read_template(processor, style)  # what stands around the user's words
         self.pad_id = self.tokenizer.pad_token_id or 0  # any id will do: it is masked
         self.encode_picture = PictureEncoder(processor, self.template.picture)
@@ -237,10 +238,9 @@ class Collator:
             opening = [template.turn_ids[len(template.end_ids) :], template.before_question]
         parts = [Part(HEAD, template.start_ids), *spell(self.tokenizer, template, parts)]
         parts, cut = shorten(parts, self.max_length, item)
-        tokens = self.join_parts(parts)
-        if not len(tokens["input_ids"]):
-            raise InputError(f"nothing to embed in {item}: text and picture are empty")
-        return Row(tokens, images, cut)
+        row = Row(self.join_parts(parts), images, cut)
+        self.check(row, item)
+        return row
 
     def content(self, item, own_turn) -> tuple:
         """-> (parts: head, text, picture, ...; image tensors). own_turn: with the turn's end."""

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import Collator, Item, Row
 from plumbing import adapters, combinations, families, folders, ranks, sharding, weights
 from plumbing.config import CHUNK_TOKENS, by_device
-from plumbing.inputs import in_evaluation, listed, row_of, whole_number
+from plumbing.inputs import fits, in_evaluation, listed, row_of, whole_number
 from plumbing.kernels import in_large_calls
 from plumbing.loader import Windows, prefetch, try_each
 from plumbing.memory import to_device, token_chunks
@@ -66,7 +66,7 @@ class Embedder(nn.Module):
         self.K, self.pooling, self.style, self.prefixes = settings
         self.dim = dim or mllm.get_input_embeddings().weight.shape[1]  # D
         ids = processor.tokenizer.convert_tokens_to_ids(compression_tokens(self.K))
-        self.collate = Collator(processor, ids, self.style, max_length)  # Items -> inputs
+        self.collate = Collator(processor, ids, self.style, max_length, fits(self))
         self.set_adapter(None)
 
     def set_adapter(self, adapter):

@@ -116,24 +116,20 @@ def position_ids(mllm, inputs, sequential):
     return positions
 
 
-class RowTooLong(InputError):
-    """A row that is longer than the model was made for."""
-
-
 def most_positions(mllm):
     """How many of a row the model was made for; None: its config does not say."""
     return getattr(mllm.config.get_text_config(), "max_position_embeddings", None)
 
 
 def refuse_longer(mllm, positions):
-    """RowTooLong where a row has more positions than the model was made for: a whole book in one
+    """InputError where a row has more positions than the model was made for: a whole book in one
     text would take the memory, or hours, for a vector of no use."""
     most = most_positions(mllm)
     L = positions.shape[-1]
     # The numbers are looked at only where they may be too large: a GPU would be waited for.
     if most and L > most and positions.max() >= most:
         text = f"a row of {L:,} tokens, and the model was made for at most {most:,}"
-        raise RowTooLong(f"{text}: --max-length {most} cuts texts that are longer")
+        raise InputError(f"{text}: --max-length {most} cuts texts that are longer")
 
 
 def refuse_longer_row(embedder, row):

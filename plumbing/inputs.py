@@ -8,7 +8,7 @@ import threading
 import weakref
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 
 import numpy as np
 import torch
@@ -118,22 +118,37 @@ def listed(inputs, item_of) -> list:
     return items
 
 
-def row_of(embedder, items, i):
-    """The row of items[i]; InputError where it cannot be made, or is too long for the model. Where
-    no picture's name tells, the error says which input it is."""
+def refuse_empty(row, item):
+    """InputError for a row without a token."""
+    if not row.length:
+        raise InputError(f"nothing to embed in {item}: text and picture are empty")
+
+
+def refuse_unfit(embedder, row, item):
+    """InputError for a row that is empty, or longer than the model was made for. Here, where it
+    is made: of rows embedded together nobody knows whose it is, and one rank alone would end."""
+    refuse_empty(row, item)
     try:
-        row = embedder.collate.row(items[i])
+        refuse_longer_row(embedder, row)
+    except InputError as e:
+        shown = item.images[0] if item.images else brief(item.text, 80)
+        raise InputError(f"{e}; {brief(shown)}") from None
+
+
+def fits(embedder):
+    """What a Collator of this embedder asks of each row and its item."""
+    return partial(refuse_unfit, embedder)
+
+
+def row_of(embedder, items, i):
+    """The row of items[i]; an InputError says which input it is, where no picture's name tells."""
+    try:
+        return embedder.collate.row(items[i])
     except InputError as e:
         pictures = items[i].images
         if pictures and all(isinstance(x, str | os.PathLike) for x in pictures):
             raise
         raise InputError(f"input {i}: {e}") from None
-    try:  # now: when rows are embedded together, nobody knows whose it is
-        refuse_longer_row(embedder, row)
-    except InputError as e:
-        shown = items[i].images[0] if items[i].images else brief(items[i].text, 80)
-        raise InputError(f"input {i}: {e}; {brief(shown)}") from None
-    return row
 
 
 def read_once(pictures):

@@ -14,7 +14,7 @@ from plumbing.blocks import KnownGradient
 from plumbing.config import CHUNK_TOKENS, by_device
 from plumbing.ending import StepLeft, overdue
 from plumbing.errors import InputError, OfAllRanks, brief
-from plumbing.families import RowTooLong, vision_tower, what_is_taken
+from plumbing.families import vision_tower, what_is_taken
 from plumbing.ranks import gather_objects, say
 
 
@@ -80,20 +80,17 @@ class Leaving(Exception):
 
 
 # What a rank says of its step where all ranks meet; the greatest word counts.
-FITS, FITS_NOT, TOO_LONG, LEFT = range(4)
+FITS, FITS_NOT, LEFT = range(3)
 
 
-def meet(word=FITS, reason=""):
-    """Where all ranks learn whether one of them ran out of memory, has a row that is too long, or
-    leaves the step for a signal: DoesNotFit, OfAllRanks or StepLeft on all alike. A rank that did
-    comes here from wherever it was; the others at their next meeting. reason: of TOO_LONG."""
+def meet(word=FITS):
+    """Where all ranks learn whether one of them ran out of memory, or leaves the step for a signal:
+    DoesNotFit or StepLeft on all alike. A rank that did comes here from wherever it was; the others
+    at their next meeting."""
     # One collective, the same for who failed and who did not: nobody waits for ever.
     word = max(gather_objects(word))
     if word == LEFT:
         raise StepLeft
-    if word == TOO_LONG:
-        reasons = gather_objects(reason)
-        raise OfAllRanks(next(text for text in reasons if text))
     if word == FITS_NOT:
         raise DoesNotFit
 
@@ -101,9 +98,8 @@ def meet(word=FITS, reason=""):
 @contextmanager
 def all_ranks_or_none():
     """Around a part of a step in which the ranks may not meet. Where one of them does not come to
-    its end, for want of memory, for a row that is too long, or for a signal, it is the end for all:
-    DoesNotFit, OfAllRanks or StepLeft."""
-    word, reason = FITS, ""
+    its end, for want of memory or for a signal, it is the end for all: DoesNotFit or StepLeft."""
+    word = FITS
     try:
         yield
     except torch.OutOfMemoryError as e:
@@ -111,11 +107,9 @@ def all_ranks_or_none():
         # Trap: until a `with` is left its error lives, and the graphs in its frames with it; where
         # the ranks meet, and where the steps before are saved, their memory is needed.
         traceback.clear_frames(e.__traceback__)
-    except RowTooLong as e:
-        word, reason = TOO_LONG, str(e)
     except Leaving:
         word = LEFT
-    meet(word, reason)
+    meet(word)
 
 
 def unless_overdue(chunks):

@@ -24,13 +24,11 @@ import contrastive
 import data
 import evaluate
 import model
-import pretrain
 from plumbing import checkpoint, ending, outfolder, ranks, start, table
-from plumbing.errors import InputError, OfAllRanks
+from plumbing.errors import InputError
 from plumbing.families import refuse_longer
 from plumbing.folders import STALE, read_json, refuse_foreign
 from plumbing.lines import MOST, open_lines, parse_json
-from plumbing.memory import Budget
 from plumbing.retrieval import read_named
 from tools import check, compare_logs, explain, export, generate, merge, mine
 from tools.pictures import find_pictures
@@ -510,14 +508,27 @@ def test_a_row_beyond_what_the_model_was_made_for_is_refused(shared):
     refuse_longer(shared.mllm, torch.zeros(3, 1, 2 * most, dtype=torch.long))
 
 
-def test_a_row_that_is_too_long_is_an_error_of_all_ranks_in_either_stage(shared):
-    """Upon which the steps before are saved: --max-length, the way out, goes with --resume."""
-    row = shared.collate.row(data.Item("a red thing " * 4096), [("what?", "a dog")])
-    with pytest.raises(OfAllRanks, match="--max-length 4096"):
-        pretrain.accumulate(shared, [pretrain.Example(row)])
-    batch = contrastive.Batch([row, row], torch.zeros(1, 1).long(), torch.zeros(1, 2).long())
-    with pytest.raises(OfAllRanks, match="--max-length 4096"):
-        contrastive.gradcache_step(shared, batch, 0.03, Budget(1024))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pair_beyond_what_the_model_was_made_for_costs_no_step_before_it(tmp_path, workers):
+    """It is told by what it holds; --max-length, the way out, goes with --resume."""
+    names, flags = "abcdefgh", ["--steps", "6", "--batch", "2", "--block", "2", "--seed", "1"]
+    cfg = contrastive.Config.parse(flags)
+    drawn = [{names[i] for _, i in contrastive.draw({"x": names}, cfg, step)} for step in range(6)]
+    late = min(drawn[2] - drawn[0] - drawn[1])
+    book = "a red thing " * 2048
+    lines = []
+    for x in names:
+        lines.append({"query": {"text": book if x == late else x}, "target": {"text": x}})
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    words = ["--data", str(tmp_path / "list.jsonl"), "--out", str(tmp_path / "out"), *flags]
+    words += ["--model", "toy-random", "--workers", str(workers)]
+    refused(
+        lambda: contrastive.main(contrastive.Config.parse(words)),
+        "a row of", "--max-length 4096", "a red thing", "--resume goes on from step-00000002",
+    )  # fmt: skip
+    words += ["--resume", "--max-length", "4096"]
+    contrastive.main(contrastive.Config.parse(words))
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

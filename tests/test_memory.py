@@ -440,16 +440,6 @@ def test_where_one_rank_has_no_memory_in_stage_1_all_end_with_the_way_out(others
             raising(torch.OutOfMemoryError("planted") if mine else None)(100)
 
 
-@pytest.mark.parametrize("mine", [False, True])
-def test_where_one_rank_has_a_row_that_is_too_long_all_end_with_its_words(others, mine):
-    """Else the others would not save the steps before, and "lost" the one that says the way out."""
-    text = "a row of 9 tokens: --max-length 8"
-    said = others((FITS if mine else memory.TOO_LONG,), ("" if mine else text,))
-    with pytest.raises(OfAllRanks, match=f"^{text}$"):
-        memory.fits_into_memory(raising(memory.RowTooLong(text) if mine else None), 100)
-    equal(said, [memory.TOO_LONG, text] if mine else [FITS, ""], "what this rank said")
-
-
 def test_all_ranks_give_up_together_where_each_row_stands_alone(others):
     """By the shortest of all ranks' longest rows, and not by one's own."""
     starts = []
