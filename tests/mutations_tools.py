@@ -297,4 +297,8 @@ TOOLS = [
     ("tools/generate.py", "tqdm(total=total, initial=start,", "tqdm(total=total, initial=0,", f"{GENERATE} -k bar_begins"),
     ("tools/search.py", "        except OSError as e:\n            errors.append", "        except ZeroDivisionError as e:\n            errors.append", f"{SEARCH} -k removed_meanwhile"),
     ("toy/make.py", "    torch.manual_seed(0)\n", "", "tests/test_toy_mllm.py -k the_script_draws"),
+    # ------------------------------------------------------- what a walk, a page or a figure shows
+    ("tools/study_tables.py", "> STUDENT[min", ">= STUDENT[min", f"{TABLES} -k equal_arms"),
+    ("tools/study_tables.py", 'return "1 seed" if n == 1 else f"{n} seeds"', 'return f"{n} seeds"', f"{TABLES} -k equal_arms"),
+    ("tools/study_tables.py", "same = np.mean(gained) *", "same = gained[0] *", f"{TABLES} -k literature"),
 ]  # fmt: skip
