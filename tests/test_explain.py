@@ -4,13 +4,17 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import close, equal, expect, shorten, toy
+from PIL import Image
 
 import contrastive
 import model
-from data import Item, Pair, read_dialogues, read_pairs
+import pretrain
+from data import ANSWER, Item, Pair, read_dialogues, read_pairs
 from plumbing.errors import InputError
 from tools import explain, look
 from tools.measured import gap
@@ -48,6 +52,41 @@ def test_stage_1_without_the_mask(capsys, place, flags):
     drawn = re.findall(r"^  [hxCQA] ([#.]+)$", said, re.MULTILINE)
     assert drawn == ["#" * (i + 1) + "." * (len(drawn) - 1 - i) for i in range(len(drawn))]
     assert "with the mask off" not in said
+
+
+@torch.no_grad()
+def test_the_losses_that_are_printed_are_those_of_the_tokens(capsys):
+    """Token by token, and their mean, beside that with the mask off."""
+    embedder, dialogue = toy(), read_dialogues()[0]
+    explain.walk_dialogue(embedder, dialogue, True)
+    said = capsys.readouterr().out
+    inputs = embedder.collate([dialogue.item], [dialogue.turns[:2]])
+    nats = []
+    for compress in (True, False):
+        logits, labels = pretrain.answer_logits(embedder, inputs, compress)
+        nats.append(F.cross_entropy(logits.float(), labels, reduction="none"))
+    rows = re.findall(r"(\d+\.\d+)  p = (\d\.\d+)$", said, re.MULTILINE)
+    close([float(x) for x, _ in rows], nats[0], "nats of each token", 1e-2)
+    expect(nats[0].min() < 5, nats[0], "some p that are no 0.000", "the model")
+    printed = torch.tensor([float(p) for _, p in rows])
+    expect((printed - (-nats[0]).exp()).abs().max() < 6e-4, rows, (-nats[0]).exp(), "print_loss")
+    close(float(re.search(r"mean of \d+: (\S+)", said)[1]), nats[0].mean(), "their mean", 1e-3)
+    off = float(re.search(r"picture in view: (\S+)", said)[1])
+    close(off, nats[1].mean(), "with the mask off", 1e-3)
+    whole = (1, inputs["roles"].shape[1], logits.shape[1])
+    expect(f"not {whole}: answers only" in said, said, whole, "(1, L, V)")
+
+
+def test_a_token_points_to_the_one_that_it_predicts(capsys):
+    """The one behind it, where that is an answer's."""
+    embedder, dialogue = toy(), read_dialogues()[0]
+    inputs = embedder.collate([dialogue.item], [dialogue.turns[:2]])
+    explain.print_tokens(embedder, inputs)
+    got = re.findall(r"^ +(\d+) .*-> (.*)$", capsys.readouterr().out, re.MULTILINE)
+    ids, decode = inputs["input_ids"][0], embedder.processor.tokenizer.decode
+    (answers,) = torch.where(inputs["roles"][0] == ANSWER)
+    want = [(str(i - 1), repr(decode([ids[i]]))) for i in answers.tolist()]
+    equal(got, want, "explain.print_tokens")
 
 
 def test_only_the_picture_s_equal_tokens_share_a_line(capsys):
@@ -130,6 +169,15 @@ def test_the_gradient_that_is_printed_is_the_gradient(capsys):
     close(float(re.findall(r"gradient so far (\S+)", said)[-1]), norm, "all chunks", 1e-4)
     printed = said.split("its norms:\n")[1].splitlines()[0].split()
     close([float(x) for x in printed], z.grad.norm(dim=1), "d loss / d z, row by row", 1e-2)
+    cells = [
+        re.findall(r"(-?\d\.\d\d)(.)", x + " ") for x in said.split("= its own\n")[1].split("\n")
+    ]
+    got = torch.tensor([[float(x) for x, _ in row] for row in cells[:6]])
+    expect(
+        (got - z[:6] @ z[6:].T).abs().max() < 6e-3, got, "row = query, column = target", "cosines"
+    )
+    own = [[j for j, (_, mark) in enumerate(row) if mark == "*"] for row in cells[:6]]
+    equal(own, batch.labels.tolist(), "a query's own target")
 
 
 def test_another_seed_draws_other_pairs_of_a_file(tmp_path, shared, monkeypatch):
@@ -142,6 +190,20 @@ def test_another_seed_draws_other_pairs_of_a_file(tmp_path, shared, monkeypatch)
     for seed in "011":
         explain.main(["contrastive", "--data", str(tmp_path / "l.jsonl"), "--seed", seed])
     expect(drawn[0] != drawn[1] == drawn[2], drawn, "others", "--seed")
+
+
+def test_the_flags_reach_the_walks(shared, monkeypatch):
+    """What is walked through is what was asked for."""
+    walked = []
+    monkeypatch.setattr(model, "load_for", lambda *_: shared)
+    monkeypatch.setattr(explain, "walk_dialogue", lambda _, *args: walked.append(args))
+    monkeypatch.setattr(explain, "walk_batch", lambda _, *args: walked.append(args))
+    explain.main("--seed 3 --caption --no-compress".split())
+    equal(walked.pop(), (read_dialogues(seed=3, caption=True)[0], False), "pretrain")
+    explain.main("contrastive --temperature 0.5 --chunk-tokens 77 --subsets t2i".split())
+    batch, *others = walked.pop()
+    equal(others, [0.5, 77], "temperature, chunk_tokens")
+    equal({name.partition("[")[0] for name in batch.ids}, {"t2i"}, "subsets")
 
 
 def test_an_adapter_is_folded_in_as_stage_2_does(monkeypatch):
@@ -170,3 +232,17 @@ def test_look_shows_no_right_candidate_as_a_wrong_one():
         shown += len(wrong)
         expect(not set(right) & set(wrong), lines, "others", "look.examples")
     expect(shown, shown, "some", "tools.look has other words for them")
+
+
+def test_each_picture_of_the_sheet_stands_beside_its_words(tmp_path):
+    """Query and target in a row; four pixels for each, of its own colour."""
+    look.look(str(tmp_path / "x.png"))
+    sheet = np.asarray(Image.open(tmp_path / "x.png"))
+    for i, (scenes, _) in enumerate(look.examples()):
+        for j, scene in enumerate(scenes):
+            picture = np.asarray(scene.render())
+            x, y, side = 6 + 134 * j, look.HEIGHT * i + 6, 128 // len(picture)
+            got = sheet[y : y + 128, x : x + 128]
+            equal(got[::side, ::side].tolist(), picture.tolist(), f"example {i}, picture {j}")
+            equal(got[side - 1 :: side, side - 1 :: side].tolist(), picture.tolist(), "unsmoothed")
+    equal([len(scenes) for scenes, _ in look.examples()[6:]], [1, 1, 1, 1, 2], "and the right one")
