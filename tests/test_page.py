@@ -1,8 +1,10 @@
 """The page of `python -m tools.explain --html`: its numbers are those of the functions that train,
 and in a real browser (Debian's chromium) every control does what it says."""
 
+import base64
 import html
 import inspect
+import io
 import json
 import math
 import re
@@ -14,6 +16,7 @@ import families
 import pytest
 import torch
 from checks import close, equal, expect, shorten, toy
+from PIL import Image
 
 import contrastive
 import model
@@ -21,6 +24,7 @@ import pretrain
 from data import ANSWER, CONTENT, read_dialogues, read_pairs
 from plumbing.errors import InputError
 from plumbing.families import position_ids
+from plumbing.formats import IMAGE
 from tools import explain, explain_numbers, explain_page, mask_as_cache
 from tools.measured import eager
 
@@ -183,6 +187,34 @@ def test_the_matrix_is_the_functions(content, embedder):
     expect(len(set(first)) < len(first), first, "two that are equal", "a false negative to see")
 
 
+def test_the_sides_of_the_matrix_are_those_of_its_pairs(content):
+    """Queries down, targets across: their words, their pictures, their data set."""
+    matrix, chosen = content["matrix"], explain_numbers.drawn(read_pairs(), 0)
+    equal(matrix["sets"], [name for name, _ in chosen], "sets")
+    for name, items in (
+        ("queries", [pair.query for _, pair in chosen]),
+        ("targets", [pair.targets[0] for _, pair in chosen]),
+    ):
+        want = [(item.text.replace(IMAGE, "").strip(), bool(item.images)) for item in items]
+        equal([(x["text"], bool(x["picture"])) for x in matrix[name]], want, name)
+
+
+def test_a_photograph_becomes_a_small_picture_of_its_shape(tmp_path):
+    """As large as it is on a disk it would make a page of megabytes."""
+    Image.new("RGB", (1000, 500), "red").save(tmp_path / "a.jpg")
+    head, _, code = explain_numbers.picture_uri(str(tmp_path / "a.jpg")).partition(",")
+    equal(head, "data:image/png;base64", "what a browser takes it for")
+    picture = Image.open(io.BytesIO(base64.b64decode(code)))
+    equal(picture.size, (64, 32), "explain_numbers.SIDE")
+    expect(picture.convert("RGB").getpixel((9, 9))[0] > 250, picture.getpixel((9, 9)), "red", "")
+
+
+def test_a_token_of_blanks_is_seen():
+    """As the space that it is."""
+    tokenizer = SimpleNamespace(decode=lambda ids: [" ", " red"][ids[0]])
+    equal([explain_numbers.word_of(tokenizer, i) for i in (0, 1)], ["\u2423", "red"], "word_of")
+
+
 def test_gradcache_is_measured(content):
     """Pass 1 keeps nothing, pass 2 a chunk at a time less than the whole batch; every row once in
     each pass; the sum of chunks is the batch's gradient, that of two half batches is not."""
@@ -298,7 +330,7 @@ def test_the_page_runs_the_functions_that_train(embedder, monkeypatch):
     close(losses["masked"], 2 * mean, "the mean is answer_loss's", 1e-4)
 
 
-def test_each_stage_of_the_page_has_its_own_model(tmp_path, monkeypatch):
+def test_each_stage_of_the_page_has_its_own_model(tmp_path, monkeypatch, capsys):
     """What both stages have left; without --model."""
     monkeypatch.chdir(tmp_path)
     both, made = ("out/pretrain", "out/contrastive"), []
@@ -306,9 +338,43 @@ def test_each_stage_of_the_page_has_its_own_model(tmp_path, monkeypatch):
         Path(name).mkdir(parents=True)
         Path(name, "config.json").write_text("{}")
     monkeypatch.setattr(model, "load_for", lambda cfg, device: cfg.model)
-    monkeypatch.setattr(explain_page, "make_page", lambda models, *_: made.append(models) or "")
+    page = "x" * 2048
+    monkeypatch.setattr(explain_page, "make_page", lambda models, *_: made.append(models) or page)
     explain.main(["--html", "x.html"])
     equal(made, [(*both, both)], "explain.write_html")
+    expect("wrote x.html: 2 KiB" in (said := capsys.readouterr().out), said, "2 KiB", "its size")
+
+
+def test_the_page_is_of_the_flags_and_stage_2s_adapter_is_folded_in(monkeypatch):
+    """The cosines are the model's as it is; what is trained is what stage 2 trains."""
+    seen = []
+
+    def note(name, result=None):
+        monkeypatch.setattr(explain_page, name, lambda *args: seen.append((name, *args)) or result)
+
+    for name, result in (("story", 1), ("drawn", "pairs"), ("matrix", 2), ("passes", 3)):
+        note(name, result)
+    note("write_page", "page")
+    first, second = (SimpleNamespace(K=4, eval=lambda: None) for _ in range(2))
+    monkeypatch.setattr(model, "merge", lambda embedder: ("merged", embedder))
+    monkeypatch.setattr(model, "choose_trained", lambda embedder, _: seen.append(("to", embedder)))
+    cfg = explain.Config(seed=3, temperature=0.5, chunk_tokens=77)
+    models = explain_page.Models(first, second, ("a", "b"))
+    equal(explain_page.make_page(models, "talk", "sets", cfg), "page", "make_page")
+    merged = ("merged", second)
+    want = [("story", first, "talk"), ("drawn", "sets", 3), ("matrix", second, "pairs", 0.5)]
+    want += [("to", merged), ("passes", merged, "pairs", 0.5, 77)]
+    equal(seen[:-1], want, "make_page")
+    equal(seen[-1][1][::4], (("a", "b"), 3), "Shown: the names, the passes")
+
+
+def test_a_text_that_would_end_the_script_does_not():
+    """A picture may be described as anything."""
+    shown = explain_page.Shown(("</script>", "<b>"), {}, None, None, None)
+    page = explain_page.write_page(shown)
+    equal(content_of(page)["models"], ["</script>", "<b>"], "what it says")
+    ends = explain_page.TEMPLATE.read_text().count("</script>")
+    equal(page.count("</script>"), ends, "the template's own alone")
 
 
 def test_the_sources_are_the_functions(file):
