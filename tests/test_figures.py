@@ -87,6 +87,80 @@ def test_the_drawings_of_the_readme_s_head_are_light_and_have_no_model(tmp_path,
     equal([p.read_bytes() for p in overview.draw(tmp_path)], before, "no dates")
 
 
+def noted(monkeypatch, name) -> list:
+    """The calls of one of the overview's functions, which draws all the same."""
+    calls, function = [], getattr(overview, name)
+    monkeypatch.setattr(
+        overview, name, lambda *x, **style: calls.append((*x[1:], style)) or function(*x, **style)
+    )
+    return calls
+
+
+def test_the_example_s_right_answers_are_its_green_ones(monkeypatch):
+    """Question, caption and crop: each the one right answer of its kind."""
+    said, framed = noted(monkeypatch, "words"), noted(monkeypatch, "frame")
+    shown = noted(monkeypatch, "picture")
+    overview.example()
+    (_, (scene,)), candidates = Shapes("test").query("ground", 2)
+    right = candidates[0][1][0]
+    green = [tuple(x[:2]) for *x, color, _, _ in framed if color == drawings.GREEN]
+    crops = {(x, y): crop for crop, x, y, *_ in shown[1:]}
+    equal([crops[place] for place in green], [right], "one frame, around the right crop")
+    equal((shown[0][0], len(crops)), (scene, 7), "the picture, and seven candidates")
+    texts = [" ".join(x[2].split()) for x in said if x[-1].get("color") == drawings.GREEN]
+    (subject,) = right.objects
+    equal(texts, [subject.color, scene.describe()], "answer and caption")
+    asked = [x[2] for x in said if f"color of the {subject.shape}" in x[2]]
+    equal(len(asked), 1, f"what is answered with its color: {said}")
+
+
+def test_the_overview_names_what_it_draws(monkeypatch):
+    """C_1 to C_K; each answer behind its own question; the query's vector q, the target's t."""
+    said, codes = noted(monkeypatch, "words"), noted(monkeypatch, "code")
+    overview.overview()
+    names = [text for *_, text, style in said if text.startswith("$C")]
+    equal(names, [f"$C_{k}$" for k in (1, 2, 3, 4)] * 3, "compressed, query, target")
+    equal(len(codes), 3, "as many codes")
+    (_, (scene,)), turns, _ = Shapes().dialogue(0)
+    at = {text: y for x, y, text, _ in said}
+    for question, answer in (turns[2], turns[4]):
+        equal(at[question], at[answer], f"{question} {answer}")
+    heights = {text: [y for _, y, x, _ in said if x == text][0] for text in ("$q$", "$t$")}
+    caption = next(y for _, y, x, _ in said if " ".join(x.split()) == scene.describe())
+    equal(heights["$t$"], caption, "the target's, behind the caption")
+    expect(heights["$q$"] > heights["$t$"], heights, "the query above", "draw_match")
+
+
+def test_the_mask_is_drawn_with_each_region_s_name(monkeypatch):
+    """Blue where a row attends, yellow what is hidden, white the future; turns count from 1."""
+    (ax,) = drawings.mask(None).axes
+    above = sorted((x.get_position()[0], x.get_text()) for x in ax.texts if x.get_position()[1] < 0)
+    names = ["head", "picture", "C", "Q$_1$", "A$_1$", "Q$_2$", "A$_2$"]
+    equal([name for _, name in above], names, "name_regions")
+    pixels, places = ax.images[0].get_array(), {name: round(x) for x, name in above}
+
+    def color(row, column):
+        red, _, blue = pixels[places[row], places[column]]
+        return "white" if red == blue == 1 else "yellow" if red > blue else "blue"
+
+    equal(color("A$_1$", "C"), "blue", "may attend")
+    equal(color("A$_1$", "picture"), "yellow", "hidden")
+    equal(color("C", "picture"), "blue", "what C is for")
+    equal(color("picture", "C"), "white", "the future")
+
+
+def test_the_flags_reach_the_figures(monkeypatch, tmp_path):
+    """The model that is named, and the seed of the scenes."""
+    made = []
+    monkeypatch.setattr(figures, "Sources", lambda *args: made.append(args))
+    monkeypatch.setattr(drawings, "FIGURES", {})
+    monkeypatch.setattr(overview, "FIGURES", {})
+    figures.main([str(tmp_path), "--model", "there", "--seed", "3"])
+    ((folder, seed, device, file),) = made
+    equal((folder, seed, file), ("there", 3, records.RECORDS), "figures.draw")
+    equal(str(device), "cpu", "setup's")
+
+
 def test_a_missing_model_or_record_costs_its_figures_and_is_named(runs, few, tmp_path, capsys):
     """Without stage 1 and records: what needs neither is drawn, and a line says how to make it."""
     shutil.copytree(runs / "contrastive", tmp_path / "contrastive")
@@ -361,6 +435,8 @@ def test_losses_are_drawn_in_nats_and_shares_in_percent():
     fig = drawings.curves(SimpleNamespace(log=lambda name: log))
     levels = [ax.lines[0].get_ydata().tolist() for ax in fig.axes[:4]]
     equal(levels, [[2.0] * 3, [50.0] * 3, [2.0] * 3, [25.0] * 3], "curves")
+    chance = [x.get_label() for x in fig.axes[2].lines if "no information" in x.get_label()]
+    equal(chance, ["ln 55 = 4.00: no information"], "of so many targets")
 
 
 def test_captions_are_called_captions():
