@@ -340,6 +340,8 @@ TOOLS = [
     ("tools/drawings.py", "ln {math.exp(chance):.0f} =", "ln {chance:.0f} =", f"{FIGURES} -k in_percent"),
     ("tools/figures.py", "cfg.model, cfg.seed, setup())", "cfg.model, 0, setup())", f"{FIGURES} -k reach_the_figures"),
     ("tools/figures.py", 'contrastive or "out/contrastive"', '"out/contrastive"', f"{FIGURES} -k reach_the_figures"),
+    ("tools/search.py", "allow_pickle=False", "allow_pickle=True", f"{SEARCH} -k unpickled"),
+    ("tools/search.py", "20 * self.cost", "2 * self.cost", f"{SEARCH} -k kept_on_the_way"),
     ("tools/study_tables.py", "> STUDENT[min", ">= STUDENT[min", f"{TABLES} -k equal_arms"),
     ("tools/study_tables.py", 'return "1 seed" if n == 1 else f"{n} seeds"', 'return f"{n} seeds"', f"{TABLES} -k equal_arms"),
     ("tools/study_tables.py", "same = np.mean(gained) *", "same = gained[0] *", f"{TABLES} -k literature"),

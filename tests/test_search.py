@@ -232,6 +232,28 @@ def test_an_index_of_anything_else_is_made_again(folder, shared, capsys, damage)
     assert "12 of them new" in said and said.splitlines()[1:] == want.splitlines()[1:]
 
 
+class Mark:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["files", "z"])
+def test_nothing_in_an_index_is_unpickled(tmp_path, name):
+    """It lies beside the pictures, where somebody else may have put it."""
+    index, mark = tmp_path / "i.npz", tmp_path / "ran"
+    arrays = dict(files=np.frombuffer(b'["a"]', np.uint8), z=np.ones((1, 1), np.float32))
+    np.savez(index, **arrays)
+    equal(list(search.read_index(index, 1)), ["a"], "negative control: an index")
+    np.savez(index, **arrays | {name: np.array([Mark(mark)], object)})
+    equal(search.read_index(index, 1), {}, "search.read_index")
+    assert not mark.exists(), "code of the index was run"
+
+
 @pytest.mark.parametrize("factor", [np.nan, 0.5])
 def test_a_row_of_an_index_that_is_no_embedding_costs_that_picture_alone(
     folder, shared, capsys, factor
@@ -494,9 +516,12 @@ def test_a_picture_keeps_its_own_vector_when_others_change_and_come(folder, shar
     assert "2 of them new" in said and f" 1.0000  {folder / '5.PNG'}\n" in said, said
 
 
-@pytest.mark.parametrize(("cost", "kept"), [(100.0, [4, 12]), (0.1, [4, 8, 12])])
+@pytest.mark.parametrize(
+    ("cost", "kept"), [(100.0, [4, 12]), (0.6, [4, 12]), (0.4, [4, 8, 12]), (0.1, [4, 8, 12])]
+)
 def test_an_index_is_kept_on_the_way_and_whole_in_the_end(folder, shared, monkeypatch, cost, kept):
-    """Three windows of four pictures, of 10 s each; where writing is slow, not after each."""
+    """Three windows of four pictures, of 10 s each; where writing would take more than a twentieth
+    of that, not after each."""
     now, written = [1000.0], []
 
     def embed(embedder, items, cfg, progress, errors):
