@@ -342,6 +342,8 @@ TOOLS = [
     ("tools/figures.py", 'contrastive or "out/contrastive"', '"out/contrastive"', f"{FIGURES} -k reach_the_figures"),
     ("tools/search.py", "allow_pickle=False", "allow_pickle=True", f"{SEARCH} -k unpickled"),
     ("tools/search.py", "20 * self.cost", "2 * self.cost", f"{SEARCH} -k kept_on_the_way"),
+    ("tools/__main__.py", '{"--help", "-h"}', '{"--help"}', "tests/test_tools.py -k command_is_here"),
+    ("tools/__main__.py", 'text.partition("\\n\\n")[0]', 'text.partition("\\n")[0]', "tests/test_tools.py -k command_is_here"),
     ("tools/study_tables.py", "> STUDENT[min", ">= STUDENT[min", f"{TABLES} -k equal_arms"),
     ("tools/study_tables.py", 'return "1 seed" if n == 1 else f"{n} seeds"', 'return f"{n} seeds"', f"{TABLES} -k equal_arms"),
     ("tools/study_tables.py", "same = np.mean(gained) *", "same = gained[0] *", f"{TABLES} -k literature"),

@@ -723,6 +723,10 @@ def test_every_command_is_here(monkeypatch, capsys):
     runpy.run_path(str(room / "__main__.py"), run_name="__main__")
     listed = dict(re.findall(r"^    (\w+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
     assert set(listed) == commands and all(len(text) > 20 for text in listed.values()), listed
+    assert all(text.endswith((".", ":")) for text in listed.values()), "whole sentences"
+    monkeypatch.setattr(sys, "argv", ["tools", "-h"])
+    runpy.run_path(str(room / "__main__.py"), run_name="__main__")
+    assert "    search " in capsys.readouterr().out, "asked for, too"
     monkeypatch.setattr(sys, "argv", ["tools", "serch"])
     with pytest.raises(SystemExit, match="no command in serch\n"):
         runpy.run_path(str(room / "__main__.py"), run_name="__main__")
