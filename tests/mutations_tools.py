@@ -347,4 +347,12 @@ TOOLS = [
     ("tools/study_tables.py", "> STUDENT[min", ">= STUDENT[min", f"{TABLES} -k equal_arms"),
     ("tools/study_tables.py", 'return "1 seed" if n == 1 else f"{n} seeds"', 'return f"{n} seeds"', f"{TABLES} -k equal_arms"),
     ("tools/study_tables.py", "same = np.mean(gained) *", "same = gained[0] *", f"{TABLES} -k literature"),
+    ("tools/search.py", "        embedder.K,\n", "", f"{SEARCH} -k another_device"),
+    ("tools/search.py", "        embedder.style,\n", "", f"{SEARCH} -k another_device"),
+    ("tools/search.py", "fingerprint(embedder, cfg.image_text)", "fingerprint(embedder)", f"{SEARCH} -k instruction_that"),
+    ("tools/search.py", 'title, "black", font_size=15', 'title, "white", font_size=15', f"{SEARCH} -k read_above_all"),
+    ("tools/search.py", 'caption, "black", font_size=12', 'caption, "white", font_size=12', f"{SEARCH} -k read_above_all"),
+    ("tools/search.py", "(x + 5, y + SIDE - 8)", "(x + 5, y + 8)", f"{SEARCH} -k read_above_all"),
+    ("tools/search.py", "except ValueError as e:  # a WebP", "except OverflowError as e:  # a WebP", f"{SEARCH} -k too_high_for_its_kind"),
+    ("tools/search.py", "on_rank_0(lambda: refuse_place(cfg))", "refuse_place(cfg)", f"{SEARCH} -k looked_at_on_rank_0"),
 ]  # fmt: skip

@@ -444,7 +444,8 @@ def test_a_text_of_blanks_is_nothing_to_search_for():
 
 
 def test_an_index_of_another_device_kernel_template_or_library_is_never_used(shared, monkeypatch):
-    """A GPU computes in bfloat16; and what stands around a picture is a part of its vector."""
+    """A GPU computes in bfloat16; and what stands around a picture is a part of its vector. K, with
+    the same weights: as nanocoma.json says it."""
     other = dataclasses.replace(shared.collate.template, after_text="\n")
     keys = [search.fingerprint(shared)]
     for place, name, value in (
@@ -452,12 +453,14 @@ def test_an_index_of_another_device_kernel_template_or_library_is_never_used(sha
         (shared.mllm.config, "_attn_implementation", "eager"),
         (shared.collate, "template", other),
         (shared.collate, "max_length", 50),
+        (shared, "K", 3),
+        (shared, "style", "coma"),
         (search, "versions", lambda: {"torch": "0"}),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, value)
             keys.append(search.fingerprint(shared))
-    equal(len(set(keys)), 6, f"keys that differ: {keys}")
+    equal(len(set(keys)), 8, f"keys that differ: {keys}")
     equal(search.fingerprint(shared), keys[0], "put back")
 
 
@@ -541,7 +544,7 @@ def test_an_index_is_kept_on_the_way_and_whole_in_the_end(folder, shared, monkey
 
 
 def test_pictures_are_embedded_with_the_instruction_that_is_asked_for(folder, shared, monkeypatch):
-    """--image-text."""
+    """--image-text; another one makes other vectors, so that no index of the first is taken."""
     texts, encode = set(), model.Embedder.encode
 
     def noted(self, items, *args):
@@ -549,9 +552,11 @@ def test_pictures_are_embedded_with_the_instruction_that_is_asked_for(folder, sh
         return encode(self, items, *args)
 
     monkeypatch.setattr(model.Embedder, "encode", noted)
-    cfg = search.Config(images=str(folder), text="two", image_text=f"{IMAGE} what is it?")
-    search.index_pictures(shared, cfg)
-    equal(texts, {f"{IMAGE} what is it?"}, "Item(cfg.image_text, ...)")
+    for asked in (f"{IMAGE} what is it?", f"{IMAGE} where is it?"):
+        texts.clear()
+        cfg = search.Config(images=str(folder), text="two", image_text=asked)
+        search.index_pictures(shared, cfg)
+        equal(texts, {asked}, "Item(cfg.image_text, ...), and the index's key")
 
 
 def test_pictures_that_are_equally_near_come_in_the_order_of_the_folder(
@@ -648,6 +653,16 @@ def test_a_picture_that_goes_after_it_was_indexed_costs_no_other_its_place_on_th
         run(folder, shared, capsys, **cfg)
 
 
+def test_a_sheet_that_is_too_high_for_its_kind_is_said(folder, shared, capsys, monkeypatch):
+    """A thousand results are 65,000 pixels, and a WebP has 16,383."""
+    monkeypatch.setattr(search, "index_pictures", lambda *_: (["0.PNG"], shared.encode(["two"])))
+    monkeypatch.setattr(search, "draw_sheet", lambda *_: Image.new("RGB", (1, 16_400)))
+    out = folder.parent / "x.webp"
+    with pytest.raises(InputError, match="--out .*x.webp: .*; end it with .png"):
+        search.search(shared, search.Config(images=str(folder), text="two", out=str(out)))
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(("n", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (4, 4, 1), (5, 4, 2)])
 def test_a_sheet_is_as_large_as_its_pictures(n, columns, rows):
     """No empty column, no empty row."""
@@ -662,6 +677,19 @@ def test_a_photograph_is_made_smaller_smoothly():
     sheet = search.draw_sheet("", [Image.fromarray(stripes).convert("RGB")], [""])
     grey, *_ = sheet.getpixel((search.SIDE // 2, search.HEAD))
     expect(100 < grey < 155, grey, "127, or nearly", "Image.Resampling")
+
+
+def test_the_title_is_read_above_all_and_a_caption_below_its_own_picture():
+    """In black on white; here the second picture of five has one."""
+    white = [Image.new("RGB", (64, 64), "white")] * 5
+    sheet = search.draw_sheet("title", white, ["", "caption", "", "", ""])
+    dark = np.asarray(sheet.convert("L")) < 100
+    expect(dark[: search.HEAD, : search.SIDE].any(), "white", "some black", "the title")
+    rows, columns = np.nonzero(dark[search.HEAD :])
+    expect(len(rows) > 20, len(rows), "some black", "the caption")
+    cell, side, below = (columns // search.SIDE, search.SIDE, search.CAPTION)
+    equal(set(cell.tolist()), {1}, "the second column")
+    expect(side - 10 <= rows.min() and rows.max() < side + below, rows, "below it", "draw_sheet")
 
 
 def test_no_weight_of_a_large_matrix_is_left_out_of_the_fingerprint():
@@ -725,6 +753,15 @@ def test_the_index_is_rank_0s_and_so_is_the_sheet(folder, shared, monkeypatch, c
     monkeypatch.setattr(shared, "encode", lambda *_: z[:1])
     threads.on_ranks(monkeypatch, 2, lambda _: search.search(shared, cfg))
     equal(drawn, [0], "draw_sheet")
+
+
+def test_the_place_of_the_sheet_is_looked_at_on_rank_0(folder, monkeypatch):
+    """It draws; another node's disk may hold anything there."""
+    looked = []
+    monkeypatch.setattr(search, "refuse_place", lambda _: looked.append(rank()))
+    cfg = search.Config(images=str(folder), text="two", out="x.png")
+    threads.on_ranks(monkeypatch, 2, lambda _: search.refuse_no_search(cfg))
+    equal(looked, [0], "search.refuse_no_search")
 
 
 def test_a_sheet_of_a_kind_that_can_be_read_and_not_written_is_refused(folder, monkeypatch):
