@@ -355,4 +355,5 @@ TOOLS = [
     ("tools/search.py", "(x + 5, y + SIDE - 8)", "(x + 5, y + 8)", f"{SEARCH} -k read_above_all"),
     ("tools/search.py", "except ValueError as e:  # a WebP", "except OverflowError as e:  # a WebP", f"{SEARCH} -k too_high_for_its_kind"),
     ("tools/search.py", "on_rank_0(lambda: refuse_place(cfg))", "refuse_place(cfg)", f"{SEARCH} -k looked_at_on_rank_0"),
+    ("plumbing/card.py", 'pipeline_tag="feature-extraction"', 'pipeline_tag="image-text-to-text"', f"{LIBRARIES} -k found_and_named"),
 ]  # fmt: skip

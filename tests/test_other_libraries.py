@@ -519,6 +519,7 @@ def test_the_card_is_found_and_named_where_the_folder_is_the_working_folder(tmp_
     monkeypatch.chdir(tmp_path / "mine")
     card = ModelCard(plumbing.card.text_of(Path("."), Path(".")))
     equal(card.data.tags, plumbing.card.TAGS, "ModelCardData")
+    equal(card.data.pipeline_tag, "feature-extraction", "by which the hub lists it")
     expect("# mine: a multimodal" in card.text, card.text, "# mine", "card.text_of")
 
 
