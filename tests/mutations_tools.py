@@ -356,4 +356,5 @@ TOOLS = [
     ("tools/search.py", "except ValueError as e:  # a WebP", "except OverflowError as e:  # a WebP", f"{SEARCH} -k too_high_for_its_kind"),
     ("tools/search.py", "on_rank_0(lambda: refuse_place(cfg))", "refuse_place(cfg)", f"{SEARCH} -k looked_at_on_rank_0"),
     ("plumbing/card.py", 'pipeline_tag="feature-extraction"', 'pipeline_tag="image-text-to-text"', f"{LIBRARIES} -k found_and_named"),
+    ("tools/search.py", ".suffix.lower())\n    if kind", ".suffix)\n    if kind", f"{SEARCH} -k replaces_a_sheet"),
 ]  # fmt: skip

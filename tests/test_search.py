@@ -388,7 +388,7 @@ def test_its_own_picture_and_index_are_not_found_where_the_folder_is_the_working
     assert "0 of them new" in said
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("ending", ["PNG", "jpg", "webp", "tiff"])
 def test_a_sheet_replaces_a_sheet_and_no_photograph(folder, shared, ending):
     """--out in the searched folder, there already: of an earlier search, or a user's."""
     cfg = search.Config(images=str(folder), text="two", out=str(folder / f"sheet.{ending}"))
