@@ -357,4 +357,7 @@ TOOLS = [
     ("tools/search.py", "on_rank_0(lambda: refuse_place(cfg))", "refuse_place(cfg)", f"{SEARCH} -k looked_at_on_rank_0"),
     ("plumbing/card.py", 'pipeline_tag="feature-extraction"', 'pipeline_tag="image-text-to-text"', f"{LIBRARIES} -k found_and_named"),
     ("tools/search.py", ".suffix.lower())\n    if kind", ".suffix)\n    if kind", f"{SEARCH} -k replaces_a_sheet"),
+    ("tools/pictures.py", "if len(left_out) > SHOWN:", "if len(left_out) >= SHOWN:", f"{PICTURES} -k counted_by_its_ending"),
+    ("tools/pictures.py", '"no ending")] += 1', '"no ending")] = 1', f"{PICTURES} -k counted_by_its_ending"),
+    ("tools/pictures.py", '.lower() or "no ending"', ' or "no ending"', f"{PICTURES} -k counted_by_its_ending"),
 ]  # fmt: skip

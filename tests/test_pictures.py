@@ -184,6 +184,19 @@ def test_a_searched_folder_may_hold_anything(tmp_path, capsys):
     assert len(said) == 6 and said[-1] == "left out: 3 more", said
 
 
+def test_what_is_left_out_is_counted_by_its_ending(tmp_path, capsys):
+    """In capitals or not; and of five that are named no other is left."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in ("b.heic", "c.HEIC", "d.txt"):
+        (tmp_path / name).touch()
+    for i in range(5):
+        (tmp_path / f"linked {i}").symlink_to(tmp_path)
+    equal(find_pictures(str(tmp_path)), ["a.png"], "pictures")
+    endings, *links = capsys.readouterr().out.splitlines()
+    equal(endings, "left out, by their endings: 2 .heic, 1 .txt", "say_others")
+    equal(len(links), 5, f"five by name, and not 0 more: {links}")
+
+
 def test_the_ending_of_the_most_files_is_said_first(capsys):
     """A phone's pictures, and not a text beside them; of equal counts in the order of letters."""
     counts = {".a": 1, ".b": 1, ".c": 2, ".d": 1, ".e": 1, ".f": 1, ".heic": 1200}
