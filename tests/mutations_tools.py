@@ -360,4 +360,5 @@ TOOLS = [
     ("tools/pictures.py", "if len(left_out) > SHOWN:", "if len(left_out) >= SHOWN:", f"{PICTURES} -k counted_by_its_ending"),
     ("tools/pictures.py", '"no ending")] += 1', '"no ending")] = 1', f"{PICTURES} -k counted_by_its_ending"),
     ("tools/pictures.py", '.lower() or "no ending"', ' or "no ending"', f"{PICTURES} -k counted_by_its_ending"),
+    ("tools/compare_logs.py", "IN_A_ROW = 10", "IN_A_ROW = 9", f"{COMPARE} -k are_in_a_row"),
 ]  # fmt: skip

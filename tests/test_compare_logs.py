@@ -277,7 +277,9 @@ def test_steps_outside_count_where_they_are_in_a_row():
     loss = np.full(40, 0.5)
     loss[::2] = 2.0
     equal(compare_logs.first_outside(loss, band), None, "never two side by side")
-    loss[20:30] = 2.0
+    loss[20:29] = 2.0
+    equal(compare_logs.first_outside(loss, band), None, "nine side by side")
+    loss[29] = 2.0
     equal(compare_logs.first_outside(loss, band), 21, "compare_logs.first_outside")
 
 
