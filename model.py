@@ -241,7 +241,7 @@ def choose_trained(embedder, cfg):
         elif embedder.device.type == "cuda":
             p.data = p.data.to(torch.bfloat16)
     if cfg.checkpointing:
-        embedder.mllm.gradient_checkpointing_enable({"use_reentrant": False})  # works with LoRA
+        families.checkpoint_activations(embedder.mllm)
     ranks.say(weights.describe(embedder))
 
 

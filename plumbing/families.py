@@ -81,6 +81,15 @@ def in_its_own_type(module, inputs, output):
     return output.to(next(module.parameters()).dtype)
 
 
+def checkpoint_activations(mllm):
+    """Its layers run again in the backward pass, in the place of keeping what they computed."""
+    form = {"use_reentrant": False}  # which works where what comes in is frozen, as with LoRA
+    if hasattr(mllm, "activation_checkpointing_enable"):
+        mllm.activation_checkpointing_enable(form)
+    else:  # its name in older releases of transformers
+        mllm.gradient_checkpointing_enable(form)
+
+
 def rest_frozen_tower(embedder):
     """The embedder, its vision tower in evaluation mode where it is frozen. With dropout its output
     would be another one in GradCache's second pass than what was remembered from the first."""

@@ -209,7 +209,11 @@ def parse_json(line):
     try:
         value = DECODER.decode(line.removeprefix(BOM_UTF8).decode())
     except json.JSONDecodeError as e:
-        hint = f". {ARRAY}" if line.strip() == b"{" or line.lstrip()[:1] == b"[" else ""
+        first, hint = line.lstrip()[:1], ""
+        if line.strip() == b"{" or first == b"[":
+            hint = f". {ARRAY}"
+        elif first != b"{":
+            hint = ". An example is an object, {...}, or a row of a .csv file"
         if b"\r" in line.strip():
             hint = ". Its lines end in CR alone, as old Macs wrote them; save it with LF"
         raise ValueError(f"not JSON: {e.msg}, column {e.colno}{hint}") from None

@@ -24,6 +24,7 @@ import pretrain
 from data import COMPRESS, CONTENT, PAD, QUESTION, Item
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
+from plumbing.families import checkpoint_activations
 from plumbing.memory import Budget
 from plumbing.template import STYLES
 from plumbing.weights import Settings
@@ -272,7 +273,7 @@ def test_checkpointing_changes_no_gradient(fresh):
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
-            fresh.train().mllm.gradient_checkpointing_enable(dict(use_reentrant=False))
+            checkpoint_activations(fresh.train().mllm)
         fresh.zero_grad()
         pretrain.accumulate(fresh, batch, 8192)
         grads.append(gradient(fresh))

@@ -207,12 +207,21 @@ def test_a_second_pass_draws_what_the_first_drew_on_a_gpu_too(monkeypatch):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_gradient_checkpointing_is_on_where_it_is_asked_for(embedder, asked, monkeypatch):
-    """In the form that works with frozen inputs."""
-    calls = []
-    monkeypatch.setattr(embedder.mllm, "gradient_checkpointing_enable", calls.append)
+def test_gradient_checkpointing_is_on_where_it_is_asked_for(embedder, asked):
+    """In a layer of the language model."""
     model.choose_trained(embedder, TrainingFlags(model="toy-random", checkpointing=asked))
-    equal(calls, [{"use_reentrant": False}] * asked, "--checkpointing")
+    equal(embedder.mllm.model.language_model.is_gradient_checkpointing, asked, "--checkpointing")
+
+
+@pytest.mark.parametrize("names", [["gradient"], ["gradient", "activation"]])
+def test_gradient_checkpointing_takes_the_name_that_transformers_has_for_it(names):
+    """The newest of them, for the older one warns; in the form that works with frozen inputs."""
+    calls = []
+    mllm = SimpleNamespace()
+    for name in names:
+        setattr(mllm, f"{name}_checkpointing_enable", lambda x, name=name: calls.append((name, x)))
+    families.checkpoint_activations(mllm)
+    equal(calls, [(names[-1], {"use_reentrant": False})], "its name")
 
 
 def test_arguments_of_a_forward_pass_are_the_models_and_none_of_ours(embedder, monkeypatch):
