@@ -204,7 +204,7 @@ class Collator:
     def __init__(self, processor, compress_ids=(), style="chat", max_length=0, check=refuse_empty):
         self.tokenizer = processor.tokenizer
         self.compress_ids, self.style, self.max_length = list(compress_ids), style, max_length
-        self.check = check  # called with a row and its item: an InputError where it does not fit
+        self.check = check  # called with self, a row and its item: InputError where it is unfit
         self.template = read_template(processor, style)  # what stands around the user's words
         self.pad_id = self.tokenizer.pad_token_id or 0  # any id will do: it is masked
         self.encode_picture = PictureEncoder(processor, self.template.picture)
@@ -239,7 +239,7 @@ class Collator:
         parts = [Part(HEAD, template.start_ids), *spell(self.tokenizer, template, parts)]
         parts, cut = shorten(parts, self.max_length, item)
         row = Row(self.join_parts(parts), images, cut)
-        self.check(row, item)
+        self.check(self, row, item)
         return row
 
     def content(self, item, own_turn) -> tuple:

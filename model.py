@@ -66,7 +66,7 @@ class Embedder(nn.Module):
         self.K, self.pooling, self.style, self.prefixes = settings
         self.dim = dim or mllm.get_input_embeddings().weight.shape[1]  # D
         ids = processor.tokenizer.convert_tokens_to_ids(compression_tokens(self.K))
-        self.collate = Collator(processor, ids, self.style, max_length, fits(self))
+        self.collate = Collator(processor, ids, self.style, max_length, fits(mllm))
         self.set_adapter(None)
 
     def set_adapter(self, adapter):

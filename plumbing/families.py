@@ -141,12 +141,11 @@ def refuse_longer(mllm, positions):
         raise InputError(f"{text}: --max-length {most} cuts texts that are longer")
 
 
-def refuse_longer_row(embedder, row):
+def refuse_longer_row(mllm, collate, row):
     """`refuse_longer` of one row, before it is padded with others."""
-    most = most_positions(embedder.mllm)
+    most = most_positions(mllm)
     if most and row.length > most:  # else its positions are not worth their time
-        inputs = embedder.collate.pad_rows([row])
-        position_ids(embedder.mllm, inputs, embedder.style == "vlm2vec")
+        position_ids(mllm, collate.pad_rows([row]), collate.style == "vlm2vec")
 
 
 def attention_mask(mllm, inputs, mask):

@@ -118,26 +118,27 @@ def listed(inputs, item_of) -> list:
     return items
 
 
-def refuse_empty(row, item):
+def refuse_empty(collate, row, item):
     """InputError for a row without a token."""
     if not row.length:
         raise InputError(f"nothing to embed in {item}: text and picture are empty")
 
 
-def refuse_unfit(embedder, row, item):
-    """InputError for a row that is empty, or longer than the model was made for. Here, where it
-    is made: of rows embedded together nobody knows whose it is, and one rank alone would end."""
-    refuse_empty(row, item)
+def refuse_unfit_row(mllm, collate, row, item):
+    """InputError for a row that is empty, or longer than the model was made for. Here, where it is
+    made: of rows embedded together nobody knows whose it is, and one rank alone would end."""
+    refuse_empty(collate, row, item)
     try:
-        refuse_longer_row(embedder, row)
+        refuse_longer_row(mllm, collate, row)
     except InputError as e:
         shown = item.images[0] if item.images else brief(item.text, 80)
         raise InputError(f"{e}; {brief(shown)}") from None
 
 
-def fits(embedder):
-    """What a Collator of this embedder asks of each row and its item."""
-    return partial(refuse_unfit, embedder)
+def fits(mllm):
+    """What a Collator for this model asks of each row. Trap: with the embedder, which has the
+    collator, it would be a circle, and a dropped model's memory would wait for Python's search."""
+    return partial(refuse_unfit_row, mllm)
 
 
 def row_of(embedder, items, i):

@@ -3,6 +3,8 @@ by whom; and what differs between families, on stand-ins. (Whole models: test_em
 test_families.py.)"""
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -222,6 +224,18 @@ def test_gradient_checkpointing_takes_the_name_that_transformers_has_for_it(name
         setattr(mllm, f"{name}_checkpointing_enable", lambda x, name=name: calls.append((name, x)))
     families.checkpoint_activations(mllm)
     equal(calls, [(names[-1], {"use_reentrant": False})], "its name")
+
+
+def test_the_memory_of_a_dropped_model_is_free_at_once():
+    """An embedder, its collator and its model are no circle, which would wait for the collector."""
+    embedder = model.load("toy-random", device="cpu")
+    gone = weakref.ref(embedder.mllm)
+    gc.disable()
+    try:
+        del embedder
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_arguments_of_a_forward_pass_are_the_models_and_none_of_ours(embedder, monkeypatch):
