@@ -2,6 +2,7 @@
 (What is bad in real lists, and their clean copies: test_tools.py; --list-bad: test_skip_bad.py.)"""
 
 import json
+import zipfile
 
 import pyarrow
 import pyarrow.parquet as pq
@@ -130,6 +131,27 @@ def test_a_broken_picture_is_an_error_of_each_example_that_shows_it(tmp_path):
     for _ in range(2):
         with pytest.raises(InputError, match="not a readable picture"):
             survey.measure(str(tmp_path / "a.png"))
+
+
+def test_each_picture_of_an_example_is_opened(tmp_path):
+    """Of an example with two, the last one too."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    path = listed(tmp_path / "p.jsonl", ("<image> <image>", "a.png", "b.png"), ("y",))
+    survey = check.Survey(path, check.read_list(path, None))
+    equal((sorted(survey.errors), survey.good), ([0], [1]), "Survey.look_at")
+
+
+def test_a_picture_in_a_zip_file_is_opened_there(tmp_path, capsys):
+    """One of the hub's: it is no PNG of a path, whose checksums are looked at again."""
+    mmeb(tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    (tmp_path / "a.png").unlink()
+    equal(check.main([str(tmp_path)]), 0, "it is good")
+    said = capsys.readouterr().out
+    expect("  pictures  1: 32 x 32 to" in said, said, "its size", "refuse_damaged_png")
 
 
 def test_a_png_that_is_damaged_in_the_middle_is_bad(tmp_path, capsys):

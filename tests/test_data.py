@@ -140,11 +140,15 @@ def test_missing_pictures_are_named_before_training(tmp_path):
     assert pairs["pairs"][0].query.text == IMAGE * 2, "pictures without a text are they alone"
 
 
+@pytest.mark.parametrize("top", ["", "images"])
 @pytest.mark.parametrize(("there", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
-def test_a_missing_picture_whose_name_only_looks_the_same_is_said_to_be(tmp_path, there, asked):
-    """From a Mac: `ls` shows the very name that the message calls missing."""
-    file = tmp_path / unicodedata.normalize(there, "dögs/é.png")
-    file.parent.mkdir()
+def test_a_missing_picture_whose_name_only_looks_the_same_is_said_to_be(
+    tmp_path, there, asked, top
+):
+    """From a Mac: `ls` shows the very name that the message calls missing. In either place where a
+    picture may lie."""
+    file = tmp_path / top / unicodedata.normalize(there, "dögs/é.png")
+    file.parent.mkdir(parents=True)
     file.touch()
     images = Images(tmp_path)
     images.find(unicodedata.normalize(asked, "dögs/é.png"))

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,6 +143,16 @@ def test_each_of_a_models_ends_ends_a_reply():
     expect(isinstance(read([dog, other]), generator.CutOff), other, "cut off", "no end")
 
 
+def test_an_added_token_that_is_a_word_may_begin_a_reply():
+    """Qwen has some, as <tool_call>, which decoding leaves in the text: none of a template."""
+    added = {5: SimpleNamespace(special=False), 6: SimpleNamespace(special=True)}
+    tokenizer = SimpleNamespace(added_tokens_decoder=added, eos_token_id=1)
+    tokenizer.decode = lambda ids, **_: f"text of {ids}"
+    read = generator.reply_reader(Spy(), tokenizer)
+    equal(read([5, 1]), "text of [5, 1]", "reply_reader")
+    expect(isinstance(read([6, 1]), InputError), read([6, 1]), "an error", "a template's own")
+
+
 def test_a_model_draws_by_the_seed(monkeypatch):
     """Set when it is there, whatever was drawn before."""
     spy = Spy()
@@ -213,6 +224,14 @@ def test_a_server_may_be_behind_either_kind_of_url(server):
     generator.refuse_no_url(server, "key")
 
 
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "two\nlines", "del\x7f"])
+def test_a_key_that_no_header_can_hold_is_refused(key):
+    """As one that was copied with the end of its line: each request would fail by itself."""
+    with pytest.raises(InputError, match="--api-key .*: printable ASCII is wanted") as error:
+        generator.refuse_no_url("http://h/v1", key)
+    expect(str(error.value).isprintable(), str(error.value), "one line", "brief")
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "most"), [(9, 10**6, 4096), (9, 50, 50), (5000, 6000, 5000)]
 )
@@ -227,10 +246,11 @@ def test_as_many_files_may_be_open_as_threads_need(monkeypatch, soft, hard, most
 
 @pytest.mark.parametrize("code", [401, 403, 404, 429, 500])
 def test_a_key_or_a_name_that_is_wrong_ends_the_run_and_other_trouble_does_not(monkeypatch, code):
-    """Of the first three no picture will be answered; the others may be over in a moment."""
+    """Of the first three no picture will be answered; the others may be over in a moment. A proxy
+    says why in an encoding of its own."""
 
     def refused(*_, **__):
-        raise urllib.error.HTTPError("u", code, "why", {}, io.BytesIO(b"because"))
+        raise urllib.error.HTTPError("u", code, "why", {}, io.BytesIO(b"\xe9chec, because"))
 
     monkeypatch.setattr(generator.urllib.request, "urlopen", refused)
     with pytest.raises(InputError, match="because") as error:
@@ -300,6 +320,21 @@ def test_a_model_answers_batches_in_turn_and_a_server_several_requests_at_once(
     errors = generator.ask_until_done(names, QUESTIONS[:3], replies, config(**flags), bar)
     equal((errors, pools), ({}, [threads]), "threads")
     equal(sorted(asked, reverse=True), [size for size in sizes for _ in range(3)], "three turns")
+
+
+def test_a_dialogue_names_its_picture_by_the_path_below_the_folder(tmp_path):
+    """Of two subfolders with a picture of the same name each has its own."""
+    names = ["a/x.png", "b/x.png", "b/broken.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PICTURE.save(tmp_path / name)
+    (tmp_path / "b/broken.png").write_bytes(b"")
+    flags = config(images=str(tmp_path), server="http://h/v1")
+    with ThreadPoolExecutor(1) as pool:
+        asked = dict(generator.ask_once(names, QUESTIONS, lambda x: ["yes"] * len(x), flags, pool))
+    equal(sorted(asked), sorted(names), "what failed, too, is named so")
+    for name in names[:2]:
+        equal(generator.picture_of(asked[name]), name, "its line")
 
 
 def test_a_list_of_questions_behind_a_templates_token_is_none():

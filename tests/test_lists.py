@@ -429,8 +429,9 @@ def test_a_table_that_changes_is_an_error_and_no_other_row(place, rows):
     other = {name: value * rows for name, value in EVAL.items()} | {"qry_text": ["new"] * rows}
     pq.write_table(pyarrow.table(other), file)
     for read in (lambda: queries[0], lambda: queries.source.raw.copy([0], place / "x.parquet")):
-        with pytest.raises(InputError, match="test-0.parquet: has changed since the command"):
+        with pytest.raises(InputError, match="test-0.parquet: has changed since the command") as e:
             read()
+        assert "not a readable" not in str(e.value), "it is as readable as before"
 
 
 def test_a_table_that_is_touched_is_the_same(place):
@@ -613,6 +614,9 @@ def test_a_text_of_a_table_that_is_not_utf8_is_told_by_its_row(tmp_path):
     bad = {**TRAIN, "pos_text": not_utf8(["t", "\xff"])}
     write(tmp_path / "A" / "original-1.parquet", bad)
     with pytest.raises(InputError, match="original-1.parquet, row 2: a text in it is not UTF-8"):
+        data.read_pairs(str(tmp_path))
+    write(tmp_path / "A" / "original-1.parquet", {**TRAIN, "pos_text": not_utf8(["\xff", "\xff"])})
+    with pytest.raises(InputError, match="original-1.parquet, row 1: a text in it is not UTF-8"):
         data.read_pairs(str(tmp_path))
     offsets = pyarrow.array([0, 2], LONG)
     lists = pyarrow.ListArray.from_arrays(offsets, not_utf8(["t", "\xff"]))
@@ -831,12 +835,15 @@ def test_files_of_one_set_are_read_in_the_order_of_their_names(tmp_path, monkeyp
 
 
 def test_files_of_one_set_must_agree(tmp_path):
-    """The first has no negatives, the second has: they would be dropped."""
+    """One has no negatives, the other has, and they would be dropped; whichever comes first, the
+    columns are named."""
     negatives = {"neg_text": ["n", "n"], "neg_image_path": ["", ""]}
-    write(tmp_path / "A" / "original-0.parquet", TRAIN)
-    write(tmp_path / "A" / "original-1.parquet", {**TRAIN, **negatives})
-    with pytest.raises(InputError, match="original-1.parquet: has other columns than .*neg_text"):
-        data.read_pairs(str(tmp_path))
+    says = "original-1.parquet: has other columns than .*original-0.parquet: neg_image_path, neg_t"
+    for parts in ((TRAIN, {**TRAIN, **negatives}), ({**TRAIN, **negatives}, TRAIN)):
+        for i, part in enumerate(parts):
+            write(tmp_path / "A" / f"original-{i}.parquet", part)
+        with pytest.raises(InputError, match=says):
+            data.read_pairs(str(tmp_path))
 
 
 def test_a_row_is_told_by_its_own_file(tmp_path):

@@ -655,7 +655,10 @@ def test_merge_leaves_a_plain_folder_of_the_same_embeddings(tmp_path, capsys, mo
         if "lora_B" in name:  # it starts as zero, and would change nothing
             torch.nn.init.normal_(p, std=0.1)
     model.save(embedder.eval(), tmp_path / "in")
+    cards = []
+    monkeypatch.setattr(merge.card, "write", lambda folder, source: cards.append((folder, source)))
     merge.main([str(tmp_path / "in"), str(tmp_path / "out")])
+    equal(cards, [(str(tmp_path / "out"), str(tmp_path / "in"))], "OUT's card tells of IN's run")
     assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
     assert (tmp_path / "in" / "adapter_config.json").exists()
     assert not (tmp_path / "out" / "adapter_config.json").exists()
