@@ -311,6 +311,18 @@ def test_a_clean_copy_makes_no_second_list_of_captions(tmp_path):
     equal(sorted(x.name for x in tmp_path.iterdir()), ["a.png", "metadata.csv"], "as it was")
 
 
+def test_a_clean_copy_of_captions_is_made_anew(tmp_path):
+    """The same command once more: the list of captions in its place is the copy itself."""
+    for name in ("data", "copy"):
+        (tmp_path / name).mkdir()
+    captions(tmp_path / "data")
+    Image.new("RGB", (32, 32)).save(tmp_path / "data" / "a.png")
+    for time in ("first", "second"):
+        words = [str(tmp_path / "data"), "--clean", str(tmp_path / "copy")]
+        equal(check.main(words), 0, time)
+    equal([x.name for x in (tmp_path / "copy").iterdir()], ["metadata.jsonl"], "the copy")
+
+
 def test_the_copy_s_pictures_are_said_to_be_beside_the_list_or_in_the_folder(tmp_path, capsys):
     """Where no --image-root was given."""
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")

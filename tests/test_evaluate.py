@@ -507,6 +507,8 @@ def test_what_stands_on_the_screen_is_what_was_measured():
     equal(len(table.line("OOD", None)), len(table.line("OOD", row)), "a dash ends there, too")
     row.update(recall_at_5=0.5, recall_at_10=0.75, warning="collapsed")
     equal(table.ending(row).split(), ["40", "R@5", "50.0", "R@10", "75.0", "collapsed"], "ending")
+    width = len(table.ending({"queries": 4000}))
+    equal(len(table.ending({"queries": 7})), width, "what follows stands in a column")
     for flags, note in (
         ({}, ""), ({"limit": 20}, "(partial: --limit 20)"),
         ({"subsets": "vqa"}, "(partial: --subsets)"),

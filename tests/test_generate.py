@@ -373,8 +373,9 @@ def test_fifty_failures_without_a_success_end_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("bad", "status"), [(set(), 0), ({"0.png"}, 0), ({"0.png", "1.png"}, 1)])
-def test_the_status_says_whether_anything_came_of_it(tmp_path, monkeypatch, bad, status):
-    """Some that failed are listed; only where all did the command has failed."""
+def test_the_status_says_whether_anything_came_of_it(tmp_path, monkeypatch, capsys, bad, status):
+    """Some that failed are listed; only where all did the command has failed. What trains on the
+    dialogues is said, with the pictures' folder."""
     failing(monkeypatch, bad, [])
     monkeypatch.setattr(generator, "ask_model", lambda args: None)
     for i in range(2):
@@ -382,6 +383,10 @@ def test_the_status_says_whether_anything_came_of_it(tmp_path, monkeypatch, bad,
     words = ["--images", str(tmp_path), "--model", "toy", "--out", str(tmp_path / "d.jsonl")]
     equal(generator.main([*words, "--wait", "0"]), status, "the exit status")
     equal((tmp_path / "d.jsonl.failed.jsonl").exists(), bool(bad), "the list of failures")
+    said = capsys.readouterr().out
+    command = f"python pretrain.py --data {tmp_path}/d.jsonl --image-root {tmp_path}\n"
+    equal(f"wrote {tmp_path}/d.jsonl: {command}" in said, status == 0, said)
+    equal(f"{len(bad)} failed three times, see {tmp_path}/d.jsonl.f" in said, bool(bad), said)
 
 
 def test_the_bar_begins_where_an_earlier_run_ended(tmp_path, monkeypatch):
@@ -449,6 +454,15 @@ def test_a_line_of_blanks_is_no_question(tmp_path):
     equal(generator.read_questions(tmp_path / "q.txt"), ["what?", "where?", "why?"], "three")
     (tmp_path / "q.txt").write_text("what?\nwhy?\nwhat?\n what? \n")
     with pytest.raises(InputError, match="at least 3 different ones"):
+        generator.read_questions(tmp_path / "q.txt")
+
+
+def test_questions_in_another_encoding_are_one_line(tmp_path):
+    """As an old editor writes them, and no traceback."""
+    (tmp_path / "q.txt").write_bytes(
+        "what?\nwhere?\nde quelle taille, \u00e9norme?\n".encode("latin-1")
+    )
+    with pytest.raises(InputError, match=r"--questions .*q.txt: .*a text file \(UTF-8\) is wanted"):
         generator.read_questions(tmp_path / "q.txt")
 
 

@@ -101,7 +101,8 @@ def test_a_base_is_looked_for_beside_the_adapter_and_then_where_it_was(adapter, 
         got = find_base(*adapter(str(there), base_beside="../beside", **said))
         equal(got.digest, folders.digest_of_weights(want), f"{digest}")
     equal(find_base(*adapter(str(there))).folder, str(there), "nothing is said of beside")
-    with pytest.raises(InputError, match="has other weights than it was trained on"):
+    says = rf"has other weights than it was trained on \(digest {digests[1]}, not 0{{16}}\)"
+    with pytest.raises(InputError, match=says):
         find_base(*adapter(str(there), base_beside="../beside", base_digest="0" * 16))
 
 

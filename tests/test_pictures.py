@@ -270,7 +270,7 @@ def test_limits_hold_for_every_format_before_its_pixels_are_decoded(tmp_path, mo
 @pytest.mark.parametrize(
     ("most", "beyond"),
     [((200, 1), (201, 1)), ((1, 200), (1, 201)), ((10_000, 10_000), (10_000, 10_001)),
-     ((1, 1), (0, 5))],
+     ((1, 1), (0, 5)), ((1, 1), (0, 0))],
 )  # fmt: skip
 def test_the_limits_of_a_size_are_where_they_are_said_to_be(most, beyond):
     """1e8 pixels, 200:1 lying or standing; something at all."""

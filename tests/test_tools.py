@@ -763,9 +763,11 @@ def test_export_writes_every_format_and_they_read_back(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"a": 1}', '{"a": {"meta_task": "Cooking"}}',
-                                  '{"a": {"meta_task": "VQA", "odd": true}}'])  # fmt: skip
+                                  '{"a": {"meta_task": "VQA", "odd": true}}',
+                                  '{"a": {"meta_task": "VQA", "ood": "no"}}'])  # fmt: skip
 def test_what_sets_json_may_not_say_is_one_line(tmp_path, text):
-    """The meta-tasks of one's own sets: of MMEB's four, or Other."""
+    """The meta-tasks of one's own sets: of MMEB's four, or Other. The set is there."""
+    (tmp_path / "a").mkdir()
     (tmp_path / "sets.json").write_text(text)
     with pytest.raises(InputError, match="sets.json: "):
         data.read_tasks(str(tmp_path))
