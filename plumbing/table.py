@@ -27,7 +27,7 @@ def line(name, row, note="") -> str:
 def ending(row) -> str:
     """What stands behind the numbers of a set: its queries, Recall@5 and 10 of one's own data, a
     warning."""
-    words = [f"{row['queries']:>7}"]
+    words = [f"{row['queries']:>9}"]
     for name, share in row.items():
         if name.startswith("recall_at_"):
             words.append(f"R@{name.removeprefix('recall_at_')} {100 * share:.1f}")

@@ -385,6 +385,6 @@ TOOLS = [
     ("plumbing/parquet.py", "tuple(name[:3] for name", "tuple(name[:4] for name", "tests/test_lists.py -k file_row_and_column"),
     ("plumbing/retrieval.py", 'x.get("meta_task") in META_TASKS', '"meta_task" in x', "tests/test_tools.py -k sets_json_may_not"),
     ("plumbing/retrieval.py", 'or not isinstance(x.get("ood", False), bool):', "or False:", "tests/test_tools.py -k sets_json_may_not"),
-    ("plumbing/table.py", "f\"{row['queries']:>7}\"", "f\"{row['queries']}\"", "tests/test_evaluate.py -k on_the_screen"),
+    ("plumbing/table.py", "f\"{row['queries']:>9}\"", "f\"{row['queries']}\"", "tests/test_evaluate.py -k on_the_screen"),
     ("plumbing/images.py", "MOST_STRETCHED * min(w, h) or not w * h:", "MOST_STRETCHED * min(w, h):", f"{PICTURES} -k limits_of_a_size"),
 ]  # fmt: skip

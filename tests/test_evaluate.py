@@ -500,8 +500,9 @@ def test_what_stands_on_the_screen_is_what_was_measured():
     row = {"p_at_1": 0.256, "chance": 0.125, "queries": 40}
     equal(table.line("GQA", row).split(), ["GQA", "25.6", "12.5"], "line")
     equal(table.line("OOD", None).split(), ["OOD", "-"], "line")
-    for column, cell in (("score", "25.6"), ("chance", "12.5")):
-        shown = ((table.head("")[1:], column), (table.line("GQA", row), cell))
+    whole = table.line("GQA", row, table.ending(row))
+    for column, cell in (("score", "25.6"), ("chance", "12.5"), ("queries", "40")):
+        shown = ((table.head("")[1:], column), (whole, cell))
         above, below = (text.index(x) + len(x) for text, x in shown)
         equal(below, above, f"{cell} ends where {column} does")
     equal(len(table.line("OOD", None)), len(table.line("OOD", row)), "a dash ends there, too")
