@@ -32,18 +32,20 @@ FINISHED = "finished.json"  # the last file of a run: what was run, like a check
 RESUME = "the command that began it finishes it, with --resume where it has a checkpoint"
 CARD = "README.md"  # a model's licence is in it; nothing is loaded from it
 WEIGHTS = "*.safetensors"
-# What an older run or export may have left that `load`, or another library, would believe.
-STALE = [
-    *("adapter_config.json", "adapter_model.safetensors", "nanocoma.json", "model*.safetensors"),
-    *("*.safetensors.index.json", "chat_template*.jinja", "additional_chat_templates/*.jinja"),
-    *("config.json", "generation_config.json", "*processor_config.json", "merges.txt"),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    *("compression_pooling.py", "[123]_*/config.json", FINISHED),
-]
 # Without one of these no library takes a folder for a model, or an adapter.
 LAST = ("modules.json", "adapter_config.json", "config.json")  # in this order
+# What an older run or export may have left that `load`, or another library, would believe, in the
+# order in which it goes: the mark of a whole model first, then what makes a model of the rest.
+STALE = [
+    *(FINISHED, *reversed(LAST)),
+    *("adapter_model.safetensors", "nanocoma.json", "model*.safetensors"),
+    *("*.safetensors.index.json", "chat_template*.jinja", "additional_chat_templates/*.jinja"),
+    *("generation_config.json", "*processor_config.json", "merges.txt"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
+    *("sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("compression_pooling.py", "[123]_*/config.json"),
+]
 CHECKPOINTS = "checkpoints/step-" + "[0-9]" * 8  # others' copies have other names
 # One of these makes a folder a model's, or an adapter's: in a `config.json` of anything else is
 # none of these words.

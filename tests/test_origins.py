@@ -227,6 +227,37 @@ def test_a_kill_between_two_files_leaves_no_mixture_of_two_models(tmp_path, monk
         folders.refuse_foreign(tmp_path)
 
 
+@pytest.mark.parametrize("removed", range(6))
+def test_a_kill_while_an_older_models_files_go_leaves_it_whole_or_no_model(
+    tmp_path, monkeypatch, removed
+):
+    """Without its nanocoma.json an embedder would be loaded with other pooling, an export without
+    its modules.json embed otherwise, and the mark of a finished run speak of a model that is none.
+    """
+    old = ("finished.json", "config.json", "modules.json", "nanocoma.json", "vocab.json")
+    for name in old:
+        (tmp_path / name).touch()
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "config.json").touch()
+    unlink, left = os.unlink, [None] * removed
+
+    def killed(path, **at):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        unlink(path, **at)
+
+    monkeypatch.setattr(folders.Path, "unlink", killed)
+    if removed == len(old):
+        folders.put_in_place(tmp_path / "part", tmp_path)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            folders.put_in_place(tmp_path / "part", tmp_path)
+    lacks = [name for name in old if not (tmp_path / name).exists()]
+    want = [name for name in old[:removed] if removed < len(old) or name != "config.json"]
+    equal(lacks, want, "STALE: in the order in which it goes")
+
+
 def test_a_folder_that_was_broken_off_stays_ours_when_the_next_try_fails_too(tmp_path):
     """A sick disk fails more than once: --resume must be able to finish all the same. In a folder
     that was not broken off nothing stays."""
