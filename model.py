@@ -195,8 +195,8 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
         adapter = adapters.load_adapter(mllm, path) if has_adapter else None
         embedder = Embedder(mllm, processor, settings, options.max_length, options.dim)
     embedder.set_adapter(adapter)
-    # On a CPU float32: bfloat16 is slow there.
-    embedder = embedder.float() if device.type == "cpu" else embedder.to(device)
+    # On a CPU float32 (bfloat16 is slow there), in memory of its own.
+    embedder = weights.placed(embedder, device)
     return weights.prove(embedder, path)
 
 

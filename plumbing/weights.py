@@ -269,6 +269,19 @@ def refuse_lost_tokens(path, mllm, tokenizer, K):
         raise InputError(f"--model {path}: {text}: the tokenizer is another model's")
 
 
+def placed(embedder, device):
+    """-> the embedder on a device, on a CPU in float32.
+
+    Trap: there weights that are float32 in their file are still that file, mapped: what another
+    program writes over it (cp, save_pretrained) would be in the model, unsaid, and where it makes
+    the file shorter the process would end by a bus error. So they get memory of their own."""
+    if device.type != "cpu":
+        return embedder.to(device)
+    for p in embedder.float().parameters():
+        p.data = p.data.clone()
+    return embedder
+
+
 @torch.no_grad()
 def prove(embedder, folder):
     """-> the embedder, after it has embedded a text and a small picture: what does not fit together

@@ -206,6 +206,18 @@ def test_a_model_that_is_replaced_while_it_is_loaded_is_refused(folder, monkeypa
     refused(folder, "its files were replaced while they were read; begin again")
 
 
+def test_a_loaded_model_is_no_part_of_its_file(folder):
+    """Another program that writes a model over it in place (cp, transformers' save_pretrained)
+    changes none that is loaded: an evaluation, or the frozen weights of a training."""
+    embedder = model.load(folder, device="cpu")
+    before = embedder.encode(TEXTS)
+    with open(folder / "model.safetensors", "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size // 10)  # behind its header
+        file.write(bytes(size - size // 10))
+    expect((embedder.encode(TEXTS) == before).all(), "other vectors", "the same", "weights.placed")
+
+
 def test_weights_that_go_while_their_digest_is_taken_are_one_clear_line(tmp_path, monkeypatch):
     """A run whose model takes the place of an adapter, or of one in more files, removes them."""
     gone = tmp_path / "adapter_model.safetensors"
