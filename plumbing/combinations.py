@@ -158,17 +158,15 @@ def refuse_impossible(cfg, world):
 def refuse_for_model(embedder, cfg):
     """The same for a model that is loaded: it may bring an adapter, or K = 0."""
     adapter, mine = embedder.adapter, given(cfg)
+    brings = "the model brings a LoRA adapter of its own, which is trained on as it is"
+    fold = "fold it in first: stage 2 does without --no-merge, and python -m tools.merge"
     if adapter and cfg.lora_rank:
-        raise InputError(
-            f"--lora-rank {cfg.lora_rank}: the model brings a LoRA adapter of its own, which is "
-            "trained on as it is. Leave the LoRA flags out, or fold it in first: stage 2 does "
-            "without --no-merge, and python -m tools.merge"
-        )
+        way_out = f"Leave the LoRA flags out, or {fold}"
+        raise InputError(f"--lora-rank {cfg.lora_rank}: {brings}. {way_out}")
+    if adapter and "fsdp" in mine:
+        raise InputError(f"--fsdp is for full fine-tuning, and {brings}; {fold}")
     if "merge" in mine and not adapter:
         raise InputError("--no-merge: the model is no LoRA adapter; leave it out")
-    if adapter and "fsdp" in mine:
-        text = "full fine-tuning, and the model brings a LoRA adapter; leave --no-merge out"
-        raise InputError(f"--fsdp is for {text}, and it is folded in first")
     if "vision_cache" in mine and not (adapter or cfg.lora_rank or cfg.freeze_vision):
         raise InputError(f"{spelled(cfg, 'vision_cache')}: the tower is trained, and not frozen")
     is_stage_1, K = hasattr(cfg, "compress"), embedder.K

@@ -383,7 +383,7 @@ def test_what_only_the_model_decides_is_refused_when_it_is_loaded(embedder):
         refused(lambda c=cfg: model.choose_trained(embedder, c), "a LoRA adapter of its own")
     # Before the training: a sharded adapter could not be saved at its end.
     sharded = contrastive.Config(merge=False, fsdp=True, muon_lr=0.0)
-    refused(lambda: model.choose_trained(embedder, sharded), "--fsdp", "leave --no-merge out")
+    refused(lambda: model.choose_trained(embedder, sharded), "--fsdp", "does without --no-merge")
     model.choose_trained(embedder, contrastive.Config(merge=False, vision_cache="host"))
     model.choose_trained(toy(), contrastive.Config(vision_cache="off", freeze_vision=True))
 
