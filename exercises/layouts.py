@@ -5,6 +5,7 @@ import dataclasses
 from types import SimpleNamespace
 
 from data import Collator, Item
+from plumbing.inputs import refuse_empty
 
 FIRST = 1000  # the first token's character: far from "\n", which `row` puts between two texts
 
@@ -57,7 +58,7 @@ def layout(template, content, code, turns) -> list:
         behind="",
     )
     collate.compress_ids, collate.style, collate.max_length = characters.ids(code), "chat", 0
-    collate.token_keys = ["input_ids", "roles"]
+    collate.token_keys, collate.check = ["input_ids", "roles"], refuse_empty
     texts = [(characters.write(question), characters.write(answer)) for question, answer in turns]
     tokens = collate.row(Item(characters.write(content)), texts).tokens
     pairs = zip(tokens["roles"].tolist(), tokens["input_ids"].tolist(), strict=True)
