@@ -142,7 +142,7 @@ STUDIES = {
     "false-negatives": (3, {"masked": (COMA, ""), "kept": (COMA, "--no-mask-false-negatives")}),
     "instructions": (3, {"with": (COMA, ""), "without": (COMA, "bare")}),
     "losses": (3, {
-        "plain": (NONE, "--steps 100 prefixes"),
+        "InfoNCE": (NONE, "--steps 100 prefixes"),
         "symmetric": (NONE, "--steps 100 --symmetric"),
         "hardness 9": (NONE, "--steps 100 --hardness 9"),
         "margin 0.1": (NONE, "--steps 100 --margin 0.1"),
