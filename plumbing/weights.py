@@ -277,9 +277,9 @@ def placed(embedder, device):
     the file shorter the process would end by a bus error. So they get memory of their own."""
     if device.type != "cpu":
         return embedder.to(device)
-    for p in embedder.float().parameters():
-        p.data = p.data.clone()
-    return embedder
+    for p in embedder.parameters():
+        p.data = p.data.to(torch.float32, copy=True)  # one copy, of whatever type it is in its file
+    return embedder.float()  # the buffers
 
 
 @torch.no_grad()
