@@ -187,6 +187,17 @@ def test_a_curve_is_a_mean_over_seeds_at_each_step():
     equal(lines.count(head), 1, "of `arms` alone")
 
 
+def test_a_cut_embedding_is_held_against_the_first_arm_cut_alike():
+    """Two arms of two seeds at 16 numbers, and one that was not cut."""
+    arms = {"x": runs(0.9, 0.9), "y": runs(0.8, 0.8), "z": runs(0.7, 0.7)}
+    for arm, scores in {"y": (0.2, 0.3), "z": (0.4, 0.7)}.items():
+        for its, score in zip(arms[arm], scores, strict=True):
+            its["prefixes"] = {"16": score}
+    want = ["| 2 seeds | 16 numbers | over y |", "|---|---|---|"]
+    want += ["| y | 25.0 ± 5.0 | – |", "| z | 55.0 ± 15.0 | +30.0 ± 10.0 |"]
+    equal(study_tables.prefixes(arms), want, "the table")
+
+
 def test_the_literature_stands_beside_what_was_seen():
     """Five seeds: one arm surely behind as in the paper, one ahead by all seeds but the first, one
     that varies."""

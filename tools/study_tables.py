@@ -27,6 +27,7 @@ LARGE = {"tokens-64": "unlimited"}
 RATES = {"rate-200": "200", "rate": "unlimited"}
 WIDTHS = {"K-control": "unlimited"}  # of the code
 TEMPERATURES = {"temperature": "unlimited"}
+CUT = {"losses"}  # where some arms' embeddings are scored by their first numbers, too
 BEYOND = {"beyond-200": "200", "beyond": "unlimited"}
 # An arm with a part of its own, beside the one without it.
 MASK = (("coma", "plain"), ("both", "both, no mask"))
@@ -166,6 +167,25 @@ def curves(arms) -> list:
     return lines
 
 
+def prefixes(arms) -> list:
+    """Scores overall of embeddings that were cut after their first numbers, of the arms whose runs
+    have them, each over the first of these arms cut to the same width."""
+    cut = {arm: runs for arm, runs in arms.items() if all(run.get("prefixes") for run in runs)}
+    (first, base), *_ = cut.items()
+    columns = [seeds(len(base))]
+    for width in base[0]["prefixes"]:
+        columns += [f"{width} numbers", f"over {name_of(first)}"]
+    lines = head(*columns)
+    for arm, runs in cut.items():
+        cells = [name_of(arm)]
+        for width in base[0]["prefixes"]:
+            its, others = ([run["prefixes"][width] for run in some] for some in (runs, base))
+            gain = "–" if arm == first else difference(np.subtract(its, others))
+            cells += [percent(its), gain]
+        lines.append(row(*cells))
+    return lines
+
+
 def overall(arms) -> list:
     """A cell for each arm: the first one's score overall, of the others what they are over it."""
     base, *others = arms.values()
@@ -247,6 +267,8 @@ def page(records, studies) -> list:
         lines += ["", f"## `{study}`", "", *table(records[study])]
         if study in PAIRS | LORA | LARGE:
             lines += ["", *curves(records[study])]
+        if study in CUT:
+            lines += ["", *prefixes(records[study])]
     for title, studies in (("all weights", PAIRS), ("LoRA", LORA)):
         if records.keys() & studies:
             lines += ["", f"## By the number of pairs, {title}", "", *by_pairs(records, studies)]
