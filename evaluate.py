@@ -4,7 +4,7 @@
         (two cores: 0.5 minutes; after the two stages 78.3 of 100, chance 5.9)
     python evaluate.py --data MMEB-eval                      a folder in MMEB's layout
     python evaluate.py --data pairs.jsonl                    your own pairs, or DIR with captions
-    torchrun --nproc-per-node 8 evaluate.py --data MMEB-eval --json scores.json
+    torchrun --nproc-per-node 8 evaluate.py --data MMEB-eval --json scores.json [--resume]
 
 Each query is compared with its own candidates (in your own data: its negatives, or all targets); it
 is a hit where the right one is the nearest. Reads a model and tasks; prints a table; writes --json.
@@ -17,7 +17,7 @@ import numpy as np
 
 from data import Item, read_tasks
 from model import load_for
-from plumbing import agreement, checkpoint, ranks, retrieval, table
+from plumbing import agreement, checkpoint, ranks, retrieval, score_file, table
 from plumbing.config import Flags, flag
 from plumbing.weights import trained_model
 
@@ -30,7 +30,8 @@ class Config(Flags):
     subsets: str = flag("", "the sets to evaluate, with caps, A,B:100; empty: all")
     dim: int = flag(0, "use only the first numbers of z (Matryoshka); 0: all", least=0)
     limit: int = flag(0, "queries of each set; 0: all (the toy world: 100)", least=0)
-    json: str = flag("", "also write the scores to this file")
+    json: str = flag("", "also write the scores to this file, set by set")
+    resume: bool = flag(False, "score only the sets that --json does not hold yet")
 
 
 # ---------------------------------------------------------------------------------------- the idea
@@ -130,9 +131,9 @@ def main(cfg):
     """The table, from flags to the overall mean."""
     # 1. The tasks and the model.
     device = agreement.join(cfg)
-    table.refuse_json(cfg)
     cfg.model = cfg.model or trained_model()
     digest = checkpoint.same_model(cfg.model)
+    kept = score_file.kept(cfg, digest)  # with --resume: the sets that an earlier run has scored
     tasks = read_tasks(cfg.data, cfg.image_root, cfg.subsets, cfg.limit, cfg.seed)
     embedder = load_for(cfg, device)
     checkpoint.refuse_replaced(cfg.model, digest)
@@ -146,18 +147,15 @@ def main(cfg):
         if chosen:
             ranks.say(f"-- {group}")
         for task in chosen:
-            row = sets[task.name] = score(embedder, task, cfg)
+            row = kept.get(task.name) or score(embedder, task, cfg)
+            sets[task.name] = row
+            score_file.keep(cfg, embedder, digest, kept | sets)
             ranks.say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))
 
     # 3. The means, and the file.
     means = summary(sets)
-    ranks.say("-- mean over sets")
-    for name, row in means["meta_tasks"].items():
-        ranks.say(table.line("  " + name, row))
-    for name in ("IND", "OOD", "Overall"):
-        ranks.say(table.line(name, means[name.lower()], note))
-    if cfg.json and ranks.rank() == 0:
-        table.write_json(cfg, embedder, digest, sets, means)
+    ranks.say(table.lines_of_means(means, note))
+    score_file.finish(cfg, embedder, digest, sets, means)
 
 
 if __name__ == "__main__":

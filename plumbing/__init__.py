@@ -55,5 +55,6 @@ What is written
     outfolder       OUT, found fit before any work
     checkpoint      saving, resuming, what is the same run
     log             the line on the screen, log.jsonl
-    table           the evaluation's table, its JSON
+    table           the evaluation's table
+    score_file      its JSON, and going on with it
 """

@@ -90,6 +90,7 @@ RULES = {  # a field -> the rules of every Config that has it
         Rule("split", lambda c: has_sets(c) and not is_toy(c), "is of MMEB-train"),
     ),
     "json": (  # evaluation
+        Rule("resume", lambda c: c.json, "goes on with what --json holds; name that file"),
         Rule("seed", is_toy, "draws the toy world's sets; {data} has its own"),
     ),
     "server": (  # tools.generate

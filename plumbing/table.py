@@ -1,14 +1,4 @@
-"""The evaluation's table on the screen, and its JSON."""
-
-import json
-from dataclasses import asdict
-from pathlib import Path
-
-from plumbing import card
-from plumbing.agreement import on_rank_0
-from plumbing.folders import read_json
-from plumbing.log import versions
-from plumbing.writing import refuse_other, refuse_unwritable, written
+"""The evaluation's table on the screen."""
 
 
 def head(note) -> str:
@@ -45,40 +35,11 @@ def partial_note(cfg) -> str:
     return f"(partial: {', '.join(cuts)})" if cuts else ""
 
 
-def refuse_json(cfg):
-    """InputError, now and on all ranks alike, where rank 0 could not write --json at the end."""
-
-    def refuse():
-        if cfg.json:
-            refuse_unwritable(cfg.json, "--json", [cfg.data])
-            refuse_other(cfg.json, "--json", is_scores, "file of scores")
-
-    on_rank_0(refuse)
-
-
-def is_scores(path) -> bool:
-    """Whether a file is what `write_json` writes."""
-    return "overall" in read_json(Path(path).parent, Path(path).name)
-
-
-def write_json(cfg, embedder, digest, sets, means):
-    """All scores, with the model, its digest and the flags that they belong to, into --json."""
-    scores = {"sets": sets, "meta_tasks": {}}
+def lines_of_means(means, note) -> str:
+    """The rows below those of the sets. means: evaluate.summary's; note: `partial_note`."""
+    lines = ["-- mean over sets"]
     for name, row in means["meta_tasks"].items():
-        scores["meta_tasks"][name] = row["p_at_1"]
-    for key in ("ind", "ood", "overall"):
-        scores[key] = means[key]["p_at_1"] if means[key] else None
-    scores.update(
-        model=cfg.model,
-        model_digest=digest,
-        prompt=embedder.style,
-        pooling=embedder.pooling,
-        K=embedder.K,
-        partial=partial_note(cfg) != "",
-        config=asdict(cfg),
-        versions=versions(),
-    )
-    with written(cfg.json, "--json") as part:
-        part.write_text(json.dumps(scores, indent=1) + "\n")
-    if Path(cfg.json).resolve() == Path(cfg.model, card.SCORES).resolve():
-        card.write(cfg.model)  # the scores belong into it
+        lines.append(line("  " + name, row))
+    for name in ("IND", "OOD", "Overall"):
+        lines.append(line(name, means[name.lower()], note))
+    return "\n".join(lines)

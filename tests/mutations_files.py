@@ -1188,24 +1188,24 @@ FILES = [
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/table.py", "    on_rank_0(refuse)\n", "",
-        "tests/test_evaluate.py",
+        "plumbing/score_file.py", "return by_rank_0(read)", "return read()",
+        "tests/test_evaluate.py -k what_rank_0_reads",
     ),
     (
-        "plumbing/table.py", 'means[key]["p_at_1"] if means[key] else None',
+        "plumbing/score_file.py", 'means[key]["p_at_1"] if means[key] else None',
         'means[key]["p_at_1"] if means[key] else 0.0',
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/table.py", 'partial=partial_note(cfg) != "",', "partial=bool(cfg.limit),",
+        "plumbing/score_file.py", 'partial=partial_note(cfg) != "",', "partial=bool(cfg.limit),",
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/table.py", "pooling=embedder.pooling,", "pooling=embedder.style,",
+        "plumbing/score_file.py", "pooling=embedder.pooling,", "pooling=embedder.style,",
         "tests/test_evaluate.py",
     ),
     (
-        "plumbing/table.py", 'scores["meta_tasks"][name] = row["p_at_1"]',
+        "plumbing/score_file.py", 'scores["meta_tasks"][name] = row["p_at_1"]',
         'scores["meta_tasks"][name] = row["chance"]',
         "tests/test_evaluate.py",
     ),

@@ -61,7 +61,7 @@ FRESH = [
      '    agree({"K, pooling, prompt, trained weights": layout}, f"--model {brief(cfg.model, 60)}")\n', "",
      "tests/test_checkpoint_parts.py tests/test_agreement.py"),
     # ------------------------------------------------------------------------------- what is said
-    ("evaluate.py", "means[name.lower()], note)", "means[name.lower()])",
+    ("plumbing/table.py", "means[name.lower()], note)", "means[name.lower()])",
      "tests/test_stage_parts.py -k left_out"),
     ("evaluate.py", "{table.head(note)}", "{table.head('')}", "tests/test_stage_parts.py -k left_out"),
     ("plumbing/hub.py", "{size / 1e9:.2f} GB", "{size / 2**30:.2f} GB", "tests/test_fetch.py -k so_much"),
@@ -75,7 +75,7 @@ FRESH = [
      "tests/test_log.py -k says_speed"),
     ("plumbing/weights.py", "        stored.update(versions())\n", "", "tests/test_settings.py -k with_the_versions"),
     ("plumbing/locks.py", "    file.truncate(0)\n", "", "tests/test_checkpoint_parts.py -k lock_names"),
-    ("plumbing/table.py", '"--json", [cfg.data])', '"--json")', "tests/test_evaluate.py -k over_the_data"),
+    ("plumbing/score_file.py", '"--json", [cfg.data])', '"--json")', "tests/test_evaluate.py -k over_the_data"),
     ("plumbing/mmeb.py", 'for path in sorted(root.glob(f"*/{pattern}")):', 'for path in root.glob(f"*/{pattern}"):',
      "tests/test_lists.py -k order_of_their_names"),
     # ------------------------------------------- other numbers than those that are written elsewhere

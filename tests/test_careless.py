@@ -24,7 +24,7 @@ import contrastive
 import data
 import evaluate
 import model
-from plumbing import checkpoint, ending, outfolder, ranks, start, table
+from plumbing import checkpoint, ending, outfolder, ranks, score_file, start
 from plumbing.errors import InputError
 from plumbing.families import refuse_longer
 from plumbing.folders import STALE, read_json, refuse_foreign
@@ -200,7 +200,9 @@ def test_what_is_there_and_is_of_another_kind_is_never_written_over(place, capsy
     shutil.copy(LOG, "log.jsonl")
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     for name in before:
-        refused(lambda n=name: table.refuse_json(evaluate.Config(json=n)), "--json", "so it stays")
+        refused(
+            lambda n=name: score_file.kept(evaluate.Config(json=n), ""), "--json", "so it stays"
+        )
         page = SimpleNamespace(html=name, data="shapes")
         refused(lambda page=page: explain.write_html(page, None), "--html", "so it stays")
         Path("out").mkdir(exist_ok=True)
@@ -223,7 +225,7 @@ def test_what_is_there_and_is_of_another_kind_is_never_written_over(place, capsy
     Path("scores.json").write_text('{"overall": 0.5}')
     Path("empty.json").touch()
     for name in ("scores.json", "empty.json", "new.json"):
-        table.refuse_json(evaluate.Config(json=name))
+        score_file.kept(evaluate.Config(json=name), "")
 
 
 def test_the_picture_of_two_curves_is_a_picture_and_none_of_the_logs(place):

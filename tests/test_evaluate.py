@@ -14,7 +14,7 @@ from checks import close, equal, expect
 
 import evaluate
 from data import Item, Task, read_tasks
-from plumbing import retrieval, table
+from plumbing import checkpoint, retrieval, score_file, table
 from plumbing.errors import InputError
 from tools.export import export
 
@@ -419,12 +419,11 @@ def test_scores_that_cannot_be_written_leave_the_old_ones(tmp_path, shared, monk
         raise OSError(28, "No space left on device")
 
     cfg = evaluate.Config(json=str(file))
-    table.refuse_json(cfg)
-    monkeypatch.setattr(table, "versions", dict)
+    equal(score_file.kept(cfg, "digest"), {}, "without --resume")
+    monkeypatch.setattr(score_file, "versions", dict)
     monkeypatch.setattr("pathlib.Path.write_text", full)
-    means = {"meta_tasks": {}, "ind": None, "ood": None, "overall": None}
     with pytest.raises(InputError, match="--json .*s.json: not written: No space left on device"):
-        table.write_json(cfg, shared, "digest", {}, means)
+        score_file.finish(cfg, shared, "digest", {}, score_file.NOT_YET)
     equal((file.read_text(), len(list(tmp_path.iterdir()))), (old, 1), "and no half of a new one")
 
 
@@ -433,7 +432,7 @@ def test_scores_are_not_written_over_the_data(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("{}")
     with pytest.raises(InputError, match="--json .*would be written over what is read"):
-        table.refuse_json(evaluate.Config(data=str(file), json=str(file)))
+        score_file.kept(evaluate.Config(data=str(file), json=str(file)), "digest")
 
 
 def mmeb_folder(folder, *names):
@@ -527,29 +526,140 @@ def test_the_json_holds_the_scores_and_what_they_belong_to(tmp_path, flags):
     sets = {"vqa": {"p_at_1": 0.5, "chance": 0.1, "queries": 10}}
     mean = {"p_at_1": 0.5, "chance": 0.1}
     means = {"meta_tasks": {"VQA": mean}, "ind": mean, "ood": None, "overall": mean}
-    table.write_json(cfg, embedder, "abc on def", sets, means)
+    score_file.finish(cfg, embedder, "abc on def", sets, means)
     got = json.loads((tmp_path / "s.json").read_text())
     want = {
         "sets": sets, "meta_tasks": {"VQA": 0.5}, "ind": 0.5, "ood": None, "overall": 0.5,
         "model": "toy-random", "model_digest": "abc on def", "prompt": "coma", "pooling": "mean",
         "K": 3,
-        "partial": flags != {}, "config": asdict(cfg), "versions": table.versions(),
+        "partial": flags != {}, "config": asdict(cfg), "versions": score_file.versions(),
     }  # fmt: skip
-    equal(got, want, "table.write_json")
+    equal(got, want, "score_file.finish")
     with pytest.raises(InputError, match="--json .*: a folder; give the path of a file"):
-        table.refuse_json(evaluate.Config(json=str(tmp_path)))
+        score_file.kept(evaluate.Config(json=str(tmp_path)), "")
 
 
 def test_scores_go_onto_the_models_card_however_its_folder_is_spelled(tmp_path, monkeypatch):
     """--json ./m/scores.json of --model m; scores of another name are nobody's card."""
     monkeypatch.chdir(tmp_path)
     Path("m").mkdir()
-    cards, means = [], {"meta_tasks": {}, "ind": None, "ood": None, "overall": None}
-    monkeypatch.setattr(table.card, "write", cards.append)
+    cards = []
+    monkeypatch.setattr(score_file.card, "write", cards.append)
     embedder = SimpleNamespace(style="chat", pooling="mean", K=4)
     for json_file in ("./m/scores.json", str(tmp_path / "m/scores.json"), "m/other.json"):
-        table.write_json(evaluate.Config(model="m", json=json_file), embedder, "digest", {}, means)
-    equal(cards, ["m", "m"], "table.write_json")
+        cfg = evaluate.Config(model="m", json=json_file)
+        score_file.keep(cfg, embedder, "digest", {})
+        score_file.finish(cfg, embedder, "digest", {}, score_file.NOT_YET)
+    equal(cards, ["m", "m"], "once each, when all is scored")
+
+
+def stopped(monkeypatch, n) -> list:
+    """Scoring breaks off after n sets. -> the names of those that are scored from here on."""
+    names, score = [], evaluate.score
+
+    def score_some(embedder, task, cfg):
+        if len(names) == n:
+            raise InputError("a bad picture")
+        names.append(task.name)
+        return score(embedder, task, cfg)
+
+    monkeypatch.setattr(evaluate, "score", score_some)
+    return names
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_sets_that_are_left(
+    tmp_path, monkeypatch, capsys
+):
+    """It breaks in its third set. Without --resume the next one is refused; with it the table and
+    the file are those of a run that was not interrupted, as of one that has nothing left to do."""
+    flags = dict(model="toy-random", limit=2, workers=0)
+    whole, file = tmp_path / "whole.json", tmp_path / "s.json"
+    evaluate.main(evaluate.Config(json=str(whole), **flags))
+    want, shown = json.loads(whole.read_text()), capsys.readouterr().out
+    names = list(want["sets"])
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="a bad picture"):
+        stopped(patch, 2)
+        evaluate.main(evaluate.Config(json=str(file), **flags))
+    begun = json.loads(Path(f"{file}.unfinished").read_text())
+    equal((list(begun["sets"]), begun["overall"]), (names[:2], None), "what is kept")
+    equal(file.exists(), False, "no scores before the last set")
+    with pytest.raises(InputError, match=r"s.json.unfinished: .*--resume goes on with it"):
+        evaluate.main(evaluate.Config(json=str(file), **flags))
+    scored = stopped(monkeypatch, None)
+    for left in (names[2:], []):
+        capsys.readouterr()
+        evaluate.main(evaluate.Config(json=str(file), resume=True, **flags))
+        equal(scored, left, "what was scored")
+        equal(capsys.readouterr().out, shown, "the table")
+        got = json.loads(file.read_text())
+        equal(got.pop("config") | {"json": str(whole), "resume": False}, want["config"], "flags")
+        equal(got, {name: x for name, x in want.items() if name != "config"}, "the file")
+        equal(sorted(x.name for x in tmp_path.iterdir()), ["s.json", "whole.json"], "no others")
+        scored.clear()
+
+
+ROW = {"p_at_1": 0.5, "chance": 0.1, "queries": 10, "meta_task": "VQA", "ood": False}
+EMBEDDER = SimpleNamespace(style="chat", pooling="mean", K=4)
+
+
+def test_a_set_that_is_scored_no_longer_counts_where_it_is_gone(tmp_path, monkeypatch):
+    """It was among the data when an earlier run scored it."""
+    file = tmp_path / "s.json"
+    cfg = evaluate.Config(model="toy-random", subsets="vqa", limit=2, workers=0, json=str(file))
+    digest = checkpoint.same_model("toy-random")
+    score_file.keep(cfg, EMBEDDER, digest, {"gone": ROW, "vqa": dict(ROW, p_at_1=0.25)})
+    cfg.resume = True
+    evaluate.main(cfg)
+    got = json.loads(file.read_text())
+    equal((list(got["sets"]), got["overall"]), (["vqa"], 0.25), "sets, and their mean")
+
+
+def test_other_scores_are_not_gone_on_with(tmp_path):
+    """Of another model or other flags, with their names; what changes no score may differ."""
+    file = str(tmp_path / "s.json")
+    cfg = evaluate.Config(model="m", data="a.jsonl", limit=5, json=file)
+    for path in (f"{file}.unfinished", file):
+        score_file.write_json(path, cfg, EMBEDDER, "one", {"a": ROW}, score_file.NOT_YET)
+        same = dict(model="moved", data="a.jsonl", json=file, resume=True, workers=3)
+        same.update(image_root="b", chunk_tokens=7)
+        equal(score_file.kept(evaluate.Config(limit=5, **same), "one"), {"a": ROW}, "kept")
+        with pytest.raises(
+            InputError, match="model's files are others, limit was 5, is 6.*Restore"
+        ):
+            score_file.kept(evaluate.Config(limit=6, **same), "two")
+        known = json.loads(Path(path).read_text())
+        del known["config"]["limit"]
+        Path(path).write_text(json.dumps(known))
+        equal(
+            list(score_file.kept(evaluate.Config(limit=6, **same), "one")), ["a"], "an older file"
+        )
+        Path(path).unlink()
+    equal(score_file.kept(evaluate.Config(limit=5, **same), "one"), {}, "nothing to go on with")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"sets": [1]}, {"sets": {"a": 1}}, {"sets": {"a": {}}}, {"config": None},
+     {"sets": {"a": dict(ROW, p_at_1="0.5")}}, {"sets": {"a": dict(ROW, ood=1)}}],
+)  # fmt: skip
+def test_a_damaged_file_of_scores_is_not_gone_on_with(tmp_path, damage):
+    """One line that names the file."""
+    cfg = evaluate.Config(model="m", json=str(tmp_path / "s.json"), resume=True)
+    known = {"overall": None, "sets": {"a": ROW}, "config": {}, "model_digest": "one"} | damage
+    Path(f"{cfg.json}.unfinished").write_text(json.dumps(known))
+    with pytest.raises(InputError, match=r"s.json.unfinished: not as evaluate.py --json writes"):
+        score_file.kept(cfg, "one")
+
+
+def test_all_ranks_go_on_with_what_rank_0_reads_and_it_alone_writes(tmp_path, monkeypatch):
+    """Nodes may have disks of their own."""
+    cfg = evaluate.Config(json=str(tmp_path / "s.json"))
+    monkeypatch.setattr(score_file, "by_rank_0", lambda read: "what rank 0 reads")
+    equal(score_file.kept(cfg, "digest"), "what rank 0 reads", "kept")
+    monkeypatch.setattr(score_file, "rank", lambda: 1)
+    score_file.keep(cfg, EMBEDDER, "digest", {})
+    score_file.finish(cfg, EMBEDDER, "digest", {}, score_file.NOT_YET)
+    equal(list(tmp_path.iterdir()), [], "written by rank 1")
 
 
 def test_what_is_nearer_by_more_than_rounding_is_nearer():

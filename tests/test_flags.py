@@ -70,6 +70,8 @@ class Flag(NamedTuple):
         company = COMPANY.get(self.field.name, [])
         if self.command == "pretrain" and self.field.name == "attn":
             company = ["--no-compress"]
+        if self.command == "evaluate" and self.field.name == "resume":
+            company = ["--json", "x"]
         needed = [*WORDS.get(self.command, []), *company]
         return CONFIGS[self.command].parse([*needed, *map(str, words)])
 
@@ -303,6 +305,7 @@ ALONE = [  # (command, words that are refused, the rule's flag, a part of what i
     ("pretrain", "--objective kl --no-compress", "objective", "its own teacher"),
     ("pretrain", "--attn flash_attention_2", "attn", "the compression mask needs --attn sdpa"),
     ("pretrain", "--compress-tokens 0", "compress_tokens", "add --no-compress if that is meant"),
+    ("evaluate", "--resume", "resume", "goes on with what --json holds; name that file"),
     ("evaluate", "--data MMEB-eval --seed 3", "seed", "draws the toy world's sets"),
     ("generate", "--api-key abc", "api_key", "no server is asked"),
     ("generate", "--timeout 5", "timeout", "no server is asked"),

@@ -456,7 +456,7 @@ def evaluated(monkeypatch, tmp_path, capsys):
             seen["model"] = cfg.model
             return SimpleNamespace(style="chat", pooling="mean", K=4)
 
-        monkeypatch.setattr(evaluate.ranks, "rank", lambda: rank)
+        monkeypatch.setattr(evaluate.score_file, "rank", lambda: rank)
         for name, stub in (("read_tasks", read_tasks), ("score", score), ("load_for", load_for)):
             monkeypatch.setattr(evaluate, name, stub)
         monkeypatch.setattr(evaluate.checkpoint, "same_model", seen["agreed"].append)

@@ -170,7 +170,7 @@ def curves(arms) -> list:
 def prefixes(arms) -> list:
     """Scores overall of embeddings that were cut after their first numbers, of the arms whose runs
     have them, each over the first of these arms cut to the same width."""
-    cut = {arm: runs for arm, runs in arms.items() if all(run.get("prefixes") for run in runs)}
+    cut = {arm: runs for arm, runs in arms.items() if runs[0].get("prefixes")}
     (first, base), *_ = cut.items()
     columns = [seeds(len(base))]
     for width in base[0]["prefixes"]:
@@ -178,12 +178,15 @@ def prefixes(arms) -> list:
     lines = head(*columns)
     for arm, runs in cut.items():
         cells = [name_of(arm)]
-        for width in base[0]["prefixes"]:
-            its, others = ([run["prefixes"][width] for run in some] for some in (runs, base))
-            gain = "–" if arm == first else difference(np.subtract(its, others))
-            cells += [percent(its), gain]
+        for its, others in zip(scores_of_prefixes(runs).T, scores_of_prefixes(base).T, strict=True):
+            cells += [percent(its), "–" if arm == first else difference(its - others)]
         lines.append(row(*cells))
     return lines
+
+
+def scores_of_prefixes(runs) -> np.ndarray:
+    """(seeds, widths)."""
+    return np.array([list(run["prefixes"].values()) for run in runs])
 
 
 def overall(arms) -> list:
