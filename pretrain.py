@@ -132,8 +132,8 @@ class Example(NamedTuple):
 
 
 def accumulate(embedder, examples, chunk_tokens=None, compress=True, teacher_logits=None):
-    """Adds to `.grad` the gradient of the mean loss over *all ranks'* answer tokens, in chunks of
-    `chunk_tokens` padded tokens: exact for any chunks and ranks, however long their answers.
+    """Adds to `.grad` this rank's part of the gradient of the mean loss over *all ranks'* answer
+    tokens, in chunks of `chunk_tokens` padded tokens: the sum over ranks is exact for any chunks.
 
     examples: this rank's; compress: with the mask; teacher_logits: see `teacher`, for KL.
     -> (mean loss in nats, share of answers that are right word for word, answer tokens)."""
