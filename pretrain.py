@@ -50,7 +50,7 @@ class Config(TrainingFlags):
         0.0, "beyond the paper: share of dialogues with Q_1 before C", least=0, most=1
     )
     texts: float = flag(0.0, "beyond the paper: share about texts (toy world)", least=0, most=1)
-    objective: str = flag("ce", "ce: learn the answers; kl: the uncompressed model", ["ce", "kl"])
+    objective: str = flag("ce", "ce: learn answers; kl: imitate the model without C", ["ce", "kl"])
 
 
 # ---------------------------------------------------------------------------------------- the idea
