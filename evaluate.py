@@ -40,10 +40,10 @@ class Config(Flags):
 def precision_at_1(q, c, candidates, tie=1e-6) -> float:
     """Share of queries whose right candidate scores higher than each other one by more than `tie`.
 
-    q (n, D) and c (m, D) unit-length, candidates[i]: rows of c, the right one first. A tie with the
-    right one is not a hit: with `argmax`, a collapsed model (all embeddings equal) would score 100
-    %, for the right one stands at index 0. NaN is never a hit. Several candidates that *are* the
-    right one (the same row of c) count as one. By chance 1 / (a query's distinct candidates)."""
+    q (n, D) and c (m, D) unit-length, candidates[i]: rows of c, the right one first. A tie is no
+    hit: by `argmax` a collapsed model (all embeddings equal) would score 100 %, for the right one
+    stands at index 0. NaN is never a hit. Several candidates that *are* the right one (the same
+    row of c) count as one. -> 0 ... 1; by chance 1 / (a query's distinct candidates)."""
     hits = 0
     for i, rows in enumerate(candidates):
         scores = c[rows] @ q[i]  # (len(rows),) cosines
