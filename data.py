@@ -84,8 +84,8 @@ class Pair(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One evaluation set. A query's first candidate is the right one; of your own data the first
-    rights[i] of query i are right, and where they are all it has, the wrong ones are in `pool`."""
+    """One evaluation set. A query's first candidate is the right one. In your own data the first
+    rights[i] candidates of query i are right; if it has no others, the rest of `pool` is wrong."""
 
     name: str
     meta_task: str  # Classification, VQA, Retrieval, Grounding, or Other
