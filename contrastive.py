@@ -78,8 +78,8 @@ def info_nce(q, t, temperature, labels=None, keys=None, reweigh=None):
 
     q (B, D) this rank's queries; t (M, D) *all ranks'* targets and hard negatives, the columns;
     labels (B,) or (B, P): each query's positives, by column (default: i for query i); keys (M,) or
-    (M, k): what shares a key with a query's positive is not its negative (default: no two share
-    one); reweigh: see plumbing/losses.py. -> (loss: nats, mean over queries; share of hits)."""
+    (M, k): a column whose j-th key is a positive's j-th, for any j, is not the query's negative
+    (default: all differ); reweigh: see plumbing/losses.py. -> (mean nats, share of hits)."""
     if labels is None:
         labels = torch.arange(len(q), device=q.device)
     if keys is None:
