@@ -83,7 +83,7 @@ class Embedder(nn.Module):
 
     def autocast(self):
         """bfloat16 on a GPU; everything in the weights' own type on a CPU."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def outputs(self, inputs, mask=None, **extra):
         """All that the MLLM returns, but for logits; extra: more arguments that it takes."""
