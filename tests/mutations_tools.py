@@ -28,7 +28,7 @@ TOOLS = [
     ("toy/world.py", '(task, True, Shapes("test", seed, new_words=True))', '(task, False, Shapes("test", seed, new_words=True))',
      "tests/test_toy_world.py -k one_thing"),
     # ---------------------------------------------------------------------------------- tools/mine.py
-    ("tools/mine.py", "len(rows) < cfg.last - cfg.first + 1 for", "len(rows) < cfg.last - cfg.first for", f"{MINE} -k get_fewer"),
+    ("tools/mine.py", "cfg.last - cfg.first + 1", "cfg.last - cfg.first", f"{MINE} -k get_fewer"),
     ("tools/mine.py", "{few:,} lines get fewer", "{len(lines) - few:,} lines get fewer", f"{MINE} -k get_fewer"),
     ("tools/mine.py", "(*rights_of[pair.query], *pair.negatives)", "rights_of[pair.query]", f"{MINE} -k calls_wrong"),
     ("tools/mine.py", "cfg.model or trained_model()", 'cfg.model or "toy"', f"{MINE} -k flags_reach"),

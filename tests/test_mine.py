@@ -214,7 +214,8 @@ def test_how_many_lines_get_fewer_is_said(four, shared, monkeypatch, capsys, las
     """Of three wrong targets there are ranks 1 to 3, and no fourth."""
     mine_with(shared, monkeypatch, "--first", "1", "--last", last)
     said = capsys.readouterr().out
-    expect(f"4 distinct targets; {few} lines get fewer" in said, said, few, "mine.mine")
+    says = f"4 pairs, 4 distinct targets; {few} lines get fewer than {last} negatives"
+    expect(says in said, said, says, "mine.mine")
 
 
 def test_what_a_line_calls_wrong_already_is_not_mined_again(four, shared, monkeypatch):

@@ -125,8 +125,10 @@ def mine(embedder, cfg) -> list:
     refuse_not_finite(z, places, cfg.model)
     q, t = z[: len(queries)], z[len(queries) :]
     chosen = nearest_wrong(q, t, targets.own, cfg.first, cfg.last)
-    few = sum(len(rows) < cfg.last - cfg.first + 1 for rows in chosen)
-    say(f"{len(pairs):,} pairs, {len(targets.items):,} distinct targets; {few:,} lines get fewer")
+    per_line = cfg.last - cfg.first + 1  # negatives that are asked for
+    few = sum(len(rows) < per_line for rows in chosen)
+    seen = f"{len(pairs):,} pairs, {len(targets.items):,} distinct targets"
+    say(f"{seen}; {few:,} lines get fewer than {per_line:,} negatives")
     mined = []
     for line, rows in zip(lines, chosen, strict=True):
         negatives = [*(line.get("negatives") or []), *(targets.raw[row] for row in rows)]
