@@ -98,7 +98,7 @@ def info_nce_rows(q, t, temperature, labels, keys, reweigh):
     """Eq. (1) for b queries: -log( e^(q.t+ / tau) / (e^(q.t+ / tau) + sum of e^(q.t- / tau)) ).
 
     q (b, D), t (M, D), labels (b, P) columns of the positives, -1 where a query has fewer than P,
-    keys (M, k): a column that shares a key with a positive is no negative; reweigh: see info_nce.
+    keys (M, k): where a j-th key is a positive's j-th, no negative; reweigh: see info_nce.
     -> (nats (b,), mean over positives; hit (b,), whether a positive beats all negatives)."""
     scores = products(q, t) / temperature  # (b, M); never bfloat16 or TF32: they have 3 digits
     valid = labels >= 0  # (b, P)
@@ -136,7 +136,7 @@ def two_passes(embed, chunks, loss_of, keep=0):
         with torch.set_grad_enabled(i >= len(chunks) - keep):
             parts.append(embed(chunk))  # (len(chunk), D)
 
-    # Between the passes: the loss L, and in z.grad dL/dz, the chain rule's first factor.
+    # Between the passes: the loss, and in z.grad its gradient, the chain rule's first factor.
     order = torch.tensor([row for chunk in chunks for row in chunk])
     z = torch.cat([part.detach() for part in parts])  # (rows, D), in the chunks' order
     z = z[order.argsort()].requires_grad_()  # argsort undoes the order: row i is the batch's row i
@@ -213,7 +213,8 @@ def gradcache_step(embedder, batch, temperature, budget, loss_fn=loss_over_ranks
         embed_chunk = leavable(embed, embedder)  # a signal may end the step between two chunks
         embed_chunk = remember_tower(embed_chunk, embedder.mllm, budget.vision_cache)  # if frozen
         embed_chunk, chunks = sharding.in_lockstep(embedder, embed_chunk, chunks)  # with FSDP only
-        two_passes(embed_chunk, chunks, meeting(loss_of), budget.keep_graphs)  # if all ranks fit
+        # In the loss the ranks meet: it begins once pass 1 has fit on each of them.
+        two_passes(embed_chunk, chunks, meeting(loss_of), budget.keep_graphs)
 
     chunk_tokens = budget.chunk_tokens
     if sharding.sharded(embedder):  # FSDP reduces by itself; no rank can leave the others' forward

@@ -218,7 +218,7 @@ class Collator:
 
     def row(self, item: Item, turns=()) -> Row:
         """One example: head, content, C, then Q_1 A_1 Q_2 A_2 ... (CoMa, section 3.1)."""
-        template = self.template
+        template = self.template  # plumbing/template.py has a picture of its pieces
         # With K = 0 a dialogue's content has no turn of its own: Q_1 follows it.
         own_turn = bool(self.compress_ids) or not turns
         parts, images = self.content(item, own_turn)
