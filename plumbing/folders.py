@@ -189,9 +189,7 @@ def refuse_hostile(folder):
                 raise InputError(f"{index}: the weights in {brief(repr(file))} lie outside of "
                                  "the folder")  # fmt: skip
     if not any(Path(folder).glob(WEIGHTS)):
-        text = "no *.safetensors in it, and pickles are not opened"
-        if is_unfinished(folder):
-            text = f"its run is not finished: {RESUME}"
+        text = begun_in(folder) or "no *.safetensors in it, and pickles are not opened"
         raise InputError(f"--model {folder}: {text}")
 
 
@@ -199,6 +197,16 @@ def is_unfinished(folder) -> bool:
     """Whether a run into it was begun, and has not come to its end."""
     begun = any(Path(folder).glob(CHECKPOINTS)) or Path(folder, OF_A_RUN).exists()
     return begun and not Path(folder, FINISHED).exists()
+
+
+def begun_in(folder) -> str:
+    """Why there is no model in a folder, where one was to be written into it, and the way out; ""
+    where nothing says so."""
+    if is_unfinished(folder):
+        return f"its run is not finished: {RESUME}"
+    if Path(folder, ".part").exists():  # see `part_in`
+        return "a model was being written into it: the same command once more makes one of it"
+    return ""
 
 
 def shapes_of_weights(folder, pattern=WEIGHTS) -> dict:
@@ -236,7 +244,8 @@ def refuse_absurd_config(folder):
     and no larger ones. Building a million layers, or 10^9 rows, takes the memory of a machine."""
     config = read_json(folder, "config.json")
     if not config:
-        raise InputError(f"--model {folder}: no config.json in it; is it a model's folder?")
+        text = begun_in(folder) or "no config.json in it; is it a model's folder?"
+        raise InputError(f"--model {folder}: {text}")
     shapes = shapes_of_weights(folder)
     longest = longest_side(shapes)
     for key, value in numbers_in(config):

@@ -135,10 +135,13 @@ def agreed(key, asked, stored, name):
 
 
 def first_model(*names) -> str:
-    """The first of these folders that holds a model, else "toy"."""
+    """The first of these folders that holds a model, else "toy". Says which is passed over although
+    a run into it was begun: who waits for its model must not take another one for it."""
     for name in names:
         if Path(name, "config.json").exists():
             return name
+        if reason := folders.begun_in(name):
+            say(f"{name} is not taken: {reason}")
     return "toy"
 
 
@@ -150,7 +153,7 @@ def trained_model() -> str:
 def stage_1_model() -> str:
     """What stage 2 starts from where no --model is given; says which it is."""
     name = first_model("out/pretrain")
-    hint = ": there is no out/pretrain; python pretrain.py makes it" if name == "toy" else ""
+    hint = ": no model is in out/pretrain; python pretrain.py makes it" if name == "toy" else ""
     say(f"starting from {name}{hint}")
     return name
 

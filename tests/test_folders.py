@@ -168,6 +168,20 @@ def test_an_edge_is_an_edge_where_nothing_says_that_it_is_an_area(tmp_path):
             folders.refuse_absurd_processor(tmp_path)
 
 
+def test_a_model_that_was_being_written_is_called_so(folder):
+    """`tools.merge` was killed while it replaced a model's files: whether it is a model's folder
+    was asked, and what makes one of it again not said."""
+    (folder / "config.json").unlink()
+    refused(folder, "no config.json in it; is it a model's folder?")
+    (folder / ".part").mkdir()
+    says = "a model was being written into it: the same command once more"
+    refused(folder, says)
+    (folder / "model.safetensors").unlink()
+    refused(folder, says)
+    (folder / "checkpoints" / "step-00000100").mkdir(parents=True)
+    refused(folder, "its run is not finished")  # where --resume is the way
+
+
 def test_a_json_file_of_a_gigabyte_is_not_read(folder, monkeypatch):
     """The limit is lowered here, and said."""
     monkeypatch.setattr(folders, "LONGEST_JSON", 100)

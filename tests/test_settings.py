@@ -63,10 +63,33 @@ def test_stage_2_starts_from_stage_1_where_it_is_whole(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "pretrain").mkdir(parents=True)
     equal(weights.stage_1_model(), "toy", "no config.json")
-    assert "starting from toy: there is no out/pretrain; python" in capsys.readouterr().out
+    assert "starting from toy: no model is in out/pretrain; python" in capsys.readouterr().out
     (tmp_path / "out" / "pretrain" / "config.json").write_text("{}")
     equal(weights.stage_1_model(), "out/pretrain", "first_model")
     equal(capsys.readouterr().out, "starting from out/pretrain\n", "say")
+
+
+@pytest.mark.parametrize(
+    ("left", "reason"),
+    [
+        ("checkpoints/step-00000100", "its run is not finished"),
+        (".part", "a model was being written into it"),
+    ],
+)
+def test_a_model_that_is_not_finished_is_not_passed_over_in_silence(
+    left, reason, tmp_path, monkeypatch, capsys
+):
+    """A killed stage 2, then `evaluate.py`: the table was of another model, without a reason."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "contrastive" / left).mkdir(parents=True)
+    (tmp_path / "out" / "pretrain").mkdir()
+    (tmp_path / "out" / "pretrain" / "config.json").write_text("{}")
+    equal(weights.trained_model(), "out/pretrain", "the next one is taken")
+    said = capsys.readouterr().out
+    assert said.startswith(f"out/contrastive is not taken: {reason}") and "command" in said, said
+    (tmp_path / "out" / "contrastive" / "config.json").write_text("{}")
+    equal(weights.trained_model(), "out/contrastive", "a model is there, of a run before")
+    equal(capsys.readouterr().out, "", "and `load` says so")
 
 
 def test_options_are_whole_numbers_and_a_kernels_name():
