@@ -86,8 +86,8 @@ def encode_over_ranks(embedder, items, cfg, progress, bad=None) -> np.ndarray:
     bad: a list for errors of items that cannot be read (their rows are NaN); None: they raise."""
     rank, world = ranks.rank(), ranks.world()
     errors = None if bad is None else []  # of this rank's items
-    shown = progress if rank == 0 else ""
-    part = embedder.encode(items[rank::world], cfg.chunk_tokens, cfg.workers, shown, errors)
+    arguments = (cfg.chunk_tokens, cfg.workers, progress if rank == 0 else "", errors)
+    part = agreement.together(lambda: embedder.encode(items[rank::world], *arguments))
     z = np.zeros((len(items), part.shape[1]), np.float32)  # (len(items), D)
     # Every world-th item was rank r's: put back in the order given.
     for r, (rows, rank_errors) in enumerate(ranks.gather_objects((part, errors))):

@@ -321,7 +321,8 @@ FRESH = [
     ("contrastive.py", "cfg.workers, device)", "cfg.workers, None)", "tests/test_stage_parts.py -k goes_on_asks"),
     ("model.py", "windows, workers, self.device)", "windows, workers, None)", "tests/test_embedder.py -k how_large_pictures"),
     ("tools/lessons.py", "rng.choice((1, least))", "least", "tests/test_toy_mllm.py -k lessons"),
-    ("evaluate.py", 'shown = progress if rank == 0 else ""', "shown = progress", "tests/test_evaluate.py -k draws_a_bar"),
+    ("evaluate.py", 'progress if rank == 0 else "", errors', "progress, errors", "tests/test_evaluate.py -k draws_a_bar"),
+    ("evaluate.py", "agreement.together(lambda: embedder.encode(items[rank::world], *arguments))", "embedder.encode(items[rank::world], *arguments)", "tests/test_threads.py -k said_by_all"),
     # ------------------------------------------------------------- planted where few mistakes were
     ("pretrain.py", "torch.manual_seed(cfg.seed)", "torch.manual_seed(cfg.seed + rank)", "tests/test_stage_parts.py -k anew_is_the_same"),
     ("contrastive.py", "torch.manual_seed(cfg.seed)", "torch.manual_seed(cfg.seed + rank)", "tests/test_stage_parts.py -k anew_is_the_same"),

@@ -238,6 +238,7 @@ def test_of_several_ranks_one_draws_a_bar(monkeypatch, rank, shown):
     monkeypatch.setattr(evaluate.ranks, "rank", lambda: rank)
     monkeypatch.setattr(evaluate.ranks, "world", lambda: 2)
     monkeypatch.setattr(evaluate.ranks, "gather_objects", lambda mine: [mine, mine])
+    monkeypatch.setattr(evaluate.agreement, "together", lambda work: work())
     embedder, items = SimpleNamespace(encode=encode), [Item("a"), Item("b")]
     evaluate.encode_over_ranks(embedder, items, evaluate.Config(), "a set")
     equal(seen, [shown], "evaluate.encode_over_ranks")

@@ -280,3 +280,18 @@ def test_items_that_ranks_share_are_put_back_in_their_order(monkeypatch, world):
             monkeypatch, world,
             lambda rank: evaluate.encode_over_ranks(Numbers(), list(range(7)), cfg, "set"),
         )  # fmt: skip
+
+
+def test_what_one_rank_cannot_read_is_said_by_all(monkeypatch):
+    """`torchrun evaluate.py`: a picture of rank 1's part was gone, and rank 0 said only that it had
+    lost the others."""
+    cfg = SimpleNamespace(chunk_tokens=5, workers=2)
+
+    def work(rank):
+        with pytest.raises(InputError) as caught:
+            evaluate.encode_over_ranks(Numbers(), [0, 3, 1, 2], cfg, "set")
+        return str(caught.value)
+
+    for said in on_ranks(monkeypatch, 2, work):
+        is_rank_1s = said.startswith("rank 1 (") and said.endswith("item 3")
+        expect(is_rank_1s, said, "rank 1 (host): item 3", "agreement.together")
