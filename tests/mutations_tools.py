@@ -72,6 +72,7 @@ TOOLS = [
     ("tools/check.py", "return lost + others", "return others + lost", f"{CHECK} -k twenty"),
     ("tools/check.py", "range(0, len(self.rows), WINDOW)", "range(0, len(self.rows) - 1, WINDOW)", f"{CHECK} -k long_list"),
     ("tools/check.py", "(count.bad and outputs == Outputs())", "(count.bad and not outputs.clean)", f"{CHECK} -k status"),
+    ("tools/check.py", "if path is not None and not str(path).strip():", "if False:", f"{CHECK} -k without_a_name"),
     ("tools/check.py", "return 1 if count.useless or (", "return 1 if (", f"{CHECK} -k status"),
     ("tools/check.py", "        return Count(0, 1, useless=True)", "        return Count(0, 1)", f"{CHECK} -k all_count"),
     ("tools/check.py", 'return f"{e}" if str(e).startswith(where) else f"{where}: {e}"', 'return f"{where}: {e}"', f"{CHECK} -k said_once"),

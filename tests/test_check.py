@@ -211,6 +211,14 @@ def test_the_status_is_1_where_something_is_bad_and_nothing_is_done_about_it(
     equal(check.main(["data", *flags]), status, "main")
 
 
+@pytest.mark.parametrize("flag", ["--clean", "--list-bad"])
+def test_an_output_without_a_name_is_refused(tmp_path, flag):
+    """`--clean "$GOOD"`, where the script has not set GOOD: status 0, and nothing was written."""
+    path = listed(tmp_path / "p.jsonl", ("x",), ("<image>", "lost.png"))
+    with pytest.raises(InputError, match=f"{flag} is empty; give the path of a file"):
+        check.main([path, flag, ""])
+
+
 def test_of_several_lists_all_count_and_one_of_no_use_is_enough(tmp_path, monkeypatch, capsys):
     """As where a folder holds a file that is cut off."""
 

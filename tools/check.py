@@ -260,6 +260,9 @@ def check_list(file, read, source, clean) -> Count:
 
 def refuse_outputs(source, lists, outputs):
     """InputError, before any work, where a file cannot be written, or is one of the data."""
+    for name, path in (("--clean", outputs.clean), ("--list-bad", outputs.list_bad)):
+        if path is not None and not str(path).strip():  # of a script whose variable is not set
+            raise InputError(f"{name} is empty; give the path of a file")
     taken = [file for file, _ in lists]
     if outputs.clean:
         read_json(source, SETS, no_twins)  # refuses a damaged one
