@@ -497,6 +497,7 @@ ROOMS = [
     ("plumbing/formats.py", "pictures.about(skipped=without, same=all_the_same(texts, paths))", "pictures.about(skipped=without)", LISTS),
     # --------------------------------------------------------------------------------- plumbing/hub
     ("plumbing/hub.py", "if dist.is_initialized():\n        return fetch_together", "if False:\n        return fetch_together", "tests/test_fetch.py"),
+    ("plumbing/hub.py", "@lru_cache(None)  # so", "@lru_cache(1)  # so", "tests/test_fetch.py -k several_ranks"),
     ("plumbing/hub.py", "return once_a_node(lambda: fetch_here(name, kind, wanted, need))", "return fetch_here(name, kind, wanted, need)", "tests/test_fetch.py"),
     ("plumbing/hub.py", 'if name.count("/") != 1 or name[0] in "./":', 'if name.count("/") != 1:', FOLDERS),
     ("plumbing/hub.py", "allow_patterns=[*need, *wanted],", "allow_patterns=None,", "tests/test_fetch.py"),

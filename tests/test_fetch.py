@@ -130,9 +130,9 @@ def test_of_several_ranks_one_of_a_node_asks(library, monkeypatch):
     equal(works, [], "one process")
     monkeypatch.setattr(hub.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(hub.dist, "get_rank", lambda: 0)
-    for _ in range(2):
-        equal(hub.fetch("team/set", "dataset", [], []), "/theirs", "as one of several")
-    equal(len(works), 1, "fetch_together")
+    for name in ("team/set", "team/model", "team/set"):  # also where it was not the last one
+        equal(hub.fetch(name, "dataset", [], []), "/theirs", "as one of several")
+    equal(len(works), 2, "fetch_together: each name once")
     equal(works[0](), "/cache/here", "what the one does")
     hub.fetch_together.cache_clear()
 
