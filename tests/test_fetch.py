@@ -83,7 +83,12 @@ def test_the_reason_is_the_cause_where_the_library_hides_it(monkeypatch):
     """Its "not found in the cache" says nothing of a refused connection."""
     error = errors.LocalEntryNotFoundError("not in the cache")
     error.__cause__ = OSError("connection refused")
-    for raised, says in ((error, "connection refused"), (OSError("full"), "full")):
+    alone = errors.LocalEntryNotFoundError("no folder of it")  # as where HF_HUB_OFFLINE is set
+    for raised, says in (
+        (error, "connection refused"),
+        (alone, "no folder of it"),
+        (OSError("full"), "full"),
+    ):
         monkeypatch.setattr(hub, "snapshot_download", Library(raised))
         with pytest.raises(InputError, match=f"--data team/set: no folder, .*: {says}"):
             hub.fetch_here("team/set", "dataset", [], [])
