@@ -71,8 +71,9 @@ def test_so_much_is_said_as_is_not_here_yet(library, capsys):
 
 
 def test_a_pattern_that_finds_nothing_is_an_error_before_anything_is_fetched(library, monkeypatch):
-    """With the folders that there are."""
-    api = SimpleNamespace(list_repo_files=lambda name, repo_type: ["A/original-0.parquet", "x/y"])
+    """With the folders that there are; a file beside them is none."""
+    files = ["A/original-0.parquet", "x/y", "original-0.parquet"]
+    api = SimpleNamespace(list_repo_files=lambda name, repo_type: files)
     monkeypatch.setattr(hub, "HfApi", lambda: api)
     with pytest.raises(InputError, match="no C/original-.*parquet in it; it has A$"):
         hub.fetch_here("team/set", "dataset", [], ["A/*.parquet", "C/original-*.parquet"])
