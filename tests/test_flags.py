@@ -411,10 +411,16 @@ def test_a_package_that_only_one_flag_needs_is_named_where_it_is_missing(embedde
     refused(lambda: model.choose_trained(embedder, cfg), "--lora-rank needs peft: pip install peft")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "contrastive"])
-def test_explain_takes_the_flags_of_its_stage_only(stage):
-    """--temperature means nothing in stage 1, --no-compress nothing in stage 2."""
-    words = {"pretrain": ["--temperature", "0.1"], "contrastive": ["--no-compress"]}[stage]
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("pretrain", ["--temperature", "0.1"]),
+        ("contrastive", ["--no-compress"]),
+        ("contrastive", ["--caption"]),
+    ],
+)
+def test_explain_takes_the_flags_of_its_stage_only(stage, words):
+    """--temperature means nothing in stage 1, --no-compress and --caption nothing in stage 2."""
     refused(lambda: explain.main([stage, *words]), words[0], f"{stage} has none")
     refused(lambda: explain.main(["evaluate" * 100]), "the stage is pretrain or contrastive")
 
