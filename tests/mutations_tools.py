@@ -165,6 +165,8 @@ TOOLS = [
     # ----------------------------------------------------------------------------- tools/explain.py
     ("tools/explain.py", "contrastive.Config(seed=cfg.seed, batch=6, block=3)", "contrastive.Config(batch=6, block=3)",
      f"{EXPLAIN} -k other_pairs_of_a_file"),
+    ("tools/explain.py", "    embedder.eval()\n    compress = compress", "    compress = compress", f"{EXPLAIN} -k dropped_out"),
+    ("tools/explain.py", "    embedder.eval()  # without dropout here", "    pass  # without dropout here", f"{EXPLAIN} -k dropped_out"),
     ("tools/explain.py", '    "caption": "pretrain",\n', "", "tests/test_flags.py -k explain_takes"),
     ("tools/explain.py", "embedder = model.merge(model.load_for(cfg, device))", "embedder = model.load_for(cfg, device)", f"{EXPLAIN} -k folded_in"),
     ("tools/explain.py", "stage_2 = model.load_for(dataclasses.replace(cfg, model=second), device)", "stage_2 = model.load_for(dataclasses.replace(cfg, model=first), device)",

@@ -15,6 +15,7 @@ import contrastive
 import model
 import pretrain
 from data import ANSWER, Item, Pair, read_dialogues, read_pairs
+from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
 from tools import explain, look
 from tools.measured import gap
@@ -178,6 +179,26 @@ def test_the_gradient_that_is_printed_is_the_gradient(capsys):
     )
     own = [[j for j, (_, mark) in enumerate(row) if mark == "*"] for row in cells[:6]]
     equal(own, batch.labels.tolist(), "a query's own target")
+
+
+def test_nothing_is_dropped_out(capsys):
+    """Of an adapter with dropout, which loads as it trains: twice the same numbers, and the check
+    of stage 2 holds, for its two ways see the same model."""
+    embedder, dialogue = shorten(toy()), read_dialogues()[0]
+    model.choose_trained(embedder, TrainingFlags(lora_rank=2, lora_dropout=0.5))
+    for name, p in embedder.named_parameters():
+        if "lora_B" in name:  # it starts as zero, and would change nothing
+            torch.nn.init.normal_(p, std=0.1)
+    said = []
+    for _ in range(2):
+        explain.walk_dialogue(embedder.train(), dialogue, True)
+        said.append(re.findall(r"\d\.\d+  p = .*", capsys.readouterr().out))
+    equal(*said, "explain.walk_dialogue: eval")
+    cfg = contrastive.Config(batch=2, block=2)
+    batch = contrastive.local_batch(read_pairs(), embedder.collate, cfg, 0, 0, 1)
+    explain.walk_batch(embedder.train(), batch, 0.03, 60)
+    apart = float(re.search(r"differ by (\S+) of it", capsys.readouterr().out)[1])
+    expect(apart < 1e-5, apart, "< 1e-5", "explain.walk_batch: eval")
 
 
 def test_another_seed_draws_other_pairs_of_a_file(tmp_path, shared, monkeypatch):
