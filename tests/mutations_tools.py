@@ -330,6 +330,7 @@ TOOLS = [
     ("tools/explain_numbers.py", '.strip() or "\u2423"', ".strip()", f"{PAGE} -k token_of_blanks"),
     ("tools/explain_numbers.py", "queries=[side(item) for item in queries]", "queries=[side(item) for item in targets]", f"{PAGE} -k sides_of_the_matrix"),
     ("tools/explain_numbers.py", "targets=[side(item) for item in targets]", "targets=[side(item) for item in queries]", f"{PAGE} -k sides_of_the_matrix"),
+    ("tools/explain_numbers.py", "    return chosen\n\n\ndef matrix", "    raise LookupError\n\n\ndef matrix", "tests/test_page.py -k equal_targets"),
     ("tools/explain_page.py", "drawn(pairs, cfg.seed)", "drawn(pairs, 0)", f"{PAGE} -k is_of_the_flags"),
     ("tools/explain_page.py", "square = matrix(models.stage_2", "square = matrix(models.stage_1", f"{PAGE} -k is_of_the_flags"),
     ("tools/explain_page.py", "steps = passes(trained,", "steps = passes(models.stage_2,", f"{PAGE} -k is_of_the_flags"),

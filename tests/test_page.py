@@ -21,7 +21,7 @@ from PIL import Image
 import contrastive
 import model
 import pretrain
-from data import ANSWER, CONTENT, read_dialogues, read_pairs
+from data import ANSWER, CONTENT, Item, Pair, read_dialogues, read_pairs
 from plumbing.errors import InputError
 from plumbing.families import position_ids
 from plumbing.formats import IMAGE
@@ -166,6 +166,13 @@ def test_the_norms_of_the_cache_are_of_its_keys(content, embedder):
         heads = keys[0].norm(dim=-1)  # (heads, tokens up to C)
         expect((heads[0] - heads.mean(0)).abs().max() > 0.01, heads, "heads that differ", "keys")
         close(got, heads.mean(0), "their mean", 1e-3)
+
+
+def test_pairs_without_equal_targets_are_drawn_too():
+    """One's own list may have none: there is no false negative to see then, and still a page."""
+    pairs = {"a": [Pair(Item(f"q {i}"), (Item(f"t {i}"),)) for i in range(99)]}
+    chosen = explain_numbers.drawn(pairs, 0)
+    equal(len(chosen), explain_numbers.PAIRS, "explain_numbers.drawn")
 
 
 def test_the_matrix_is_the_functions(content, embedder):
