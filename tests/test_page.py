@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -362,7 +363,10 @@ def test_the_page_is_of_the_flags_and_stage_2s_adapter_is_folded_in(monkeypatch)
     for name, result in (("story", 1), ("drawn", "pairs"), ("matrix", 2), ("passes", 3)):
         note(name, result)
     note("write_page", "page")
-    first, second = (SimpleNamespace(K=4, eval=lambda: None) for _ in range(2))
+    evaluated = []
+    first, second = (
+        SimpleNamespace(K=4, eval=partial(evaluated.append, name)) for name in ("first", "second")
+    )
     monkeypatch.setattr(model, "merge", lambda embedder: ("merged", embedder))
     monkeypatch.setattr(model, "choose_trained", lambda embedder, _: seen.append(("to", embedder)))
     cfg = explain.Config(seed=3, temperature=0.5, chunk_tokens=77)
@@ -373,6 +377,10 @@ def test_the_page_is_of_the_flags_and_stage_2s_adapter_is_folded_in(monkeypatch)
     want += [("to", merged), ("passes", merged, "pairs", 0.5, 77)]
     equal(seen[:-1], want, "make_page")
     equal(seen[-1][1][::4], (("a", "b"), 3), "Shown: the names, the passes")
+    equal(evaluated, ["first", "second"], "without dropout, both of them")
+    second.K = 0
+    with pytest.raises(InputError, match="--html shows the code C"):
+        explain_page.make_page(models, "talk", "sets", cfg)
 
 
 def test_a_text_that_would_end_the_script_does_not():
@@ -391,6 +399,16 @@ def test_the_sources_are_the_functions(file):
         shown[name.split(": ")[1]] = html.unescape(re.sub(r"</?(b|i|em)>", "", code))
     for function in explain_page.SOURCES:
         equal(shown[function.__name__], inspect.getsource(function), function.__name__)
+
+
+def test_code_stays_what_it_is_between_its_marks():
+    """With what HTML has a meaning for, in strings and comments too; the marks are the page's."""
+    code = 'if a<b or b>"</pre>":  # <i> & &lt;\n    pass\n'
+    shown = explain_page.marked(code)
+    equal(html.unescape(re.sub("</?(b|i|em)>", "", shown)), code, "explain_page.marked")
+    equal(
+        re.findall("<([^/].*?)>", shown), ["b", "b", "em", "i", "b"], "if, or, a string, a comment"
+    )
 
 
 def test_other_families_are_shown_or_refused(tmp_path):
