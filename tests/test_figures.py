@@ -189,6 +189,14 @@ def test_one_compression_token_has_no_cosines(runs, tmp_path):
         sources.coded("contrastive")
 
 
+def test_the_figures_share_one_model_that_drops_nothing_out():
+    """Loaded once; as a model trains, two figures of it would not be of the same numbers."""
+    sources = figures.Sources("nowhere", 0, "cpu")
+    base = sources.model("base")
+    expect(sources.model("base") is base, "another", "the same", "Sources.loaded")
+    expect(not base.training, "as it trains", "eval", "Sources.model")
+
+
 def test_a_log_without_steps_costs_its_figure(runs, tmp_path):
     """`--steps 0` saves a model, and a log that holds its flags alone."""
     shutil.copytree(runs / "contrastive", tmp_path / "contrastive")
