@@ -336,6 +336,7 @@ TOOLS = [
     ("tools/explain_page.py", "html.escape(token.string)", "token.string", f"{PAGE} -k between_its_marks"),
     ("tools/explain_page.py", "pieces.append(html.escape(code[at:start]))", "pieces.append(code[at:start])", f"{PAGE} -k between_its_marks"),
     ("tools/figures.py", "self.loaded[name] = embedder.eval()", "self.loaded[name] = embedder", f"{FIGURES} -k share_one_model"),
+    ("tools/figure_numbers.py", "np.ones(min(9, len(x)))", "np.ones(9)", f"{FIGURES} -k smoothing"),
     ("tools/figures.py", "if name not in self.loaded:", "if True:", f"{FIGURES} -k share_one_model"),
     ("tools/explain_page.py", "drawn(pairs, cfg.seed)", "drawn(pairs, 0)", f"{PAGE} -k is_of_the_flags"),
     ("tools/explain_page.py", "square = matrix(models.stage_2", "square = matrix(models.stage_1", f"{PAGE} -k is_of_the_flags"),

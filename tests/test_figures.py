@@ -390,6 +390,7 @@ def test_means_errors_and_smoothing_have_known_values():
     mean, error = records.mean_error([0.5])
     expect(mean == 0.5 and math.isnan(error), (mean, error), "0.5, NaN", "no error of one seed")
     close(numbers.smooth(np.full(20, 3.0)), np.full(20, 3.0), "fewer steps at the ends", 1e-12)
+    close(numbers.smooth(np.full(4, 3.0)), np.full(4, 3.0), "a run of four steps has four", 1e-12)
     close(numbers.smooth(np.arange(30.0))[4:-4], np.arange(4, 26), "centred", 1e-12)
 
 
