@@ -167,6 +167,8 @@ TOOLS = [
      f"{EXPLAIN} -k other_pairs_of_a_file"),
     ("tools/explain.py", "    embedder.eval()\n    compress = compress", "    compress = compress", f"{EXPLAIN} -k dropped_out"),
     ("tools/explain.py", "    embedder.eval()  # without dropout here", "    pass  # without dropout here", f"{EXPLAIN} -k dropped_out"),
+    ("tools/explain.py", "cfg.model = cfg.model or stage_1_model()", "cfg.model = cfg.model or trained_model()", f"{EXPLAIN} -k where_its_stage"),
+    ("tools/explain.py", 'cfg.model = cfg.model or "toy"', "cfg.model = cfg.model or stage_1_model()", f"{EXPLAIN} -k where_its_stage"),
     ("tools/explain.py", '    "caption": "pretrain",\n', "", "tests/test_flags.py -k explain_takes"),
     ("tools/explain.py", "embedder = model.merge(model.load_for(cfg, device))", "embedder = model.load_for(cfg, device)", f"{EXPLAIN} -k folded_in"),
     ("tools/explain.py", "stage_2 = model.load_for(dataclasses.replace(cfg, model=second), device)", "stage_2 = model.load_for(dataclasses.replace(cfg, model=first), device)",

@@ -237,6 +237,21 @@ def test_an_adapter_is_folded_in_as_stage_2_does(monkeypatch):
     expect(walked == [merged], walked, "the merged one", "explain_contrastive")
 
 
+def test_without_a_model_the_walk_begins_where_its_stage_does(tmp_path, shared, monkeypatch):
+    """Stage 1 with the toy, stage 2 with what stage 1 has left, not with what it has made of it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("out/pretrain", "out/contrastive"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    loaded = []
+    monkeypatch.setattr(model, "load_for", lambda cfg, _: loaded.append(cfg.model) or shared)
+    monkeypatch.setattr(explain, "walk_dialogue", lambda *_: None)
+    monkeypatch.setattr(explain, "walk_batch", lambda *_: None)
+    explain.main(["pretrain"])
+    explain.main(["contrastive"])
+    equal(loaded, ["toy", "out/pretrain"], "explain_pretrain, explain_contrastive")
+
+
 def test_another_stage_is_an_error():
     """The two that there are stand in the message."""
     with pytest.raises(InputError, match="evaluate: the stage is pretrain or contrastive"):
