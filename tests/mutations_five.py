@@ -337,6 +337,8 @@ FIVE = [
     ("pretrain.py", "embedder.prefixes = ()", "pass", "tests/test_losses.py -k stage_1"),
     ("contrastive.py", "if cfg.mask_false_negatives:", "if True:",
      "tests/test_gradcache.py -k keys"),
+    ("contrastive.py", "checkpoint.keep_base(save, merge(embedder), cfg)", "checkpoint.keep_base(save, embedder, cfg); merge(embedder)",
+     "tests/test_every_flag.py -k folded_in"),
     ("contrastive.py", "if embedder.adapter and cfg.merge:", "if embedder.adapter:",
      "tests/test_every_flag.py -k folded_in"),
     ("contrastive.py", "cfg.subsets, cfg.seed, cfg.split)", "cfg.subsets, 0, cfg.split)",

@@ -373,6 +373,8 @@ def test_an_adapter_is_folded_in_first_or_trained_on(embedder, files, tmp_path, 
     expect(len(merged.trained) > 50, merged.trained, "all weights", "model.merge")
     there = [(tmp_path / x / "merged" / "config.json").exists() for x in "abc"]
     equal(there, [False, False, True], "the plain model that a new adapter is one of")
+    left = (tmp_path / "c" / "merged" / "adapter_config.json").exists()
+    expect(not left, "stage 1's adapter", "folded in", "keep_base")
 
 
 def test_the_flags_check_fails_for_a_flag_that_does_nothing(base, files, tmp_path, monkeypatch):
