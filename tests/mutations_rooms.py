@@ -505,6 +505,7 @@ ROOMS = [
     ("plumbing/hub.py", "e = e.__cause__ or e", "pass", "tests/test_fetch.py"),
     ("plumbing/hub.py", "e = e.__cause__ or e", "e = e.__cause__", "tests/test_fetch.py -k hides_it"),
     ("plumbing/hub.py", 'f"*/{file}")})', 'f"*{file}")})', "tests/test_fetch.py -k finds_nothing"),
+    ("plumbing/hub.py", "except (OSError, ValueError, RuntimeError, errors", "except (OSError, ValueError, errors", "tests/test_fetch.py -k hides_it"),
     ("plumbing/hub.py", "response.status_code != 429 or wait is None:", "response.status_code != 503 or wait is None:", HUB),
     ("plumbing/hub.py", "min(int(asked), LONGEST_WAIT) if asked.isdigit() else wait", "wait", HUB),
     ("plumbing/hub.py", "min(int(asked), LONGEST_WAIT)", "int(asked)", HUB),

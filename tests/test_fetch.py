@@ -89,6 +89,7 @@ def test_the_reason_is_the_cause_where_the_library_hides_it(monkeypatch):
         (error, "connection refused"),
         (alone, "no folder of it"),
         (OSError("full"), "full"),
+        (RuntimeError("the client is closed"), "the client is closed"),  # as the library says it
     ):
         monkeypatch.setattr(hub, "snapshot_download", Library(raised))
         with pytest.raises(InputError, match=f"--data team/set: no folder, .*: {says}"):
