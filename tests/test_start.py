@@ -47,7 +47,7 @@ STAGE_2 = dict(steps=200, batch=128, block=32, temperature=0.03, mask_false_nega
 STAGE_2.update(merge=True, split="original", vision_cache="device", fsdp=False, model="")
 STAGE_2.update(out="out/contrastive", symmetric=False, hardness=0.0, margin=0.0, matryoshka="")
 STAGE_2.update(graph_memory="", subsets="")
-TABLE = dict(model="", limit=0, subsets="", dim=0, json="")
+TABLE = dict(model="", limit=0, subsets="", dim=0, json="", resume=False)
 NO_FLAGS = {"command", "model_digest", "data_digest", "fitting"}  # what a run notes beside them
 
 

@@ -96,7 +96,7 @@ STUDIES = {
     **{
         f"lora-{n}": (5, with_flags(ARMS, LORA, f"{LORA} {caps(n)}")) for n in (200, 1000, 5000)
     },
-    "tokens-64": (3, with_flags(MAIN, LARGE, LARGE)),
+    "tokens-64": (5, with_flags(MAIN, LARGE, LARGE)),
     "dialogues": (5, {
         "multi-turn": (COMA, ""),
         "single turn": ("--turns 1", ""),
