@@ -147,9 +147,10 @@ def main(cfg):
         if chosen:
             ranks.say(f"-- {group}")
         for task in chosen:
-            row = kept.get(task.name) or score(embedder, task, cfg)
-            sets[task.name] = row
-            score_file.keep(cfg, embedder, digest, kept | sets)
+            if task.name not in kept:
+                kept[task.name] = score(embedder, task, cfg)
+                score_file.keep(cfg, embedder, digest, kept)
+            row = sets[task.name] = kept[task.name]
             ranks.say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))
 
     # 3. The means, and the file.

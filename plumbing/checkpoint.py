@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from plumbing import card
 from plumbing.adapters import find_base
 from plumbing.agreement import agree, by_rank_0, command_of, join, on_rank_0, together
-from plumbing.combinations import option
+from plumbing.combinations import changed, option
 from plumbing.ending import StepLeft, forget_signals, note_signals, stop_asked
 from plumbing.errors import InputError, OfAllRanks, brief
 from plumbing.files import on_the_disk, refuse_special
@@ -535,15 +535,10 @@ def refuse_another_run(state, cfg, but=()):
     for field in dataclasses.fields(cfg):
         known = defaults if field.init else cfg
         then.setdefault(field.name, getattr(known, field.name))
-    changes = []
-    for name, value in now.items():
-        was = then[name]
-        if name not in (*HARMLESS, *ROUNDING, CUTTING, *but, *moved) and was != value:
-            changes.append(f"{name} was {brief(repr(was), 60)}, is {brief(repr(value), 60)}")
+    changes = changed(then, now, (*HARMLESS, *ROUNDING, CUTTING, *but, *moved))
     if changes:
-        changes = ", ".join(changes)
-        text = f"--resume: not the same run: {changes}. Restore that, or take another --out"
-        raise InputError(text)
+        text = f"not the same run: {', '.join(changes)}"
+        raise InputError(f"--resume: {text}. Restore that, or take another --out")
 
 
 def say_what_rounds(state, cfg):

@@ -107,6 +107,17 @@ def given(cfg) -> dict:
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
+def changed(then, now, harmless=()) -> list:
+    """What differs between two runs, "lr was 0.1, is 0.2" each. then, now: {flag: value}, `then`
+    with all names of `now`; harmless: flags that may differ."""
+    changes = []
+    for name, value in now.items():
+        if name not in harmless and then[name] != value:
+            was, is_now = brief(repr(then[name]), 60), brief(repr(value), 60)
+            changes.append(f"{name} was {was}, is {is_now}")
+    return changes
+
+
 def refuse_combinations(cfg):
     """Raises InputError for the first flag that does nothing beside the others."""
     set_flags, values = given(cfg), {}

@@ -199,12 +199,17 @@ def is_unfinished(folder) -> bool:
     return begun and not Path(folder, FINISHED).exists()
 
 
+def was_being_written(folder) -> bool:
+    """Whether a model was being written into a folder when its run was killed: see `part_in`."""
+    return Path(folder, ".part").exists()
+
+
 def begun_in(folder) -> str:
     """Why there is no model in a folder, where one was to be written into it, and the way out; ""
     where nothing says so."""
     if is_unfinished(folder):
         return f"its run is not finished: {RESUME}"
-    if Path(folder, ".part").exists():  # see `part_in`
+    if was_being_written(folder):
         return "a model was being written into it: the same command once more makes one of it"
     return ""
 
@@ -338,8 +343,7 @@ def refuse_foreign(path):
     if not os.path.isdir(path):
         return
     theirs = sorted(file.name for file in stale_files(Path(path)))
-    # With .part a model was being written, when its run was killed.
-    if not theirs or Path(path, ".part").exists():
+    if not theirs or was_being_written(path):
         return
     for name, word in MODELS_OWN.items():
         with suppress(InputError):

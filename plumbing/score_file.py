@@ -8,7 +8,8 @@ from pathlib import Path
 
 from plumbing import card
 from plumbing.agreement import by_rank_0
-from plumbing.errors import InputError, brief
+from plumbing.combinations import changed
+from plumbing.errors import InputError
 from plumbing.folders import read_json
 from plumbing.log import versions
 from plumbing.ranks import rank
@@ -41,12 +42,12 @@ def kept(cfg, digest) -> dict:
         refuse_unwritable(cfg.json, "--json", [cfg.data])
         refuse_other(cfg.json, "--json", is_scores, "file of scores")
         begun = os.path.lexists(unfinished(cfg))
-        if cfg.resume:
-            path = unfinished(cfg) if begun else cfg.json
-            return sets_of(path, cfg, digest) if os.path.lexists(path) else {}
-        if begun:
+        if begun and not cfg.resume:
             text = "an evaluation that did not come to its end; --resume goes on with it"
             raise InputError(f"{unfinished(cfg)}: {text}, or take it away")
+        path = unfinished(cfg) if begun else cfg.json
+        if cfg.resume and os.path.lexists(path):
+            return sets_of(path, cfg, digest)
         return {}
 
     return by_rank_0(read)
@@ -72,10 +73,8 @@ def sets_of(path, cfg, digest) -> dict:
     changes = []
     if known.get("model_digest") != digest:
         changes.append("the model's files are others")
-    for name, now in asdict(cfg).items():
-        was = flags.get(name, now)  # an older version's file lacks newer flags
-        if name not in HARMLESS and was != now:
-            changes.append(f"{name} was {brief(repr(was), 60)}, is {brief(repr(now), 60)}")
+    now = asdict(cfg)
+    changes += changed(now | flags, now, HARMLESS)  # an older version's file lacks newer flags
     if changes:
         text = f"holds other scores: {', '.join(changes)}"
         raise InputError(f"--resume: {path} {text}. Restore that, or take another --json")

@@ -364,7 +364,7 @@ FRESH = [
     ("plumbing/folders.py", " and not Path(folder, FINISHED).exists()", "", "tests/test_careless.py -k unfinished"),
     ("plumbing/folders.py", 'begun_in(folder) or "no config', '"no config', "tests/test_folders.py -k being_written"),
     ("plumbing/folders.py", 'begun_in(folder) or "no *', '"no *', "tests/test_folders.py -k being_written"),
-    ("plumbing/folders.py", 'if Path(folder, ".part").exists():', "if False:", "tests/test_folders.py -k being_written"),
+    ("plumbing/folders.py", 'return Path(folder, ".part").exists()', "return False", "tests/test_folders.py -k being_written"),
     ("plumbing/weights.py", "if reason := folders.begun_in(name):", "if reason := None:", "tests/test_settings.py -k in_silence"),
     ("plumbing/weights.py", "folders.is_unfinished(path)", "False", "tests/test_careless.py -k unfinished"),
     ("plumbing/checkpoint.py", "return error.__cause__ is not None and is_of_machine(error.__cause__)", "return False", "tests/test_resume.py -k no_file_may"),
