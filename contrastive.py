@@ -74,7 +74,7 @@ def paper_info_nce(q, t, temperature):
 
 def info_nce(q, t, temperature, labels=None, keys=None, reweigh=None):
     """Eq. (1) for any columns: several positives a query, hard negatives, targets that are right
-    for more than one query. Where all cosines are equal the loss is at most ln M.
+    for more than one query. All cosines equal: a loss of at most ln M (without `reweigh`).
 
     q (B, D) this rank's queries; t (M, D) *all ranks'* targets and hard negatives, the columns;
     labels (B,) or (B, P): each query's positives, by column (default: i for query i); keys (M,) or

@@ -31,6 +31,7 @@ BESIDE = ("model", "source", "data_source", "dataset", "split", "url", "width", 
 ELSEWHERE = {
     "conversations": "a dialogue, which stage 1 reads: pretrain.py",
     "query": "a pair, which stage 2 reads: contrastive.py",
+    "messages": 'a chat; pretrain.py reads "conversations" of "from" and "value", as LLaVA has',
     "file_name": "a caption: call the list metadata.jsonl, and give the folder that it is in",
 }
 

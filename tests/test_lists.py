@@ -91,6 +91,10 @@ DIALOGUES = {
     "a list": ([DIALOGUE], "needs an object .*in a file that is called .json"),
     "a pair": (PAIR, "a pair, which stage 2 reads: contrastive.py"),
     "a caption": (CAPTION, "a caption: call the list metadata.jsonl"),
+    "a chat as others write it": (
+        {"messages": [{"role": "user", "content": "What is it?"}]},
+        'a chat; pretrain.py reads "conversations" of "from" and "value", as LLaVA has',
+    ),
     "an object with the list in it": ({"data": [DIALOGUE]}, 'unknown key "data"'),
 }
 PAIRS = {
