@@ -1,5 +1,5 @@
-"""Planted mistakes, two to eight for each exercise: test_grader.py shows that the grader finds
-each. Many are those that the main tests' own negative controls use."""
+"""Planted mistakes, three to eight for each exercise and more for exercise 8: test_grader.py shows
+that the grader finds each. Many are those that the main tests' own negative controls use."""
 
 import dataclasses
 import functools
