@@ -36,7 +36,7 @@ from plumbing.precision import at_least_float32
 def compression_pool(h, attention_mask, K):
     """Mean of the K compression tokens, the last K real tokens of a row (CoMa, section 3.2).
 
-    h (B, L, D), attention_mask (B, L) with 1 for real tokens, either padding -> (B, D), float32."""
+    h (B, L, D), attention_mask (B, L), 1 where real, either padding -> (B, D), at least float32."""
     from_end = attention_mask.flip(1).argmax(1)  # (B,) padding behind the last real token
     last = attention_mask.shape[1] - 1 - from_end  # (B,) its position
     positions = last[:, None] + torch.arange(1 - K, 1, device=last.device)  # (B, K)
