@@ -44,7 +44,8 @@ from plumbing.ranks import all_sum, gather_objects, known_reason, rank, say, wor
 from plumbing.weights import stage_1_model
 from plumbing.writing import written
 
-# What may change before --resume, and changes no bit of what follows.
+# What may change before --resume, and changes no bit of what follows (but for --skip-bad: where an
+# example cannot be read it is the way out).
 HARMLESS = (
     "resume",
     "image_root",  # where the pictures are

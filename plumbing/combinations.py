@@ -148,7 +148,7 @@ def spelled(cfg, name) -> str:
 
 
 def refuse_idle_ranks(cfg, world):
-    """InputError where stage 1's batch has less examples than there are ranks."""
+    """InputError where stage 1's batch has fewer examples than there are ranks."""
     if cfg.batch < world:
         raise InputError(f"--batch {cfg.batch} leaves ranks without work; try {world}")
 

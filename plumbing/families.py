@@ -1,7 +1,7 @@
 """What differs between families of MLLMs: processors, position ids, the form of an attention mask,
 where the vision tower is.
 
-Read on Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA-NeXT, Idefics3 / SmolVLM, SmolVLM2, Gemma 3 and
+Tried on Qwen2-VL, Qwen2.5-VL, Qwen3-VL, LLaVA-NeXT, Idefics3 / SmolVLM, SmolVLM2, Gemma 3 and
 InternVL 3."""
 
 import torch
