@@ -1,9 +1,9 @@
 """Flags: a dataclass whose fields become a command line, and are checked in one place: each by its
 kind and range here, the combinations in combinations.py. Each default exists once.
 
-`ModelFlags` are those of everything that loads a model, `Flags` those of the three stages,
-`TrainingFlags` what both training stages share. Each stage and each command adds its own, or other
-defaults, in its `Config`."""
+`ModelFlags` are those of everything that loads a model, `Flags` those of both stages and of the
+evaluation, `TrainingFlags` what the stages share. Each script and each command adds its own, or
+other defaults, in its `Config`."""
 
 import argparse
 import dataclasses
@@ -256,7 +256,7 @@ class ModelFlags(CommandLine):
 
 @dataclasses.dataclass
 class Flags(ModelFlags):
-    """The flags of the three stages."""
+    """The flags of both stages and of the evaluation."""
 
     data: str = flag(
         "shapes",
