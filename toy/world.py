@@ -30,7 +30,7 @@ SIZES = ("small", "large")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 TINTS = ("#f6e6e6", "#e6f6e6", "#e6e6f6", "#f6f6e0")  # of the places: a tiny model sees where it is
 NUMBERS = ("zero", "one", "two", "three", "four")
-WORDS = tuple(COLORS) + SHAPES + SIZES + PLACES + NUMBERS[1:]  # every one-word answer there is
+WORDS = tuple(COLORS) + SHAPES + SIZES + PLACES + NUMBERS[1:]  # the answers of vqa
 
 # Combinations of colour and shape that training never shows, one of each colour.
 HELD_OUT = {
