@@ -147,8 +147,8 @@ def main(cfg):
         if chosen:
             ranks.say(f"-- {group}")
         for task in chosen:
-            if task.name not in kept:
-                kept[task.name] = score(embedder, task, cfg)
+            if not score_file.holds(kept, task):
+                kept[task.name] = score(embedder, task, cfg) | score_file.data_of(task)
                 score_file.keep(cfg, embedder, digest, kept)
             row = sets[task.name] = kept[task.name]
             ranks.say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))

@@ -81,7 +81,7 @@ def own_task(name, pairs, limit) -> tuple:
         rights = rights_of[content]
         return content, [*rights, *(wrong for wrong in negatives if wrong not in rights)]
 
-    queries = Lazy(len(pairs), query).first(limit)
+    queries = Lazy(len(pairs), query, pairs.source).first(limit)
     rights = [len(rights_of[content]) for content, _ in lines[: len(queries)]]
     return name, "Retrieval", False, queries, rights, list(pool)
 

@@ -12,7 +12,7 @@ from plumbing.combinations import changed
 from plumbing.errors import InputError
 from plumbing.folders import read_json
 from plumbing.log import versions
-from plumbing.ranks import rank
+from plumbing.ranks import rank, say
 from plumbing.table import partial_note
 from plumbing.writing import naming_errors, refuse_other, refuse_unwritable, written
 
@@ -86,6 +86,27 @@ def is_row(row) -> bool:
     if not isinstance(row, dict):
         return False
     return all(isinstance(row.get(name), kind) for name, kind in ROW.items())
+
+
+def data_of(task) -> dict:
+    """What tells the data of a set from others, beside its scores: a number that changes with its
+    list or tables; 0 for the toy world, which the flags say."""
+    source = getattr(task.queries, "source", None)  # a plain sequence has none
+    return {"data_digest": source.raw.digest if source and source.raw else 0}
+
+
+def holds(sets, task) -> bool:
+    """Whether a set is among those that need not be scored again. Of other data it is not, and that
+    is said: a list was edited, a table replaced, sets.json changed since."""
+    row = sets.get(task.name)
+    if not row:
+        return False
+    now = data_of(task) | {"meta_task": task.meta_task, "ood": task.ood}
+    then = {"data_digest": 0} | row  # an older version's file lacks it
+    if any(then[name] != value for name, value in now.items()):
+        say(f"--resume: the data of {task.name} have changed since it was scored; it is again")
+        return False
+    return True
 
 
 def write_json(path, cfg, embedder, digest, sets, means):

@@ -615,6 +615,45 @@ def test_a_set_that_is_scored_no_longer_counts_where_it_is_gone(tmp_path, monkey
     equal((list(got["sets"]), got["overall"]), (["vqa"], 0.25), "sets, and their mean")
 
 
+def test_sets_of_data_that_have_changed_are_scored_again(tmp_path, monkeypatch, capsys):
+    """Of pictures with captions both ways; of MMEB's layout the one set whose table is another, and
+    the one that sets.json calls otherwise. Their old scores would be printed as those of today."""
+    from tools.export import export_captions
+
+    file = tmp_path / "s.json"
+    flags = dict(model="toy-random", workers=0, json=str(file), resume=True)
+    scored = stopped(monkeypatch, None)
+
+    def again(want, **data):
+        for left in (want, []):  # the second time nothing has changed
+            scored.clear()
+            capsys.readouterr()
+            evaluate.main(evaluate.Config(**flags, **data))
+            said = capsys.readouterr().out.count("have changed since")
+            equal((scored, said), (left, len(left) * bool(known)), "scored anew, and said")
+
+    export_captions(tmp_path, 3)
+    captions, known = tmp_path / "captions" / "metadata.jsonl", False
+    again(["captions_i2t", "captions_t2i"], data=str(captions.parent))
+    captions.write_text(captions.read_text().replace("at the", "in the"))
+    known = True
+    again(["captions_i2t", "captions_t2i"], data=str(captions.parent))
+
+    file.unlink()
+    export(str(tmp_path / "toy"), 2)
+    folder, known = tmp_path / "toy" / "MMEB-eval", False
+    data = dict(data=str(folder), subsets="i2t,t2i,vqa")
+    again(["i2t", "t2i", "vqa"], **data)
+    changed = next(folder.glob("vqa/test-*.parquet"))
+    pq.write_table(pq.read_table(changed).slice(1), changed)
+    kinds = json.loads((folder / "sets.json").read_text())
+    kinds["t2i"]["meta_task"] = "Other"
+    (folder / "sets.json").write_text(json.dumps(kinds))
+    known = True
+    again(["t2i", "vqa"], **data)
+    equal(list(json.loads(file.read_text())["meta_tasks"]), ["Retrieval", "Other", "VQA"], "means")
+
+
 def test_other_scores_are_not_gone_on_with(tmp_path):
     """Of another model or other flags, with their names; what changes no score may differ."""
     file = str(tmp_path / "s.json")
