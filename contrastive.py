@@ -103,14 +103,14 @@ def info_nce_rows(q, t, temperature, labels, keys, reweigh):
     scores = products(q, t) / temperature  # (b, M); never bfloat16 or TF32: they have 3 digits
     valid = labels >= 0  # (b, P)
     own = labels.clamp(min=0)  # (b, P) -1, which gather refuses, becomes column 0
-    is_no_negative = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
+    left_out = torch.zeros_like(scores, dtype=torch.bool)  # (b, M)
     for key in keys.T:  # (M,)
         for p in range(labels.shape[1]):
             same = key[None] == key[own[:, p]][:, None]  # (b, M)
-            is_no_negative |= same & valid[:, p, None]
+            left_out |= same & valid[:, p, None]
     positive = scores.gather(1, own)  # (b, P)
     # The lowest number, not -inf: a query without negatives has loss 0 and gradient 0.
-    negatives = scores.masked_fill(is_no_negative, torch.finfo(scores.dtype).min)
+    negatives = scores.masked_fill(left_out, torch.finfo(scores.dtype).min)
     best = positive.masked_fill(~valid, -math.inf).amax(1)
     hit = best > negatives.amax(1)  # (b,) equal is not higher
     if reweigh:
@@ -149,7 +149,7 @@ def two_passes(embed, chunks, loss_of, keep=0):
         if not part.requires_grad:
             with replay(rng_states[i]):  # the same dropout as in pass 1
                 part = embed(chunks[i])
-        part.backward(gradients[i])  # the second: adds dL/dz dz/dw to each weight's .grad
+        part.backward(gradients[i])  # the second factor, dz/dw: dL/dz dz/dw joins each .grad
     return loss.detach()
 
 
@@ -158,7 +158,7 @@ class Batch(NamedTuple):
 
     rows: list  # B queries, then the columns: all their targets and hard negatives
     labels: torch.Tensor  # (B, P) the columns of each query's targets, -1 padded
-    keys: torch.Tensor  # (columns, 2): one of its content, one of the query whose target it is
+    keys: torch.Tensor  # (columns, 2): a key of its content, one of the query it is right for
     ids: list = ()  # names of the pairs
 
 
@@ -287,7 +287,7 @@ def main(cfg, make_batch=local_batch, take_step=gradcache_step):
     # 3. Train. Pairs are made into model inputs in the loader's workers.
     batch_of = partial(make_batch, pairs, embedder.collate, cfg, rank=rank, world=world)
     start = checkpoint.start_or_resume(embedder, optimizers, cfg)
-    ranks.say(f"loss sees N = {cfg.batch} pairs (chance: ln N = {math.log(cfg.batch):.2f})")
+    ranks.say(f"loss sees N = {cfg.batch} pairs (ln N = {math.log(cfg.batch):.2f})")
     graphs = KeptGraphs(cfg, embedder)
     log = Log(cfg, start)
     embedder.train()

@@ -133,7 +133,7 @@ def main(cfg):
     device = agreement.join(cfg)
     cfg.model = cfg.model or trained_model()
     digest = checkpoint.same_model(cfg.model)
-    kept = score_file.kept(cfg, digest)  # with --resume: the sets that an earlier run has scored
+    scored = score_file.kept(cfg, digest)  # with --resume: the sets that an earlier run has done
     tasks = read_tasks(cfg.data, cfg.image_root, cfg.subsets, cfg.limit, cfg.seed)
     embedder = load_for(cfg, device)
     checkpoint.refuse_replaced(cfg.model, digest)
@@ -147,10 +147,10 @@ def main(cfg):
         if chosen:
             ranks.say(f"-- {group}")
         for task in chosen:
-            if not score_file.holds(kept, task):
-                kept[task.name] = score(embedder, task, cfg) | score_file.data_of(task)
-                score_file.keep(cfg, embedder, digest, kept)
-            row = sets[task.name] = kept[task.name]
+            if not score_file.holds(scored, task):
+                scored[task.name] = score(embedder, task, cfg) | score_file.data_of(task)
+                score_file.keep(cfg, embedder, digest, scored)
+            row = sets[task.name] = scored[task.name]
             ranks.say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))
 
     # 3. The means, and the file.

@@ -179,7 +179,7 @@ def add_compression_tokens(mllm, tokenizer, K):
 def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **options):
     """An Embedder from "toy", "toy-random", a folder (adapters in peft's format too), or a hub id.
 
-    compress_tokens, pooling, prompt: None takes the checkpoint's; any other value than that is an
+    compress_tokens, pooling, prompt: None takes the checkpoint's; what contradicts it is an
     InputError. A model that is no embedder yet gets K new tokens. device: None takes the GPU if
     there is one. options: attn ("sdpa"), max_length, min_pixels, max_pixels, dim."""
     device = weights.device_of(device)
@@ -226,8 +226,8 @@ def merge(embedder):
 
 
 def choose_trained(embedder, cfg):
-    """Trained is the adapter that was loaded; else, with --lora-rank, a new one (q, k, v, o of the
-    language model, the K embedding rows); else all, with --freeze-vision but for the tower."""
+    """What is trained: the adapter that was loaded; else, with --lora-rank, a new one (q, k, v, o
+    of the language model, the K embedding rows); else all (with --freeze-vision not the tower)."""
     combinations.refuse_for_model(embedder, cfg)
     if cfg.lora_rank:
         adapter = adapters.new_adapter(embedder.mllm, cfg, embedder.collate.compress_ids)

@@ -67,7 +67,7 @@ def compression_mask(roles) -> torch.Tensor:
     is_content = roles[:, None, :] == CONTENT  # (B, 1, L) picture and text; HEAD stays visible
     is_real = roles[:, None, :] != PAD  # (B, 1, L)
     mask = causal & is_real & ~(after_code & is_content)  # (B, L, L)
-    # Trap: a padding row that may attend to nothing makes NaN; each token may attend to itself.
+    # Trap: a row of left padding would see nothing, which makes NaN; so each token sees itself.
     mask = mask | (i[:, None] == i[None, :])
     return mask[:, None]
 
@@ -114,7 +114,7 @@ def exact_answers(logits, labels, roles) -> tuple:
     is_answer = roles == ANSWER  # (B, L)
     starts = is_answer.clone()  # (B, L) the first token of each answer
     starts[:, 1:] &= ~is_answer[:, :-1]
-    answer_of = starts[is_answer].cumsum(0)  # (n,) each token's answer, numbered, as logits stand
+    answer_of = starts[is_answer].cumsum(0)  # (n,) number of each token's answer, as in logits
     is_wrong = (logits.argmax(-1) != labels).cpu()  # (n,)
     total = int(starts.sum())
     return total - len(answer_of[is_wrong].unique()), total
@@ -139,7 +139,7 @@ def accumulate(embedder, examples, chunk_tokens=None, compress=True, teacher_log
     -> (mean loss in nats, share of answers that are right word for word, answer tokens)."""
     rows = [example.row for example in examples]
     my_tokens = sum(int((row.tokens["roles"] == ANSWER).sum()) for row in rows)
-    tokens = ranks.all_sum(my_tokens)  # all ranks': sums over chunks, divided by it, make the mean
+    tokens = ranks.all_sum(my_tokens)  # the sum over chunks and ranks, divided by it, is the mean
     loss_sum, right, answers = 0.0, 0, 0
     chunk_tokens = by_device(chunk_tokens, CHUNK_TOKENS, embedder.device)
     with all_ranks_or_none():

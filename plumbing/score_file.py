@@ -102,8 +102,7 @@ def holds(sets, task) -> bool:
     if not row:
         return False
     now = data_of(task) | {"meta_task": task.meta_task, "ood": task.ood}
-    then = {"data_digest": 0} | row  # an older version's file lacks it
-    if any(then[name] != value for name, value in now.items()):
+    if any(row.get(name) != value for name, value in now.items()):
         say(f"--resume: the data of {task.name} have changed since it was scored; it is again")
         return False
     return True

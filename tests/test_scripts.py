@@ -47,7 +47,7 @@ def test_the_three_commands_of_the_quick_start_run_through(tmp_path, capsys):
     small = ["--steps", 2, "--batch", 16, "--block", 8, "--workers", 0, "--muon-lr", 0]
     here(contrastive, "--model", p, *small, "--out", c)
     said = capsys.readouterr().out
-    assert "loss sees N = 16 pairs (chance: ln N = 2.77)" in said, said
+    assert "loss sees N = 16 pairs (ln N = 2.77)" in said, said
     here(evaluate, "--model", c, "--limit", 2, "--json", scores)
     said = capsys.readouterr().out
     assert f"evaluating {c}" in said and "(partial: --limit 2)" in said, said

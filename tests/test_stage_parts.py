@@ -293,7 +293,7 @@ def test_stage_2_says_what_its_loss_sees_and_what_chance_is(monkeypatch, tmp_pat
     """And how many pairs each data set has."""
     trained(monkeypatch, contrastive, tmp_path / "out", steps=0, subsets="vqa:5")
     said = capsys.readouterr().out
-    line = f"loss sees N = 4 pairs (chance: ln N = {math.log(4):.2f})"
+    line = f"loss sees N = 4 pairs (ln N = {math.log(4):.2f})"
     expect(line in said, said, line, "contrastive.main")
     expect(" ".join(said.split()).startswith("vqa 5 pairs"), said, "vqa 5 pairs", "first of all")
 

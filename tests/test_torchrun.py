@@ -94,7 +94,7 @@ def test_two_ranks_train_like_one(one_rank, two_ranks, tmp_path):
     for stage in ("pretrain", "contrastive"):
         check_alike(one_rank / stage, two_ranks / stage)
     said = (two_ranks / "said-0.txt").read_text()
-    assert "loss sees N = 8 pairs (chance: ln N = 2.08)" in said, said
+    assert "loss sees N = 8 pairs (ln N = 2.08)" in said, said
     _, stage, flags = stages.RUNS[1]
     stages.run(stage, [*flags, "--batch", "4"], tmp_path / "half")  # negative control
     with pytest.raises(AssertionError):
