@@ -118,7 +118,7 @@ def score(embedder, task, cfg) -> dict:
     else:
         chance = float(np.mean([1 / len(set(rows)) for rows in candidates]))
         result = {"p_at_1": precision_at_1(z[queries], z, candidates), "chance": chance}  # 0 ... 1
-    result.update(queries=len(queries), meta_task=task.meta_task, ood=task.ood)
+    result.update(queries=len(queries), **score_file.identity(task))
     # NaN, or a model that collapsed: the table must say it, for the score alone does not.
     if not np.isfinite(z).all():
         result["warning"] = "NaN in the embeddings"
@@ -148,7 +148,7 @@ def main(cfg):
             ranks.say(f"-- {group}")
         for task in chosen:
             if not score_file.holds(scored, task):
-                scored[task.name] = score(embedder, task, cfg) | score_file.data_of(task)
+                scored[task.name] = score(embedder, task, cfg)
                 score_file.keep(cfg, embedder, digest, scored)
             row = sets[task.name] = scored[task.name]
             ranks.say(table.line(f"  {task.name} ({task.meta_task})", row, table.ending(row)))

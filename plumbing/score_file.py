@@ -88,11 +88,12 @@ def is_row(row) -> bool:
     return all(isinstance(row.get(name), kind) for name, kind in ROW.items())
 
 
-def data_of(task) -> dict:
-    """What tells the data of a set from others, beside its scores: a number that changes with its
-    list or tables; 0 for the toy world, which the flags say."""
+def identity(task) -> dict:
+    """What stands in a set's scores and tells its data from others: meta-task, in distribution or
+    not, a number that changes with its list or tables (0: the toy world, which the flags tell)."""
     source = getattr(task.queries, "source", None)  # a plain sequence has none
-    return {"data_digest": source.raw.digest if source and source.raw else 0}
+    digest = source.raw.digest if source and source.raw else 0
+    return {"meta_task": task.meta_task, "ood": task.ood, "data_digest": digest}
 
 
 def holds(sets, task) -> bool:
@@ -101,8 +102,7 @@ def holds(sets, task) -> bool:
     row = sets.get(task.name)
     if not row:
         return False
-    now = data_of(task) | {"meta_task": task.meta_task, "ood": task.ood}
-    if any(row.get(name) != value for name, value in now.items()):
+    if any(row.get(name) != value for name, value in identity(task).items()):
         say(f"--resume: the data of {task.name} have changed since it was scored; it is again")
         return False
     return True

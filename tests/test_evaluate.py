@@ -608,7 +608,8 @@ def test_a_set_that_is_scored_no_longer_counts_where_it_is_gone(tmp_path, monkey
     file = tmp_path / "s.json"
     cfg = evaluate.Config(model="toy-random", subsets="vqa", limit=2, workers=0, json=str(file))
     digest = checkpoint.same_model("toy-random")
-    score_file.keep(cfg, EMBEDDER, digest, {"gone": ROW, "vqa": dict(ROW, p_at_1=0.25, data_digest=0)})
+    vqa = dict(ROW, p_at_1=0.25, data_digest=0)
+    score_file.keep(cfg, EMBEDDER, digest, {"gone": ROW, "vqa": vqa})
     cfg.resume = True
     evaluate.main(cfg)
     got = json.loads(file.read_text())
