@@ -343,7 +343,7 @@ FRESH = [
     ("tools/explain.py", "places = len(chunk) * max(real)", "places = sum(real)", "tests/test_explain.py -k chance_counts"),
     ("tools/explain_numbers.py", "heads.float().mean(0)", "heads.float()[0]", "tests/test_page.py -k mean_over_all_heads"),
     ("tools/figure_numbers.py", "np.nanargmax(cosines, 1)", "np.nanargmax(cosines, 0)", "tests/test_figures.py -k looks_for"),
-    ("tools/check.py", "; --image-root {pictures}", "; --image-root {image_root}", "tests/test_check.py -k beside_the_list"),
+    ("tools/check.py", "{shlex.quote(str(pictures))}", "{image_root}", "tests/test_check.py -k beside_the_list"),
     ("tools/check.py", "if len(shown) > SHOWN:", "if len(shown) >= SHOWN:", "tests/test_check.py -k twenty_errors_no_other"),
     ("tools/compare_logs.py", "if known >= total else", "if known > total else", "tests/test_compare_logs.py -k whole_seeds"),
     ("tools/compare_logs.py", "[cfg.mine, *(run.path for run in runs)]", "[cfg.mine]", "tests/test_compare_logs.py -k over_no_log"),

@@ -393,7 +393,7 @@ TOOLS = [
     ("plumbing/parquet.py", "        if isinstance(e, InputError):\n            raise\n", "", "tests/test_lists.py -k table_that_changes"),
     ("plumbing/images.py", "os.path.join(top, name)) for top in self.tops)", "os.path.join(top, name)) for top in self.tops[:1])", "tests/test_data.py -k looks_the_same"),
     ("tools/check.py", "in captions_in(out.parent) if name != out.name]", "in captions_in(out.parent)]", f"{CHECK} -k made_anew"),
-    ("tools/generate.py", "--image-root {cfg.images}", "--image-root {cfg.out}", f"{GENERATE} -k came_of_it"),
+    ("tools/generate.py", "--image-root {root}", "--image-root {data}", f"{GENERATE} -k came_of_it"),
     ("tools/generate.py", "three times, see {path};", "three times, see {path.name};", f"{GENERATE} -k came_of_it"),
     ("tools/generate.py", "except (OSError, UnicodeDecodeError) as e:", "except OSError as e:", f"{GENERATE} -k another_encoding"),
     ("plumbing/adapters.py", 'stored.get("base_beside") == Path(path).name and', 'stored.get("base_beside") and', f"{FOLDERS} -k another_base_under"),

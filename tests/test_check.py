@@ -344,8 +344,8 @@ def test_the_copy_s_pictures_are_said_to_be_beside_the_list_or_in_the_folder(tmp
 
 @pytest.mark.parametrize("make", [captions, mmeb])
 def test_pictures_may_lie_elsewhere(tmp_path, make, capsys):
-    """--image-root, of a folder too; and the copy is read with the same one."""
-    data, pictures = tmp_path / "data", tmp_path / "pictures"
+    """--image-root, of a folder too; the copy is read with the same one, as a shell takes it."""
+    data, pictures = tmp_path / "data", tmp_path / "my pictures"
     data.mkdir(), pictures.mkdir()
     make(data)
     Image.new("RGB", (32, 32)).save(pictures / "a.png")
@@ -354,4 +354,4 @@ def test_pictures_may_lie_elsewhere(tmp_path, make, capsys):
     equal(check.main(words), 0, "it is there")
     equal(check.main([*words, "--clean", str(tmp_path / "c")]), 0, "it is there")
     said = capsys.readouterr().out
-    expect(f"0 bad; --image-root {pictures}\n" in said, said, pictures, "what reads the copy")
+    expect(f"0 bad; --image-root '{pictures}'\n" in said, said, pictures, "what reads the copy")

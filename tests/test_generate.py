@@ -375,7 +375,9 @@ def test_fifty_failures_without_a_success_end_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("bad", "status"), [(set(), 0), ({"0.png"}, 0), ({"0.png", "1.png"}, 1)])
 def test_the_status_says_whether_anything_came_of_it(tmp_path, monkeypatch, capsys, bad, status):
     """Some that failed are listed; only where all did the command has failed. What trains on the
-    dialogues is said, with the pictures' folder."""
+    dialogues is said, with the pictures' folder, as a shell takes it."""
+    tmp_path /= "my pictures"
+    tmp_path.mkdir()
     failing(monkeypatch, bad, [])
     monkeypatch.setattr(generator, "ask_model", lambda args: None)
     for i in range(2):
@@ -384,7 +386,7 @@ def test_the_status_says_whether_anything_came_of_it(tmp_path, monkeypatch, caps
     equal(generator.main([*words, "--wait", "0"]), status, "the exit status")
     equal((tmp_path / "d.jsonl.failed.jsonl").exists(), bool(bad), "the list of failures")
     said = capsys.readouterr().out
-    command = f"python pretrain.py --data {tmp_path}/d.jsonl --image-root {tmp_path}\n"
+    command = f"python pretrain.py --data '{tmp_path}/d.jsonl' --image-root '{tmp_path}'\n"
     equal(f"wrote {tmp_path}/d.jsonl: {command}" in said, status == 0, said)
     equal(f"{len(bad)} failed three times, see {tmp_path}/d.jsonl.f" in said, bool(bad), said)
 

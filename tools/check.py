@@ -15,6 +15,7 @@ cannot be read, or has no good example.
 import plumbing.start  # noqa: F401  # signals, and --help, before torch is there
 import json
 import os
+import shlex
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -305,7 +306,7 @@ def check(source, image_root=None, outputs=Outputs()) -> Count:  # noqa: B008
             part.write_text("".join(lines))
         print(f"wrote {outputs.list_bad}: {len(listed):,} bad examples, for --skip-bad")
     pictures = image_root or (source if Path(source).is_dir() else Path(source).parent)
-    hint = f"; --image-root {pictures}" if outputs.clean else ""
+    hint = f"; --image-root {shlex.quote(str(pictures))}" if outputs.clean else ""
     print(f"{total:,} examples, {bad:,} bad{hint}")
     return Count(total, bad, useless=any(c.useless for c in counts))
 

@@ -22,6 +22,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import time
 import urllib.error
 import urllib.request
@@ -578,7 +579,8 @@ def generate_missing(cfg, failed) -> int:
     list_failures(errors, failed)
     if names and len(errors) == len(names):
         return 1
-    print(f"wrote {cfg.out}: python pretrain.py --data {cfg.out} --image-root {cfg.images}")
+    data, root = map(shlex.quote, (cfg.out, cfg.images))  # a path may have blanks
+    print(f"wrote {cfg.out}: python pretrain.py --data {data} --image-root {root}")
     return 0
 
 
