@@ -40,6 +40,7 @@ def read_tasks(source, image_root, subsets, limit) -> list:
         meta_task, ood = named.get(name) or mmeb.meta_task_of(name)
         tasks.append((name, meta_task, ood, queries))
         digests[f"{name} (its digest)"] = len(queries), queries.source.raw.digest
+        digests[f"{name} (its kind)"] = meta_task, ood  # by which the sets are put in order
     agree(digests, note)
     return tasks
 

@@ -243,6 +243,7 @@ ROOMS = [
     ("plumbing/weights.py", "reduce(torch.promote_types, types)", "embedder.mllm.dtype", "tests/test_precision.py -k frozen_part"),
     ("plumbing/parquet.py", "part.select(schema.names).cast(schema)", "part.select(schema.names)", "tests/test_data.py -k without_a_value"),
     ("plumbing/retrieval.py", "    agree(digests, note)\n", "", "tests/test_evaluate.py -k embed_nothing"),
+    ("plumbing/retrieval.py", "(its kind)\"] = meta_task, ood", "(its kind)\"] = meta_task", "tests/test_evaluate.py -k in_another_order"),
     ("plumbing/retrieval.py", "= len(queries), queries.source.raw.digest", "= 0", "tests/test_evaluate.py -k embed_nothing"),
     ("plumbing/sampling.py", 'dialogue.id.rpartition("/")[2]', "dialogue.id", "tests/test_sampling.py"),
     ("plumbing/weights.py", "if 0 < len(lost) < len(SETTINGS):", "if False:", "tests/test_settings.py"),

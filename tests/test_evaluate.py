@@ -374,10 +374,24 @@ def test_ranks_that_read_other_data_embed_nothing(tmp_path, monkeypatch):
     read_tasks(str(folder))
     *_, sets, others = compared
     assert (
-        len(sets) == 15
+        len(sets) == 2 * 15
         and sets != others
         and sets["i2t (its digest)"] == others["i2t (its digest)"]
     )
+
+
+def test_ranks_that_would_score_the_sets_in_another_order_embed_nothing(tmp_path, monkeypatch):
+    """By the sets.json of their nodes' disks: shares of two sets would be glued together."""
+    export(str(tmp_path), 2)
+    compared, folder = [], tmp_path / "MMEB-eval"
+    monkeypatch.setattr(retrieval, "agree", lambda mine, note: compared.append(mine))
+    read_tasks(str(folder))
+    kinds = json.loads((folder / "sets.json").read_text())
+    kinds["i2t"]["ood"] = True
+    (folder / "sets.json").write_text(json.dumps(kinds))
+    read_tasks(str(folder))
+    one, other = compared
+    equal([name for name in one if one[name] != other[name]], ["i2t (its kind)"], "what differs")
 
 
 def test_own_data_go_through_the_script_to_the_table_and_the_json(tmp_path, capsys):
