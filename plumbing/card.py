@@ -19,6 +19,8 @@ from plumbing.writing import written
 SCORES = "scores.json"
 # Flags of one machine, and what is no flag.
 UNSAID = ("out", "workers", "save_every", "keep", "fitting", "graph_memory", "resume", "command")
+# Flags of an evaluation without which the folder's embeddings are others.
+EMBEDDING = ("dim", "min_pixels", "max_pixels", "max_length")
 TAGS = ["multimodal-embedding", "image-text-retrieval", "sentence-similarity", "coma", "vlm2vec"]
 
 
@@ -212,6 +214,7 @@ def scores(folder) -> str:
         title += f" of {brief(data)}"
     if known.get("partial"):
         title += ", of a part of the queries"
-    if dim := flags.get("dim"):
-        title += f", by the first {dim} numbers of an embedding"
+    others = [f"{option(name)} {brief(flags[name])}" for name in EMBEDDING if flags.get(name)]
+    if others:
+        title += f", with {' '.join(others)}"
     return f"{title}\n\n{table(rows)}" if rows else ""

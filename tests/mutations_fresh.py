@@ -195,6 +195,8 @@ FRESH = [
      "tests/test_checkpoint_parts.py -k just_removed"),
     ("plumbing/writing.py", 'f".{secrets.token_hex(8)}.part{real.suffix}"', 'f".part{real.suffix}"', "tests/test_writing.py -k two_commands"),
     ("plumbing/card.py", 'title += ", of a part of the queries"', "pass", "tests/test_other_libraries.py -k left_out_and"),
+    ("plumbing/card.py", '"max_pixels", "max_length")', '"max_pixels")', "tests/test_other_libraries.py -k left_out_and"),
+    ("plumbing/card.py", "for name in EMBEDDING if flags.get(name)]", "for name in EMBEDDING if name in flags]", "tests/test_other_libraries.py -k left_out_and"),
     ("plumbing/card.py", 'UNSAID = ("out", "workers", ', 'UNSAID = ("out", ', "tests/test_other_libraries.py -k left_out_and"),
     ("plumbing/card.py", "(CoMa, arXiv:2511.08480)", "(CoMa)", "tests/test_other_libraries.py -k left_out_and"),
     # --------------------------------------------------------------- what a user has in his hands

@@ -393,7 +393,7 @@ def test_the_card_names_prefixes_and_what_was_scored(trained):
     (trained / "scores.json").write_text(json.dumps(scores))
     said = plumbing.card.scores(trained)
     (trained / "scores.json").unlink()
-    expect(", by the first 32 numbers of an embedding" in said, said, "32", "title")
+    expect(", with --dim 32\n" in said, said, "32", "title")
 
 
 def test_an_index_of_another_length_is_another_one(trained):

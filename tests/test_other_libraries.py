@@ -464,11 +464,13 @@ def test_what_a_card_is_of_may_be_gone(tmp_path, capsys):
 
 def test_the_card_says_of_scores_what_was_left_out_and_of_flags_what_makes_the_model(tmp_path):
     """A mean over a part of the queries is no mean over all; who read the data changes nothing."""
-    scores = {"overall": 0.5, "sets": {"a": {}, "b": {}}, "partial": True, "config": {"dim": 32}}
+    scores = {"overall": 0.5, "sets": {"a": {}, "b": {}}, "partial": True}
+    scores["config"] = {"dim": 32, "min_pixels": 0, "max_pixels": 784, "max_length": 512}
     scores["model_digest"] = plumbing.folders.digest_of_weights(tmp_path)
     (tmp_path / plumbing.card.SCORES).write_text(json.dumps(scores))
     said = plumbing.card.scores(tmp_path)
-    title = "means over 2 sets, of a part of the queries, by the first 32 numbers of an embedding"
+    flags = "--dim 32 --max-pixels 784 --max-length 512"
+    title = f"means over 2 sets, of a part of the queries, with {flags}\n"
     assert title in said and "| overall | 50.0 |" in said, said
     flags = dict(lr=0.1, seed=7, workers=3, out="x", save_every=5, model_digest="d")
     said = plumbing.card.training(flags)
