@@ -26,18 +26,34 @@ LORA = {"lora-200": "200", "lora-1000": "1,000", "lora-5000": "5,000", "lora": "
 LARGE = {"tokens-64": "unlimited"}
 RATES = {"rate-200": "200", "rate": "unlimited"}
 WIDTHS = {"K-control": "unlimited"}  # of the code
+LENGTHS = {"length": "unlimited"}  # of stage 1
+LONG = {"length-200": "200", "length-1000": "1,000", "length": "unlimited"}
 TEMPERATURES = {"temperature": "unlimited"}
 CUT = {"losses"}  # where some arms' embeddings are scored by their first numbers, too
 BEYOND = {"beyond-200": "200", "beyond": "unlimited"}
 # An arm with a part of its own, beside the one without it.
 MASK = (("coma", "plain"), ("both", "both, no mask"))
 DIALOGUES = (("both", "coma"), ("both, no mask", "plain"))
+NO_MASK = "the same dialogues, no mask"  # as the arms of `length` and `temperature` are called
 
 
 def in_each_arm(t):
     """The arms of the study `temperature` at t, each beside itself at 0.03."""
-    arms = ("contrastive only", "the same dialogues, no mask", "CoMa")
+    arms = ("contrastive only", NO_MASK, "CoMa")
     return tuple((f"{arm}, temperature {t}", f"{arm}, temperature 0.03") for arm in arms)
+
+
+def long_mask(steps):
+    """CoMa beside the same dialogues without a mask, after as many steps of stage 1."""
+    return ((f"CoMa, {steps} steps", f"{NO_MASK}, {steps} steps"),)
+
+
+def longer(arm, steps):
+    """An arm of `length` after `steps` of stage 1, beside itself after the usual 400."""
+    return ((f"{arm}, {steps} steps", f"{arm}, 400 steps"),)
+
+
+LONG_COMA = (("CoMa, 1200 steps", "none"),)
 
 
 def coma_at(setting):
@@ -63,6 +79,14 @@ PARTS = {
     "a slow stage 1, dialogues beyond the paper": (RATES, SLOW[2:]),
     "a slow stage 1, mean of four": (RATES, SLOW),
     "the mask, at slow rates, mean of both": (RATES, SLOW_MASK),
+    "100 steps of stage 1 in the place of 400, CoMa": (LENGTHS, longer("CoMa", 100)),
+    "1,200 steps of stage 1 in the place of 400, CoMa": (LONG, longer("CoMa", 1200)),
+    "100 steps of stage 1 in the place of 400, no mask": (LENGTHS, longer(NO_MASK, 100)),
+    "1,200 steps of stage 1 in the place of 400, no mask": (LONG, longer(NO_MASK, 1200)),
+    "the mask, after 100 steps of stage 1": (LENGTHS, long_mask(100)),
+    "the mask, after 400 steps of stage 1": (LONG, long_mask(400)),
+    "the mask, after 1,200 steps of stage 1": (LONG, long_mask(1200)),
+    "CoMa of 1,200 steps, over contrastive only": (LONG, LONG_COMA),
     "CoMa, over contrastive only, K = 1": (WIDTHS, coma_at("K=1")),
     "CoMa, over contrastive only, K = 4": (WIDTHS, coma_at("K=4")),
     "CoMa, over contrastive only, K = 16": (WIDTHS, coma_at("K=16")),
@@ -268,7 +292,7 @@ def page(records, studies) -> list:
         if study not in records:
             continue
         lines += ["", f"## `{study}`", "", *table(records[study])]
-        if study in PAIRS | LORA | LARGE:
+        if study in PAIRS | LORA | LARGE | LONG:
             lines += ["", *curves(records[study])]
         if study in CUT:
             lines += ["", *prefixes(records[study])]

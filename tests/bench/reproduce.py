@@ -88,6 +88,16 @@ def with_flags(arms, first="", second=""):
     return more
 
 
+def lengths(*steps) -> dict:
+    """CoMa and its control after so many steps of stage 1, beside contrastive training alone."""
+    arms = {"none": (NONE, "")}
+    for n in steps:
+        own = "" if n == 400 else f"--steps {n}"  # 400 is what all other arms take
+        arms[f"CoMa, {n} steps"] = f"{COMA} {own}".strip(), ""
+        arms[f"the same dialogues, no mask, {n} steps"] = f"{PLAIN} {own}".strip(), ""
+    return arms
+
+
 STUDIES = {
     # name: (seeds, {arm: (flags of stage 1, flags of stage 2)}); NONE: there is no stage 1
     "arms": (5, ARMS),
@@ -125,10 +135,8 @@ STUDIES = {
         "condense 1": (NONE, "--condense 1 condense"),
         "condense 0.2": (NONE, "--condense 0.2 condense"),
     }),
-    "length": (3, {
-        f"{arm} {steps}": (f"{first} --steps {steps}".strip() if steps != 400 else first, "")
-        for steps in (100, 400, 1200) for arm, first in (("coma", COMA), ("plain", PLAIN))
-    }),
+    "length": (3, lengths(100, 400, 1200)),
+    **{f"length-{n}": (3, with_flags(lengths(400, 1200), second=caps(n))) for n in (200, 1000)},
     "temperature": (3, {
         f"{arm}, temperature {t}": (first, f"--temperature {t}" if t != 0.03 else "")
         for arm, first in (
