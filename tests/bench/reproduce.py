@@ -129,6 +129,7 @@ STUDIES = {
     "beyond-200": (3, with_flags(BEYOND, second=caps(200))),
     "rate": (3, RATES),
     "rate-200": (3, with_flags(RATES, second=caps(200))),
+    "finished": (5, {arm: RATES[arm] for arm in ("none", "plain", "plain, slow")}),
     "weight": (3, {
         "none": (NONE, ""),
         "condense": (NONE, "condense"),
