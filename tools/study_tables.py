@@ -27,6 +27,8 @@ LARGE = {"tokens-64": "unlimited"}
 RATES = {"rate-200": "200", "rate": "unlimited"}
 WIDTHS = {"K-control": "unlimited"}  # of the code
 LENGTHS = {"length": "unlimited"}  # of stage 1
+# Of CoMa there are more seeds with 200 pairs than of its control.
+LONG_COMA_ALONE = {"long-200": "200", "length-1000": "1,000", "length": "unlimited"}
 LONG = {"length-200": "200", "length-1000": "1,000", "length": "unlimited"}
 TEMPERATURES = {"temperature": "unlimited"}
 CUT = {"losses"}  # where some arms' embeddings are scored by their first numbers, too
@@ -86,7 +88,7 @@ PARTS = {
     "the mask, after 100 steps of stage 1": (LENGTHS, long_mask(100)),
     "the mask, after 400 steps of stage 1": (LONG, long_mask(400)),
     "the mask, after 1,200 steps of stage 1": (LONG, long_mask(1200)),
-    "CoMa of 1,200 steps, over contrastive only": (LONG, LONG_COMA),
+    "CoMa of 1,200 steps, over contrastive only": (LONG_COMA_ALONE, LONG_COMA),
     "CoMa, over contrastive only, K = 1": (WIDTHS, coma_at("K=1")),
     "CoMa, over contrastive only, K = 4": (WIDTHS, coma_at("K=4")),
     "CoMa, over contrastive only, K = 16": (WIDTHS, coma_at("K=16")),
