@@ -245,7 +245,7 @@ TOOLS = [
     ("tools/study_tables.py", "        if records.keys() & studies:\n", "        if studies:\n", f"{TABLES} -k side_by_side"),
     ("tools/study_tables.py", "difference(gains(runs, base)) for runs in others", "difference(gains(base, runs)) for runs in others", f"{TABLES} -k side_by_side"),
     ("tools/study_tables.py", "for column in columns.values() for runs in column.values()}", "for column in [arms] for runs in column.values()}", f"{TABLES} -k side_by_side"),
-    ("tools/study_tables.py", "        if study in PAIRS | LORA | LARGE | LONG:\n", "        if study:\n", f"{TABLES} -k curve"),
+    ("tools/study_tables.py", "        if study in PAIRS | LORA | LARGE | LENGTHS:\n", "        if study:\n", f"{TABLES} -k curve"),
     ("tools/study_tables.py", ' if runs[0].get("prefixes")}', "}", f"{TABLES} -k cut_embedding"),
     ("tools/study_tables.py", "difference(its - others)", "difference(others - its)", f"{TABLES} -k cut_embedding"),
     ("tools/study_tables.py", "        if study in CUT:\n", "        if not study:\n", f"{TABLES} -k all_tables"),

@@ -26,10 +26,7 @@ LORA = {"lora-200": "200", "lora-1000": "1,000", "lora-5000": "5,000", "lora": "
 LARGE = {"tokens-64": "unlimited"}
 RATES = {"rate-200": "200", "rate": "unlimited"}
 WIDTHS = {"K-control": "unlimited"}  # of the code
-LENGTHS = {"length": "unlimited"}  # of stage 1
-# Of CoMa there are more seeds with 200 pairs than of its control.
-LONG_COMA_ALONE = {"long-200": "200", "length-1000": "1,000", "length": "unlimited"}
-LONG = {"length-200": "200", "length-1000": "1,000", "length": "unlimited"}
+LENGTHS = {"length-200": "200", "length-1000": "1,000", "length": "unlimited"}  # of stage 1
 TEMPERATURES = {"temperature": "unlimited"}
 CUT = {"losses"}  # where some arms' embeddings are scored by their first numbers, too
 BEYOND = {"beyond-200": "200", "beyond": "unlimited"}
@@ -53,9 +50,6 @@ def long_mask(steps):
 def longer(arm, steps):
     """An arm of `length` after `steps` of stage 1, beside itself after the usual 400."""
     return ((f"{arm}, {steps} steps", f"{arm}, 400 steps"),)
-
-
-LONG_COMA = (("CoMa, 1200 steps", "none"),)
 
 
 def coma_at(setting):
@@ -82,13 +76,13 @@ PARTS = {
     "a slow stage 1, mean of four": (RATES, SLOW),
     "the mask, at slow rates, mean of both": (RATES, SLOW_MASK),
     "100 steps of stage 1 in the place of 400, CoMa": (LENGTHS, longer("CoMa", 100)),
-    "1,200 steps of stage 1 in the place of 400, CoMa": (LONG, longer("CoMa", 1200)),
+    "1,200 steps of stage 1 in the place of 400, CoMa": (LENGTHS, longer("CoMa", 1200)),
     "100 steps of stage 1 in the place of 400, no mask": (LENGTHS, longer(NO_MASK, 100)),
-    "1,200 steps of stage 1 in the place of 400, no mask": (LONG, longer(NO_MASK, 1200)),
+    "1,200 steps of stage 1 in the place of 400, no mask": (LENGTHS, longer(NO_MASK, 1200)),
     "the mask, after 100 steps of stage 1": (LENGTHS, long_mask(100)),
-    "the mask, after 400 steps of stage 1": (LONG, long_mask(400)),
-    "the mask, after 1,200 steps of stage 1": (LONG, long_mask(1200)),
-    "CoMa of 1,200 steps, over contrastive only": (LONG_COMA_ALONE, LONG_COMA),
+    "the mask, after 400 steps of stage 1": (LENGTHS, long_mask(400)),
+    "the mask, after 1,200 steps of stage 1": (LENGTHS, long_mask(1200)),
+    "CoMa of 1,200 steps, over contrastive only": (LENGTHS, (("CoMa, 1200 steps", "none"),)),
     "CoMa, over contrastive only, K = 1": (WIDTHS, coma_at("K=1")),
     "CoMa, over contrastive only, K = 4": (WIDTHS, coma_at("K=4")),
     "CoMa, over contrastive only, K = 16": (WIDTHS, coma_at("K=16")),
@@ -294,7 +288,7 @@ def page(records, studies) -> list:
         if study not in records:
             continue
         lines += ["", f"## `{study}`", "", *table(records[study])]
-        if study in PAIRS | LORA | LARGE | LONG:
+        if study in PAIRS | LORA | LARGE | LENGTHS:
             lines += ["", *curves(records[study])]
         if study in CUT:
             lines += ["", *prefixes(records[study])]

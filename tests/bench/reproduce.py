@@ -90,15 +90,15 @@ def with_flags(arms, first="", second=""):
 
 def lengths(*steps) -> dict:
     """CoMa and its control after so many steps of stage 1, beside contrastive training alone."""
-    arms = {"none": (NONE, "")}
+    trained = {"CoMa": ARMS["coma"], "the same dialogues, no mask": ARMS["plain"]}
+    arms = {"none": ARMS["none"]}
     for n in steps:
         own = "" if n == 400 else f"--steps {n}"  # 400 is what all other arms take
-        arms[f"CoMa, {n} steps"] = f"{COMA} {own}".strip(), ""
-        arms[f"the same dialogues, no mask, {n} steps"] = f"{PLAIN} {own}".strip(), ""
+        for arm, flags in with_flags(trained, own).items():
+            arms[f"{arm}, {n} steps"] = flags
     return arms
 
 
-LONG_200 = with_flags(lengths(400, 1200), second=caps(200))
 STUDIES = {
     # name: (seeds, {arm: (flags of stage 1, flags of stage 2)}); NONE: there is no stage 1
     "arms": (5, ARMS),
@@ -130,7 +130,6 @@ STUDIES = {
     "beyond-200": (3, with_flags(BEYOND, second=caps(200))),
     "rate": (3, RATES),
     "rate-200": (3, with_flags(RATES, second=caps(200))),
-    "long-200": (5, {arm: LONG_200[arm] for arm in ("none", "CoMa, 1200 steps")}),
     "finished": (5, {arm: RATES[arm] for arm in ("none", "plain", "plain, slow")}),
     "weight": (3, {
         "none": (NONE, ""),
@@ -139,8 +138,7 @@ STUDIES = {
         "condense 0.2": (NONE, "--condense 0.2 condense"),
     }),
     "length": (3, lengths(100, 400, 1200)),
-    "length-200": (3, LONG_200),
-    "length-1000": (3, with_flags(lengths(400, 1200), second=caps(1000))),
+    **{f"length-{n}": (3, with_flags(lengths(400, 1200), second=caps(n))) for n in (200, 1000)},
     "temperature": (3, {
         f"{arm}, temperature {t}": (first, f"--temperature {t}" if t != 0.03 else "")
         for arm, first in (
