@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Collator, Item, Row
-from plumbing import adapters, combinations, families, folders, ranks, sharding, weights
+from plumbing import adapters, combinations, families, folders, last_layer, ranks, sharding, weights
 from plumbing.config import CHUNK_TOKENS, by_device
 from plumbing.inputs import fits, in_evaluation, listed, row_of, whole_number
 from plumbing.kernels import in_large_calls
@@ -108,7 +108,9 @@ class Embedder(nn.Module):
 
     def forward(self, inputs):
         """Model inputs -> z (B, D), unit length, at least float32."""
-        h = self.hidden(inputs)  # (B, L, D)
+        read = last_layer.last_tokens(inputs["attention_mask"], self.K or 1)  # all that is read
+        with last_layer.OnlyAt(to_device(read, self.device)):
+            h = self.hidden(inputs)  # (B, L, D)
         if self.pooling == "mean":
             z = compression_pool(h, inputs["attention_mask"], self.K)  # (B, D)
         else:
@@ -134,7 +136,7 @@ class Embedder(nn.Module):
             rows = try_each(lambda i: row_of(self, items, i), window, bad is not None)
             return dict(zip(window, rows, strict=True))
 
-        windows = Windows([len(item.images) for item in items])  # as many items as fit
+        windows = Windows([len(item.images) for item in items], families.most_bytes(self.processor))
         with tqdm(total=len(z), desc=progress, disable=not progress or None, leave=False) as bar:
             for rows in prefetch(rows_of, windows, workers, self.device):
                 windows.saw(rows)
@@ -195,9 +197,7 @@ def load(name, compress_tokens=None, pooling=None, prompt=None, device=None, **o
         adapter = adapters.load_adapter(mllm, path) if has_adapter else None
         embedder = Embedder(mllm, processor, settings, options.max_length, options.dim)
     embedder.set_adapter(adapter)
-    # On a CPU float32 (bfloat16 is slow there), in memory of its own.
-    embedder = weights.placed(embedder, device)
-    return weights.prove(embedder, path)
+    return weights.prove(weights.placed(embedder, device), path)
 
 
 def load_for(cfg, device) -> Embedder:

@@ -36,6 +36,7 @@ The model
     adapters        LoRA, in peft's format
     families        what differs between families of MLLMs
     kernels         many small calls of a GPU become few large ones
+    last_layer      its MLP, only for the tokens that are read
     card            the README.md of a model's folder
 
 A training step

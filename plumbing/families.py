@@ -11,7 +11,9 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from plumbing.errors import InputError
+from plumbing.last_layer import first_and_second_run
 
+FIRST_GUESS = 8 * 2**20  # bytes of a picture's tensors, where no setting says how many at most
 # LoRA's targets: the attention of the language model, and not that of the vision tower.
 LANGUAGE_ATTENTION = r".*(language_model|text_model)\..*\.(q|k|v|o)_proj"
 # Adapters from before transformers 4.52 (VLM2Vec's) have other names for the layers.
@@ -39,9 +41,7 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
     processor = images_only(base).from_pretrained(path)
     if min_pixels or max_pixels:
         size = dict(processor.image_processor.size)
-        # The Qwen family's "edges" are areas, in pixels.
-        areas = hasattr(processor.image_processor, "merge_size") and "longest_edge" in size
-        if not areas:
+        if not edges_are_areas(processor.image_processor):
             text = f"{config.model_type} takes no range of sizes; leave them out"
             raise InputError(f"--min-pixels, --max-pixels: {text}")
         if max_pixels and min_pixels > max_pixels:
@@ -53,6 +53,20 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
         size = {"shortest_edge": min(low, high), "longest_edge": high}
         processor.image_processor.size = size
     return processor
+
+
+def edges_are_areas(image_processor) -> bool:
+    """Whether the "edges" of its size are areas, in pixels, as in the Qwen family."""
+    return hasattr(image_processor, "merge_size") and "longest_edge" in image_processor.size
+
+
+def most_bytes(processor) -> int:
+    """What a picture's tensors take at most; where its settings do not say so, a guess."""
+    image_processor = processor.image_processor
+    if not edges_are_areas(image_processor):
+        return FIRST_GUESS
+    numbers = 3 * getattr(image_processor, "temporal_patch_size", 1)  # of a pixel, in all frames
+    return image_processor.size["longest_edge"] * numbers * torch.float32.itemsize
 
 
 def vision_tower(mllm):
@@ -83,7 +97,8 @@ def in_its_own_type(module, inputs, output):
 
 def checkpoint_activations(mllm):
     """Its layers run again in the backward pass, in the place of keeping what they computed."""
-    form = {"use_reentrant": False}  # which works where what comes in is frozen, as with LoRA
+    # Not reentrant, which works where what comes in is frozen, as with LoRA.
+    form = {"use_reentrant": False, "context_fn": first_and_second_run}
     if hasattr(mllm, "activation_checkpointing_enable"):
         mllm.activation_checkpointing_enable(form)
     else:  # its name in older releases of transformers

@@ -10,6 +10,8 @@ calls the kernel once for each. Of Qwen2.5-VL's windows a batch has thousands in
 all pieces of one length are one call, without padding.
 Widths: Qwen2.5-VL has one of 3,420. For what is no multiple of 8 a GPU has only slow kernels.
 
+The last layer's MLP is only for the tokens that are read (plumbing/last_layer.py).
+
 Everywhere, on a GPU: an RMS norm is six kernels, which write and read float32; here it is one. An
 MLP with a gate keeps three tensors of its full width for its backward pass; here it keeps two."""
 
@@ -24,6 +26,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from plumbing.families import vision_tower
+from plumbing.last_layer import WhereRead
 
 # Trap: only a kernel with "flash" in its name is given the pieces together.
 NAME = "flash_by_length"
@@ -44,18 +47,27 @@ def in_large_calls(mllm):
         if takes_pieces(module) and module.config._attn_implementation == "sdpa":
             module.config = copy.copy(module.config)  # its own: models are made of the tower's
             module.config._attn_implementation = NAME
+    last = last_mlp(mllm)
     for module in mllm.modules():
         # Gemma's norms, which multiply by 1 + weight, have another name for their epsilon.
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.__class__ = ours_before(type(module), OneKernel)
         if named_in_forward(module) == WITH_A_GATE:
             module.__class__ = ours_before(type(module), LeanMLP)
+            if module is last:
+                module.__class__ = ours_before(type(module), WhereRead)
     return mllm
 
 
 def named_in_forward(module) -> tuple:
     """What its forward pass names; of one that is not written in Python nothing is known."""
     return getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+
+
+def last_mlp(mllm):
+    """The MLP of the language model's last layer; None: it has none by this name."""
+    layers = getattr(mllm.get_decoder(), "layers", None)
+    return getattr(layers[-1], "mlp", None) if layers else None
 
 
 def takes_pieces(module) -> bool:

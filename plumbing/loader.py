@@ -28,7 +28,6 @@ ALIGNED = 64  # bytes, for a tensor's first number
 # Of `encode`: what is made into rows at a time, and sorted by length.
 WINDOW_ITEMS = 1024
 WINDOW_BYTES = 256 * 2**20  # of pictures
-FIRST_GUESS = 8 * 2**20  # bytes of a picture, until one was seen
 
 
 def prefetch(make, indices, workers, device=None):
@@ -369,17 +368,18 @@ class Windows:
     """What `encode` makes into rows at a time: ranges of items, WINDOW_ITEMS or fewer, and no more
     than about WINDOW_BYTES of pictures, by the largest one that was seen so far.
 
-    pictures: how many each item has. The windows do not depend on the number of workers."""
+    pictures: how many each item has; guess: bytes of a picture, until one was seen. The windows do
+    not depend on the number of workers."""
 
-    def __init__(self, pictures):
-        self.pictures, self.largest = pictures, 0
+    def __init__(self, pictures, guess):
+        self.pictures, self.guess, self.largest = pictures, guess, 0
 
     def __iter__(self):
         first = 0
         while first < len(self.pictures):
             end, room = first, WINDOW_BYTES
             for count in self.pictures[first : first + WINDOW_ITEMS]:
-                room -= count * (self.largest or FIRST_GUESS)
+                room -= count * (self.largest or self.guess)
                 if room < 0 and end > first:
                     break
                 end += 1

@@ -273,7 +273,7 @@ def refuse_lost_tokens(path, mllm, tokenizer, K):
 
 
 def placed(embedder, device):
-    """-> the embedder on a device, on a CPU in float32.
+    """-> the embedder on a device, on a CPU in float32 (bfloat16 is slow there).
 
     Trap: there weights that are float32 in their file are still that file, mapped: what another
     program writes over it (cp, save_pretrained) would be in the model, unsaid, and where it makes

@@ -173,7 +173,7 @@ FRESH = [
     ("plumbing/combinations.py", "        if cfg.batch % cfg.block:", "        if cfg.batch % world:", "tests/test_flags.py -k does_not_fit"),
     ("contrastive.py", "lengths_of(cfg.matryoshka, embedder.dim)", "lengths_of(cfg.matryoshka, 10**6)",
      "tests/test_losses.py -k that_is_trained"),
-    ("plumbing/loader.py", "FIRST_GUESS = 8 * 2**20", "FIRST_GUESS = 8", "tests/test_loader.py -k first_window"),
+    ("plumbing/families.py", "FIRST_GUESS = 8 * 2**20", "FIRST_GUESS = 8", "tests/test_loader.py -k first_window"),
     ("plumbing/loader.py", "        torch.set_num_threads(1)  #", "        pass  #", "tests/test_loader.py -k one_thread"),
     ("plumbing/families.py", '    r"^language_model\\.model\\.": "model.language_model.",\n', "", "tests/test_origins.py -k new_names"),
     ("data.py", "digest_size=8", "digest_size=4", "tests/test_toy_world.py -k keys"),

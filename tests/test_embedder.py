@@ -162,8 +162,9 @@ def test_workers_do_not_share_the_place_in_a_picture_s_file(shared, tmp_path):
         close(shared.encode([opened] * 6, workers=workers), want.repeat(6, 0), f"workers={workers}")
 
 
-def test_encode_goes_over_more_items_than_one_window(shared):
-    """300 items: rows of the second window of 256 stand where they belong."""
+def test_encode_goes_over_more_items_than_one_window(shared, monkeypatch):
+    """300 items: rows of the second window stand where they belong."""
+    monkeypatch.setattr(loader, "WINDOW_ITEMS", 256)
     words = [f"{'very ' * (i % 3)}large {i}" for i in range(300)]
     z = shared.encode(words)
     for i in (0, 255, 256, 299):
@@ -184,7 +185,7 @@ def test_encode_learns_how_large_pictures_are(shared, monkeypatch):
     monkeypatch.setattr(model, "prefetch", watched)
     size = sum(x.nbytes for x in shared.collate.row(ITEMS[4]).images.values())
     count = len(ITEMS[4].images)
-    monkeypatch.setattr(loader, "FIRST_GUESS", size // count // 4)
+    monkeypatch.setattr(model.families, "most_bytes", lambda processor: size // count // 4)
     monkeypatch.setattr(loader, "WINDOW_BYTES", size)
     shared.encode([ITEMS[4]] * 6)
     equal(made, [4, 1, 1], "four by the guess, then one at a time")

@@ -8,6 +8,7 @@ SmolVLM2, Gemma 3, InternVL. Tiny random models with the interface of the releas
 
 import copy
 import math
+from contextlib import nullcontext
 
 import families
 import pytest
@@ -22,9 +23,10 @@ import evaluate
 import model
 import pretrain
 from data import COMPRESS, CONTENT, PAD, QUESTION, Item
+from plumbing import last_layer
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
-from plumbing.families import checkpoint_activations
+from plumbing.families import FIRST_GUESS, checkpoint_activations, most_bytes
 from plumbing.memory import Budget
 from plumbing.template import STYLES
 from plumbing.weights import Settings
@@ -281,6 +283,33 @@ def test_checkpointing_changes_no_gradient(fresh):
     assert gap < 1e-5, f"got {gap:.1e}, want < 1e-5"
 
 
+def test_the_last_mlp_meets_only_what_is_read(fresh, monkeypatch):
+    """The embeddings and gradients are those of a model that leaves nothing out; so they are where
+    layers run again in the backward pass."""
+    fresh.double().train()
+    met, results = [], []
+    down = fresh.mllm.get_decoder().layers[-1].mlp.down_proj
+    down.register_forward_pre_hook(lambda _, args: met.append(args[0].shape[:-1].numel()))
+    inputs = tree_map_only(torch.Tensor, to_double, fresh.collate(ITEMS))
+    B, L = inputs["attention_mask"].shape
+    for way in ("where read", "run again", "everywhere"):
+        if way == "run again":
+            checkpoint_activations(fresh.mllm)
+        if way == "everywhere":
+            monkeypatch.setattr(last_layer, "OnlyAt", lambda tokens: nullcontext())
+        fresh.zero_grad()
+        z = fresh(inputs)
+        (z * torch.arange(z.numel()).view_as(z)).sum().backward()
+        results.append((z.detach(), gradient(fresh)))
+    rows = [B * K] * 3 + [B * L] * 2
+    assert met == rows, f"tokens that the last MLP met: got {met}, want {rows}"
+    limit = 1e-6 if fresh.mllm.config.model_type == "gemma3" else 1e-10
+    for got in results[:2]:
+        for x, want in zip(got, results[2], strict=True):
+            gap = distance(x, want) / float(want.abs().max())
+            assert gap < limit, f"got {gap:.1e}, want < {limit}"
+
+
 def test_gradcache_with_remembered_pictures_is_exact(fresh):
     """In float64 the gradient is that of the whole batch in one graph; so it is when a frozen
     vision tower's output is kept from the first pass, which then runs half as often. (Gemma 3's
@@ -317,6 +346,18 @@ def test_gradcache_with_remembered_pictures_is_exact(fresh):
 
 def to_double(x):
     return x.double() if x.is_floating_point() else x
+
+
+def test_no_picture_takes_more_than_is_expected(loaded):
+    """`encode` makes as many pictures into rows at a time as fit by this; where the settings do not
+    say how large one becomes, it guesses."""
+    limit = most_bytes(loaded.processor)
+    if "qwen" not in loaded.mllm.config.model_type:
+        assert limit == FIRST_GUESS
+        return
+    images = loaded.collate.row(Item("<image>", (photo(0, (2000, 1500)),))).images
+    size = images["pixel_values"].nbytes
+    assert limit / 2 < size <= limit, f"{size:,} bytes, expected at most {limit:,}"
 
 
 # ------------------------------------------------------------------------------------ save and load

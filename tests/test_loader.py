@@ -19,6 +19,7 @@ import model
 from plumbing import loader
 from plumbing.ending import StepLeft
 from plumbing.errors import InputError
+from plumbing.families import FIRST_GUESS
 
 
 def batch(i):
@@ -288,7 +289,6 @@ def test_pictures_travel_in_bfloat16_to_a_gpu_only():
 def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
     """1,024 texts a window; of pictures what fits into WINDOW_BYTES, by the largest one so far."""
     monkeypatch.setattr(loader, "WINDOW_BYTES", 1000)
-    monkeypatch.setattr(loader, "FIRST_GUESS", 100)
 
     class Row:
         images = {"pixel_values": torch.zeros(50, dtype=torch.uint8)}
@@ -296,20 +296,20 @@ def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
     class Small:
         images = {"pixel_values": torch.zeros(10, dtype=torch.uint8)}
 
-    windows = loader.Windows([0] * 1068 + [1] * 40 + [30])
+    windows = loader.Windows([0] * 1068 + [1] * 40 + [30], 100)
     sizes = []
     for window in windows:
         sizes.append(len(window))
         if any(windows.pictures[i] for i in window):
             windows.saw(dict.fromkeys(window, Row()))
     equal(sizes, [1024, 54, 20, 10, 1], "texts, then 10 pictures by the guess, then 20, one of 30")
-    windows = loader.Windows([2] * 25)
+    windows = loader.Windows([2] * 25, 100)
     for window in windows:
         sizes.append(len(window))
         windows.saw({**dict.fromkeys(window, Row()), window[0]: InputError("a bad row")})
     equal(sizes[5:], [5, 20], "five rows of two by the guess; then of two in 50 bytes")
-    equal(list(map(len, loader.Windows([30, 30, 1]))), [1, 1, 1], "each is too much by itself")
-    windows = loader.Windows([1] * 50)
+    equal(list(map(len, loader.Windows([30, 30, 1], 100))), [1, 1, 1], "each is too much by itself")
+    windows = loader.Windows([1] * 50, 100)
     for window in windows:
         sizes.append(len(window))
         windows.saw({i: Small() if i else Row() for i in window})
@@ -318,7 +318,7 @@ def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
 
 def test_the_first_window_holds_no_more_large_pictures_than_a_machine_bears():
     """Of none was the size seen: 32 of them, 256 MiB if each were of 8 MiB, and not 256."""
-    equal(next(iter(loader.Windows([1] * 300))), range(32), "loader.FIRST_GUESS")
+    equal(next(iter(loader.Windows([1] * 300, FIRST_GUESS))), range(32), "families.FIRST_GUESS")
 
 
 def test_a_worker_computes_in_one_thread():
