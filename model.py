@@ -108,7 +108,7 @@ class Embedder(nn.Module):
 
     def forward(self, inputs):
         """Model inputs -> z (B, D), unit length, at least float32."""
-        read = last_layer.last_tokens(inputs["attention_mask"], self.K or 1)  # all that is read
+        read = last_layer.last_tokens(inputs["attention_mask"], self.K or 1)  # no others are read
         with last_layer.OnlyAt(to_device(read, self.device)):
             h = self.hidden(inputs)  # (B, L, D)
         if self.pooling == "mean":
@@ -136,7 +136,7 @@ class Embedder(nn.Module):
             rows = try_each(lambda i: row_of(self, items, i), window, bad is not None)
             return dict(zip(window, rows, strict=True))
 
-        windows = Windows([len(item.images) for item in items], families.most_bytes(self.processor))
+        windows = Windows(items, families.pixel_bytes(self.processor))  # as many items as fit
         with tqdm(total=len(z), desc=progress, disable=not progress or None, leave=False) as bar:
             for rows in prefetch(rows_of, windows, workers, self.device):
                 windows.saw(rows)

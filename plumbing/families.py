@@ -13,7 +13,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from plumbing.errors import InputError
 from plumbing.last_layer import first_and_second_run
 
-FIRST_GUESS = 8 * 2**20  # bytes of a picture's tensors, where no setting says how many at most
+FIRST_GUESS = 8 * 2**20  # bytes of a picture's pixels
 # LoRA's targets: the attention of the language model, and not that of the vision tower.
 LANGUAGE_ATTENTION = r".*(language_model|text_model)\..*\.(q|k|v|o)_proj"
 # Adapters from before transformers 4.52 (VLM2Vec's) have other names for the layers.
@@ -40,10 +40,10 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
     base = Idefics3Processor if is_smol else PROCESSOR_MAPPING[type(config)]
     processor = images_only(base).from_pretrained(path)
     if min_pixels or max_pixels:
-        size = dict(processor.image_processor.size)
         if not edges_are_areas(processor.image_processor):
             text = f"{config.model_type} takes no range of sizes; leave them out"
             raise InputError(f"--min-pixels, --max-pixels: {text}")
+        size = dict(processor.image_processor.size)
         if max_pixels and min_pixels > max_pixels:
             raise InputError(f"--min-pixels {min_pixels} is above --max-pixels {max_pixels}")
         low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
@@ -57,16 +57,20 @@ def load_processor(path, config, min_pixels=0, max_pixels=0):
 
 def edges_are_areas(image_processor) -> bool:
     """Whether the "edges" of its size are areas, in pixels, as in the Qwen family."""
-    return hasattr(image_processor, "merge_size") and "longest_edge" in image_processor.size
+    size = getattr(image_processor, "size", None) or {}
+    has_edges = "shortest_edge" in size and "longest_edge" in size
+    return has_edges and hasattr(image_processor, "merge_size")
 
 
-def most_bytes(processor) -> int:
-    """What a picture's tensors take at most; where its settings do not say so, a guess."""
+def pixel_bytes(processor) -> int:
+    """What a picture's pixels take, before one was seen: a guess, or less where the processor's
+    settings allow no more."""
     image_processor = processor.image_processor
     if not edges_are_areas(image_processor):
         return FIRST_GUESS
     numbers = 3 * getattr(image_processor, "temporal_patch_size", 1)  # of a pixel, in all frames
-    return image_processor.size["longest_edge"] * numbers * torch.float32.itemsize
+    most = image_processor.size["longest_edge"] * numbers * torch.float32.itemsize
+    return min(FIRST_GUESS, most)
 
 
 def vision_tower(mllm):
@@ -97,7 +101,7 @@ def in_its_own_type(module, inputs, output):
 
 def checkpoint_activations(mllm):
     """Its layers run again in the backward pass, in the place of keeping what they computed."""
-    # Not reentrant, which works where what comes in is frozen, as with LoRA.
+    # The reentrant form needs a gradient of what comes in, which with LoRA is frozen.
     form = {"use_reentrant": False, "context_fn": first_and_second_run}
     if hasattr(mllm, "activation_checkpointing_enable"):
         mllm.activation_checkpointing_enable(form)

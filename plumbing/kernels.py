@@ -10,7 +10,8 @@ calls the kernel once for each. Of Qwen2.5-VL's windows a batch has thousands in
 all pieces of one length are one call, without padding.
 Widths: Qwen2.5-VL has one of 3,420. For what is no multiple of 8 a GPU has only slow kernels.
 
-The last layer's MLP is only for the tokens that are read (plumbing/last_layer.py).
+In the language model the last layer's MLP is only for the tokens that are read
+(plumbing/last_layer.py).
 
 Everywhere, on a GPU: an RMS norm is six kernels, which write and read float32; here it is one. An
 MLP with a gate keeps three tensors of its full width for its backward pass; here it keeps two."""

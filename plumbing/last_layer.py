@@ -1,8 +1,9 @@
 """The MLP of an MLLM's last layer, only for the tokens that are read.
 
-An embedding is made of the last K tokens of a row. Of all others the last layer's attention sees
-what comes into it, and nobody what comes out: its MLP, which looks at one token at a time, leaves
-them out, forward and backward. The same embeddings, the same gradients."""
+An embedding is made of the last K tokens of a row, or of the last one. Of all others the last
+layer's attention sees what comes into it, and nobody what comes out: its MLP, which looks at one
+token at a time, leaves them out, forward and backward. Embeddings and gradients are the same, but
+for rounding."""
 
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -13,7 +14,7 @@ READ = ContextVar("READ", default=None)
 
 def last_tokens(attention_mask, n):
     """Where the last n real tokens of each row are, with all rows end to end: (B, L), 1 where real,
-    either padding -> (B * n,)."""
+    either padding -> (at most B * n,), rising."""
     from_here = attention_mask.flip(1).cumsum(1).flip(1)  # (B, L) real tokens from this one on
     return ((from_here <= n) & (attention_mask == 1)).flatten().nonzero()[:, 0]
 

@@ -368,11 +368,12 @@ class Windows:
     """What `encode` makes into rows at a time: ranges of items, WINDOW_ITEMS or fewer, and no more
     than about WINDOW_BYTES of pictures, by the largest one that was seen so far.
 
-    pictures: how many each item has; guess: bytes of a picture, until one was seen. The windows do
-    not depend on the number of workers."""
+    items: Items; guess: bytes of a picture, until one was seen. The windows do not depend on the
+    number of workers."""
 
-    def __init__(self, pictures, guess):
-        self.pictures, self.guess, self.largest = pictures, guess, 0
+    def __init__(self, items, guess):
+        self.pictures = [len(item.images) for item in items]
+        self.guess, self.largest = guess, 0
 
     def __iter__(self):
         first = 0

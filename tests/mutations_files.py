@@ -693,8 +693,8 @@ FILES = [
         "tests/test_loader.py",
     ),
     (
-        "plumbing/loader.py", "self.pictures, self.guess, self.largest = pictures, guess, 0",
-        "self.pictures, self.guess, self.largest = pictures, guess, 1",
+        "plumbing/loader.py", "self.guess, self.largest = guess, 0",
+        "self.guess, self.largest = guess, 1",
         "tests/test_loader.py",
     ),
     (

@@ -185,7 +185,7 @@ def test_encode_learns_how_large_pictures_are(shared, monkeypatch):
     monkeypatch.setattr(model, "prefetch", watched)
     size = sum(x.nbytes for x in shared.collate.row(ITEMS[4]).images.values())
     count = len(ITEMS[4].images)
-    monkeypatch.setattr(model.families, "most_bytes", lambda processor: size // count // 4)
+    monkeypatch.setattr(model.families, "pixel_bytes", lambda processor: size // count // 4)
     monkeypatch.setattr(loader, "WINDOW_BYTES", size)
     shared.encode([ITEMS[4]] * 6)
     equal(made, [4, 1, 1], "four by the guess, then one at a time")

@@ -26,7 +26,7 @@ from data import COMPRESS, CONTENT, PAD, QUESTION, Item
 from plumbing import last_layer
 from plumbing.config import TrainingFlags
 from plumbing.errors import InputError
-from plumbing.families import FIRST_GUESS, checkpoint_activations, most_bytes
+from plumbing.families import FIRST_GUESS, checkpoint_activations, pixel_bytes
 from plumbing.memory import Budget
 from plumbing.template import STYLES
 from plumbing.weights import Settings
@@ -351,7 +351,7 @@ def to_double(x):
 def test_no_picture_takes_more_than_is_expected(loaded):
     """`encode` makes as many pictures into rows at a time as fit by this; where the settings do not
     say how large one becomes, it guesses."""
-    limit = most_bytes(loaded.processor)
+    limit = pixel_bytes(loaded.processor)
     if "qwen" not in loaded.mllm.config.model_type:
         assert limit == FIRST_GUESS
         return

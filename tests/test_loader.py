@@ -16,6 +16,7 @@ from checks import equal, expect
 from PIL import Image
 
 import model
+from data import Item
 from plumbing import loader
 from plumbing.ending import StepLeft
 from plumbing.errors import InputError
@@ -286,6 +287,11 @@ def test_pictures_travel_in_bfloat16_to_a_gpu_only():
             equal((made["rows"][0]["x"].dtype, made["label"].dtype), (dtype, torch.int64), device)
 
 
+def windows_of(counts, guess=100):
+    """The windows of items with so many pictures each."""
+    return loader.Windows([Item("", ("a picture",) * count) for count in counts], guess)
+
+
 def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
     """1,024 texts a window; of pictures what fits into WINDOW_BYTES, by the largest one so far."""
     monkeypatch.setattr(loader, "WINDOW_BYTES", 1000)
@@ -296,20 +302,20 @@ def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
     class Small:
         images = {"pixel_values": torch.zeros(10, dtype=torch.uint8)}
 
-    windows = loader.Windows([0] * 1068 + [1] * 40 + [30], 100)
+    windows = windows_of([0] * 1068 + [1] * 40 + [30])
     sizes = []
     for window in windows:
         sizes.append(len(window))
         if any(windows.pictures[i] for i in window):
             windows.saw(dict.fromkeys(window, Row()))
     equal(sizes, [1024, 54, 20, 10, 1], "texts, then 10 pictures by the guess, then 20, one of 30")
-    windows = loader.Windows([2] * 25, 100)
+    windows = windows_of([2] * 25)
     for window in windows:
         sizes.append(len(window))
         windows.saw({**dict.fromkeys(window, Row()), window[0]: InputError("a bad row")})
     equal(sizes[5:], [5, 20], "five rows of two by the guess; then of two in 50 bytes")
-    equal(list(map(len, loader.Windows([30, 30, 1], 100))), [1, 1, 1], "each is too much by itself")
-    windows = loader.Windows([1] * 50, 100)
+    equal(list(map(len, windows_of([30, 30, 1]))), [1, 1, 1], "each is too much by itself")
+    windows = windows_of([1] * 50)
     for window in windows:
         sizes.append(len(window))
         windows.saw({i: Small() if i else Row() for i in window})
@@ -318,7 +324,7 @@ def test_windows_of_encode_are_cut_by_bytes(monkeypatch):
 
 def test_the_first_window_holds_no_more_large_pictures_than_a_machine_bears():
     """Of none was the size seen: 32 of them, 256 MiB if each were of 8 MiB, and not 256."""
-    equal(next(iter(loader.Windows([1] * 300, FIRST_GUESS))), range(32), "families.FIRST_GUESS")
+    equal(next(iter(windows_of([1] * 300, FIRST_GUESS))), range(32), "families.FIRST_GUESS")
 
 
 def test_a_worker_computes_in_one_thread():

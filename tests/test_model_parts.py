@@ -215,6 +215,22 @@ def test_gradient_checkpointing_is_on_where_it_is_asked_for(embedder, asked):
     equal(embedder.mllm.model.language_model.is_gradient_checkpointing, asked, "--checkpointing")
 
 
+@pytest.mark.parametrize(
+    ("size", "want"),
+    [
+        ({"shortest_edge": 56**2, "longest_edge": 100**2}, 100**2 * 3 * 2 * 4),
+        ({"shortest_edge": 56**2, "longest_edge": 12_845_056}, families.FIRST_GUESS),
+        ({"longest_edge": 1}, families.FIRST_GUESS),  # GLM-5-next's, which it does not mean
+        (None, families.FIRST_GUESS),
+    ],
+)
+def test_a_picture_is_expected_to_be_no_larger_than_its_processor_makes_it(size, want):
+    """A processor that may make it huge says nothing about a usual one: it is guessed."""
+    image_processor = SimpleNamespace(size=size, merge_size=2, temporal_patch_size=2)
+    got = families.pixel_bytes(SimpleNamespace(image_processor=image_processor))
+    equal(got, want, "bytes of float32 pixels, each in two frames")
+
+
 @pytest.mark.parametrize("names", [["gradient"], ["gradient", "activation"]])
 def test_gradient_checkpointing_takes_the_name_that_transformers_has_for_it(names):
     """The newest of them, for the older one warns; in the form that works with frozen inputs."""
