@@ -10,9 +10,9 @@ Predicted before measuring: batches of 32 in input order are 50 % padding (the l
 to 135 tokens, 55 in the mean); sorted inside windows (of 256 items then) and cut by tokens 10 %:
 the model's time falls to 0.6, and with a tenth of the time spent on pictures encode takes 0.63. One
 by one: no padding, small matrices, 512 x the fixed costs of a call: 0.9.
-Measured (two idle cores, torch 2.13, best of three rounds): one by one 5.33 s (0.95), batches of 32
-5.60 s, encode with chunks of 1,024 tokens (a CPU's default) 3.28 s (0.59), 2,048 3.35 s (0.60),
-8,192 3.96 s (0.71: it no longer fits into the caches); collating alone 0.33 s.
+Measured (two idle cores, torch 2.13, best of two rounds): one by one 6.53 s (1.12), batches of 32
+5.85 s, encode with chunks of 1,024 tokens (a CPU's default) 3.24 s (0.55), 2,048 3.32 s (0.57),
+8,192 3.74 s (0.64: it no longer fits into the caches); collating alone 0.33 s.
 
 The peer reads the folder that `tools.merge --export sentence-transformers` has written, and makes
 the same vectors (checked first). Its rows are made only where it is installed. It sorts by the
