@@ -221,7 +221,7 @@ FIVE = [
     ("plumbing/kernels.py", 'getattr(layers[-1], "mlp", None) if layers else None', 'getattr(layers[-1], "mlp", None)', "tests/test_last_layer.py -k without_such"),
     ("plumbing/kernels.py", 'getattr(layers[-1], "mlp", None)', "layers[-1].mlp", "tests/test_last_layer.py -k without_such"),
     ("plumbing/kernels.py", 'getattr(mllm.get_decoder(), "layers", None)', "mllm.get_decoder().layers", "tests/test_last_layer.py -k without_such"),
-    ("plumbing/families.py", 'return has_edges and hasattr(image_processor, "merge_size")', "return has_edges", "tests/test_families.py -k is_expected"),
+    ("plumbing/families.py", 'return has_edges and hasattr(image_processor, "merge_size")', "return has_edges", "tests/test_model_parts.py -k is_expected"),
     ("plumbing/families.py", '"shortest_edge" in size and "longest_edge" in size', '"longest_edge" in size', "tests/test_model_parts.py -k is_expected"),
     ("plumbing/families.py", 'getattr(image_processor, "size", None) or {}', "image_processor.size", "tests/test_model_parts.py -k is_expected"),
     ("plumbing/families.py", "return min(FIRST_GUESS, most)", "return most", "tests/test_model_parts.py -k is_expected"),

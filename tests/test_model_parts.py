@@ -227,8 +227,10 @@ def test_gradient_checkpointing_is_on_where_it_is_asked_for(embedder, asked):
 def test_a_picture_is_expected_to_be_no_larger_than_its_processor_makes_it(size, want):
     """A processor that may make it huge says nothing about a usual one: it is guessed."""
     image_processor = SimpleNamespace(size=size, merge_size=2, temporal_patch_size=2)
-    got = families.pixel_bytes(SimpleNamespace(image_processor=image_processor))
-    equal(got, want, "bytes of float32 pixels, each in two frames")
+    processor = SimpleNamespace(image_processor=image_processor)
+    equal(families.pixel_bytes(processor), want, "bytes of float32 pixels, each in two frames")
+    del image_processor.merge_size  # edges are edges then
+    equal(families.pixel_bytes(processor), families.FIRST_GUESS, "no processor of the Qwen family")
 
 
 @pytest.mark.parametrize("names", [["gradient"], ["gradient", "activation"]])
