@@ -208,7 +208,7 @@ FIVE = [
     ("plumbing/last_layer.py", "        READ.reset(self.before)\n", "        if not error[0]:\n            READ.reset(self.before)\n",
      "tests/test_last_layer.py -k ends_with_its_pass"),
     ("plumbing/last_layer.py", 'READ = ContextVar("READ", default=None)',
-     'from types import SimpleNamespace\n\n\nclass Shared(list):\n    def get(self):\n        return self[-1]\n\n    set, reset = list.append, lambda self, _: self.pop()\n\n\nREAD = Shared([None])',
+     'class Shared(list):\n    def get(self):\n        return self[-1]\n\n    set, reset = list.append, lambda self, _: self.pop()\n\n\nREAD = Shared([None])',
      "tests/test_last_layer.py -k ends_with_its_pass"),
     ("plumbing/last_layer.py", "        if tokens is None:\n", "        if True:\n", "tests/test_families.py -k only_what_is_read"),
     ("plumbing/last_layer.py", "index_copy(0, tokens, z)", "index_copy(0, tokens.flip(0), z)", "tests/test_last_layer.py -k what_it_was"),
